@@ -1,0 +1,23 @@
+"""The two ways in which a command ends early, and the exit codes that follow from them."""
+
+
+class RequestError(ValueError):
+    """What was asked for cannot be done; nothing was computed. The process exits with 2."""
+
+
+class RunError(RuntimeError):
+    """What was asked for was right, but carrying it out failed. The process exits with 1.
+
+    Args:
+        message: One or two lines.
+        everywhere: Whether every process fails alike, so that one of them says it for all.
+    """
+
+    def __init__(self, message: str, *, everywhere: bool = False) -> None:
+        super().__init__(message)
+        self.everywhere = everywhere
+
+
+def one_line(error: BaseException) -> str:
+    """Give an error's text in one line of at most 300 characters, for a message of our own."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

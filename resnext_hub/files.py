@@ -1,0 +1,90 @@
+"""Writing files so that a reader sees the old one or the new one, never half of one."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_PARTIAL = ".partial-"
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write a file aside, flush it to the disk, and rename it over the old one."""
+    aside = path.with_name(f"{_PARTIAL}{path.name}")
+    with open(aside, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    _sync_folder(path.parent)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically; floats keep every bit, and NaN is refused."""
+    write_atomic(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Fill a folder under another name, then put it in place of the old one, whole; if that fails, keep the old one."""
+    aside = path.with_name(f"{_PARTIAL}{path.name}")
+    remove_folder(aside)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    mode = aside.stat().st_mode & 0o666  # what the umask leaves; safetensors keeps its files to their owner
+    for folder, _, files in os.walk(aside):
+        for name in files:
+            os.chmod(Path(folder, name), mode)
+            _sync_file(Path(folder, name))
+        _sync_folder(Path(folder))
+    remove_folder(path)
+    os.rename(aside, path)
+    _sync_folder(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder, if it is there, such that it is never seen half removed under its own name."""
+    if path.is_dir():
+        doomed = path.with_name(f"{_PARTIAL}removed-{path.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(path, doomed)
+        shutil.rmtree(doomed)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what interrupted writes have left directly under a folder."""
+    for leftover in folder.glob(f"{_PARTIAL}*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+
+
+def sha256_of(path: Path) -> str:
+    """Give the SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync_file(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

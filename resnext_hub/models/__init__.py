@@ -1,0 +1,12 @@
+"""The networks. Importing this package registers every variant with timm."""
+
+from resnext_hub.models.resnext import (
+    VARIANTS,
+    Bottleneck,
+    ResNeXt,
+    StockArchitecture,
+    Variant,
+    stock_architecture,
+)
+
+__all__ = ["VARIANTS", "Bottleneck", "ResNeXt", "StockArchitecture", "Variant", "stock_architecture"]

@@ -1,0 +1,91 @@
+"""Tests run offline, on the CPU, with caches of their own."""
+
+import os
+import tempfile
+
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HOME": tempfile.mkdtemp(prefix="resnext-hub-tests-"),
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "ACCELERATE_USE_CPU": "true",
+}
+for _variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION", "HF_TOKEN", "HF_ENDPOINT"):
+    os.environ.pop(_variable, None)
+
+import atexit
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import resnext_hub  # noqa: F401 - registers the variants
+from resnext_hub.cli import main
+
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+TINY = ("--model", "test_resnet", "--mixed-precision", "no", "--warmup-epochs", "0")
+"""Flags of a real but tiny network of timm, for tests of what is around the network."""
+
+
+@pytest.fixture(autouse=True)
+def _fresh_process_state() -> Iterator[None]:
+    """Put back what a training run in this process sets for the whole process."""
+    threads = torch.get_num_threads()
+    yield
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command in this process; give its exit code, output and errors."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def run_process(*arguments: object, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a Python process in the checkout; its variables go over this process's."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def write_pictures(folder: Path, count: int, shade: int, size: int = 40) -> None:
+    """Write small seeded pictures around a grey level, which a network can learn to tell."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(shade)
+    for index in range(count):
+        noise = generator.integers(-30, 30, (size, size + index % 7, 3))
+        Image.fromarray(np.clip(shade + noise, 0, 255).astype(np.uint8)).save(folder / f"{index:03d}.png")
+
+
+@pytest.fixture
+def folder_of_classes(tmp_path: Path) -> Path:
+    """A folder with the classes bus, car and train, of 12, 10 and 8 pictures."""
+    root = tmp_path / "vehicles"
+    for name, count, shade in (("bus", 12, 40), ("car", 10, 120), ("train", 8, 210)):
+        write_pictures(root / name, count, shade)
+    return root
