@@ -1,0 +1,231 @@
+"""A source of labelled pictures: the bundled digits, a folder, parquet files, or a dataset on the Hub.
+
+Everything becomes two `Pictures`, one to train on and one to evaluate on, with the class names they share.
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from resnext_hub.data.columns import find_image_column, find_label_column, listing, read_labels
+from resnext_hub.data.sources import (
+    EVAL_NAMES,
+    TRAIN_NAMES,
+    load_digits_table,
+    load_folder,
+    load_from_hub,
+    load_parquet,
+    parquet_files,
+)
+from resnext_hub.errors import RequestError, RunError, one_line
+
+if TYPE_CHECKING:
+    import datasets
+
+BUNDLED = "digits"
+"""Name of the bundled dataset: scikit-learn's 1,797 handwritten digits of 8x8 pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the pictures come from."""
+
+    dataset: str = BUNDLED
+    """The bundled `digits`, a folder of class folders, parquet files, or a dataset id on the Hub."""
+    dataset_config: str | None = None
+    """Configuration (subset) of a Hub dataset that has several."""
+    dataset_revision: str | None = None
+    """Branch, tag or commit of a Hub dataset; its newest commit if not given."""
+    train_split: str | None = None
+    """Split to train on; found by its name if not given."""
+    eval_split: str | None = None
+    """Split to evaluate on; found by its name if not given, and cut from the training split if there is none."""
+    image_column: str | None = None
+    """Column that holds the pictures; found by its type if not given."""
+    label_column: str | None = None
+    """Column that holds the classes; found by its type if not given."""
+    eval_fraction: float = 0.2
+    """Part of the training split that is held out, stratified by class, where there is no evaluation split."""
+    split_seed: int = 0
+    """Seed of that cut; apart from `seed`, so that runs with other seeds are measured on the same pictures."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.eval_fraction < 1.0:
+            raise RequestError(f"--eval-fraction {self.eval_fraction} is not between 0 and 1")
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """Labelled pictures by index.
+
+    `labels` is `(N,)` int64; `rows` gives the undecoded picture (bytes or a path) at an index of the whole source, and
+    `indices` says which of those belong here.
+    """
+
+    rows: "datasets.Dataset"
+    image_column: str
+    indices: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def image(self, index: int, mode: str = "RGB") -> Image.Image:
+        """Decode a picture, turned upright as its EXIF orientation says.
+
+        Raises:
+            RunError: If the picture cannot be read.
+        """
+        row = self.rows[int(self.indices[index])][self.image_column]
+        try:
+            source = io.BytesIO(row["bytes"]) if row["bytes"] is not None else row["path"]
+            with Image.open(source) as image:
+                return ImageOps.exif_transpose(image).convert(mode)
+        except (OSError, UnidentifiedImageError, SyntaxError, TypeError) as error:
+            name = os.path.basename(row["path"]) if row["path"] else f"at index {index}"
+            raise RunError(f"the picture {name} cannot be read: {error}") from error
+
+
+@dataclass(frozen=True, eq=False)
+class Splits:
+    """What a source holds, and what was found out about it on the way."""
+
+    train: Pictures
+    eval: Pictures
+    label_names: tuple[str, ...]
+    dataset_id: str
+    """Hub id, `digits`, or the last part of a local path."""
+    hub_id: str | None
+    revision: str | None
+    """Commit of a Hub dataset."""
+    fingerprint: str
+    """SHA-256 of class names, label sequences and, for a folder, the names and sizes of its files."""
+    found: DataConfig
+    """The configuration with its open fields filled in."""
+
+
+def load_splits(config: DataConfig) -> Splits:
+    """Open a source and find its splits, columns and classes; pictures are decoded later, one by one.
+
+    Raises:
+        RequestError: If there is no such source, split or column, or if its labels cannot train a classifier.
+        RunError: If the Hub cannot be reached.
+    """
+    path = Path(config.dataset).expanduser()
+    hub_id = revision = None
+    files: list[tuple[str, int]] = []
+    if config.dataset == BUNDLED:
+        tables = {"train": load_digits_table()}
+    elif path.is_file() or (path.is_dir() and parquet_files(path)):
+        tables = load_parquet(path)
+    elif path.is_dir():
+        tables, files = load_folder(path)
+    else:
+        tables, revision = load_from_hub(config.dataset, config.dataset_config, config.dataset_revision)
+        hub_id = config.dataset
+    if hub_id is None and (config.dataset_config or config.dataset_revision):
+        raise RequestError("--dataset-config and --dataset-revision go with a dataset on the Hub")
+
+    train_split = _pick_split(tables, config.train_split, TRAIN_NAMES, "--train-split")
+    if train_split is None and len(tables) == 1:
+        train_split = next(iter(tables))
+    if train_split is None:
+        raise RequestError(
+            f"{config.dataset} has no split called train: it has {listing(tables)}; name one with --train-split"
+        )
+    eval_split = _pick_split(tables, config.eval_split, EVAL_NAMES, "--eval-split")
+    if eval_split == train_split and config.eval_split is None:
+        eval_split = None
+
+    train_table = tables[train_split]
+    eval_table = None if eval_split is None else tables[eval_split]
+    image_column, train_table, eval_table = find_image_column(
+        config.dataset, config.image_column, train_table, eval_table
+    )
+    label_column = find_label_column(config.dataset, config.label_column, train_table, image_column)
+    label_names, train_labels, eval_labels = read_labels(config.dataset, label_column, train_table, eval_table)
+
+    def pictures(table: "datasets.Dataset", indices: np.ndarray, labels: np.ndarray) -> Pictures:
+        return Pictures(table.select_columns([image_column]), image_column, indices, labels)
+
+    if eval_table is None or eval_labels is None:
+        kept, held_out = _stratified_cut(train_labels, config.eval_fraction, config.split_seed)
+        train = pictures(train_table, kept, train_labels[kept])
+        evaluation = pictures(train_table, held_out, train_labels[held_out])
+    else:
+        train = pictures(train_table, np.arange(len(train_labels)), train_labels)
+        evaluation = pictures(eval_table, np.arange(len(eval_labels)), eval_labels)
+    return Splits(
+        train=train,
+        eval=evaluation,
+        label_names=label_names,
+        dataset_id=hub_id or (BUNDLED if config.dataset == BUNDLED else path.resolve().name),
+        hub_id=hub_id,
+        revision=revision,
+        fingerprint=_fingerprint(label_names, train.labels, evaluation.labels, files),
+        found=DataConfig(
+            dataset=config.dataset if hub_id or config.dataset == BUNDLED else str(path.resolve()),
+            dataset_config=config.dataset_config,
+            dataset_revision=config.dataset_revision,
+            train_split=train_split,
+            eval_split=eval_split,
+            image_column=image_column,
+            label_column=label_column,
+            eval_fraction=config.eval_fraction,
+            split_seed=config.split_seed,
+        ),
+    )
+
+
+def _pick_split(
+    tables: dict[str, "datasets.Dataset"], asked: str | None, names: Sequence[str], flag: str
+) -> str | None:
+    if asked is not None:
+        if asked not in tables:
+            raise RequestError(f"{flag} {asked}: there is no such split, but {listing(tables)}")
+        return asked
+    by_lower = {split.lower(): split for split in tables}
+    return next((by_lower[name] for name in names if name in by_lower), None)
+
+
+def _stratified_cut(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cut indices into those kept for training and those held out, in the same proportion in every class.
+
+    A class with one picture keeps it for training.
+    """
+    from sklearn.model_selection import train_test_split
+
+    counts = np.bincount(labels)
+    divisible = np.flatnonzero(counts[labels] > 1)
+    try:
+        _, held_out = train_test_split(
+            divisible,
+            test_size=fraction,
+            stratify=labels[divisible],
+            random_state=np.random.RandomState(seed),
+        )
+    except ValueError as error:
+        raise RequestError(
+            f"{len(labels)} pictures of {np.count_nonzero(counts)} classes are too few to hold out a part of "
+            f"{fraction} with every class in it ({one_line(error)}); raise --eval-fraction or give an evaluation split"
+        ) from error
+    held_out = np.sort(held_out)
+    return np.setdiff1d(np.arange(len(labels)), held_out), held_out
+
+
+def _fingerprint(
+    names: Sequence[str], train: np.ndarray, evaluation: np.ndarray, files: Sequence[tuple[str, int]]
+) -> str:
+    digest = hashlib.sha256(json.dumps([list(names), list(files)]).encode())
+    for labels in (train, evaluation):
+        digest.update(len(labels).to_bytes(8, "little"))
+        digest.update(labels.astype("<i8").tobytes())
+    return digest.hexdigest()

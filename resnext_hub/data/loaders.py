@@ -1,0 +1,169 @@
+"""The order of the samples, and the loaders that follow it.
+
+A run is one endless sequence of places: epoch after epoch, each a permutation drawn from (seed, epoch). Step s takes
+the places s*B to (s+1)*B-1, so every global batch is full, crosses the end of an epoch where it must, and is the same
+at any number of processes. Resuming is starting at another step.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from resnext_hub.data.dataset import Pictures
+from resnext_hub.data.transforms import Transform
+from resnext_hub.errors import RequestError
+from resnext_hub.machine import cores
+
+PICTURE_MODES = {1: "L", 3: "RGB"}
+"""Pillow's mode for a number of input channels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """How pictures are read."""
+
+    workers: int | None = None
+    """Reading processes beside each training process; derived from device and cores if not given."""
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 0:
+            raise RequestError(f"--workers {self.workers} is negative")
+
+
+class Place(NamedTuple):
+    """One place of the endless sequence: which sample, in which epoch."""
+
+    epoch: int
+    sample: int
+
+
+class Batch(NamedTuple):
+    """Pictures `(N, C, H, W)` float32, labels `(N,)` int64, and the samples' indices `(N,)` int64."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    indices: torch.Tensor
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+def places_of_step(step: int, batch_size: int, count: int, seed: int) -> list[Place]:
+    """Give the places of one global batch, drawn from `count` samples."""
+    places = []
+    for place in range(step * batch_size, (step + 1) * batch_size):
+        epoch, offset = divmod(place, count)
+        places.append(Place(epoch, int(_permutation(seed, epoch, count)[offset])))
+    return places
+
+
+def seed_sample(seed: int, epoch: int, index: int, repeat: int = 0) -> None:
+    """Seed all three generators that transforms draw from, as a function of what identifies the sample."""
+    state = np.random.SeedSequence((seed, epoch, index, repeat)).generate_state(4)
+    random.seed(int(state[0]) << 32 | int(state[1]))
+    np.random.seed(int(state[2]))
+    torch.default_generator.manual_seed(int(state[3]))
+
+
+class TrainingSamples(Dataset[tuple[torch.Tensor, int, int]]):
+    """Augmented samples by place: `(image (C, H, W), label, index)`."""
+
+    def __init__(self, pictures: Pictures, transform: Transform, seed: int, mode: str = "RGB") -> None:
+        self.pictures = pictures
+        self.transform = transform
+        self.seed = seed
+        self.mode = mode
+
+    def __getitem__(self, place: Place) -> tuple[torch.Tensor, int, int]:
+        image = self.pictures.image(place.sample, self.mode)
+        seed_sample(self.seed, place.epoch, place.sample)
+        return self.transform(image), int(self.pictures.labels[place.sample]), place.sample
+
+
+class EvaluationSamples(Dataset[tuple[torch.Tensor, int, int]]):
+    """Samples as the evaluation transform gives them: `(image (C, H, W), label, index)`."""
+
+    def __init__(self, pictures: Pictures, transform: Transform, mode: str = "RGB") -> None:
+        self.pictures = pictures
+        self.transform = transform
+        self.mode = mode
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
+        image = self.pictures.image(index, self.mode)
+        return self.transform(image), int(self.pictures.labels[index]), index
+
+
+class StepSampler(Sampler[list[Place]]):
+    """This process's places of each step from `start` to `stop`: a contiguous part of the global batch."""
+
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        seed: int,
+        start: int,
+        stop: int,
+        process: int = 0,
+        processes: int = 1,
+    ) -> None:
+        self.count = count
+        self.batch_size = batch_size
+        self.seed = seed
+        self.start, self.stop = start, stop
+        self.process, self.processes = process, processes
+
+    def __len__(self) -> int:
+        return max(self.stop - self.start, 0)
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        part = self.batch_size // self.processes
+        for step in range(self.start, self.stop):
+            places = places_of_step(step, self.batch_size, self.count, self.seed)
+            yield places[self.process * part : (self.process + 1) * part]
+
+
+def build_train_loader(
+    samples: TrainingSamples, sampler: StepSampler, workers: int, pin_memory: bool = False
+) -> DataLoader[Batch]:
+    """Give one batch of this process for each step."""
+    return _build_loader(samples, sampler, workers, pin_memory)
+
+
+def build_eval_loader(
+    samples: EvaluationSamples, batches: list[list[int]], workers: int, pin_memory: bool = False
+) -> DataLoader[Batch]:
+    """Give the batches whose indices are listed."""
+    return _build_loader(samples, batches, workers, pin_memory)
+
+
+def _build_loader(dataset: Dataset, batches: object, workers: int, pin_memory: bool) -> DataLoader[Batch]:  # type: ignore[type-arg]
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=pin_memory,
+    )
+
+
+def _collate(samples: list[tuple[torch.Tensor, int, int]]) -> Batch:
+    images, labels, indices = zip(*samples, strict=True)
+    return Batch(torch.stack(images), torch.tensor(labels), torch.tensor(indices))
+
+
+def derive_workers(device: str, local_processes: int) -> int:
+    """Read in the training process where the CPU is busy computing anyway, else with up to 8 workers per process."""
+    if device == "cpu":
+        return 0
+    return max(1, min(8, cores() // local_processes - 1))

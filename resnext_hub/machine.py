@@ -1,0 +1,134 @@
+"""What this process runs on: device, precision, threads, processes, versions."""
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+import resnext_hub
+from resnext_hub.errors import RequestError, RunError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def device_type() -> str:
+    """Give the kind of device that training uses: cpu, cuda, mps, …"""
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        return "cpu"
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator.type if accelerator else "cpu"
+
+
+def check_launcher() -> None:
+    """Refuse what a launcher can ask for and this training does not do."""
+    for variable, what in (
+        ("ACCELERATE_USE_FSDP", "FSDP"),
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism configuration"),
+        ("TPU_NAME", "a TPU"),
+    ):
+        if os.environ.get(variable, "false").lower() not in ("false", "0", ""):
+            raise RequestError(f"{what} is asked for; expected plain data parallelism, as a ResNeXt fits one device")
+
+
+def resolve_precision(asked: str, device: str) -> str:
+    """Turn `auto` into a precision; an explicit one is checked against the device."""
+    if asked == "fp16" and device != "cuda":
+        raise RequestError(f"--mixed-precision fp16 needs a CUDA GPU, and the device is {device}; take bf16 or no")
+    if asked != "auto":
+        return asked
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launcher in ("bf16", "fp16"):  # a launcher's `no` cannot be told from its default
+        return resolve_precision(launcher, device)
+    if device == "cuda":
+        return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "no"
+    if device == "cpu":
+        return "bf16" if _cpu_computes_bf16() else "no"
+    return "no"
+
+
+def _cpu_computes_bf16() -> bool:
+    """Say whether the CPU has matrix instructions for bfloat16."""
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, name)() for name in names if hasattr(torch.cpu, name))
+
+
+def build_accelerator(precision: str) -> "Accelerator":
+    """Start Accelerate for the processes that the launcher made.
+
+    Without an accelerator device it must be told so: it would leave several CPU processes each alone otherwise.
+
+    Raises:
+        RunError: If it does not see as many processes as the launcher started.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    accelerator = Accelerator(
+        cpu=device_type() == "cpu",
+        mixed_precision=precision,
+        # batch norm statistics are given out before an evaluation, not at every step
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    if accelerator.num_processes != processes():
+        raise RunError(f"the launcher started {processes()} processes, but Accelerate sees {accelerator.num_processes}")
+    return accelerator
+
+
+def set_threads(asked: str, device: str) -> None:
+    """Set the computing threads of a CPU process; `auto` shares the cores among the processes of this machine."""
+    if device == "cpu":
+        torch.set_num_threads(max(cores() // local_processes(), 1) if asked == "auto" else int(asked))
+
+
+def processes() -> int:
+    """Give the number of processes that the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_processes() -> int:
+    """Give the number of those that run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", processes()))
+
+
+def cores() -> int:
+    """Give the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def versions() -> dict[str, str]:
+    """Give the versions of what computes a run."""
+    packages = ("torch", "timm", "accelerate", "datasets", "numpy", "pillow", "safetensors")
+    return {
+        "resnext-hub": resnext_hub.__version__,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in packages},
+    }
+
+
+def processor_name(device: torch.device) -> str:
+    """Give the product name of the processor or accelerator."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def git_commit() -> str | None:
+    """Give the commit of the checkout that this package runs from, if it is one."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None

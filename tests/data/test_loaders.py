@@ -1,0 +1,87 @@
+"""The order of the samples and their pixels are functions of seed, epoch and index alone."""
+
+import hashlib
+
+import torch
+from pytest import mark
+
+from resnext_hub.data.dataset import DataConfig, load_splits
+from resnext_hub.data.loaders import StepSampler, TrainingSamples, build_train_loader, places_of_step
+from resnext_hub.data.transforms import TransformConfig, build_eval_transform, build_train_transform, published_input
+
+CFG = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.25,) * 3, "interpolation": "bilinear", "crop_pct": 1.0}
+AUGMENTED = TransformConfig(auto_augment="rand-m7-mstd0.5", random_erasing=0.5, color_jitter=0.3)
+
+
+def samples() -> TrainingSamples:
+    pictures = load_splits(DataConfig()).train
+    return TrainingSamples(pictures, build_train_transform(AUGMENTED, published_input(AUGMENTED, CFG)), seed=3)
+
+
+def test_every_sample_comes_once_per_epoch_and_every_batch_is_full() -> None:
+    count, batch = 10, 4
+    places = [place for step in range(5) for place in places_of_step(step, batch, count, seed=0)]
+    assert len(places) == 20
+    for epoch in range(2):
+        assert sorted(p.sample for p in places if p.epoch == epoch) == list(range(count))
+    assert [p.sample for p in places if p.epoch == 0] != [p.sample for p in places if p.epoch == 1]
+
+
+def test_a_set_smaller_than_the_batch_fills_it() -> None:
+    places = places_of_step(0, 8, 3, seed=0)
+    assert len(places) == 8
+    assert [p.epoch for p in places] == [0, 0, 0, 1, 1, 1, 2, 2]
+
+
+@mark.parametrize("processes", [1, 2, 3, 4])
+def test_the_parts_of_the_processes_make_up_the_global_batch(processes: int) -> None:
+    parts = [list(StepSampler(50, 12, 7, 0, 10, p, processes)) for p in range(processes)]
+    for step in range(10):
+        whole = [place for part in parts for place in part[step]]
+        assert whole == places_of_step(step, 12, 50, seed=7)
+
+
+def test_resuming_is_starting_at_another_step() -> None:
+    whole = list(StepSampler(50, 12, 7, 0, 10))
+    assert list(StepSampler(50, 12, 7, 6, 10)) == whole[6:]
+
+
+def test_pixels_are_equal_at_any_number_of_processes_and_workers() -> None:
+    steps, batch = 3, 12
+
+    def hashes(processes: int, workers: int) -> list[str]:
+        found = []
+        loaders = [
+            iter(build_train_loader(samples(), StepSampler(1437, batch, 3, 0, steps, p, processes), workers))
+            for p in range(processes)
+        ]
+        for _ in range(steps):
+            images = torch.cat([next(loader).images for loader in loaders])
+            found.append(hashlib.sha256(images.numpy().tobytes()).hexdigest())
+        return found
+
+    reference = hashes(1, 0)
+    assert len(set(reference)) == steps
+    assert hashes(2, 0) == reference
+    assert hashes(3, 1) == reference
+    assert hashes(1, 2) == reference
+
+
+def test_a_sample_is_augmented_anew_in_each_epoch() -> None:
+    data = samples()
+    places = places_of_step(0, 1437, 1437, seed=3)[:1] + places_of_step(1, 1437, 1437, seed=3)
+    first = places[0]
+    again = next(p for p in places[1:] if p.sample == first.sample)
+    assert not torch.equal(data[first][0], data[again][0])
+    assert torch.equal(data[first][0], data[first][0])
+
+
+def test_evaluation_uses_timms_transform_of_the_published_configuration() -> None:
+    import timm
+
+    config = TransformConfig(image_size=48, crop_pct=0.8, interpolation="bicubic")
+    resolved = published_input(config, CFG)
+    assert resolved["input_size"] == (3, 48, 48)
+    image = load_splits(DataConfig()).eval.image(0)
+    stock = timm.data.create_transform(**timm.data.resolve_data_config({}, pretrained_cfg=dict(resolved)))
+    assert torch.equal(build_eval_transform(resolved)(image), stock(image))
