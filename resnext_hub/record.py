@@ -1,0 +1,135 @@
+"""Every fact about a run, in one JSON file that training writes and everything after it reads."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from resnext_hub.errors import RequestError
+from resnext_hub.files import write_json
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """The network that was trained."""
+
+    requested: str
+    """What was asked for: a name, `hf-hub:…`, or `local-dir:` with the folder's own name."""
+    architecture: str
+    """timm architecture that builds the network (needs this package only where stock timm has no such network)."""
+    model_args: dict[str, Any]
+    """Arguments that differ from the architecture's own."""
+    needs_plugin: bool
+    parameters: int
+    variant: str | None
+    """Name in this package, and its template such as 32x4d, if the network is of the family."""
+    template: str | None
+    input: dict[str, Any]
+    """input_size, crop_pct, interpolation, mean, std, crop_mode: the evaluation's preprocessing in timm's keys."""
+    weights_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseModelFacts:
+    """The weights that training started from."""
+
+    id: str
+    hub_id: str | None
+    """Repository on the Hub, without a revision; None for a local folder."""
+    license: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetFacts:
+    """The pictures."""
+
+    id: str
+    hub_id: str | None
+    revision: str | None
+    fingerprint: str
+    train_split: str
+    eval_split: str | None
+    """None if the evaluation split was cut from the training split."""
+    train_count: int
+    eval_count: int
+    train_counts: list[int]
+    """Pictures by class."""
+    eval_counts: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationFacts:
+    """How the published weights do on the evaluation split."""
+
+    step: int
+    epoch: float
+    correct: int
+    count: int
+    top1: float
+    loss: float
+    batch_size: int
+    """Shape of every forward pass; float32 logits depend on it in their last bits."""
+    confusion: list[list[int]]
+    """Rows are true classes, columns predicted ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """A finished run."""
+
+    format_version: int = FORMAT_VERSION
+    name: str
+    config: dict[str, Any]
+    """The resolved configuration, flat; a local dataset is reduced to its folder's name."""
+    command: str
+    """The non-default settings, as a command that repeats the run."""
+    model: ModelFacts
+    base_model: BaseModelFacts | None
+    dataset: DatasetFacts
+    label_names: list[str]
+    steps: int
+    evaluation: EvaluationFacts
+    history: list[dict[str, Any]]
+    """The lines of metrics.jsonl."""
+    versions: dict[str, str]
+    hardware: dict[str, Any]
+    """device, threads, mixed_precision, and the processor's or accelerator's name."""
+    processes: int
+    git_commit: str | None
+    wall_seconds: float
+    resumes: int
+    broken_pictures: list[dict[str, str]] = field(default_factory=list)
+
+    def save(self, path: Path) -> None:
+        """Write the record as JSON, atomically."""
+        write_json(path, dataclasses.asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> "RunRecord":
+        """Read a record.
+
+        Raises:
+            RequestError: If there is none, or it is of another format.
+        """
+        if not path.is_file():
+            raise RequestError(
+                f"{path.parent} holds no record.json: it is not the folder of a finished run (see scripts/train.py)"
+            )
+        content = json.loads(path.read_text())
+        if content.get("format_version") != FORMAT_VERSION:
+            raise RequestError(
+                f"{path} is of format {content.get('format_version')}; this version reads {FORMAT_VERSION}"
+            )
+        base = content["base_model"]
+        return cls(
+            **content
+            | {
+                "model": ModelFacts(**content["model"]),
+                "base_model": None if base is None else BaseModelFacts(**base),
+                "dataset": DatasetFacts(**content["dataset"]),
+                "evaluation": EvaluationFacts(**content["evaluation"]),
+            }
+        )

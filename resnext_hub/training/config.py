@@ -1,0 +1,210 @@
+"""Everything that decides a run, composed of the configurations that stand beside their owners.
+
+Flags and files are flat: every field has one name across all of them. `open` fields hold None until `resolve` in run.py
+derives them; a resolved configuration written to a file repeats the run.
+"""
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Literal
+
+from resnext_hub.data.dataset import DataConfig
+from resnext_hub.data.loaders import LoaderConfig
+from resnext_hub.data.transforms import TransformConfig
+from resnext_hub.errors import RequestError
+from resnext_hub.training.checkpoint import CheckpointConfig
+from resnext_hub.training.optim import OptimConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run."""
+
+    model: str = "resnext_g32"
+    """A name that timm knows, `hf-hub:owner/repo`, or `local-dir:folder`."""
+    pretrained: bool | None = None
+    """Start from released weights; if not given, yes for `hf-hub:` and `local-dir:`, no for a name."""
+    drop_rate: float = 0.0
+    """Dropout probability before the classifier."""
+    drop_path: float = 0.0
+    """Probability of dropping the last block's residual branch in training (stochastic depth)."""
+    epochs: float = 30.0
+    """Passes over the training split."""
+    max_steps: int | None = None
+    """Optimizer steps, in place of the number that follows from the epochs."""
+    batch_size: int = 128
+    """Global batch: samples of one optimizer step, over all processes."""
+    micro_batch_size: int | None = None
+    """Samples that a process computes at once; its whole part of the batch if not given."""
+    eval_batch_size: int = 32
+    """Fixed shape of evaluation passes, apart from the training batch."""
+    label_smoothing: float = 0.1
+    """Part of the target that is spread over all classes."""
+    seed: int = 0
+    """Seed of weights, sample order and augmentation."""
+    deterministic: bool | None = None
+    """Use deterministic algorithms only; if not given, yes on a CPU and no on an accelerator."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Precision of the forward pass; auto is the launcher's, else bf16 where the device computes it fast."""
+    threads: str = "auto"
+    """Computing threads of each process on a CPU; auto shares the cores out."""
+    log_every: int = 10
+    """Steps between log lines."""
+    eval_every: int = 1
+    """Epochs between evaluations; the last step is always evaluated."""
+    log_samples: bool = False
+    """Write samples-P.jsonl for each process: the indices of each step and a hash of their pixels."""
+    data: DataConfig = field(default_factory=DataConfig)
+    transform: TransformConfig = field(default_factory=TransformConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "batch_size",
+            "micro_batch_size",
+            "max_steps",
+            "eval_batch_size",
+            "log_every",
+            "eval_every",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RequestError(f"{flag_of(name)} {value}: expected at least 1")
+        for name in ("drop_rate", "drop_path", "label_smoothing"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise RequestError(f"{flag_of(name)} {getattr(self, name)}: expected a number from 0 to below 1")
+        if self.epochs <= 0.0:
+            raise RequestError(f"--epochs {self.epochs}: expected a positive number")
+        if self.seed < 0:
+            raise RequestError(f"--seed {self.seed}: expected a number of at least 0")
+        if self.threads != "auto" and not (self.threads.isdigit() and int(self.threads) > 0):
+            raise RequestError(f"--threads {self.threads}: expected auto or a positive number")
+
+    def to_flat(self) -> dict[str, Any]:
+        """Give every field by its one name; the inverse of `from_flat`."""
+        flat: dict[str, Any] = {}
+        for part in dataclasses.fields(self):
+            value = getattr(self, part.name)
+            if dataclasses.is_dataclass(value):
+                flat |= {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+            else:
+                flat[part.name] = value
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
+
+    @classmethod
+    def from_flat(cls, values: Mapping[str, Any]) -> "TrainConfig":
+        """Build a configuration from field names and values; what is not named keeps its default.
+
+        Raises:
+            RequestError: If a name is unknown or a value is of the wrong type or out of range.
+        """
+        known = flat_fields()
+        for name in values:
+            if name not in known:
+                raise RequestError(f"{name} is not a setting; known ones: {', '.join(known)}")
+        checked = {name: check_value(name, value, known[name].type) for name, value in values.items()}
+        own = {f.name: checked[f.name] for f in dataclasses.fields(cls) if f.name in checked}
+        for part, kind in _parts(cls).items():
+            mine = {f.name: checked[f.name] for f in dataclasses.fields(kind) if f.name in checked}
+            own[part] = kind(**mine)
+        return cls(**own)
+
+
+MACHINE_FIELDS = frozenset(
+    {
+        "threads",
+        "workers",
+        "deterministic",
+        "log_every",
+        "log_samples",
+        "checkpoint_every",
+        "keep_checkpoints",
+    }
+)
+"""Fields that may differ when a run is resumed: they say how the machine does the work, not what work it is."""
+
+GROWING_FIELDS = frozenset({"epochs", "max_steps"})
+"""Fields that may grow when a run is resumed."""
+
+
+@dataclass(frozen=True)
+class FlatField:
+    """A field by its one name: its type, default, and the sentence under it."""
+
+    name: str
+    type: Any
+    default: Any
+    help: str
+
+
+@lru_cache(maxsize=1)
+def flat_fields() -> dict[str, FlatField]:
+    """Give every field of the configuration and of its parts, by name."""
+    fields: dict[str, FlatField] = {}
+    for kind in (TrainConfig, *_parts(TrainConfig).values()):
+        hints = typing.get_type_hints(kind)
+        sentences = _sentences(kind)
+        for f in dataclasses.fields(kind):
+            if not dataclasses.is_dataclass(hints[f.name]):
+                assert f.name not in fields, f"two settings are called {f.name}"
+                fields[f.name] = FlatField(f.name, hints[f.name], f.default, sentences[f.name])
+    return fields
+
+
+def flag_of(name: str) -> str:
+    """Give the flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def check_value(name: str, value: Any, hint: Any) -> Any:
+    """Give a value as a field's type has it: whole numbers become floats, lists tuples.
+
+    Raises:
+        RequestError: If the value is of another type.
+    """
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    if typing.get_origin(hint) is Literal:
+        if value in typing.get_args(hint):
+            return value
+        raise RequestError(f"{flag_of(name)} {value}: expected one of {', '.join(typing.get_args(hint))}")
+    if typing.get_origin(hint) is tuple:
+        parts = typing.get_args(hint)
+        if isinstance(value, (list, tuple)) and len(value) == len(parts):
+            return tuple(check_value(name, v, part) for v, part in zip(value, parts, strict=True))
+        raise RequestError(f"{flag_of(name)} {value}: expected {len(parts)} numbers")
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is str and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)  # threads: 2 and checkpoint_every: 500, as YAML reads them
+    if type(value) is not hint:
+        raise RequestError(f"{flag_of(name)} {value!r}: expected {hint.__name__}, not {type(value).__name__}")
+    return value
+
+
+def _parts(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if dataclasses.is_dataclass(hints[f.name])}
+
+
+def _sentences(cls: type) -> dict[str, str]:
+    """Read the docstrings that stand under the fields of a class; Python keeps them in the source alone."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(tree, ast.ClassDef)
+    sentences = {}
+    for node, below in zip(tree.body, tree.body[1:], strict=False):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(below, ast.Expr):
+            assert isinstance(below.value, ast.Constant)
+            sentences[node.target.id] = str(below.value.value)
+    return sentences

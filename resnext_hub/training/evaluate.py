@@ -1,0 +1,106 @@
+"""Exact evaluation: the same integers at any number of processes and any training batch size.
+
+The samples are cut into batches in their own order, and each batch is computed whole by one process, at one fixed shape
+(the last one padded), by the unwrapped network in float32. What a process computed stands in an array that is zero
+elsewhere, so the sum over the processes is every sample's own value, to the bit.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from resnext_hub.data.loaders import EvaluationSamples, build_eval_loader
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """One entry per evaluation sample, `(N,)`, in the order of the split."""
+
+    labels: np.ndarray
+    predictions: np.ndarray
+    probabilities: np.ndarray
+    """Probability that the network gives its prediction."""
+    losses: np.ndarray
+    """Cross entropy in nats, without label smoothing."""
+
+    @property
+    def count(self) -> int:
+        """Number of samples."""
+        return len(self.labels)
+
+    @property
+    def correct(self) -> int:
+        """Number of samples whose prediction is their label."""
+        return int((self.labels == self.predictions).sum())
+
+    @property
+    def top1(self) -> float:
+        """Fraction of samples that are right, 0 to 1."""
+        return self.correct / self.count
+
+    @property
+    def loss(self) -> float:
+        """Mean cross entropy in nats."""
+        return float(self.losses.mean())
+
+    def confusion(self, classes: int) -> np.ndarray:
+        """Give counts `(classes, classes)`: rows are true classes, columns predicted ones."""
+        return np.bincount(self.labels * classes + self.predictions, minlength=classes**2).reshape(classes, classes)
+
+
+def _identity(values: torch.Tensor) -> torch.Tensor:
+    return values
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    samples: EvaluationSamples,
+    *,
+    batch_size: int,
+    device: torch.device,
+    workers: int = 0,
+    process: int = 0,
+    processes: int = 1,
+    sum_over_processes: Callable[[torch.Tensor], torch.Tensor] = _identity,
+) -> Evaluation:
+    """Evaluate a network on every sample once.
+
+    Args:
+        model: The unwrapped network, `(N, C, H, W)` float32 to logits `(N, classes)`; its mode is put back after.
+        samples: What to evaluate on.
+        batch_size: Shape of every forward pass.
+        device: Where the network is.
+        workers: Reading processes.
+        process: Index of this process.
+        processes: Number of processes that share the work.
+        sum_over_processes: Adds a float64 CPU tensor over the processes.
+    """
+    count = len(samples)
+    batches = [list(range(i, min(i + batch_size, count))) for i in range(0, count, batch_size)]
+    values = torch.zeros(3, count, dtype=torch.float64)
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in build_eval_loader(samples, batches[process::processes], workers, device.type == "cuda"):
+            size = len(batch.indices)
+            images = F.pad(batch.images, (0,) * 7 + (batch_size - size,))
+            images = images.to(device).contiguous(memory_format=torch.channels_last)
+            logits = model(images)[:size].float()
+            log_probabilities = F.log_softmax(logits, dim=1).cpu().double()
+            best, prediction = log_probabilities.max(dim=1)
+            losses = F.nll_loss(log_probabilities, batch.labels, reduction="none")
+            values[:, batch.indices] = torch.stack([prediction.double(), best.exp(), losses])
+    finally:
+        model.train(was_training)
+    prediction, probability, losses = sum_over_processes(values).numpy()
+    return Evaluation(
+        labels=samples.pictures.labels,
+        predictions=prediction.astype(np.int64),
+        probabilities=probability.astype(np.float32),
+        losses=losses,
+    )

@@ -1,0 +1,130 @@
+"""The optimizer, built by timm, and the learning rate as a pure function of the step."""
+
+import difflib
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from resnext_hub.errors import RequestError
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """How the weights follow the gradients."""
+
+    optimizer: str = "sgd"
+    """An optimizer of timm, such as sgd, adamw or lamb."""
+    lr: float | None = None
+    """Greatest learning rate; derived from optimizer and batch size if not given."""
+    momentum: float = 0.9
+    """Momentum, for optimizers that have one."""
+    weight_decay: float = 1e-4
+    """Weight decay; biases and norm layers are left out of it."""
+    warmup_epochs: float = 5.0
+    """Epochs over which the learning rate rises linearly from near zero; at most half of the run."""
+    clip_grad: float | None = None
+    """Greatest norm of the gradient, if it is to be clipped."""
+
+    def __post_init__(self) -> None:
+        from timm.optim import list_optimizers
+
+        known = list_optimizers()
+        if self.optimizer not in known:
+            close = difflib.get_close_matches(self.optimizer, known, n=3) or ["sgd", "adamw", "lamb"]
+            raise RequestError(f"--optimizer {self.optimizer}: timm has no such optimizer; close: {', '.join(close)}")
+        for flag, value in (("--lr", self.lr), ("--clip-grad", self.clip_grad)):
+            if value is not None and not (0.0 < value < math.inf):
+                raise RequestError(f"{flag} {value} is not a positive number")
+        for flag, value in (("--weight-decay", self.weight_decay), ("--warmup-epochs", self.warmup_epochs)):
+            if value < 0.0:
+                raise RequestError(f"{flag} {value} is negative")
+        if not 0.0 <= self.momentum < 1.0:
+            raise RequestError(f"--momentum {self.momentum} is not in [0, 1)")
+
+
+def derive_lr(optimizer: str, batch_size: int, pretrained: bool) -> float:
+    """Give a learning rate in proportion to the global batch.
+
+    For SGD it is the paper's, 0.1 at batch 256 (section 4), and a tenth of that from released weights; optimizers that
+    scale the gradient themselves take 1e-3 at 512 in both cases.
+    """
+    if "sgd" in optimizer or optimizer in ("momentum", "nesterov"):
+        return 0.1 * batch_size / 256 * (0.1 if pretrained else 1.0)
+    return 1e-3 * batch_size / 512
+
+
+def lr_at(step: int, total_steps: int, warmup_steps: int, lr: float) -> float:
+    """Give the learning rate of a step: a linear rise, then half a cosine down to zero at `total_steps`."""
+    if step < warmup_steps:
+        return lr * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    return lr * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """Build timm's optimizer over the parameters of a model, with weight decay on matrices and filters only."""
+    from timm.optim import create_optimizer_v2
+
+    optimizer: torch.optim.Optimizer = create_optimizer_v2(
+        model, opt=config.optimizer, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
+    )
+    return optimizer
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every group, scaled where timm gave a group a scale of its own."""
+    groups: list[dict[str, Any]] = optimizer.param_groups
+    for group in groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Take an optimizer's state apart into tensors, keyed `state.parameter.name` or `group.index.name`, and JSON.
+
+    Raises:
+        RequestError: If the optimizer keeps state that is neither a tensor nor JSON.
+    """
+    content = optimizer.state_dict()
+    tensors: dict[str, torch.Tensor] = {}
+    facts: dict[str, dict[str, dict[str, Any]]] = {"state": {}, "group": {}}
+    entries = [("state", index, values) for index, values in content["state"].items()]
+    entries += [("group", index, values) for index, values in enumerate(content["param_groups"])]
+    for kind, index, values in entries:
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{kind}.{index}.{name}"] = value
+            elif name not in ("params", "param_names"):
+                facts[kind].setdefault(str(index), {})[name] = value
+    try:
+        json.dumps(facts, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise RequestError(
+            f"the state of {type(optimizer).__name__} cannot be saved in a checkpoint ({error}); "
+            "take another --optimizer"
+        ) from error
+    return tensors, facts
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], facts: dict[str, Any]
+) -> None:
+    """Put back what `optimizer_state` took apart, in the memory format of the parameters."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    groups = optimizer.state_dict()["param_groups"]
+    state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in facts["state"].items()}
+    for index, values in facts["group"].items():
+        groups[int(index)] |= values
+    for key, tensor in tensors.items():
+        kind, index, name = key.split(".", 2)
+        if kind == "group":
+            groups[int(index)][name] = tensor
+            continue
+        parameter = parameters[int(index)]
+        if tensor.shape == parameter.shape:
+            tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
+        state.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

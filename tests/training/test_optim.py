@@ -1,0 +1,85 @@
+"""The learning rate is a function of the step; an optimizer comes back from a checkpoint as it was."""
+
+import json
+from itertools import pairwise
+
+import torch
+from pytest import approx, mark, raises
+from safetensors.torch import load, save
+
+from resnext_hub.errors import RequestError
+from resnext_hub.training.optim import (
+    OptimConfig,
+    build_optimizer,
+    derive_lr,
+    lr_at,
+    optimizer_state,
+    restore_optimizer,
+    set_lr,
+)
+
+
+def network() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(144, 2)
+    )
+
+
+def test_lr_rises_linearly_and_falls_as_half_a_cosine() -> None:
+    rates = [lr_at(step, total_steps=100, warmup_steps=10, lr=0.5) for step in range(100)]
+    assert rates[0] == approx(0.05)
+    assert rates[9] == rates[10] == 0.5
+    assert rates[55] == approx(0.25)
+    assert 0 < rates[99] < 0.001
+    assert all(a >= b for a, b in pairwise(rates[10:]))
+
+
+def test_lr_without_warm_up_starts_at_its_greatest() -> None:
+    assert lr_at(0, total_steps=10, warmup_steps=0, lr=0.5) == 0.5
+
+
+def test_sgd_takes_the_papers_lr_in_proportion_to_the_batch() -> None:
+    assert derive_lr("sgd", 256, pretrained=False) == approx(0.1)
+    assert derive_lr("sgd", 64, pretrained=True) == approx(0.0025)
+    assert derive_lr("adamw", 512, pretrained=False) == approx(1e-3)
+
+
+def test_norm_layers_and_biases_are_left_out_of_weight_decay() -> None:
+    groups = build_optimizer(network(), OptimConfig(optimizer="sgd", lr=0.1, weight_decay=0.01)).param_groups
+    by_decay = {group["weight_decay"]: [p.ndim for p in group["params"]] for group in groups}
+    assert set(by_decay[0.0]) == {1}
+    assert set(by_decay[0.01]) == {2, 4}
+
+
+@mark.parametrize("name", ["sgd", "adamw", "lamb", "rmsproptf", "nadamw"])
+def test_an_optimizer_restored_from_bytes_takes_the_same_steps(name: str) -> None:
+    images, config = torch.randn(4, 3, 8, 8), OptimConfig(optimizer=name, lr=0.01, weight_decay=0.02)
+
+    def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, lr: float) -> None:
+        set_lr(optimizer, lr)
+        optimizer.zero_grad()
+        model(images).square().sum().backward()
+        optimizer.step()
+
+    one = network().to(memory_format=torch.channels_last)
+    first = build_optimizer(one, config)
+    for lr in (0.01, 0.02):
+        step(one, first, lr)
+    tensors, facts = optimizer_state(first)
+    tensors, facts = load(save({k: v.contiguous() for k, v in tensors.items()})), json.loads(json.dumps(facts))
+
+    two = network().to(memory_format=torch.channels_last)
+    two.load_state_dict({k: v.clone() for k, v in one.state_dict().items()})
+    second = build_optimizer(two, config)
+    restore_optimizer(second, tensors, facts)
+    for lr in (0.03, 0.01):
+        step(one, first, lr)
+        step(two, second, lr)
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_unknown_optimizer_is_refused_with_close_names() -> None:
+    with raises(RequestError, match=r"--optimizer adamv: timm has no such optimizer; close: .*adam"):
+        OptimConfig(optimizer="adamv")
