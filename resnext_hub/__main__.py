@@ -1,0 +1,7 @@
+"""`python -m resnext_hub …` and `accelerate launch -m resnext_hub train …`."""
+
+import sys
+
+from resnext_hub.cli import main
+
+sys.exit(main())

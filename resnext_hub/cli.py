@@ -1,0 +1,219 @@
+"""The command line: flags made from the typed configurations, one function called, one result printed."""
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from resnext_hub.errors import RequestError, RunError
+
+EXTRA_PACKAGES = frozenset(
+    ("accelerate", "datasets", "jinja2", "matplotlib", "numpy", "PIL", "pyarrow", "sklearn", "tqdm", "yaml")
+)
+"""What the commands import beyond the package itself: the extra `train`."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in a line, without the usage of every flag before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RequestError(f"{message} (see {self.prog} --help)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; give its exit code: 2 for a wrong request, 1 for a run that failed."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    _set_up_logging(is_main)
+    try:
+        options = _build_parser().parse_args(arguments)
+        options.command(options)
+    except RequestError as error:
+        return _say(error, 2, is_main)
+    except RunError as error:
+        return _say(error, 1, is_main or not error.everywhere)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in EXTRA_PACKAGES:
+            raise
+        return _say(f'{error.name} is not installed; pip install "resnext-hub[train]"', 2, is_main)
+    except KeyboardInterrupt:
+        return _say("stopped; the same command goes on from the last checkpoint", 130, is_main)
+    return 0
+
+
+def _say(what: object, code: int, aloud: bool) -> int:
+    if aloud:
+        sys.stderr.write(f"{'error: ' if code != 130 else ''}{what}\n")
+    return code
+
+
+def _set_up_logging(is_main: bool) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("resnext_hub")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO if is_main else logging.ERROR)
+    logger.propagate = False
+    if not is_main:
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="resnext-hub", description="Train, evaluate and publish ResNeXt networks.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    train = _add(commands, "train", _train, "train a network and leave a run folder")
+    train.add_argument("--recipe", help="a named configuration: quickstart, finetune, imagenet")
+    train.add_argument("--config", type=Path, metavar="FILE", help="settings in YAML, such as a run's config.yaml")
+    train.add_argument("--output-dir", type=Path, metavar="DIR", help="the run folder (default: runs/DATASET-MODEL)")
+    train.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="go on with an unfinished run of the folder; --no-resume refuses a used folder",
+    )
+    add_config_flags(train)
+
+    evaluate = _add(commands, "evaluate", _evaluate, "evaluate a run's model again, and compare with its record")
+    evaluate.add_argument("run", type=Path, help="the run folder")
+    evaluate.add_argument("--threads", default="auto", help="computing threads on a CPU (default: auto)")
+
+    push = _add(commands, "push", _push, "upload a run's model folder to the Hub, in one commit")
+    push.add_argument("run", type=Path, help="the run folder")
+    push.add_argument("--repo-id", required=True, metavar="OWNER/NAME", help="repository, made if it is not there")
+    push.add_argument("--license", help="licence of the weights, such as apache-2.0")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing to main")
+    push.add_argument("--dry-run", action="store_true", help="list what would be uploaded; nothing is sent")
+    return parser
+
+
+def _add(
+    commands: Any, name: str, function: Callable[[argparse.Namespace], None], text: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    parser.set_defaults(command=function)
+    return parser
+
+
+def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for every field of the training configuration; flags that are not typed leave no trace."""
+    from resnext_hub.training.config import flag_of, flat_fields
+
+    for name, field in flat_fields().items():
+        default = "" if field.default is None else f" (default: {field.default})"
+        text = (field.help + default).replace("%", "%%")
+        parser.add_argument(flag_of(name), default=argparse.SUPPRESS, help=text, **_flag_type(field.type))
+
+
+def _flag_type(hint: Any) -> dict[str, Any]:
+    """Give argparse's arguments for a field's type."""
+    if isinstance(hint, types.UnionType):
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if typing.get_origin(hint) is Literal:
+        return {"choices": typing.get_args(hint)}
+    if typing.get_origin(hint) is tuple:
+        return {"type": float, "nargs": len(typing.get_args(hint)), "metavar": "X"}
+    return {"type": hint, "metavar": {int: "N", float: "X", str: "TEXT"}[hint]}
+
+
+def _train(options: argparse.Namespace) -> None:
+    from resnext_hub import plan as planning
+    from resnext_hub.record import RunRecord
+    from resnext_hub.run import execute
+    from resnext_hub.training.config import flat_fields
+
+    asked = {name: value for name, value in vars(options).items() if name in flat_fields()}
+    settings, recipe = planning.merge_settings(asked, options.recipe, options.config)
+    plan = planning.prepare(settings, asked=asked, recipe=recipe, output_dir=options.output_dir, resume=options.resume)
+    if plan.finished:
+        record = RunRecord.load(plan.folder / "record.json")
+        _print(f"{plan.folder} is finished already; nothing was computed (--epochs may grow)\n")
+    else:
+        with _one_line_failures(plan.folder), _bars_beside_logs():
+            record = execute(plan)
+    model = plan.folder / "model"
+    evaluation = record.evaluation
+    _print(
+        f"accuracy {evaluation.top1:.4f}: {evaluation.correct} of {evaluation.count} held-out pictures right\n"
+        f"model folder: {model}\n\n"
+        f"    import timm\n"
+        + ("    import resnext_hub\n" if record.model.needs_plugin else "")
+        + f'    model = timm.create_model("local-dir:{model}", pretrained=True).eval()\n'
+        f"    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
+    )
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from resnext_hub.run import evaluate_run
+
+    if options.threads != "auto" and not (options.threads.isdigit() and int(options.threads) > 0):
+        raise RequestError(f"--threads {options.threads}: expected auto or a positive number")
+    evaluation, record = evaluate_run(options.run, options.threads)
+    recorded = record.evaluation
+    text = (
+        f"{evaluation.correct} of {evaluation.count} right ({evaluation.top1:.4f}), loss {evaluation.loss:.6f}; "
+        f"recorded: {recorded.correct} of {recorded.count}, loss {recorded.loss:.6f}"
+    )
+    classes = len(record.label_names)
+    if evaluation.confusion(classes).tolist() != recorded.confusion:
+        raise RunError(f"the counts differ from the record: {text}")
+    _print(f"{text}: the same counts in every class\n")
+
+
+def _push(options: argparse.Namespace) -> None:
+    from resnext_hub.hub.publish import publish
+    from resnext_hub.record import RunRecord
+
+    record = RunRecord.load(options.run / "record.json")
+    address, files = publish(
+        options.run / "model",
+        record,
+        options.repo_id,
+        options.license,
+        private=options.private,
+        create_pr=options.create_pr,
+        dry_run=options.dry_run,
+    )
+    listing = "".join(f"    {size:>12,}  {name}\n" for name, size in files)
+    if address is None:
+        visibility = "private " if options.private else ""
+        _print(f"would go to the {visibility}repository {options.repo_id} in one commit:\n{listing}")
+    else:
+        _print(f"published: {address}\n{listing}")
+
+
+@contextlib.contextmanager
+def _one_line_failures(folder: Path) -> Iterator[None]:
+    """Say in a line what the operating system refused."""
+    try:
+        yield
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise RunError(
+            f"the run stopped: {error.strerror or error}{where}; mend that, and the same command goes on in {folder}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _bars_beside_logs() -> Iterator[None]:
+    """Keep log lines from breaking a progress bar on a terminal."""
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    with logging_redirect_tqdm([logging.getLogger("resnext_hub")]):
+        yield
+
+
+def _print(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        sys.stdout.write(text)
+        sys.stdout.flush()

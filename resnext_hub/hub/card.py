@@ -1,0 +1,140 @@
+"""The model card: a pure function of a record."""
+
+import math
+from importlib import resources
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from resnext_hub.record import RunRecord
+
+MOST_CLASSES = 30
+"""Rows of the per-class table; with more classes, those with the lowest recall are shown."""
+
+
+def render_card(record: RunRecord, repo_id: str | None = None, license: str | None = None) -> str:
+    """Give the text of README.md: metadata in YAML, then Markdown.
+
+    Args:
+        record: The run.
+        repo_id: Hub repository that the card is for; without one, the snippet loads the folder.
+        license: Licence of the weights, an id of the Hub's list.
+    """
+    import jinja2
+
+    template = resources.files("resnext_hub.hub").joinpath("card.md.jinja").read_text()
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+        autoescape=False,  # Markdown, not HTML
+    )
+    evaluation, dataset = record.evaluation, record.dataset
+    rows = _per_class(record)
+    settings = record.config
+    body = environment.from_string(template).render(
+        record=record,
+        title=repo_id.partition("/")[2] or repo_id if repo_id else record.name,
+        source=f"hf-hub:{repo_id}" if repo_id else f"local-dir:runs/{record.name}/model",
+        repo_id=repo_id,
+        dataset_link=_dataset_link(record),
+        split_name=_split_name(record),
+        class_list=_class_list(record.label_names),
+        interval=wilson_interval(evaluation.correct, evaluation.count),
+        percent=_percent,
+        size=record.model.input["input_size"][-1],
+        per_class=rows[:MOST_CLASSES],
+        hidden_classes=max(len(rows) - MOST_CLASSES, 0),
+        minutes=_duration(record.wall_seconds),
+        hardware=_hardware(record.hardware),
+        settings=[(name, settings[name]) for name in sorted(settings) if settings[name] is not None],
+    )
+    data = ModelCardData(
+        model_name=repo_id.partition("/")[2] or repo_id if repo_id else record.name,
+        license=license,
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "timm", "transformers", "resnext"],
+        datasets=[dataset.hub_id] if dataset.hub_id else None,
+        base_model=record.base_model.hub_id if record.base_model else None,
+        eval_results=[
+            EvalResult(
+                task_type="image-classification",
+                dataset_type=dataset.hub_id or dataset.id,
+                dataset_name=dataset.id,
+                dataset_split=dataset.eval_split,
+                dataset_revision=dataset.revision,
+                metric_type="accuracy",
+                metric_name="Top-1 accuracy",
+                metric_value=evaluation.top1,
+            )
+        ],
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n{body}"
+
+
+def wilson_interval(correct: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """Give the 95 % confidence interval of a proportion (Wilson 1927), which stays within 0 and 1."""
+    p = correct / count
+    centre = (p + z * z / (2 * count)) / (1 + z * z / count)
+    half = z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count)) / (1 + z * z / count)
+    return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def _per_class(record: RunRecord) -> list[dict[str, Any]]:
+    rows = []
+    for label, (name, counts) in enumerate(zip(record.label_names, record.evaluation.confusion, strict=True)):
+        count, right = sum(counts), counts[label]
+        wrong = [(n, other) for other, n in enumerate(counts) if other != label and n]
+        n, other = max(wrong, default=(0, 0), key=lambda pair: (pair[0], -pair[1]))
+        rows.append(
+            {
+                "name": _cell(name),
+                "count": count,
+                "right": right,
+                "recall": _percent(right / count) if count else "no pictures",
+                "confused": f"{_cell(record.label_names[other])} ({n})" if n else "",
+                "order": right / count if count else 2.0,
+            }
+        )
+    return sorted(rows, key=lambda row: float(row["order"])) if len(rows) > MOST_CLASSES else rows
+
+
+def _dataset_link(record: RunRecord) -> str:
+    dataset = record.dataset
+    if dataset.hub_id:
+        return f"[{dataset.hub_id}](https://huggingface.co/datasets/{dataset.hub_id})"
+    if dataset.id == "digits":
+        return "scikit-learn's bundled handwritten digits (1,797 pictures of 8 x 8 pixels)"
+    return f"`{dataset.id}`, a local dataset"
+
+
+def _split_name(record: RunRecord) -> str:
+    dataset = record.dataset
+    if dataset.eval_split is not None:
+        return f"split `{dataset.eval_split}`"
+    return f"held out of `{dataset.train_split}`, stratified, seed {record.config['split_seed']}"
+
+
+def _class_list(names: list[str], most: int = 12) -> str:
+    shown = ", ".join(_cell(name) for name in names[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f} %"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def _hardware(hardware: dict[str, Any]) -> str:
+    precision = {"no": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}[hardware["mixed_precision"]]
+    threads = f", {hardware['threads']} threads" if hardware["device"] == "cpu" else ""
+    return f"{hardware['name']} ({hardware['device']}{threads}, {precision})"

@@ -1,0 +1,87 @@
+"""A trained network as a folder that stock timm and transformers load."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from resnext_hub.errors import RunError
+from resnext_hub.files import new_folder, sha256_of, write_json
+from resnext_hub.models.source import WEIGHTS
+
+
+def export_model(
+    network: nn.Module,
+    folder: Path,
+    *,
+    architecture: str,
+    model_args: Mapping[str, Any],
+    input_facts: Mapping[str, Any],
+    label_names: Sequence[str],
+    license: str | None,
+    plugin_facts: Mapping[str, Any],
+) -> str:
+    """Write `model.safetensors` and `config.json`, load them again, and compare the logits to the bit.
+
+    Args:
+        network: The trained network, on any device.
+        folder: Replaced whole.
+        architecture: timm architecture that builds the network.
+        model_args: Arguments that differ from the architecture's own. More than those would make transformers fail.
+        input_facts: input_size, crop_pct, interpolation, mean, std, crop_mode.
+        label_names: Class names in the order of the logits.
+        license: Licence of the weights, if it is known.
+        plugin_facts: This package's own facts, for the top-level key `resnext_hub`: timm refuses keys it does not know
+            inside pretrained_cfg, and ignores them here.
+
+    Returns:
+        SHA-256 of the weights file.
+
+    Raises:
+        RunError: If the folder does not load back to the same logits.
+    """
+    known: dict[str, Any] = getattr(network, "pretrained_cfg", {})
+    pretrained_cfg = {
+        **{key: list(value) if isinstance(value, tuple) else value for key, value in input_facts.items()},
+        "num_classes": len(label_names),
+        "pool_size": None,
+        "first_conv": known.get("first_conv"),
+        "classifier": known.get("classifier"),
+        "custom_load": False,
+        "license": license,
+    }
+    config = {
+        "architecture": architecture,
+        "num_classes": len(label_names),
+        "num_features": network.num_features,
+        "label_names": list(label_names),
+        **({"model_args": dict(model_args)} if model_args else {}),
+        "pretrained_cfg": {key: value for key, value in pretrained_cfg.items() if value is not None},
+        "resnext_hub": dict(plugin_facts),
+    }
+    # a channels_last tensor is not contiguous, and safetensors would refuse it
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    with new_folder(folder) as aside:
+        save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
+        write_json(aside / "config.json", config)
+        _verify(network, aside, input_facts["input_size"])
+    return sha256_of(folder / WEIGHTS)
+
+
+@torch.inference_mode()
+def _verify(network: nn.Module, folder: Path, input_size: Sequence[int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(2, *input_size, generator=generator)
+    reloaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    reference = network.eval()
+    device = next(reference.parameters()).device
+    # the same memory format on both sides: another one may be another algorithm
+    images = images.to(device).contiguous(memory_format=torch.channels_last)
+    reloaded = reloaded.to(device).to(memory_format=torch.channels_last)
+    reference = reference.to(memory_format=torch.channels_last)
+    if not torch.equal(reloaded(images), reference(images)):
+        raise RunError("the exported model does not give the logits of the trained one; nothing was published")

@@ -1,0 +1,265 @@
+"""From what somebody asks for to a run that was found right, or one line that says what is wrong.
+
+Everything here happens in every process alike and before any process group exists, so that a wrong request stops all of
+them instead of leaving some to wait. Nothing is computed.
+"""
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from resnext_hub.data.dataset import Splits, load_splits
+from resnext_hub.data.loaders import PICTURE_MODES, derive_workers
+from resnext_hub.data.transforms import build_train_transform, published_input
+from resnext_hub.errors import RequestError
+from resnext_hub.machine import check_launcher, device_type, local_processes, processes, resolve_precision
+from resnext_hub.models.source import ModelSource, build_model, find_model
+from resnext_hub.recipes import QUICKSTART, RECIPES
+from resnext_hub.record import RunRecord
+from resnext_hub.training.config import GROWING_FIELDS, MACHINE_FIELDS, TrainConfig, flag_of
+from resnext_hub.training.loop import plan_schedule
+from resnext_hub.training.optim import derive_lr
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A request that was found right."""
+
+    config: TrainConfig
+    """Resolved: no open field is left."""
+    asked: dict[str, Any]
+    """The settings that were asked for, over the recipe's and the defaults."""
+    recipe: str | None
+    folder: Path
+    source: ModelSource
+    splits: Splits
+    data_config: dict[str, Any]
+    finished: bool
+    """Whether the folder holds this very run, done."""
+
+
+def merge_settings(
+    asked: Mapping[str, Any], recipe: str | None = None, file: Path | None = None
+) -> tuple[dict[str, Any], str | None]:
+    """Lay settings over each other: recipe, then file, then what was asked for; give them and the recipe's name.
+
+    Where no dataset is named at all, the recipe is quickstart.
+
+    Raises:
+        RequestError: If there is no such recipe or file, or the file is no mapping.
+    """
+    from_file: dict[str, Any] = {}
+    if file is not None:
+        try:
+            from_file = yaml.safe_load(file.read_text()) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise RequestError(f"--config {file} cannot be read: {' '.join(str(error).split())}") from error
+        if not isinstance(from_file, dict):
+            raise RequestError(f"--config {file}: expected settings, one `name: value` a line")
+    if recipe is None and not {"dataset"} & (from_file.keys() | asked.keys()):
+        recipe = QUICKSTART
+    if recipe is not None and recipe not in RECIPES:
+        raise RequestError(f"--recipe {recipe}: there is no such recipe, but {', '.join(RECIPES)}")
+    return {**(RECIPES[recipe] if recipe else {}), **from_file, **asked}, recipe
+
+
+def prepare(
+    settings: Mapping[str, Any],
+    *,
+    asked: Mapping[str, Any],
+    recipe: str | None = None,
+    output_dir: Path | None = None,
+    resume: bool = True,
+) -> Plan:
+    """Check a request and fill in what it leaves open, without computing anything.
+
+    Args:
+        settings: Flat settings, merged.
+        asked: Those of them that were asked for, for the command in the record.
+        recipe: Name of the recipe beneath them.
+        output_dir: The run folder; `runs/{dataset}-{model}` if not given.
+        resume: Whether to go on with a run that the folder holds; if not, a used folder is refused.
+
+    Raises:
+        RequestError: If the request is wrong.
+        RunError: If the Hub is needed and cannot be reached.
+    """
+    check_launcher()
+    config = TrainConfig.from_flat(settings)
+    _check_batch(config)
+    device = device_type()
+    resolve_precision(config.mixed_precision, device)
+
+    source = find_model(config.model, config.pretrained)
+    folder = output_dir or RUNS / f"{_slug(Path(config.data.dataset).name)}-{_slug(_model_name(source))}"
+    before = read_config(folder)
+    if before and config.data.dataset_revision is None and before.get("dataset") == config.data.dataset:
+        # a run goes on with the commit that it began with, even if the dataset has moved since
+        config = _replace_data(config, dataset_revision=before.get("dataset_revision"))
+    _check_writable(folder)
+    if not resume and before:
+        raise RequestError(f"--no-resume: {folder} holds a run already; give another --output-dir, or remove it")
+
+    splits = load_splits(config.data)
+    data_config = published_input(config.transform, source.pretrained_cfg)
+    if data_config["input_size"][0] not in PICTURE_MODES:
+        raise RequestError(f"--model {config.model} takes {data_config['input_size'][0]} channels; expected 1 or 3")
+    config = _resolve(config, source, splits, data_config, device)
+    build_train_transform(config.transform, data_config)
+    _check_network(config, source, splits, data_config)
+    finished = _check_folder(folder, before, config, splits) if before else False
+    return Plan(
+        config=config,
+        asked=dict(asked),
+        recipe=recipe,
+        folder=folder,
+        source=source,
+        splits=splits,
+        data_config=data_config,
+        finished=finished,
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Give the settings of the run that a folder holds, or none."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return {}
+    content = yaml.safe_load(path.read_text())
+    if not isinstance(content, dict):
+        raise RequestError(f"{path} does not hold settings; remove the folder or give another --output-dir")
+    return content
+
+
+def _check_batch(config: TrainConfig) -> None:
+    count = processes()
+    if config.batch_size % count:
+        low = config.batch_size // count * count
+        nearest = [str(size) for size in (low, low + count) if size]
+        raise RequestError(
+            f"--batch-size {config.batch_size} is the global batch, and {count} processes do not divide it; "
+            f"nearest: {' or '.join(nearest)}"
+        )
+
+
+def _replace_data(config: TrainConfig, **values: Any) -> TrainConfig:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **values))
+
+
+def _resolve(
+    config: TrainConfig, source: ModelSource, splits: Splits, data_config: Mapping[str, Any], device: str
+) -> TrainConfig:
+    """Fill in every open field with what follows from model, data and device."""
+    optim, loader = config.optim, config.loader
+    found = splits.found
+    if splits.revision is not None:
+        found = dataclasses.replace(found, dataset_revision=splits.revision)
+    return dataclasses.replace(
+        config,
+        model=source.requested,
+        pretrained=source.pretrained,
+        deterministic=device == "cpu" if config.deterministic is None else config.deterministic,
+        data=found,
+        transform=dataclasses.replace(
+            config.transform,
+            image_size=data_config["input_size"][-1],
+            crop_pct=data_config["crop_pct"],
+            interpolation=data_config["interpolation"],
+            mean=_three(data_config["mean"]),
+            std=_three(data_config["std"]),
+        ),
+        loader=dataclasses.replace(
+            loader,
+            workers=derive_workers(device, local_processes()) if loader.workers is None else loader.workers,
+        ),
+        optim=dataclasses.replace(
+            optim, lr=optim.lr or derive_lr(optim.optimizer, config.batch_size, source.pretrained)
+        ),
+    )
+
+
+def _three(values: Any) -> tuple[float, float, float]:
+    first, *rest = [float(value) for value in values]
+    return (first, rest[0], rest[1]) if rest else (first, first, first)
+
+
+def _check_network(config: TrainConfig, source: ModelSource, splits: Splits, data_config: Mapping[str, Any]) -> None:
+    """Refuse pictures smaller than the network's stride, and a batch norm over a single value."""
+    with torch.device("meta"):
+        network = build_model(
+            dataclasses.replace(source, pretrained=False),
+            len(splits.label_names),
+            config.drop_rate,
+            config.drop_path,
+        )
+    size = data_config["input_size"][-1]
+    info: Any = getattr(network, "feature_info", None)
+    reduction = max((stage["reduction"] for stage in info), default=1) if info else 1
+    if size < reduction:
+        raise RequestError(f"--image-size {size} is smaller than the stride of {config.model}, {reduction} pixels")
+    part = config.batch_size // processes()
+    micro = config.micro_batch_size or part
+    smallest = part % micro or min(micro, part)
+    has_batch_norm = any(isinstance(m, torch.nn.BatchNorm2d) for m in network.modules())
+    if smallest == 1 and size <= reduction and has_batch_norm:
+        raise RequestError(
+            f"--batch-size {config.batch_size} leaves a pass of one picture of {size} px, over whose single last pixel "
+            f"batch norm has nothing to average; take at least 2 pictures a pass, or --image-size {size + 1}"
+        )
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, NotADirectoryError) as error:
+        raise RequestError(
+            f"the run folder {folder} cannot be made ({error.strerror}); give another --output-dir"
+        ) from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise RequestError(f"the run folder {folder} is not writable; give another --output-dir")
+
+
+def _check_folder(folder: Path, before: Mapping[str, Any], config: TrainConfig, splits: Splits) -> bool:
+    """Compare a request with the run that a folder holds; say whether that run is done.
+
+    Raises:
+        RequestError: If the run in the folder is another one; the settings that differ are named.
+    """
+    now = config.to_flat()
+    fixed = [name for name in now if name not in MACHINE_FIELDS | GROWING_FIELDS]
+    differing = [
+        f"{flag_of(name)} {before.get(name)} there, {now[name]} now" for name in fixed if before.get(name) != now[name]
+    ]
+    count = len(splits.train)
+    old_steps = plan_schedule(TrainConfig.from_flat(before), count).steps
+    steps = plan_schedule(config, count).steps
+    if steps < old_steps:
+        differing.append(f"{old_steps} steps there, {steps} now (--epochs and --max-steps may only grow)")
+    path = folder / "record.json"
+    record = RunRecord.load(path) if path.is_file() else None
+    if record and record.dataset.fingerprint != splits.fingerprint:
+        differing.append(f"the pictures of {config.data.dataset} have changed")
+    if differing:
+        raise RequestError(
+            f"{folder} holds another run: {'; '.join(differing)}. Give another --output-dir, or the same settings to "
+            "go on"
+        )
+    return record is not None and record.steps == steps
+
+
+def _model_name(source: ModelSource) -> str:
+    kind, _, name = source.requested.rpartition(":")
+    return "-".join(Path(name).parts[-2:]) if kind else name
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", text).strip("_.") or "run"

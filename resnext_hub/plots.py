@@ -1,0 +1,83 @@
+"""Pictures of a run, from its record."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from resnext_hub.record import RunRecord
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MOST_CLASSES = 40
+"""Beyond this, class names and counts in a confusion matrix could not be read."""
+
+
+def write_plots(record: RunRecord, folder: Path) -> None:
+    """Write curves.png and confusion_matrix.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plot_curves(record).savefig(folder / "curves.png", dpi=110, metadata={"Software": None})
+    plot_confusion(record).savefig(folder / "confusion_matrix.png", dpi=110, metadata={"Software": None})
+
+
+def plot_curves(record: RunRecord) -> "Figure":
+    """Draw training and evaluation loss, accuracy, and the learning rate over the epochs."""
+    from matplotlib.figure import Figure
+
+    steps = [line for line in record.history if "loss" in line]
+    evaluations = [line for line in record.history if "eval_loss" in line]
+    at = [line["epoch"] for line in evaluations]
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    loss, accuracy, rate = figure.subplots(1, 3)
+
+    loss.plot(
+        [s["epoch"] for s in steps],
+        [s["loss"] for s in steps],
+        color="C0",
+        alpha=0.7,
+        label="training (augmented)",
+    )
+    loss.plot(at, [e["eval_loss"] for e in evaluations], "o-", color="C1", markersize=3, label="evaluation")
+    loss.set(title="Loss", xlabel="epoch", ylabel="cross entropy (nats)")
+    loss.set_ylim(bottom=0.0)
+    loss.legend(frameon=False)
+
+    accuracy.plot(at, [100 * e["eval_top1"] for e in evaluations], "o-", color="C1", markersize=3)
+    best = record.evaluation
+    accuracy.plot([best.epoch], [100 * best.top1], "o", color="C3", markersize=8, fillstyle="none")
+    accuracy.set(title=f"Accuracy, at best {100 * best.top1:.2f} %", xlabel="epoch", ylabel="top-1 (%), evaluation")
+
+    rate.plot([s["epoch"] for s in steps], [s["lr"] for s in steps], color="C2")
+    rate.set(title="Learning rate", xlabel="epoch")
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+    for axes in (loss, accuracy, rate):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    return figure
+
+
+def plot_confusion(record: RunRecord) -> "Figure":
+    """Draw the confusion matrix, each row in parts of its class, with counts where they can be read."""
+    from matplotlib.figure import Figure
+
+    counts = np.asarray(record.evaluation.confusion)
+    classes = len(counts)
+    parts = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    legible = classes <= MOST_CLASSES
+    side = min(max(4.0, 0.42 * classes + 2.0), 12.0)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(parts, cmap="Blues", vmin=0.0, vmax=1.0)
+    axes.set(title="Confusion matrix", xlabel="predicted", ylabel="true")
+    if legible:
+        names = [name if len(name) <= 18 else name[:17] + "…" for name in record.label_names]
+        rotation = 90 if max(map(len, names)) > 3 else 0
+        axes.set_xticks(range(classes), names, rotation=rotation)
+        axes.set_yticks(range(classes), names)
+        for row, column in zip(*np.nonzero(counts), strict=True):
+            color = "white" if parts[row, column] > 0.5 else "black"
+            size = 9 if classes <= 20 else 6
+            axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=color, fontsize=size)
+    figure.colorbar(image, ax=axes, shrink=0.7, label="part of the true class")
+    return figure

@@ -1,0 +1,279 @@
+"""The job in order: train, export, plot, write the card and the record. The one place that knows all sides."""
+
+import logging
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import yaml
+
+import resnext_hub
+from resnext_hub.data.dataset import Splits, load_splits
+from resnext_hub.data.loaders import PICTURE_MODES, EvaluationSamples
+from resnext_hub.data.transforms import build_eval_transform
+from resnext_hub.errors import RequestError
+from resnext_hub.files import new_folder, remove_leftovers, write_atomic
+from resnext_hub.hub.card import render_card
+from resnext_hub.hub.export import export_model
+from resnext_hub.machine import (
+    build_accelerator,
+    device_type,
+    git_commit,
+    processor_name,
+    resolve_precision,
+    set_threads,
+    versions,
+)
+from resnext_hub.models.source import ModelSource, build_model, needs_plugin, portable_architecture, variant_of
+from resnext_hub.plan import Plan, read_config
+from resnext_hub.plots import write_plots
+from resnext_hub.recipes import QUICKSTART
+from resnext_hub.record import BaseModelFacts, DatasetFacts, EvaluationFacts, ModelFacts, RunRecord
+from resnext_hub.training.checkpoint import RunLock
+from resnext_hub.training.config import TrainConfig, flag_of
+from resnext_hub.training.evaluate import Evaluation, evaluate
+from resnext_hub.training.loop import Outcome, plan_schedule, train
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_logger = logging.getLogger(__name__)
+
+
+def execute(plan: Plan) -> RunRecord:
+    """Train, and leave the whole run folder.
+
+    Raises:
+        RequestError: If another process works on the folder.
+        RunError: If training or the export fails.
+    """
+    config, folder = plan.config, plan.folder
+    precision = resolve_precision(config.mixed_precision, device_type())
+    accelerator = build_accelerator(precision)
+    set_threads(config.threads, accelerator.device.type)
+    deterministic = bool(config.deterministic)
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it costs time, and nothing here reads such memory
+    torch.backends.cudnn.benchmark = not deterministic
+
+    lock = None
+    if accelerator.is_main_process:
+        lock = RunLock(folder)
+        remove_leftovers(folder)
+        flat = config.to_flat()
+        write_atomic(folder / "config.yaml", yaml.safe_dump(flat, sort_keys=False, allow_unicode=True))
+    accelerator.wait_for_everyone()
+    _log_plan(plan, accelerator, precision)
+
+    torch.manual_seed(config.seed)
+    network = build_model(plan.source, len(plan.splits.label_names), config.drop_rate, config.drop_path)
+    outcome = train(config, plan.splits, network, plan.data_config, folder, accelerator, precision)
+    record = None
+    if accelerator.is_main_process:
+        record = _write_results(plan, outcome, accelerator, precision)
+    accelerator.wait_for_everyone()
+    if lock:
+        lock.release()
+    accelerator.end_training()
+    return record or RunRecord.load(folder / "record.json")
+
+
+def evaluate_run(folder: Path, threads: str = "auto") -> tuple[Evaluation, RunRecord]:
+    """Evaluate a run's published model folder as it was evaluated in the run; give that and the run's record.
+
+    Raises:
+        RequestError: If the folder holds no finished run, or its dataset is not where it was.
+    """
+    import timm
+
+    record = RunRecord.load(folder / "record.json")
+    config = TrainConfig.from_flat(read_config(folder))
+    splits = load_splits(config.data)
+    if splits.fingerprint != record.dataset.fingerprint:
+        raise RequestError(
+            f"{config.data.dataset} has changed since the run: its fingerprint is {splits.fingerprint[:16]}, "
+            f"recorded is {record.dataset.fingerprint[:16]}"
+        )
+    device = torch.device(device_type())
+    set_threads(threads, device.type)
+    network = timm.create_model(f"local-dir:{folder / 'model'}", pretrained=True)
+    data_config = timm.data.resolve_model_data_config(network)
+    mode = PICTURE_MODES[data_config["input_size"][0]]
+    evaluation = evaluate(
+        network.to(device).to(memory_format=torch.channels_last),
+        EvaluationSamples(splits.eval, build_eval_transform(data_config), mode),
+        batch_size=record.evaluation.batch_size,
+        device=device,
+    )
+    return evaluation, record
+
+
+def _log_plan(plan: Plan, accelerator: "Accelerator", precision: str) -> None:
+    config, splits = plan.config, plan.splits
+    schedule = plan_schedule(config, len(splits.train))
+    part = config.batch_size // accelerator.num_processes
+    _logger.info("settings: %s", " ".join(f"{k}={v}" for k, v in config.to_flat().items() if v is not None))
+    _logger.info(
+        "%s: %d pictures to train on, %d to evaluate on, %d classes",
+        splits.dataset_id,
+        len(splits.train),
+        len(splits.eval),
+        len(splits.label_names),
+    )
+    _logger.info(
+        "%d steps of %d pictures: %d process(es) x %d, %d at once; %s, %s, %d thread(s)",
+        schedule.steps,
+        config.batch_size,
+        accelerator.num_processes,
+        part,
+        min(config.micro_batch_size or part, part),
+        accelerator.device.type,
+        {"no": "float32"}.get(precision, precision),
+        torch.get_num_threads(),
+    )
+
+
+def _write_results(plan: Plan, outcome: Outcome, accelerator: "Accelerator", precision: str) -> RunRecord:
+    """Write model folder, plots, card and record; the record comes last and marks the run as done."""
+    config, folder, splits, source = plan.config, plan.folder, plan.splits, plan.source
+    architecture, model_args = portable_architecture(source)
+    variant = variant_of(source)
+    digest = export_model(
+        outcome.network,
+        folder / "model",
+        architecture=architecture,
+        model_args=model_args,
+        input_facts=plan.data_config,
+        label_names=splits.label_names,
+        license=None,
+        plugin_facts={
+            "version": resnext_hub.__version__,
+            "variant": variant.name if variant else None,
+            "cardinality": variant.cardinality if variant else None,
+            "base_width": variant.base_width if variant else None,
+        },
+    )
+    evaluation = outcome.evaluation
+    _write_predictions(evaluation, folder / "predictions.parquet")
+    record = RunRecord(
+        name=folder.resolve().name,
+        config=_public_config(config, splits),
+        command=_command(plan),
+        model=ModelFacts(
+            requested=_public_model(config.model),
+            architecture=architecture,
+            model_args=model_args,
+            needs_plugin=needs_plugin(architecture),
+            parameters=sum(p.numel() for p in outcome.network.parameters()),
+            variant=variant.name if variant else None,
+            template=variant.template if variant else None,
+            input={k: list(v) if isinstance(v, tuple) else v for k, v in plan.data_config.items()},
+            weights_sha256=digest,
+        ),
+        base_model=_base_model(source),
+        dataset=DatasetFacts(
+            id=splits.dataset_id,
+            hub_id=splits.hub_id,
+            revision=splits.revision,
+            fingerprint=splits.fingerprint,
+            train_split=splits.found.train_split or "train",
+            eval_split=splits.found.eval_split,
+            train_count=len(splits.train),
+            eval_count=len(splits.eval),
+            train_counts=_class_counts(splits.train.labels, len(splits.label_names)),
+            eval_counts=_class_counts(splits.eval.labels, len(splits.label_names)),
+        ),
+        label_names=list(splits.label_names),
+        steps=outcome.steps,
+        evaluation=EvaluationFacts(
+            step=outcome.step,
+            epoch=round(outcome.step * config.batch_size / len(splits.train), 4),
+            correct=evaluation.correct,
+            count=evaluation.count,
+            top1=evaluation.top1,
+            loss=evaluation.loss,
+            batch_size=config.eval_batch_size,
+            confusion=evaluation.confusion(len(splits.label_names)).tolist(),
+        ),
+        history=outcome.history,
+        versions=versions(),
+        hardware={
+            "device": accelerator.device.type,
+            "name": processor_name(accelerator.device),
+            "threads": torch.get_num_threads(),
+            "mixed_precision": precision,
+        },
+        processes=accelerator.num_processes,
+        git_commit=git_commit(),
+        wall_seconds=outcome.wall_seconds,
+        resumes=outcome.resumes,
+    )
+    with new_folder(folder / "plots") as aside:
+        write_plots(record, aside)
+    with new_folder(folder / "model" / "plots") as aside:
+        write_plots(record, aside)
+    write_atomic(folder / "model" / "README.md", render_card(record))
+    record.save(folder / "record.json")
+    return record
+
+
+def _write_predictions(evaluation: Evaluation, path: Path) -> None:
+    import io
+
+    import pyarrow
+    from pyarrow import parquet
+
+    table = pyarrow.table(
+        {
+            "index": np.arange(evaluation.count),
+            "label": evaluation.labels,
+            "prediction": evaluation.predictions,
+            "probability": evaluation.probabilities,
+        }
+    )
+    buffer = io.BytesIO()
+    parquet.write_table(table, buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def _class_counts(labels: np.ndarray, classes: int) -> list[int]:
+    return [int(n) for n in np.bincount(labels, minlength=classes)]
+
+
+def _base_model(source: ModelSource) -> BaseModelFacts | None:
+    if source.base_id is None:
+        return None
+    hub = not source.requested.startswith("local-dir:")
+    return BaseModelFacts(
+        id=source.base_id,
+        hub_id=source.base_id.partition("@")[0] if hub else None,
+        license=source.base_license,
+    )
+
+
+def _public_model(requested: str) -> str:
+    """Reduce a local folder to its last two parts: nothing published holds an absolute path."""
+    if requested.startswith("local-dir:"):
+        return "local-dir:" + "/".join(Path(requested.removeprefix("local-dir:")).parts[-2:])
+    return requested
+
+
+def _public_config(config: TrainConfig, splits: Splits) -> dict[str, Any]:
+    return config.to_flat() | {"dataset": splits.dataset_id, "model": _public_model(config.model)}
+
+
+def _command(plan: Plan) -> str:
+    """Give the command that was asked for, with local paths reduced to their names."""
+    words = ["accelerate", "launch", "scripts/train.py"]
+    if plan.recipe and plan.recipe != QUICKSTART:
+        words += ["--recipe", plan.recipe]
+    public = _public_config(plan.config, plan.splits)
+    for name, value in plan.asked.items():
+        if isinstance(value, bool):
+            words.append(flag_of(name) if value else flag_of(name).replace("--", "--no-", 1))
+            continue
+        value = public[name] if name in ("dataset", "model") else value
+        words += [flag_of(name), *(str(v) for v in (value if isinstance(value, (list, tuple)) else [value]))]
+    return shlex.join(words)

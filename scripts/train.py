@@ -1,0 +1,8 @@
+"""Train a network: `accelerate launch scripts/train.py [flags]`."""
+
+import sys
+
+from resnext_hub.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))

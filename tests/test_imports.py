@@ -1,0 +1,72 @@
+"""Imports point one way, and the package itself needs four others."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "resnext_hub"
+
+# Every room may import from those before it, and from itself.
+ORDER = (
+    {"errors", "files", "__init__"},
+    {"machine", "record"},
+    {"models"},
+    {"data"},
+    {"training", "hub"},
+    {"plots", "recipes"},
+    {"plan"},
+    {"run"},
+    {"cli"},
+    {"__main__"},
+)
+RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Rooms of this package that a file imports, at the top or inside functions."""
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = (
+                [f"{node.module}.{alias.name}" for alias in node.names]
+                if node.module == "resnext_hub"
+                else [node.module]
+            )
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            top, _, rest = name.partition(".")
+            if top == "resnext_hub":
+                room = rest.partition(".")[0]
+                rooms.add(room if room in RANK else "__init__")
+    return rooms
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way(path: Path) -> None:
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert room in RANK, f"{room} has no place in the order of imports"
+    if room == "__init__":
+        assert imports_of(path) <= {"models"}
+        return
+    for imported in imports_of(path):
+        before = RANK[imported] < RANK[room]
+        assert before or imported == room, f"{path.name} imports {imported}, which stands beside or after {room}"
+
+
+def test_the_package_needs_only_torch_timm_huggingface_hub_and_safetensors() -> None:
+    # What those four bring along themselves (numpy, Pillow, PyYAML, …) is there with them.
+    code = """
+import sys
+for name in ("accelerate", "datasets", "sklearn", "matplotlib", "jinja2", "pyarrow", "transformers"):
+    sys.modules[name] = None  # importing it now says that there is no such module
+import timm
+import resnext_hub
+assert timm.create_model("resnext_g32", num_classes=7).num_classes == 7
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
