@@ -1,5 +1,6 @@
 """The job in order: train, export, plot, write the card and the record. The one place that knows all sides."""
 
+import contextlib
 import logging
 import shlex
 from pathlib import Path
@@ -58,26 +59,23 @@ def execute(plan: Plan) -> RunRecord:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it costs time, and nothing here reads such memory
     torch.backends.cudnn.benchmark = not deterministic
 
-    lock = None
-    if accelerator.is_main_process:
-        lock = RunLock(folder)
-        remove_leftovers(folder)
-        flat = config.to_flat()
-        write_atomic(folder / "config.yaml", yaml.safe_dump(flat, sort_keys=False, allow_unicode=True))
-    accelerator.wait_for_everyone()
-    _log_plan(plan, accelerator, precision)
+    with contextlib.ExitStack() as stack:
+        if accelerator.is_main_process:
+            stack.enter_context(RunLock(folder))
+            remove_leftovers(folder)
+            settings = yaml.safe_dump(config.to_flat(), sort_keys=False, allow_unicode=True)
+            write_atomic(folder / "config.yaml", settings)
+        accelerator.wait_for_everyone()
+        _log_plan(plan, accelerator, precision)
 
-    torch.manual_seed(config.seed)
-    network = build_model(plan.source, len(plan.splits.label_names), config.drop_rate, config.drop_path)
-    outcome = train(config, plan.splits, network, plan.data_config, folder, accelerator, precision)
-    record = None
-    if accelerator.is_main_process:
-        record = _write_results(plan, outcome, accelerator, precision)
-    accelerator.wait_for_everyone()
-    if lock:
-        lock.release()
+        torch.manual_seed(config.seed)
+        network = build_model(plan.source, len(plan.splits.label_names), config.drop_rate, config.drop_path)
+        outcome = train(config, plan.splits, network, plan.data_config, folder, accelerator, precision)
+        if accelerator.is_main_process:
+            _write_results(plan, outcome, accelerator, precision)
+        accelerator.wait_for_everyone()
     accelerator.end_training()
-    return record or RunRecord.load(folder / "record.json")
+    return RunRecord.load(folder / "record.json")
 
 
 def evaluate_run(folder: Path, threads: str = "auto") -> tuple[Evaluation, RunRecord]:
@@ -135,7 +133,7 @@ def _log_plan(plan: Plan, accelerator: "Accelerator", precision: str) -> None:
     )
 
 
-def _write_results(plan: Plan, outcome: Outcome, accelerator: "Accelerator", precision: str) -> RunRecord:
+def _write_results(plan: Plan, outcome: Outcome, accelerator: "Accelerator", precision: str) -> None:
     """Write model folder, plots, card and record; the record comes last and marks the run as done."""
     config, folder, splits, source = plan.config, plan.folder, plan.splits, plan.source
     architecture, model_args = portable_architecture(source)
@@ -216,7 +214,6 @@ def _write_results(plan: Plan, outcome: Outcome, accelerator: "Accelerator", pre
         write_plots(record, aside)
     write_atomic(folder / "model" / "README.md", render_card(record))
     record.save(folder / "record.json")
-    return record
 
 
 def _write_predictions(evaluation: Evaluation, path: Path) -> None:

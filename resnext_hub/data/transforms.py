@@ -22,7 +22,7 @@ class TransformConfig:
     crop_pct: float | None = None
     """In evaluation, the part of the resized picture that the centre crop keeps."""
     interpolation: str | None = None
-    """Interpolation of resizing: bilinear, bicubic, …"""
+    """Interpolation of resizing, such as bilinear or bicubic."""
     mean: tuple[float, float, float] | None = None
     """Mean by which the channels are normalised, of values from 0 to 1."""
     std: tuple[float, float, float] | None = None

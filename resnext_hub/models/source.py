@@ -97,12 +97,13 @@ def _find_by_name(name: str, pretrained: bool) -> ModelSource:
     if not timm.is_model(architecture):
         close = difflib.get_close_matches(architecture, timm.list_models(), n=4) or list(VARIANTS)
         raise RequestError(f"--model {name}: there is no such network; close: {', '.join(close)}")
-    cfg = get_pretrained_cfg(name)
-    if tag and cfg is None:
+    try:
+        cfg = get_pretrained_cfg(name)
+    except RuntimeError as error:
         tags = [known.partition(".")[2] for known in list_pretrained(f"{architecture}.*")]
         raise RequestError(
             f"--model {name}: {architecture} has no weights {tag}, but {', '.join(tags) or 'none at all'}"
-        )
+        ) from error
     facts: dict[str, Any] = {"input_size": (3, 224, 224)} if cfg is None else cfg.to_dict()
     base_id = facts.get("hf_hub_id")
     if pretrained:

@@ -78,8 +78,10 @@ class RunLock:
         self._file.write(str(os.getpid()))
         self._file.flush()
 
-    def release(self) -> None:
-        """Give the folder free."""
+    def __enter__(self) -> "RunLock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
 

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from resnext_hub.data.dataset import Splits
@@ -30,7 +32,7 @@ from resnext_hub.data.loaders import (
     build_train_loader,
 )
 from resnext_hub.data.transforms import build_eval_transform, build_train_transform
-from resnext_hub.errors import RunError
+from resnext_hub.errors import RunError, one_line
 from resnext_hub.training.checkpoint import latest_checkpoint, save_checkpoint
 from resnext_hub.training.config import TrainConfig
 from resnext_hub.training.evaluate import Evaluation, evaluate
@@ -97,6 +99,8 @@ class Objective(nn.Module):
 
 @dataclass(kw_only=True)
 class _Best:
+    """The best weights so far: most samples right, then the lower loss."""
+
     step: int
     correct: int
     loss: float
@@ -129,164 +133,284 @@ def train(
     Raises:
         RunError: If the loss is not finite, or a picture cannot be read.
     """
-    device = accelerator.device
-    process, processes = accelerator.process_index, accelerator.num_processes
-    assert config.loader.workers is not None
-    workers = config.loader.workers
-    schedule = plan_schedule(config, len(splits.train))
-    mode = PICTURE_MODES[data_config["input_size"][0]]
+    run = _Run(config, splits, network, data_config, folder, accelerator, precision)
+    run.restore()
+    objective, optimizer = accelerator.prepare(Objective(run.network, config.label_smoothing), run.optimizer)
+    with contextlib.ExitStack() as stack:
+        run.open_logs(stack)
+        batches = iter(run.build_loader())
+        network.train()
+        bar = stack.enter_context(
+            tqdm(total=run.schedule.steps, initial=run.step, unit="step", disable=None if run.metrics else True)
+        )
+        while run.step < run.schedule.steps:
+            with run.timer.waiting():
+                batch = next(batches)
+            lr = lr_at(run.step, run.schedule.steps, run.schedule.warmup_steps, config.optim.lr or 0.0)
+            set_lr(run.optimizer, lr)
+            _seed_step(config.seed, run.step, accelerator.process_index)
+            loss = _optimizer_step(objective, optimizer, batch, config, accelerator)
+            run.step += 1
+            bar.update()
+            run.log_samples(batch)
 
-    # what is computed
-    network = network.to(device).to(memory_format=torch.channels_last)
-    raw_optimizer = build_optimizer(network, config.optim)
-    how = {
-        "processes": processes,
-        "threads": torch.get_num_threads(),
-        "precision": precision,
-        "device": device.type,
-    }
-    step, best, wall_before, resumes = _restore(folder, network, raw_optimizer, accelerator, how)
-    if step > schedule.steps:
-        raise RunError(f"the run is at step {step} already, beyond the {schedule.steps} steps asked for")
-    objective, optimizer = accelerator.prepare(Objective(network, config.label_smoothing), raw_optimizer)
+            save_now = run.checkpoint_due()
+            if run.log_due() or save_now:
+                value = float(accelerator.reduce(loss, "mean"))
+                run.require_finite(value)
+                if run.log_due():
+                    bar.set_postfix(run.log_step(lr, value))
+            if run.step in run.schedule.evaluations:
+                run.compare_with_best()
+            if save_now:
+                run.save()
+    return run.finish()
 
-    # what it is computed on
-    loader = build_train_loader(
-        TrainingSamples(splits.train, build_train_transform(config.transform, data_config), config.seed, mode),
-        StepSampler(len(splits.train), config.batch_size, config.seed, step, schedule.steps, process, processes),
-        workers,
-        pin_memory=device.type == "cuda",
-    )
-    eval_samples = EvaluationSamples(splits.eval, build_eval_transform(data_config), mode)
 
-    # where it is written
-    metrics = LineLog(folder / "metrics.jsonl", step) if accelerator.is_main_process else None
-    samples = LineLog(folder / f"samples-{process}.jsonl", step) if config.log_samples else None
-    timer = _Timer(wall_before, step)
+class _Run:
+    """What the steps of the loop work on; the main process alone writes."""
 
-    def epoch_at(step: int) -> float:
-        return round(step * config.batch_size / len(splits.train), 4)
+    def __init__(
+        self,
+        config: TrainConfig,
+        splits: Splits,
+        network: nn.Module,
+        data_config: dict[str, Any],
+        folder: Path,
+        accelerator: "Accelerator",
+        precision: str,
+    ) -> None:
+        self.config, self.splits, self.folder, self.accelerator = config, splits, folder, accelerator
+        self.data_config = data_config
+        self.mode = PICTURE_MODES[data_config["input_size"][0]]
+        self.schedule = plan_schedule(config, len(splits.train))
+        # the unwrapped network: what evaluates, and what is saved
+        self.network = network.to(accelerator.device).to(memory_format=torch.channels_last)
+        self.optimizer = build_optimizer(self.network, config.optim)
+        self.eval_samples = EvaluationSamples(splits.eval, build_eval_transform(data_config), self.mode)
+        self.how = {
+            "processes": accelerator.num_processes,
+            "threads": torch.get_num_threads(),
+            "precision": precision,
+            "device": accelerator.device.type,
+        }
+        self.step = self.resumes = 0
+        self.best: _Best | None = None
+        self.timer = _Timer(0.0, 0)
+        self.metrics: LineLog | None = None
+        self.samples: LineLog | None = None
 
-    def run_evaluation() -> Evaluation:
-        _broadcast_buffers(network, accelerator)
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def workers(self) -> int:
+        assert self.config.loader.workers is not None
+        return self.config.loader.workers
+
+    @property
+    def epoch(self) -> float:
+        return round(self.step * self.config.batch_size / len(self.splits.train), 4)
+
+    def restore(self) -> None:
+        """Load the newest checkpoint, if any. The main process chooses, so that all load the same one."""
+        from accelerate.utils import broadcast_object_list
+
+        chosen = [latest_checkpoint(self.checkpoints) if self.accelerator.is_main_process else None]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(chosen)
+        checkpoint = chosen[0]
+        if checkpoint is None:
+            return
+        facts = checkpoint.facts
+        self.network.load_state_dict(checkpoint.tensors("model"))
+        restore_optimizer(self.optimizer, checkpoint.tensors("optimizer"), facts["optimizer"])
+        if self.accelerator.scaler is not None and facts["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(facts["scaler"])
+        if facts["best"] is not None:
+            same = facts["best"]["step"] == checkpoint.step
+            self.best = _Best(**facts["best"], tensors=checkpoint.tensors("model" if same else "best"))
+        self.step, self.resumes = checkpoint.step, facts["resumes"] + 1
+        self.timer = _Timer(facts["wall_seconds"], self.step)
+        _logger.info("going on from %s", checkpoint.path.name)
+        for name, before in facts["how"].items():
+            if self.how[name] != before:
+                _logger.warning(
+                    "%s: %s before, %s now; data and schedule stay the same, the weights can differ in their last bits",
+                    name,
+                    before,
+                    self.how[name],
+                )
+
+    def open_logs(self, stack: contextlib.ExitStack) -> None:
+        process = self.accelerator.process_index
+        if self.accelerator.is_main_process:
+            self.metrics = stack.enter_context(LineLog(self.folder / "metrics.jsonl", self.step))
+        if self.config.log_samples:
+            self.samples = stack.enter_context(LineLog(self.folder / f"samples-{process}.jsonl", self.step))
+
+    def build_loader(self) -> DataLoader[Batch]:
+        transform = build_train_transform(self.config.transform, self.data_config)
+        sampler = StepSampler(
+            len(self.splits.train),
+            self.config.batch_size,
+            self.config.seed,
+            self.step,
+            self.schedule.steps,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        return build_train_loader(
+            TrainingSamples(self.splits.train, transform, self.config.seed, self.mode),
+            sampler,
+            self.workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+
+    def log_samples(self, batch: Batch) -> None:
+        if self.samples:
+            pixels = hashlib.sha256(batch.images.numpy().tobytes()).hexdigest()[:16]
+            self.samples.write(step=self.step, indices=batch.indices.tolist(), pixels=pixels)
+
+    def log_due(self) -> bool:
+        return self.step % self.config.log_every == 0 or self.step == self.schedule.steps
+
+    def log_step(self, lr: float, loss: float) -> dict[str, str]:
+        speed, wait = self.timer.lap(self.step, self.config.batch_size)
+        if self.metrics:
+            facts = {"lr": lr, "loss": loss, "images_per_second": speed, "data_wait": wait}
+            self.metrics.write(step=self.step, epoch=self.epoch, **facts)
+        return {"loss": f"{loss:.3f}", "images/s": f"{speed:.0f}", "data_wait": f"{wait:.0%}"}
+
+    def evaluate(self) -> Evaluation:
+        self._broadcast_buffers()
         return evaluate(
-            network,
-            eval_samples,
-            batch_size=config.eval_batch_size,
-            device=device,
-            workers=workers,
-            process=process,
-            processes=processes,
-            sum_over_processes=lambda values: _sum(values, accelerator),
+            self.network,
+            self.eval_samples,
+            batch_size=self.config.eval_batch_size,
+            device=self.accelerator.device,
+            workers=self.workers,
+            process=self.accelerator.process_index,
+            processes=self.accelerator.num_processes,
+            sum_over_processes=self._sum,
         )
 
-    def save(step: int) -> None:
-        if accelerator.is_main_process:
-            assert best is not None or step < min(schedule.evaluations)
-            _save(
-                folder,
-                step,
-                network,
-                raw_optimizer,
-                best,
-                accelerator,
-                how,
-                timer.wall_seconds,
-                resumes,
-                config,
-            )
-        timer.checkpointed()
-
-    network.train()
-    batches = iter(loader)
-    progress = tqdm(total=schedule.steps, initial=step, unit="step", disable=None if metrics else True)
-    while step < schedule.steps:
-        with timer.waiting():
-            batch = next(batches)
-        lr = lr_at(step, schedule.steps, schedule.warmup_steps, config.optim.lr or 0.0)
-        set_lr(raw_optimizer, lr)
-        _seed_step(config.seed, step, process)
-        loss = _optimizer_step(objective, optimizer, batch, config, accelerator)
-        step += 1
-        progress.update()
-        if samples:
-            samples.write(step=step, indices=batch.indices.tolist(), pixels=_hash(batch.images))
-
-        save_now = step == schedule.steps or _checkpoint_due(step, config, timer, accelerator)
-        log_now = step == schedule.steps or step % config.log_every == 0
-        if log_now or save_now:
-            value = float(accelerator.reduce(loss, "mean"))
-            _require_finite(value, step, folder)
-        if log_now:
-            speed, wait = timer.lap(step, config.batch_size)
-            progress.set_postfix(loss=f"{value:.3f}", images_per_second=f"{speed:.0f}", data_wait=f"{wait:.0%}")
-            if metrics:
-                metrics.write(
-                    step=step,
-                    epoch=epoch_at(step),
-                    lr=lr,
-                    loss=value,
-                    images_per_second=speed,
-                    data_wait=wait,
-                )
-
-        if step in schedule.evaluations:
-            with timer.apart():
-                evaluation = run_evaluation()
-            _require_finite(evaluation.loss, step, folder)
-            if best is None or best.beaten_by(evaluation):
-                best = _Best(
-                    step=step,
-                    correct=evaluation.correct,
-                    loss=evaluation.loss,
-                    tensors=_to_cpu(network.state_dict()),
-                )
-            if metrics:
-                metrics.write(
-                    step=step,
-                    epoch=epoch_at(step),
-                    eval_loss=evaluation.loss,
-                    eval_top1=evaluation.top1,
-                    eval_correct=evaluation.correct,
-                    eval_count=evaluation.count,
-                )
-            _logger.info(
-                "epoch %g, step %d of %d: %d of %d right (%.2f %%), loss %.4f",
-                epoch_at(step),
-                step,
-                schedule.steps,
-                evaluation.correct,
-                evaluation.count,
-                100 * evaluation.top1,
-                evaluation.loss,
-            )
-
-        if save_now:
-            with timer.apart():
-                save(step)
-    progress.close()
-    for log in (metrics, samples):
-        if log:
-            log.close()
-
-    assert best is not None
-    network.load_state_dict(best.tensors)
-    evaluation = run_evaluation()
-    if evaluation.correct != best.correct:
-        raise RunError(
-            f"the best weights, of step {best.step}, had {best.correct} of {evaluation.count} right when they were "
-            f"made and have {evaluation.correct} now: the machine does not compute the same twice"
+    def compare_with_best(self) -> None:
+        with self.timer.apart():
+            evaluation = self.evaluate()
+        self.require_finite(evaluation.loss)
+        facts: dict[str, Any] = {
+            "eval_loss": evaluation.loss,
+            "eval_top1": evaluation.top1,
+            "eval_correct": evaluation.correct,
+            "eval_count": evaluation.count,
+        }
+        if self.metrics:
+            self.metrics.write(step=self.step, epoch=self.epoch, **facts)
+        _logger.info(
+            "epoch %g, step %d of %d: %d of %d right (%.2f %%), loss %.4f",
+            self.epoch,
+            self.step,
+            self.schedule.steps,
+            evaluation.correct,
+            evaluation.count,
+            100 * evaluation.top1,
+            evaluation.loss,
         )
-    network.eval()
-    return Outcome(
-        network=network,
-        evaluation=evaluation,
-        step=best.step,
-        steps=schedule.steps,
-        history=read_lines(folder / "metrics.jsonl"),
-        wall_seconds=timer.wall_seconds,
-        resumes=resumes,
-    )
+        if self.best is None or self.best.beaten_by(evaluation):
+            tensors = {name: tensor.detach().cpu().clone() for name, tensor in self.network.state_dict().items()}
+            self.best = _Best(step=self.step, correct=evaluation.correct, loss=evaluation.loss, tensors=tensors)
+
+    def checkpoint_due(self) -> bool:
+        """Say whether to save now; for minutes, the main process's clock decides, asked on log steps."""
+        every = self.config.checkpoint
+        if self.step == self.schedule.steps:
+            return True
+        if every.steps is not None:
+            return self.step % every.steps == 0
+        if not self.log_due():
+            return False
+        due = self.timer.since_checkpoint >= (every.seconds or math.inf)
+        if self.accelerator.num_processes == 1:
+            return due
+        from accelerate.utils import broadcast
+
+        return bool(broadcast(torch.tensor([due], device=self.accelerator.device, dtype=torch.uint8)).item())
+
+    def save(self) -> None:
+        with self.timer.apart():
+            if self.accelerator.is_main_process:
+                self._save()
+        self.timer.checkpointed()
+
+    def _save(self) -> None:
+        optimizer_tensors, optimizer_facts = optimizer_state(self.optimizer)
+        tensors = {"model": self.network.state_dict(), "optimizer": optimizer_tensors}
+        scaler, best = self.accelerator.scaler, self.best
+        if best is not None and best.step != self.step:
+            tensors["best"] = best.tensors
+        facts = {
+            "optimizer": optimizer_facts,
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "best": None if best is None else {"step": best.step, "correct": best.correct, "loss": best.loss},
+            "how": self.how,
+            "wall_seconds": self.timer.wall_seconds,
+            "resumes": self.resumes,
+        }
+        try:
+            save_checkpoint(self.checkpoints, self.step, tensors, facts, self.config.checkpoint.keep_checkpoints)
+        except (OSError, SafetensorError) as error:
+            raise RunError(
+                f"the checkpoint of step {self.step} could not be written ({one_line(error)}); {self._last_good()}"
+            ) from error
+
+    def require_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise RunError(
+                f"the loss is {loss} at step {self.step}, so the run stops; {self._last_good()}; try a lower --lr, or "
+                "--clip-grad 1",
+                everywhere=True,
+            )
+
+    def finish(self) -> Outcome:
+        """Evaluate the best weights once more, as they will be published."""
+        assert self.best is not None
+        self.network.load_state_dict(self.best.tensors)
+        evaluation = self.evaluate()
+        if evaluation.correct != self.best.correct:
+            raise RunError(
+                f"the best weights, of step {self.best.step}, had {self.best.correct} of {evaluation.count} right when "
+                f"they were made and have {evaluation.correct} now: the machine does not compute the same twice",
+                everywhere=True,
+            )
+        return Outcome(
+            network=self.network.eval(),
+            evaluation=evaluation,
+            step=self.best.step,
+            steps=self.schedule.steps,
+            history=read_lines(self.folder / "metrics.jsonl"),
+            wall_seconds=self.timer.wall_seconds,
+            resumes=self.resumes,
+        )
+
+    def _last_good(self) -> str:
+        checkpoint = latest_checkpoint(self.checkpoints) if self.accelerator.is_main_process else None
+        return f"the last good checkpoint is {checkpoint.path.name}" if checkpoint else "there is no checkpoint yet"
+
+    def _broadcast_buffers(self) -> None:
+        """Give every process the main one's batch norm statistics: each saw its own part of the batches."""
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import broadcast
+
+            for buffer in self.network.buffers():
+                buffer.copy_(broadcast(buffer.clone()))
+
+    def _sum(self, values: torch.Tensor) -> torch.Tensor:
+        if self.accelerator.num_processes == 1:
+            return values
+        total: torch.Tensor = self.accelerator.reduce(values.to(self.accelerator.device), "sum")
+        return total.cpu()
 
 
 def _optimizer_step(
@@ -316,126 +440,6 @@ def _optimizer_step(
 def _seed_step(seed: int, step: int, process: int) -> None:
     """Seed dropout and stochastic depth, so that nothing of the generators needs saving."""
     torch.manual_seed(int(np.random.SeedSequence((seed, step, process)).generate_state(1, np.uint64)[0]))
-
-
-def _require_finite(value: float, step: int, folder: Path) -> None:
-    if not math.isfinite(value):
-        checkpoint = latest_checkpoint(folder / "checkpoints")
-        kept = f"the last good checkpoint is {checkpoint.path.name}" if checkpoint else "there is no checkpoint yet"
-        raise RunError(
-            f"the loss is {value} at step {step}, so the run stops ({kept}); try a lower --lr or --clip-grad 1",
-            everywhere=True,
-        )
-
-
-def _checkpoint_due(step: int, config: TrainConfig, timer: "_Timer", accelerator: "Accelerator") -> bool:
-    """Say whether to save now; for minutes, the main process's clock decides, asked on log steps."""
-    if config.checkpoint.steps is not None:
-        return step % config.checkpoint.steps == 0
-    if step % config.log_every:
-        return False
-    due = timer.since_checkpoint >= (config.checkpoint.seconds or math.inf)
-    if accelerator.num_processes == 1:
-        return due
-    from accelerate.utils import broadcast
-
-    return bool(broadcast(torch.tensor([due], device=accelerator.device, dtype=torch.uint8)).item())
-
-
-def _save(
-    folder: Path,
-    step: int,
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    best: _Best | None,
-    accelerator: "Accelerator",
-    how: dict[str, Any],
-    wall_seconds: float,
-    resumes: int,
-    config: TrainConfig,
-) -> None:
-    optimizer_tensors, optimizer_facts = optimizer_state(optimizer)
-    tensors = {"model": network.state_dict(), "optimizer": optimizer_tensors}
-    facts: dict[str, Any] = {
-        "optimizer": optimizer_facts,
-        "how": how,
-        "wall_seconds": wall_seconds,
-        "resumes": resumes,
-    }
-    facts["scaler"] = None if accelerator.scaler is None else accelerator.scaler.state_dict()
-    facts["best"] = None if best is None else {"step": best.step, "correct": best.correct, "loss": best.loss}
-    if best is not None and best.step != step:
-        tensors["best"] = best.tensors
-    try:
-        save_checkpoint(folder / "checkpoints", step, tensors, facts, config.checkpoint.keep_checkpoints)
-    except OSError as error:
-        checkpoint = latest_checkpoint(folder / "checkpoints")
-        kept = f"the last good one is {checkpoint.path.name}" if checkpoint else "there is none yet"
-        raise RunError(f"the checkpoint of step {step} could not be written ({error.strerror}); {kept}") from error
-
-
-def _restore(
-    folder: Path,
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    accelerator: "Accelerator",
-    how: dict[str, Any],
-) -> tuple[int, _Best | None, float, int]:
-    """Load the newest checkpoint, if any; give its step, best weights, wall time and the number of resumes.
-
-    The main process chooses, so that all load the same one.
-    """
-    from accelerate.utils import broadcast_object_list
-
-    chosen = [latest_checkpoint(folder / "checkpoints") if accelerator.is_main_process else None]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(chosen)
-    checkpoint = chosen[0]
-    if checkpoint is None:
-        return 0, None, 0.0, 0
-    facts = checkpoint.facts
-    network.load_state_dict(checkpoint.tensors("model"))
-    restore_optimizer(optimizer, checkpoint.tensors("optimizer"), facts["optimizer"])
-    if accelerator.scaler is not None and facts["scaler"] is not None:
-        accelerator.scaler.load_state_dict(facts["scaler"])
-    best = None
-    if facts["best"] is not None:
-        same = facts["best"]["step"] == checkpoint.step
-        best = _Best(**facts["best"], tensors=checkpoint.tensors("model" if same else "best"))
-    _logger.info("going on from %s", checkpoint.path.name)
-    for name, before in facts["how"].items():
-        if how[name] != before:
-            _logger.warning(
-                "%s: %s before, %s now; data and schedule stay the same, the weights can differ in their last bits",
-                name,
-                before,
-                how[name],
-            )
-    return checkpoint.step, best, facts["wall_seconds"], facts["resumes"] + 1
-
-
-def _broadcast_buffers(network: nn.Module, accelerator: "Accelerator") -> None:
-    """Give every process the main one's batch norm statistics: each saw its own part of the batches."""
-    if accelerator.num_processes > 1:
-        from accelerate.utils import broadcast
-
-        for buffer in network.buffers():
-            buffer.copy_(broadcast(buffer.clone()))
-
-
-def _sum(values: torch.Tensor, accelerator: "Accelerator") -> torch.Tensor:
-    if accelerator.num_processes == 1:
-        return values
-    total: torch.Tensor = accelerator.reduce(values.to(accelerator.device), "sum")
-    return total.cpu()
-
-
-def _to_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-
-
-def _hash(images: torch.Tensor) -> str:
-    return hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16]
 
 
 class _Timer:

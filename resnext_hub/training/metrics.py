@@ -36,6 +36,8 @@ class LineLog:
         self._file.write(json.dumps(values, allow_nan=False) + "\n")
         self._file.flush()
 
-    def close(self) -> None:
-        """Close the file."""
+    def __enter__(self) -> "LineLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._file.close()

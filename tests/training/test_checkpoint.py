@@ -116,7 +116,8 @@ def test_the_lock_names_its_holder_and_goes_when_that_is_killed(tmp_path: Path) 
             RunLock(tmp_path)
         os.kill(holder.pid, signal.SIGKILL)
         holder.wait()
-    RunLock(tmp_path).release()
+    with RunLock(tmp_path):
+        pass
 
 
 @mark.parametrize("asked", ["0", "10s", "m", "-5", "1.5m"])

@@ -1,0 +1,255 @@
+"""A published folder loads in stock timm and in transformers to the bit, and goes up in one commit."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from conftest import TINY, run_process
+from loopback_hub import LoopbackHub, serve
+from pytest import fixture, mark
+
+from resnext_hub.hub.card import render_card, wilson_interval
+from resnext_hub.hub.export import export_model
+from resnext_hub.models import VARIANTS
+from resnext_hub.models.source import build_model, find_model, portable_architecture
+from resnext_hub.record import RunRecord
+
+Command = Callable[..., tuple[int, str, str]]
+
+INPUT = dict(
+    input_size=(3, 64, 64), mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bicubic", crop_pct=0.9, crop_mode="center"
+)
+
+
+@fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "published"
+    done = run_process("scripts/train.py", *TINY, "--max-steps", 30, "--lr", 0.01, "--output-dir", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@fixture
+def hub() -> Iterator[LoopbackHub]:
+    with serve() as server:
+        yield server
+
+
+LOAD = """
+import sys
+import timm, torch
+from safetensors.torch import load_file
+source, expected = sys.argv[1:]
+case = load_file(expected)
+model = timm.create_model(source, pretrained=True).eval()
+with torch.inference_mode():
+    assert torch.equal(model(case["images"]), case["logits"]), "timm"
+if source.startswith("local-dir:"):
+    from transformers import AutoModelForImageClassification
+    wrapped = AutoModelForImageClassification.from_pretrained(source.removeprefix("local-dir:")).eval()
+    with torch.inference_mode():
+        assert torch.equal(wrapped(case["images"]).logits, case["logits"]), "transformers"
+    assert wrapped.config.id2label[0] == "first class", wrapped.config.id2label
+assert "resnext_hub" not in sys.modules
+"""
+
+
+@mark.parametrize("name", VARIANTS)
+def test_an_exported_variant_loads_to_the_bit_in_stock_timm_and_transformers(name: str, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    source = find_model(name)
+    torch.manual_seed(1)
+    network = build_model(source, 3).eval()
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.2, 0.5)
+    architecture, model_args = portable_architecture(source)
+    export_model(
+        network,
+        tmp_path / "model",
+        architecture=architecture,
+        model_args=model_args,
+        input_facts=INPUT,
+        label_names=["first class", "second", "third"],
+        license="mit",
+        plugin_facts={"variant": name},
+    )
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert set(config.get("model_args", {})) <= {"cardinality", "base_width"}
+    assert "tag" not in config["pretrained_cfg"]
+    images = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        logits = network.to(memory_format=torch.contiguous_format)(images)
+    save_file({"images": images, "logits": logits}, tmp_path / "case.safetensors")
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, f"local-dir:{tmp_path / 'model'}", str(tmp_path / "case.safetensors")],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_push_uploads_the_folder_in_one_commit_that_timm_loads(
+    finished: Path, hub: LoopbackHub, tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    words = ("scripts/push.py", finished, "--repo-id", "me/digits", "--license", "mit")
+    done = run_process(*words, HF_HOME=str(tmp_path / "home"), **hub.environment())
+    assert done.returncode == 0, done.stderr
+    assert "published: http" in done.stdout
+    repo = hub.repos["models/me/digits"]
+    assert len(repo.commits) == 2  # the Hub's own first one, and ours
+    files = repo.commits[-1].files
+    assert set(files) >= {"README.md", "config.json", "model.safetensors", "plots/curves.png"}
+    assert files["model.safetensors"] == (finished / "model" / "model.safetensors").read_bytes()
+    assert json.loads(files["config.json"])["pretrained_cfg"]["license"] == "mit"
+    card = files["README.md"].decode()
+    assert "license: mit" in card
+    assert 'timm.create_model("hf-hub:me/digits", pretrained=True)' in card
+
+    import timm
+
+    network = timm.create_model(f"local-dir:{finished / 'model'}", pretrained=True).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        save_file({"images": images, "logits": network(images)}, tmp_path / "case.safetensors")
+    environment = os.environ | hub.environment() | {"HF_HOME": str(tmp_path / "other-home")}
+    loaded = subprocess.run(
+        [sys.executable, "-c", LOAD, "hf-hub:me/digits", str(tmp_path / "case.safetensors")],
+        env=environment, capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert loaded.returncode == 0, loaded.stderr
+
+
+def test_a_dry_run_names_the_files_and_reaches_for_nothing(finished: Path, hub: LoopbackHub) -> None:
+    words = ("scripts/push.py", finished, "--repo-id", "me/digits", "--license", "mit", "--dry-run", "--private")
+    done = run_process(*words, **hub.environment())
+    assert done.returncode == 0, done.stderr
+    assert "would go to the private repository me/digits in one commit" in done.stdout
+    assert "model.safetensors" in done.stdout
+    assert hub.requests == []
+    assert hub.repos == {}
+
+
+def test_a_private_push_makes_a_private_repository(finished: Path, hub: LoopbackHub, tmp_path: Path) -> None:
+    words = ("scripts/push.py", finished, "--repo-id", "me/secret", "--license", "mit", "--private")
+    done = run_process(*words, HF_HOME=str(tmp_path), **hub.environment())
+    assert done.returncode == 0, done.stderr
+    assert hub.repos["models/me/secret"].private
+
+
+def test_a_push_needs_a_licence_and_a_repository_id(finished: Path, command: Command) -> None:
+    code, _, err = command("push", finished, "--repo-id", "me/digits")
+    assert code == 2
+    assert "--license is needed" in err
+    code, _, err = command("push", finished, "--repo-id", "me/digits/more", "--license", "mit")
+    assert code == 2
+    assert "--repo-id me/digits/more" in err
+
+
+def test_a_push_without_the_hub_says_what_is_kept(finished: Path, tmp_path: Path) -> None:
+    environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_secretsecretsecret"}
+    words = ("scripts/push.py", finished, "--repo-id", "me/digits", "--license", "mit")
+    done = run_process(*words, HF_HOME=str(tmp_path), **environment)
+    assert done.returncode == 1
+    assert "me/digits could not be published" in done.stderr
+    assert f"Everything is kept in {finished / 'model'}; the same command goes on" in done.stderr
+    assert "hf_secret" not in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_a_dataset_and_a_base_model_come_from_the_hub(
+    finished: Path, folder_of_classes: Path, hub: LoopbackHub, tmp_path: Path
+) -> None:
+    import datasets
+
+    from resnext_hub.data.dataset import DataConfig, load_splits
+
+    splits = load_splits(DataConfig(dataset=str(folder_of_classes)))
+    table = splits.train.rows.add_column("label", np_labels(splits.train.rows))
+    table = table.cast_column("label", datasets.ClassLabel(names=["bus", "car", "train"]))
+    table.cast_column("image", datasets.Image()).to_parquet(tmp_path / "train.parquet")
+    repo = hub.create("datasets", "me/vehicles")
+    repo.commit("data", {"data/train-00000-of-00001.parquet": (tmp_path / "train.parquet").read_bytes()})
+    files = {
+        p.relative_to(finished / "model").as_posix(): p.read_bytes()
+        for p in (finished / "model").rglob("*")
+        if p.is_file()
+    }
+    hub.create("models", "me/base").commit("model", files)
+    environment = hub.environment() | {"HF_HOME": str(tmp_path / "home")}
+
+    words = (
+        "scripts/train.py", "--dataset", "me/vehicles", "--model", "hf-hub:me/base", "--batch-size", 8,
+        "--max-steps", 2, "--mixed-precision", "no", "--output-dir", tmp_path / "run",
+    )  # fmt: skip
+    done = run_process(*words, **environment)
+    assert done.returncode == 0, done.stderr
+    record = RunRecord.load(tmp_path / "run" / "record.json")
+    assert (record.dataset.hub_id, record.dataset.revision) == ("me/vehicles", repo.commits[-1].oid)
+    assert record.label_names == ["bus", "car", "train"]
+    assert record.dataset.train_count + record.dataset.eval_count == 30
+    assert record.base_model is not None
+    assert record.base_model.hub_id == "me/base"
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "datasets:\n- me/vehicles" in card
+    assert "base_model: me/base" in card
+
+    missing = run_process("scripts/train.py", "--dataset", "me/none", **environment)
+    assert missing.returncode == 2
+    assert "there is no folder me/none here and no such dataset on the Hub" in missing.stderr
+    missing = run_process("scripts/train.py", "--model", "hf-hub:me/none", **environment)
+    assert missing.returncode == 2
+    assert "--model hf-hub:me/none: me/none cannot be read from the Hub" in missing.stderr
+
+
+def np_labels(table) -> list[int]:
+    names = ["bus", "car", "train"]
+    return [names.index(Path(row["image"]["path"]).parent.name) for row in table]
+
+
+def test_the_card_says_what_the_record_says(finished: Path) -> None:
+    record = RunRecord.load(finished / "record.json")
+    card = render_card(record, "me/digits", "mit")
+    assert f"**{record.evaluation.correct} of 360**" in card
+    assert f"{100 * record.evaluation.top1:.2f} %" in card
+    assert record.model.weights_sha256 in card
+    assert record.command in card
+    for row in record.evaluation.confusion:
+        assert f"| {sum(row)} |" in card
+
+
+def test_the_cards_metadata_is_what_the_hub_asks_for(finished: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    card = ModelCard(render_card(RunRecord.load(finished / "record.json"), "me/digits", "mit"))
+    assert card.data.license == "mit"
+    assert card.data.pipeline_tag == "image-classification"
+    assert card.data.library_name == "timm"
+    result = card.data.eval_results[0]
+    assert (result.task_type, result.dataset_name, result.metric_type) == ("image-classification", "digits", "accuracy")
+    assert result.metric_value == RunRecord.load(finished / "record.json").evaluation.top1
+
+
+def test_the_cards_snippet_runs_on_a_picture(finished: Path, tmp_path: Path, monkeypatch) -> None:
+    from resnext_hub.data.dataset import DataConfig, load_splits
+
+    record = RunRecord.load(finished / "record.json")
+    snippet = render_card(record).split("```python\n")[1].split("```")[0]
+    snippet = snippet.replace(f"runs/{record.name}/model", str(finished / "model"))
+    load_splits(DataConfig()).eval.image(0).save(tmp_path / "picture.png")
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, object] = {}
+    exec(snippet, scope)
+    assert scope["label"] in record.label_names
+
+
+def test_the_confidence_interval_is_wilsons() -> None:
+    low, high = wilson_interval(9, 10)  # 0.5958 and 0.9821 in published tables
+    assert (round(low, 4), round(high, 4)) == (0.5958, 0.9821)
+    assert wilson_interval(10, 10)[1] == 1.0

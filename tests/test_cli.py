@@ -1,0 +1,192 @@
+"""Wrong requests end early, in one or two lines that say what would work."""
+
+import contextlib
+import io
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from conftest import TINY, run_process, write_pictures
+from pytest import MonkeyPatch, mark, raises
+
+from resnext_hub import plan
+from resnext_hub.cli import main
+from resnext_hub.errors import RequestError
+from resnext_hub.plan import merge_settings
+from resnext_hub.recipes import RECIPES
+from resnext_hub.training.config import TrainConfig, flat_fields
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--model", "resnext_g23"], ["--model resnext_g23: there is no such network; close:", "resnext_g2"]),
+        (["--model", "resnext_g32.a9_in1k"], ["resnext_g32 has no weights a9_in1k, but", "a1h_in1k"]),
+        (["--model", "me/repo"], ["hf-hub:me/repo", "local-dir:me/repo"]),
+        (["--model", "resnext_g8", "--pretrained"], ["resnext_g8 has no released weights", "resnext_g32"]),
+        (["--dataset", "./nowhere"], ["there is no folder or file ./nowhere"]),
+        (["--recipe", "slow"], ["--recipe slow: there is no such recipe, but quickstart"]),
+        (["--config", "nowhere.yaml"], ["--config nowhere.yaml cannot be read"]),
+        (["--batch-size", "0"], ["--batch-size 0: expected at least 1"]),
+        (["--batch-size", "many"], ["invalid int value: 'many'"]),
+        (["--lr", "-1"], ["--lr -1.0 is not a positive number"]),
+        (["--image-size", "16"], ["--image-size 16 is smaller than the stride of", "32 pixels"]),
+        (["--batch-size", "1"], ["over whose single last pixel batch norm has nothing to average"]),
+        (["--batch-size", "5", "--micro-batch-size", "2"], ["a pass of one picture of 32 px"]),
+        (["--mixed-precision", "fp16"], ["fp16 needs a CUDA GPU, and the device is cpu"]),
+        (["--auto-augment", "sparkle"], ["--auto-augment sparkle"]),
+        (["--interpolation", "sparkle"], ["--interpolation sparkle"]),
+        (["--threads", "none"], ["--threads none: expected auto or a positive number"]),
+        (["--scale", "0.9", "0.1"], ["--scale 0.9 0.1: expected 0 < low <= high <= 1"]),
+        (["--sparkle"], ["unrecognized arguments: --sparkle"]),
+        (["--eval-split", "test"], ["--eval-split test: there is no such split, but train"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) and value and value[0].startswith("--") else "",
+)
+def test_a_wrong_request_exits_with_2_in_two_lines(
+    flags: list[str], parts: list[str], command: Command, tmp_path: Path
+) -> None:
+    code, out, err = command("train", *TINY, *flags, "--output-dir", tmp_path / "run")
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") <= 2
+    for part in parts:
+        assert part in err
+
+
+def test_a_single_class_and_a_missing_image_column_exit_with_2(command: Command, tmp_path: Path) -> None:
+    import datasets
+
+    write_pictures(tmp_path / "pets" / "cat", 4, 100)
+    code, _, err = command("train", *TINY, "--dataset", tmp_path / "pets", "--output-dir", tmp_path / "run")
+    assert code == 2
+    assert "a single class to train on (cat)" in err
+    datasets.Dataset.from_dict({"text": ["a"], "label": [0]}).to_parquet(tmp_path / "table.parquet")
+    code, _, err = command("train", *TINY, "--dataset", tmp_path / "table.parquet", "--output-dir", tmp_path / "run")
+    assert code == 2
+    assert "has no image column: it has text (string), label (int64)" in err
+
+
+def test_a_dataset_that_is_nowhere_exits_with_1_if_the_hub_cannot_be_asked(command: Command, tmp_path: Path) -> None:
+    code, _, err = command("train", *TINY, "--dataset", "me/pets", "--output-dir", tmp_path / "run")
+    assert code == 1
+    assert "me/pets is no local folder, and the Hub could not be reached" in err
+
+
+def test_released_weights_without_the_hub_say_what_would_work(command: Command, tmp_path: Path) -> None:
+    flags = ("--model", "resnext_g32", "--pretrained", "--output-dir", tmp_path / "run")
+    code, _, err = command("train", *TINY, *flags)
+    assert code == 1
+    assert "the Hub could not be reached for model.safetensors of timm/resnext50_32x4d.a1h_in1k" in err
+
+
+def _train_without_rights(folder: Path, errors: Path) -> None:
+    if os.geteuid() == 0:
+        os.setuid(65534)  # root may write everywhere
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        code = main(["train", *TINY, "--output-dir", str(folder)])
+    errors.write_text(f"{code} {stderr.getvalue()}")
+
+
+@mark.parametrize(
+    ("name", "message"),
+    [("run", "cannot be made (Permission denied); give another --output-dir"), ("", "is not writable; give another")],
+)
+def test_an_unwritable_folder_exits_with_2(name: str, message: str) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        Path(scratch).chmod(0o755)
+        folder, errors = Path(scratch, "closed"), Path(scratch, "errors")
+        folder.mkdir(mode=0o555)
+        errors.touch(mode=0o666)
+        errors.chmod(0o666)
+        child = multiprocessing.get_context("fork").Process(target=_train_without_rights, args=(folder / name, errors))
+        child.start()
+        child.join()
+        assert errors.read_text().startswith("2 error: ")
+        assert message in errors.read_text()
+
+
+def test_a_folder_that_cannot_be_made_exits_with_2(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    code, _, err = command("train", *TINY, "--output-dir", tmp_path / "file" / "run")
+    assert code == 2
+    assert "cannot be made (Not a directory); give another --output-dir" in err
+
+
+def test_a_batch_that_the_processes_do_not_divide_is_refused(command: Command, monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    code, _, err = command("train", *TINY, "--batch-size", 64)
+    assert code == 2
+    assert "3 processes do not divide it; nearest: 63 or 66" in err
+
+
+@mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_sharded_training_is_refused_in_a_line(variable: str, command: Command, monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "true")
+    code, _, err = command("train", *TINY)
+    assert code == 2
+    assert "expected plain data parallelism" in err
+
+
+def test_a_folder_that_is_no_run_is_refused(command: Command, tmp_path: Path) -> None:
+    for words in (("evaluate", tmp_path), ("push", tmp_path, "--repo-id", "me/name")):
+        code, _, err = command(*words)
+        assert code == 2
+        assert "holds no record.json" in err
+
+
+def test_precedence_is_recipe_file_flags_whatever_the_order(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("lr: 0.5\nbatch_size: 16\n")
+    settings, recipe = merge_settings({"lr": 0.25}, None, file)
+    assert recipe == "quickstart"
+    assert (settings["lr"], settings["batch_size"], settings["optimizer"]) == (0.25, 16, "adamw")
+    assert merge_settings({"dataset": "pets"}, None, None) == ({"dataset": "pets"}, None)
+
+
+def test_a_file_with_wrong_settings_is_refused(tmp_path: Path) -> None:
+    with raises(RequestError, match="learning_rate is not a setting; known ones"):
+        TrainConfig.from_flat({"learning_rate": 1})
+    with raises(RequestError, match=r"--epochs 'ten': expected float, not str"):
+        TrainConfig.from_flat({"epochs": "ten"})
+    with raises(RequestError, match=r"--mixed-precision fp8: expected one of auto, no, bf16, fp16"):
+        TrainConfig.from_flat({"mixed_precision": "fp8"})
+
+
+@mark.parametrize("name", RECIPES)
+def test_every_recipe_is_a_right_configuration(name: str) -> None:
+    config = TrainConfig.from_flat(RECIPES[name])
+    assert TrainConfig.from_flat(config.to_flat()) == config
+
+
+def test_every_setting_has_a_flag_and_a_sentence(command: Command) -> None:
+    done = run_process("scripts/train.py", "--help")
+    assert done.returncode == 0
+    for field in flat_fields().values():
+        assert "--" + field.name.replace("_", "-") in done.stdout
+        assert field.help.endswith("."), field.name
+
+
+@mark.parametrize(
+    ("asked", "launcher", "fast", "resolved"),
+    [
+        ("auto", "no", True, "bf16"),
+        ("auto", "no", False, "no"),
+        ("auto", "bf16", False, "bf16"),
+        ("no", "bf16", True, "no"),
+        ("bf16", "no", False, "bf16"),
+    ],
+)
+def test_an_explicit_precision_wins_over_the_launchers_and_that_over_the_machines(
+    asked: str, launcher: str, fast: bool, resolved: str, monkeypatch: MonkeyPatch
+) -> None:
+    from resnext_hub import machine
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
+    monkeypatch.setattr(machine, "_cpu_computes_bf16", lambda: fast)
+    assert plan.resolve_precision(asked, "cpu") == resolved
