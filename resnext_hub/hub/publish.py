@@ -6,10 +6,10 @@ import tempfile
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils._validators import validate_repo_id
 
-from resnext_hub.errors import RequestError, RunError
+from resnext_hub.errors import RequestError, RunError, one_line
 from resnext_hub.files import write_json
 from resnext_hub.hub.card import render_card
 from resnext_hub.models.source import WEIGHTS
@@ -78,9 +78,9 @@ def publish(
                 commit_message=f"{record.model.variant or record.model.architecture} trained on {record.dataset.id}",
                 create_pr=create_pr,
             )
-        except (HfHubHTTPError, OSError) as error:
-            reason = " ".join(str(error).split())[:300]
+        except (HTTPError, OSError) as error:  # the first is the base of what the Hub's HTTP client raises
             raise RunError(
-                f"{repo_id} could not be published: {reason}. Everything is kept in {folder}; the same command goes on"
+                f"{repo_id} could not be published: {one_line(error)}. Everything is kept in {folder}; the same command "
+                "goes on"
             ) from error
     return commit.pr_url if create_pr else commit.commit_url, files
