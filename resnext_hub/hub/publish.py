@@ -80,7 +80,7 @@ def publish(
             )
         except (HTTPError, OSError) as error:  # the first is the base of what the Hub's HTTP client raises
             raise RunError(
-                f"{repo_id} could not be published: {one_line(error)}. Everything is kept in {folder}; the same command "
-                "goes on"
+                f"{repo_id} could not be published: {one_line(error)}. Everything is kept in {folder}; "
+                "the same command goes on"
             ) from error
     return commit.pr_url if create_pr else commit.commit_url, files
