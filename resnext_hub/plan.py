@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import yaml
 
+from resnext_hub.data.columns import listing
 from resnext_hub.data.dataset import Splits, load_splits
 from resnext_hub.data.loaders import PICTURE_MODES, derive_workers
 from resnext_hub.data.transforms import build_train_transform, published_input
@@ -105,7 +106,7 @@ def prepare(
     if before and config.data.dataset_revision is None and before.get("dataset") == config.data.dataset:
         # a run goes on with the commit that it began with, even if the dataset has moved since
         config = _replace_data(config, dataset_revision=before.get("dataset_revision"))
-    _check_writable(folder)
+    _check_usable(folder)
     if not resume and before:
         raise RequestError(f"--no-resume: {folder} holds a run already; give another --output-dir, or remove it")
 
@@ -217,15 +218,19 @@ def _check_network(config: TrainConfig, source: ModelSource, splits: Splits, dat
         )
 
 
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, NotADirectoryError) as error:
+def _check_usable(folder: Path) -> None:
+    """Refuse a run folder that could not be made or would be written into among other things; make nothing yet."""
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
+    if not nearest.is_dir():
+        raise RequestError(f"the run folder {folder} cannot be made, as {nearest} is a file; give another --output-dir")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise RequestError(f"the run folder {folder} cannot be written, for want of rights; give another --output-dir")
+    others = sorted(entry.name for entry in folder.iterdir() if entry.name[0] != ".") if folder.is_dir() else []
+    if others and not (folder / "config.yaml").is_file():
         raise RequestError(
-            f"the run folder {folder} cannot be made ({error.strerror}); give another --output-dir"
-        ) from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise RequestError(f"the run folder {folder} is not writable; give another --output-dir")
+            f"{folder} holds other files ({listing(others, 3)}) and no run, which would write among them; give an "
+            "--output-dir of its own"
+        )
 
 
 def _check_folder(folder: Path, before: Mapping[str, Any], config: TrainConfig, splits: Splits) -> bool:

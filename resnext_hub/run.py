@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,12 +56,15 @@ def execute(plan: Plan) -> RunRecord:
     accelerator = build_accelerator(precision)
     set_threads(config.threads, accelerator.device.type)
     deterministic = bool(config.deterministic)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, CUDA's matrix products are refused
     torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it costs time, and nothing here reads such memory
     torch.backends.cudnn.benchmark = not deterministic
 
     with contextlib.ExitStack() as stack:
         if accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(RunLock(folder))
             remove_leftovers(folder)
             settings = yaml.safe_dump(config.to_flat(), sort_keys=False, allow_unicode=True)

@@ -207,6 +207,12 @@ def test_a_dataset_and_a_base_model_come_from_the_hub(
     assert missing.returncode == 2
     assert "--model hf-hub:me/none: me/none cannot be read from the Hub" in missing.stderr
 
+    pickled = {"config.json": files["config.json"], "pytorch_model.bin": b"a pickle"}
+    hub.create("models", "me/pickled").commit("model", pickled)
+    refused = run_process("scripts/train.py", "--model", "hf-hub:me/pickled", **environment)
+    assert refused.returncode == 2
+    assert "me/pickled has no model.safetensors (pickled weights are not loaded)" in refused.stderr
+
 
 def np_labels(table) -> list[int]:
     names = ["bus", "car", "train"]
