@@ -1,6 +1,7 @@
 """A network by the words that people use for it: a name, `hf-hub:owner/repo`, or `local-dir:folder`."""
 
 import difflib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from huggingface_hub.errors import (
 from timm.models import (
     get_pretrained_cfg,
     list_pretrained,
-    parse_model_name,
     split_model_name_tag,
 )
 from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
@@ -56,10 +56,7 @@ def find_model(requested: str, pretrained: bool | None = None) -> ModelSource:
         RequestError: If there is no such network, or it has no weights, or only pickled ones on the Hub.
         RunError: If the Hub cannot be reached.
     """
-    try:
-        kind, name = parse_model_name(requested)
-    except ValueError as error:
-        raise RequestError(f"--model {requested}: {error}") from error
+    kind, name = _split_kind(requested)
     pretrained = kind is not None if pretrained is None else pretrained
     if kind is None:
         return _find_by_name(name, pretrained)
@@ -90,6 +87,22 @@ def find_model(requested: str, pretrained: bool | None = None) -> ModelSource:
         base_id=base_id if pretrained else None,
         base_license=cfg.get("license") if pretrained else None,
     )
+
+
+def _split_kind(requested: str) -> tuple[str | None, str]:
+    """Split `hf-hub:owner/repo` and `local-dir:folder`; a plain name has no kind.
+
+    A path without a prefix is refused here, because older timm takes its last part for a name.
+    """
+    prefix, colon, rest = requested.partition(":")
+    if colon and rest and prefix in ("hf-hub", "hf_hub", "local-dir"):
+        return prefix.replace("_", "-"), rest
+    if colon or "/" in requested or os.sep in requested:
+        raise RequestError(
+            f"--model {requested} is neither a name nor of a known form; for a repository on the Hub say "
+            f"hf-hub:{rest or prefix}, for a folder local-dir:{rest or prefix}"
+        )
+    return None, requested
 
 
 def _find_by_name(name: str, pretrained: bool) -> ModelSource:
@@ -160,6 +173,8 @@ def build_model(
             source.requested, pretrained=source.pretrained, num_classes=num_classes, **extra
         )
     except TypeError as error:
+        if not extra:
+            raise
         raise RequestError(f"--model {source.requested} does not take {', '.join(extra)}: {error}") from error
     return model
 
