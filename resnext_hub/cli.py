@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import difflib
 import logging
 import os
 import sys
@@ -81,6 +82,18 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     add_config_flags(train)
 
+    info = _add(commands, "info", _info, "list the variants and what they cost")
+    info.add_argument("name", nargs="*", help="variants; all if none is named")
+    info.add_argument("--image-size", type=int, metavar="N", help="pixels (default: 224, or 32 for the CIFAR networks)")
+    info.add_argument("--like", metavar="NAME", help="a network whose cost to match, such as resnet50")
+    info.add_argument("--cardinality", type=int, metavar="C", help="with --like: groups to find the width for")
+    info.add_argument(
+        "--preserve",
+        choices=("block", "parameters", "macs"),
+        default="block",
+        help="with --like: what to match; block is the paper's equation 4 (default)",
+    )
+
     evaluate = _add(commands, "evaluate", _evaluate, "evaluate a run's model again, and compare with its record")
     evaluate.add_argument("run", type=Path, help="the run folder")
     evaluate.add_argument("--threads", default="auto", help="computing threads on a CPU (default: auto)")
@@ -151,6 +164,48 @@ def _train(options: argparse.Namespace) -> None:
         + f'    model = timm.create_model("local-dir:{model}", pretrained=True).eval()\n'
         f"    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
     )
+
+
+def _info(options: argparse.Namespace) -> None:
+    from resnext_hub.models.complexity import info_rows, preserving_width
+    from resnext_hub.models.resnext import VARIANTS, Variant, variant_like
+
+    if (options.like is None) != (options.cardinality is None):
+        raise RequestError("--like and --cardinality go together: info --like resnet50 --cardinality 16")
+    if options.image_size is not None and options.image_size < 1:
+        raise RequestError(f"--image-size {options.image_size}: expected a positive number of pixels")
+    if options.like is None:
+        for name in options.name:
+            if name not in VARIANTS:
+                close = difflib.get_close_matches(name, VARIANTS, n=4, cutoff=0.0)
+                raise RequestError(f"{name}: there is no such variant; close: {', '.join(close)}")
+        chosen = [VARIANTS[name] for name in options.name or VARIANTS]
+        _print(_table(info_rows(chosen, options.image_size)))
+        return
+    reference = variant_like(options.like)
+    if reference is None:
+        raise RequestError(f"--like {options.like}: expected a variant, or a name such as resnet50")
+
+    try:
+        width = preserving_width(options.cardinality, reference, options.preserve, options.image_size)
+    except ValueError as error:
+        raise RequestError(str(error)) from error
+    solved = Variant(
+        name="solved",
+        layers=reference.layers,
+        cardinality=options.cardinality,
+        base_width=width,
+        small_stem=reference.small_stem,
+    )
+    base = next(name for name, v in VARIANTS.items() if (v.layers, v.small_stem) == (solved.layers, solved.small_stem))
+    _print(_table(info_rows([reference, solved], options.image_size)))
+    _print(f'\ntimm.create_model("{base}", cardinality={options.cardinality}, base_width={width})\n')
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -118,22 +118,28 @@ class Bottleneck(nn.Module):
 
 
 class ResNeXt(nn.Module):
-    """A 7x7 stem, four stages of bottlenecks, and a linear classifier (paper, Table 1).
+    """A stem, stages of bottlenecks, and a linear classifier (paper, Table 1; for CIFAR, section 5.3).
+
+    A network of three stages has an empty `layer4`, so that every network is walked in the same way.
 
     Args:
-        layers: Number of blocks in each of the four stages.
+        layers: Number of blocks in each of three or four stages.
         num_classes: Classes of the classifier; 0 leaves it out.
         in_chans: Channels of the input picture.
         cardinality: Number of groups C of every 3x3 convolution.
         base_width: Width d of one group in the first stage.
-        output_stride: Input size over size of the last feature map: 32, or 16 or 8 with dilated last stages.
+        small_stem: Begin with a 3x3 convolution at full resolution, for pictures of 32 pixels, instead of a 7x7
+            convolution and a pooling that quarter the resolution.
+        output_stride: Greatest input size over size of the last feature map: 32, or 16 or 8 with dilated last stages.
         global_pool: Pooling before the classifier, a name that timm knows; the empty string leaves it out.
         drop_rate: Dropout probability before the classifier.
         drop_path_rate: Probability of dropping the last block's residual branch; it grows linearly with depth.
         zero_init_last: Start every residual branch at zero (the last batch norm's weight).
 
     Raises:
-        ValueError: If the groups would have no channels, or the output stride is not 8, 16 or 32.
+        ValueError: If the groups would have no channels, the output stride is not 8, 16 or 32, or there are not three
+            or four stages.
+        AssertionError: In a call, if the picture is smaller than the network's stride.
     """
 
     def __init__(
@@ -143,6 +149,7 @@ class ResNeXt(nn.Module):
         in_chans: int = 3,
         cardinality: int = 32,
         base_width: int = 4,
+        small_stem: bool = False,
         output_stride: int = 32,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
@@ -154,6 +161,8 @@ class ResNeXt(nn.Module):
         super().__init__()
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride={output_stride} is not one of 8, 16, 32")
+        if not 3 <= len(layers) <= 4:
+            raise ValueError(f"layers={tuple(layers)} are {len(layers)} stages; expected three or four")
         if cardinality < 1:
             raise ValueError(f"cardinality={cardinality} is not a positive number of groups")
         self.num_classes = num_classes
@@ -161,17 +170,21 @@ class ResNeXt(nn.Module):
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
 
-        self.conv1 = nn.Conv2d(in_chans, 64, 7, stride=2, padding=3, bias=False, device=device, dtype=dtype)
+        kernel, stride = (3, 1) if small_stem else (7, 2)
+        self.conv1 = nn.Conv2d(
+            in_chans, 64, kernel, stride=stride, padding=kernel // 2, bias=False, device=device, dtype=dtype
+        )
         self.bn1 = nn.BatchNorm2d(64, device=device, dtype=dtype)
         self.act1 = nn.ReLU(inplace=True)
-        self.maxpool: nn.Module = nn.MaxPool2d(3, stride=2, padding=1)
-        self.feature_info: list[dict[str, Any]] = [{"num_chs": 64, "reduction": 2, "module": "act1"}]
+        pool: nn.Module = nn.Identity() if small_stem else nn.MaxPool2d(3, stride=2, padding=1)
+        self.maxpool = pool
+        feature_info: list[dict[str, Any]] = [{"num_chs": 64, "reduction": stride, "module": "act1"}]
 
-        in_chs, reduction, dilation = 64, 4, 1
+        in_chs, reduction, dilation = 64, stride * stride, 1
         stages = []
         num_blocks = sum(layers)
         drop_path_rates = [drop_path_rate * i / max(num_blocks - 1, 1) for i in range(num_blocks)]
-        for stage, (depth, stage_width) in enumerate(zip(layers, STAGE_WIDTHS, strict=True), start=1):
+        for stage, (depth, stage_width) in enumerate(zip(layers, STAGE_WIDTHS, strict=False), start=1):
             stride = 1 if stage == 1 else 2
             first_dilation = dilation
             if reduction * stride > output_stride:  # keep the resolution, widen the view instead
@@ -195,9 +208,12 @@ class ResNeXt(nn.Module):
                 )
                 in_chs = stage_width * Bottleneck.expansion
             stages.append(nn.Sequential(*blocks))
-            self.feature_info.append({"num_chs": in_chs, "reduction": reduction, "module": f"layer{stage}"})
+            feature_info.append({"num_chs": in_chs, "reduction": reduction, "module": f"layer{stage}"})
 
+        stages += [nn.Sequential()] * (4 - len(stages))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        self.stride = reduction
+        self.feature_info = feature_info
 
         self.num_features = in_chs
         self.global_pool, self.fc = create_classifier(
@@ -260,7 +276,7 @@ class ResNeXt(nn.Module):
 
         Args:
             x: Pictures, `(N, in_chans, H, W)`.
-            indices: The last n maps if an int, all five (stem and stages) if None, else these.
+            indices: The last n maps if an int, all (stem and stages) if None, else these.
             norm: Accepted for timm's interface; these maps carry no further norm layer.
             stop_early: Stop after the last map that is asked for.
             output_fmt: Only `NCHW` is offered.
@@ -268,13 +284,14 @@ class ResNeXt(nn.Module):
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt={output_fmt!r} is not offered: feature maps are 'NCHW'")
-        take_indices, max_index = feature_take_indices(5, indices)
+        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
         intermediates = []
+        self._require_size(x)
         x = self.act1(self.bn1(self.conv1(x)))
         if 0 in take_indices:
             intermediates.append(x)
         x = self.maxpool(x)
-        for stage in range(1, (max_index if stop_early else 4) + 1):
+        for stage in range(1, (max_index + 1) if stop_early else len(self.feature_info)):
             layer = getattr(self, f"layer{stage}")
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint_seq(layer, x)
@@ -288,19 +305,28 @@ class ResNeXt(nn.Module):
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop the stages behind the last feature map asked for, and the classifier; give the indices kept."""
-        take_indices, max_index = feature_take_indices(5, indices)
-        for stage in range(max_index + 1, 5):
+        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        last = len(self.feature_info) - 1
+        for stage in range(max_index + 1, last + 1):
             setattr(self, f"layer{stage}", nn.Sequential())
         if max_index == 0:
             self.maxpool = nn.Identity()
-        if max_index < 4:  # the classifier was sized for the last stage
+        if max_index < last:  # the classifier was sized for the last stage
             self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
-        if prune_head or max_index < 4:
+            self.stride = self.feature_info[max_index]["reduction"]
+        if prune_head or max_index < last:
             self.reset_classifier(0, "")
         return list(take_indices)
 
+    def _require_size(self, x: torch.Tensor) -> None:
+        # torch's own assertion, because tracing and scripting follow it where they could not follow an `if`
+        height, width = x.shape[-2], x.shape[-1]
+        torch._assert(height >= self.stride, f"a picture of height {height} is smaller than the stride {self.stride}")
+        torch._assert(width >= self.stride, f"a picture of width {width} is smaller than the stride {self.stride}")
+
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Map `(N, in_chans, H, W)` to the last feature map, `(N, num_features, H / 32, W / 32)`."""
+        """Map `(N, in_chans, H, W)` to the last feature map, `(N, num_features, H / stride, W / stride)`."""
+        self._require_size(x)
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.maxpool(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
@@ -327,10 +353,12 @@ class Variant:
     """One row of the family: a name and the network it stands for."""
 
     name: str
-    layers: tuple[int, int, int, int]
+    layers: tuple[int, ...]
     """Blocks per stage."""
     cardinality: int
     base_width: int
+    small_stem: bool = False
+    """Whether it is a network for pictures of 32 pixels, with a 3x3 stem."""
 
     @property
     def depth(self) -> int:
@@ -343,16 +371,48 @@ class Variant:
         return f"{self.cardinality}x{self.base_width}d"
 
 
-# Widths are the paper's: at each cardinality the one that preserves the complexity of 1x64d (Table 2).
+_LAYERS = {
+    26: (2, 2, 2, 2),
+    29: (3, 3, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+    200: (3, 24, 36, 3),
+}
+
+# (name, depth, cardinality, base width). Where the name says no width, it is the one that preserves the complexity of
+# 1x64d at that cardinality (paper, Table 2).
+_TABLE = (
+    ("resnext_g1", 50, 1, 64),
+    ("resnext_g2", 50, 2, 40),
+    ("resnext_g4", 50, 4, 24),
+    ("resnext_g8", 50, 8, 14),
+    ("resnext_g32", 50, 32, 4),
+    ("resnext101_g1", 101, 1, 64),
+    ("resnext101_g2", 101, 2, 40),
+    ("resnext101_g4", 101, 4, 24),
+    ("resnext101_g8", 101, 8, 14),
+    ("resnext101_g32", 101, 32, 4),
+    # twice the complexity (Table 4), by width, depth and cardinality
+    ("resnext101_g1_w100", 101, 1, 100),
+    ("resnext200_g1", 200, 1, 64),
+    ("resnext101_g2_w64", 101, 2, 64),
+    ("resnext101_g64_w4", 101, 64, 4),
+    # larger, smaller and deeper ones
+    ("resnext101_g32_w8", 101, 32, 8),
+    ("resnext26_g32", 26, 32, 4),
+    ("resnext152_g32", 152, 32, 4),
+    # for CIFAR (section 5.3)
+    ("resnext29_g8_w64", 29, 8, 64),
+    ("resnext29_g16_w64", 29, 16, 64),
+    ("resnext29_g32_w4", 29, 32, 4),
+)
+
 VARIANTS: dict[str, Variant] = {
-    variant.name: variant
-    for variant in (
-        Variant(name="resnext_g1", layers=(3, 4, 6, 3), cardinality=1, base_width=64),
-        Variant(name="resnext_g2", layers=(3, 4, 6, 3), cardinality=2, base_width=40),
-        Variant(name="resnext_g4", layers=(3, 4, 6, 3), cardinality=4, base_width=24),
-        Variant(name="resnext_g8", layers=(3, 4, 6, 3), cardinality=8, base_width=14),
-        Variant(name="resnext_g32", layers=(3, 4, 6, 3), cardinality=32, base_width=4),
+    name: Variant(
+        name=name, layers=_LAYERS[depth], cardinality=cardinality, base_width=base_width, small_stem=depth == 29
     )
+    for name, depth, cardinality, base_width in _TABLE
 }
 
 
@@ -366,13 +426,22 @@ class StockArchitecture:
 
 # timm's own networks of the same form, by blocks per stage: (name, cardinality, base width).
 _STOCK: dict[tuple[int, ...], tuple[tuple[str, int, int], ...]] = {
+    (2, 2, 2, 2): (("resnet26", 1, 64),),
     (3, 4, 6, 3): (("resnext50_32x4d", 32, 4), ("resnet50", 1, 64)),
+    (3, 4, 23, 3): (
+        ("resnext101_32x4d", 32, 4),
+        ("resnet101", 1, 64),
+        ("resnext101_64x4d", 64, 4),
+        ("resnext101_32x8d", 32, 8),
+    ),
+    (3, 8, 36, 3): (("resnet152", 1, 64),),
+    (3, 24, 36, 3): (("resnet200", 1, 64),),
 }
 
 
 def stock_architecture(variant: Variant) -> StockArchitecture | None:
-    """Give the timm architecture that builds the same network, or None where timm has no such depth."""
-    stocks = _STOCK.get(variant.layers, ())
+    """Give the timm architecture that builds the same network, or None where timm has none of that depth and stem."""
+    stocks = () if variant.small_stem else _STOCK.get(variant.layers, ())
     for name, cardinality, base_width in stocks:
         if (cardinality, base_width) == (variant.cardinality, variant.base_width):
             return StockArchitecture(name=name, model_args={})
@@ -383,6 +452,17 @@ def stock_architecture(variant: Variant) -> StockArchitecture | None:
         if variant.base_width != base_width:
             differing["base_width"] = variant.base_width
         return StockArchitecture(name=name, model_args=differing)
+    return None
+
+
+def variant_like(name: str) -> Variant | None:
+    """Give the network that a name of this package or of timm stands for, or None if it is not of this form."""
+    if name in VARIANTS:
+        return VARIANTS[name]
+    for layers, stocks in _STOCK.items():
+        for stock, cardinality, base_width in stocks:
+            if stock == name:
+                return Variant(name=name, layers=layers, cardinality=cardinality, base_width=base_width)
     return None
 
 
@@ -400,6 +480,17 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
         "paper_ids": "arXiv:1611.05431",
         **kwargs,
     }
+
+
+def _cifar_cfg() -> dict[str, Any]:
+    return _cfg(
+        num_classes=10,
+        input_size=(3, 32, 32),
+        pool_size=(8, 8),
+        crop_pct=1.0,
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+    )
 
 
 def _released_cfgs(variant: Variant) -> dict[str, PretrainedCfg | dict[str, Any]]:
@@ -420,17 +511,20 @@ def _released_cfgs(variant: Variant) -> dict[str, PretrainedCfg | dict[str, Any]
         if default is not None and f"{variant.name}.{default.tag}" in cfgs:
             key = f"{variant.name}.{default.tag}"
             cfgs = {key: cfgs.pop(key), **cfgs}  # the first is the default
-    return cfgs or {f"{variant.name}.untrained": _cfg()}
+    return cfgs or {f"{variant.name}.untrained": _cifar_cfg() if variant.small_stem else _cfg()}
 
 
 def _create_resnext(variant: Variant, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    args = {
-        "layers": variant.layers,
-        "cardinality": variant.cardinality,
-        "base_width": variant.base_width,
-        **kwargs,
-    }
-    model: nn.Module = build_model_with_cfg(ResNeXt, variant.name, pretrained, **args)
+    setting = {"cardinality": variant.cardinality, "base_width": variant.base_width} | kwargs
+    model: nn.Module = build_model_with_cfg(
+        ResNeXt,
+        variant.name,
+        pretrained,
+        feature_cfg={"out_indices": tuple(range(len(variant.layers) + 1))},
+        layers=variant.layers,
+        small_stem=variant.small_stem,
+        **setting,
+    )
     return model
 
 
