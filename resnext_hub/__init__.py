@@ -2,6 +2,6 @@
 
 __version__ = "0.1.0"
 
-from resnext_hub.models import VARIANTS
+from resnext_hub.models import VARIANTS, load_weights
 
-__all__ = ["VARIANTS", "__version__"]
+__all__ = ["VARIANTS", "__version__", "load_weights"]
