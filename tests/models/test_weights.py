@@ -95,7 +95,10 @@ class Payload:
 
 
 def test_a_pickle_of_more_than_tensors_is_not_unpickled(tmp_path: Path, capsys) -> None:
-    for name, write in (("a.pth", torch.save), ("b.pth", lambda x, path: path.write_bytes(pickle.dumps(x, protocol=2)))):
+    for name, write in (
+        ("a.pth", torch.save),
+        ("b.pth", lambda x, path: path.write_bytes(pickle.dumps(x, protocol=2))),
+    ):
         write({"weight": Payload()}, tmp_path / name)
         with raises(ValueError, match="holds more than tensors"):
             load_weights(ours(), tmp_path / name)
