@@ -87,6 +87,7 @@ def _build_parser() -> argparse.ArgumentParser:
     info.add_argument("--image-size", type=int, metavar="N", help="pixels (default: 224, or 32 for the CIFAR networks)")
     info.add_argument("--like", metavar="NAME", help="a network whose cost to match, such as resnet50")
     info.add_argument("--cardinality", type=int, metavar="C", help="with --like: groups to find the width for")
+    info.add_argument("--write-cards", type=Path, metavar="DIR", help="write records and cards of the variants there")
     info.add_argument(
         "--preserve",
         choices=("block", "parameters", "macs"),
@@ -170,6 +171,11 @@ def _info(options: argparse.Namespace) -> None:
     from resnext_hub.models.complexity import info_rows, preserving_width
     from resnext_hub.models.resnext import VARIANTS, Variant, variant_like
 
+    if options.write_cards is not None:
+        from resnext_hub.hub.variant_card import write_variant_cards
+
+        _print("".join(f"{path}\n" for path in write_variant_cards(options.write_cards)))
+        return
     if (options.like is None) != (options.cardinality is None):
         raise RequestError("--like and --cardinality go together: info --like resnet50 --cardinality 16")
     if options.image_size is not None and options.image_size < 1:
