@@ -11,7 +11,7 @@ from loopback_hub import LoopbackHub, serve
 from pytest import fixture, mark
 from safetensors.torch import save
 
-from resnext_hub.cli import _build_parser
+from resnext_hub.cli import _build_parser, main
 from resnext_hub.models import VARIANTS
 
 README = (ROOT / "README.md").read_text()
@@ -46,14 +46,21 @@ def test_every_command_is_one_that_the_command_line_takes(line: str) -> None:
     _build_parser().parse_args([name, *words[words.index(script) + 1 :]])
 
 
+@mark.parametrize("command", re.findall(r"`resnext-hub (info[^`]*)`", README))
+def test_every_info_command_prints_a_table(command: str, capsys) -> None:
+    assert main(shlex.split(command)) == 0
+    assert "M parameters" in capsys.readouterr().out
+
+
 def test_the_two_lines_of_a_newcomer_are_there() -> None:
     assert 'pip install -e ".[train]" && accelerate launch scripts/train.py' in COMMANDS
     assert 'pip install -e ".[dev]" && pytest' in COMMANDS
 
 
-def test_the_table_lists_every_variant_with_its_template_and_parameters() -> None:
+def test_the_table_lists_the_50_layer_variants_with_template_and_parameters() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (\w+) \| ([\d.]+) M \|", README, re.MULTILINE)
-    assert [name for name, _, _ in rows] == list(VARIANTS)
+    assert [name for name, _, _ in rows] == [name for name, v in VARIANTS.items() if v.depth == 50]
+    assert f"And {len(VARIANTS) - len(rows)} more" in README
     for name, template, parameters in rows:
         assert VARIANTS[name].template == template
         with torch.device("meta"):
