@@ -268,6 +268,24 @@ def test_fine_tuning_starts_from_a_local_model_and_records_it(
     assert record.model.input["input_size"] == [3, 32, 32]  # as the base model's
 
 
+def test_a_cifar_network_says_that_it_needs_the_plugin(tmp_path: Path, command: Command) -> None:
+    code, out, err = command(
+        "train", "--model", "resnext29_g32_w4", "--batch-size", 8, "--max-steps", 1, "--eval-fraction", 0.02,
+        "--output-dir", tmp_path / "run",
+    )  # fmt: skip
+    assert code == 0, err
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert config["architecture"] == "resnext29_g32_w4"
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "**This network needs `pip install resnext-hub` and `import resnext_hub` before it is loaded.**" in card
+    code = "\n".join(line.strip() for line in out.splitlines() if line.startswith("    "))
+    assert "import resnext_hub" in code
+    done = run_process("-c", code)
+    assert done.returncode == 0, done.stderr
+    plain = run_process("-c", code.replace("import resnext_hub", ""))
+    assert "Unknown model" in plain.stderr
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path: Path, command: Command) -> None:
     code, _, err = command(
         "train", *TINY, "--optimizer", "sgd", "--lr", 1e12, "--max-steps", 20, "--output-dir", tmp_path / "run"

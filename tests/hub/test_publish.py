@@ -14,7 +14,6 @@ from pytest import fixture, mark
 
 from resnext_hub.hub.card import render_card, wilson_interval
 from resnext_hub.hub.export import export_model
-from resnext_hub.models import VARIANTS
 from resnext_hub.models.source import build_model, find_model, portable_architecture
 from resnext_hub.record import RunRecord
 
@@ -58,7 +57,7 @@ assert "resnext_hub" not in sys.modules
 """
 
 
-@mark.parametrize("name", VARIANTS)
+@mark.parametrize("name", ["resnext_g1", "resnext_g2", "resnext_g8", "resnext_g32", "resnext26_g32", "resnext101_g2"])
 def test_an_exported_variant_loads_to_the_bit_in_stock_timm_and_transformers(name: str, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
