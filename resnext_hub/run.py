@@ -212,6 +212,7 @@ def _write_results(plan: Plan, outcome: Outcome, accelerator: "Accelerator", pre
         git_commit=git_commit(),
         wall_seconds=outcome.wall_seconds,
         resumes=outcome.resumes,
+        broken_pictures=outcome.unreadable,
     )
     with new_folder(folder / "plots") as aside:
         write_plots(record, aside)
@@ -229,7 +230,7 @@ def _write_predictions(evaluation: Evaluation, path: Path) -> None:
 
     table = pyarrow.table(
         {
-            "index": np.arange(evaluation.count),
+            "index": evaluation.indices,
             "label": evaluation.labels,
             "prediction": evaluation.predictions,
             "probability": evaluation.probabilities,

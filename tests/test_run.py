@@ -13,6 +13,7 @@ import timm
 import torch
 import yaml
 from conftest import ROOT, TINY, run_process
+from PIL import Image
 from pyarrow import parquet
 from pytest import fixture, mark
 from safetensors.torch import load_file
@@ -248,6 +249,51 @@ def test_a_folder_of_pictures_trains_with_its_class_names(
     assert record.config["dataset"] == "vehicles"
     assert record.command.endswith("--workers 2")
     assert command("evaluate", tmp_path / "run")[0] == 0, out
+
+
+def break_pictures(folder: Path) -> dict[str, str]:
+    """Spoil a picture in each of four ways; give their names and reasons."""
+    (folder / "bus" / "000.png").write_bytes(b"")
+    (folder / "bus" / "001.png").write_bytes(b"no picture at all")
+    (folder / "car" / "002.png").write_bytes((folder / "car" / "002.png").read_bytes()[:900])
+    Image.new("L", (14000, 14000)).save(folder / "train" / "003.png")  # more than Pillow takes for a picture
+    return {
+        "bus/000.png": "zero bytes",
+        "bus/001.png": "not an image",
+        "car/002.png": "image file is truncated",
+        "train/003.png": f"more than {Image.MAX_IMAGE_PIXELS} pixels",
+    }
+
+
+@mark.parametrize("workers", [0, 2])
+def test_broken_pictures_are_listed_and_stop_nothing(
+    folder_of_classes: Path, tmp_path: Path, command: Command, workers: int
+) -> None:
+    broken = break_pictures(folder_of_classes)
+    flags = ("train", *TINY, "--dataset", folder_of_classes, "--image-size", 32, "--batch-size", 8, "--epochs", 2)
+    flags += ("--workers", workers, "--output-dir", tmp_path / "run")
+    code, _, err = command(*flags)
+    assert code == 1
+    assert "cannot be read, more than --max-bad-fraction 0.01" in err
+    code, _, err = command(*flags, "--max-bad-fraction", 0.5)
+    assert code == 0, err
+    record = RunRecord.load(tmp_path / "run" / "record.json")
+    listed = {entry["picture"]: entry["reason"] for entry in record.broken_pictures}
+    assert set(listed) == set(broken)
+    for picture, reason in broken.items():
+        assert reason in listed[picture]
+    out_of_evaluation = [entry for entry in record.broken_pictures if entry["split"] == "evaluation"]
+    assert record.evaluation.count == record.dataset.eval_count - len(out_of_evaluation)
+    assert "4 pictures could not be read" in (tmp_path / "run" / "model" / "README.md").read_text()
+    assert command("evaluate", tmp_path / "run")[0] == 0
+
+
+def test_one_broken_picture_never_stops_a_run(folder_of_classes: Path, tmp_path: Path, command: Command) -> None:
+    (folder_of_classes / "bus" / "000.png").write_bytes(b"")
+    flags = ("--dataset", folder_of_classes, "--image-size", 32, "--batch-size", 8, "--epochs", 2)
+    code, _, err = command("train", *TINY, *flags, "--output-dir", tmp_path / "run")
+    assert code == 0, err
+    assert err.count("bus/000.png cannot be read (zero bytes)") == 1
 
 
 def test_fine_tuning_starts_from_a_local_model_and_records_it(

@@ -4,18 +4,17 @@ Everything becomes two `Pictures`, one to train on and one to evaluate on, with 
 """
 
 import hashlib
-import io
 import json
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from resnext_hub.data.columns import find_image_column, find_label_column, listing, read_labels
+from resnext_hub.data.decode import decode
 from resnext_hub.data.sources import (
     EVAL_NAMES,
     TRAIN_NAMES,
@@ -25,7 +24,7 @@ from resnext_hub.data.sources import (
     load_parquet,
     parquet_files,
 )
-from resnext_hub.errors import RequestError, RunError, one_line
+from resnext_hub.errors import RequestError, one_line
 
 if TYPE_CHECKING:
     import datasets
@@ -57,7 +56,12 @@ class DataConfig:
     split_seed: int = 0
     """Seed of that cut; apart from `seed`, so that runs with other seeds are measured on the same pictures."""
 
+    max_bad_fraction: float = 0.01
+    """Part of a split that may be unreadable before the run stops; a single picture never stops it."""
+
     def __post_init__(self) -> None:
+        if not 0.0 <= self.max_bad_fraction <= 1.0:
+            raise RequestError(f"--max-bad-fraction {self.max_bad_fraction} is not between 0 and 1")
         if not 0.0 < self.eval_fraction < 1.0:
             raise RequestError(f"--eval-fraction {self.eval_fraction} is not between 0 and 1")
 
@@ -79,19 +83,21 @@ class Pictures:
         return len(self.indices)
 
     def image(self, index: int, mode: str = "RGB") -> Image.Image:
-        """Decode a picture, turned upright as its EXIF orientation says.
+        """Decode a picture.
 
         Raises:
-            RunError: If the picture cannot be read.
+            UnreadablePictureError: If it cannot be decoded; the message is the reason.
         """
-        row = self.rows[int(self.indices[index])][self.image_column]
-        try:
-            source = io.BytesIO(row["bytes"]) if row["bytes"] is not None else row["path"]
-            with Image.open(source) as image:
-                return ImageOps.exif_transpose(image).convert(mode)
-        except (OSError, UnidentifiedImageError, SyntaxError, TypeError) as error:
-            name = os.path.basename(row["path"]) if row["path"] else f"at index {index}"
-            raise RunError(f"the picture {name} cannot be read: {error}") from error
+        return decode(self._row(index), mode)
+
+    def name(self, index: int) -> str:
+        """Name a picture for people: the end of its path, or its index in the source."""
+        path = self._row(index)["path"]
+        return "/".join(Path(path).parts[-2:]) if path else f"index {self.indices[index]}"
+
+    def _row(self, index: int) -> dict[str, Any]:
+        row: dict[str, Any] = self.rows[int(self.indices[index])][self.image_column]
+        return row
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,16 +177,13 @@ def load_splits(config: DataConfig) -> Splits:
         hub_id=hub_id,
         revision=revision,
         fingerprint=_fingerprint(label_names, train.labels, evaluation.labels, files),
-        found=DataConfig(
+        found=replace(
+            config,
             dataset=config.dataset if hub_id or config.dataset == BUNDLED else str(path.resolve()),
-            dataset_config=config.dataset_config,
-            dataset_revision=config.dataset_revision,
             train_split=train_split,
             eval_split=eval_split,
             image_column=image_column,
             label_column=label_column,
-            eval_fraction=config.eval_fraction,
-            split_seed=config.split_seed,
         ),
     )
 

@@ -13,11 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from resnext_hub.data.dataset import Pictures
+from resnext_hub.data.decode import UnreadablePictureError
 from resnext_hub.data.transforms import Transform
-from resnext_hub.errors import RequestError
+from resnext_hub.errors import RequestError, RunError
 from resnext_hub.machine import cores
 
 PICTURE_MODES = {1: "L", 3: "RGB"}
@@ -43,12 +45,23 @@ class Place(NamedTuple):
     sample: int
 
 
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A picture `(C, H, W)` with its label and index, and what could not be read on the way: (index, reason)."""
+
+    image: torch.Tensor
+    label: int
+    index: int
+    unreadable: list[tuple[int, str]]
+
+
 class Batch(NamedTuple):
-    """Pictures `(N, C, H, W)` float32, labels `(N,)` int64, and the samples' indices `(N,)` int64."""
+    """Pictures `(N, C, H, W)` float32, labels and indices `(N,)` int64, and what was unreadable: (index, reason)."""
 
     images: torch.Tensor
     labels: torch.Tensor
     indices: torch.Tensor
+    unreadable: list[tuple[int, str]]
 
 
 @lru_cache(maxsize=2)
@@ -73,8 +86,8 @@ def seed_sample(seed: int, epoch: int, index: int, repeat: int = 0) -> None:
     torch.default_generator.manual_seed(int(state[3]))
 
 
-class TrainingSamples(Dataset[tuple[torch.Tensor, int, int]]):
-    """Augmented samples by place: `(image (C, H, W), label, index)`."""
+class TrainingSamples(Dataset[Sample]):
+    """Augmented samples by place. One that cannot be read is replaced by another, a function of its index alone."""
 
     def __init__(self, pictures: Pictures, transform: Transform, seed: int, mode: str = "RGB") -> None:
         self.pictures = pictures
@@ -82,14 +95,25 @@ class TrainingSamples(Dataset[tuple[torch.Tensor, int, int]]):
         self.seed = seed
         self.mode = mode
 
-    def __getitem__(self, place: Place) -> tuple[torch.Tensor, int, int]:
-        image = self.pictures.image(place.sample, self.mode)
+    def __getitem__(self, place: Place) -> Sample:
+        unreadable: list[tuple[int, str]] = []
+        index = place.sample
+        while True:
+            try:
+                image = self.pictures.image(index, self.mode)
+                break
+            except UnreadablePictureError as error:
+                unreadable.append((index, str(error)))
+                if len(unreadable) == 100:
+                    raise RunError(f"100 pictures drawn after each other cannot be read; the last: {error}") from None
+                draw = np.random.SeedSequence((place.sample, len(unreadable))).generate_state(1, np.uint64)[0]
+                index = int(draw % len(self.pictures))
         seed_sample(self.seed, place.epoch, place.sample)
-        return self.transform(image), int(self.pictures.labels[place.sample]), place.sample
+        return Sample(self.transform(image), int(self.pictures.labels[index]), place.sample, unreadable)
 
 
-class EvaluationSamples(Dataset[tuple[torch.Tensor, int, int]]):
-    """Samples as the evaluation transform gives them: `(image (C, H, W), label, index)`."""
+class EvaluationSamples(Dataset[Sample]):
+    """Samples as the evaluation transform gives them. One that cannot be read is black, and said to be unreadable."""
 
     def __init__(self, pictures: Pictures, transform: Transform, mode: str = "RGB") -> None:
         self.pictures = pictures
@@ -99,9 +123,14 @@ class EvaluationSamples(Dataset[tuple[torch.Tensor, int, int]]):
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
-        image = self.pictures.image(index, self.mode)
-        return self.transform(image), int(self.pictures.labels[index]), index
+    def __getitem__(self, index: int) -> Sample:
+        unreadable = []
+        try:
+            image = self.pictures.image(index, self.mode)
+        except UnreadablePictureError as error:
+            unreadable = [(index, str(error))]
+            image = Image.new(self.mode, (8, 8))
+        return Sample(self.transform(image), int(self.pictures.labels[index]), index, unreadable)
 
 
 class StepSampler(Sampler[list[Place]]):
@@ -157,9 +186,13 @@ def _build_loader(dataset: Dataset, batches: object, workers: int, pin_memory: b
     )
 
 
-def _collate(samples: list[tuple[torch.Tensor, int, int]]) -> Batch:
-    images, labels, indices = zip(*samples, strict=True)
-    return Batch(torch.stack(images), torch.tensor(labels), torch.tensor(indices))
+def _collate(samples: list[Sample]) -> Batch:
+    return Batch(
+        images=torch.stack([sample.image for sample in samples]),
+        labels=torch.tensor([sample.label for sample in samples]),
+        indices=torch.tensor([sample.index for sample in samples]),
+        unreadable=[entry for sample in samples for entry in sample.unreadable],
+    )
 
 
 def derive_workers(device: str, local_processes: int) -> int:

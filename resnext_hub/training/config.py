@@ -128,6 +128,7 @@ MACHINE_FIELDS = frozenset(
         "log_samples",
         "checkpoint_every",
         "keep_checkpoints",
+        "max_bad_fraction",
     }
 )
 """Fields that may differ when a run is resumed: they say how the machine does the work, not what work it is."""

@@ -18,14 +18,18 @@ from resnext_hub.data.loaders import EvaluationSamples, build_eval_loader
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """One entry per evaluation sample, `(N,)`, in the order of the split."""
+    """One entry per evaluation sample that can be read, `(N,)`, in the order of the split."""
 
+    indices: np.ndarray
+    """Places in the split."""
     labels: np.ndarray
     predictions: np.ndarray
     probabilities: np.ndarray
     """Probability that the network gives its prediction."""
     losses: np.ndarray
     """Cross entropy in nats, without label smoothing."""
+    unreadable: list[tuple[int, str]]
+    """What this process could not read, and why: it is left out of everything above."""
 
     @property
     def count(self) -> int:
@@ -82,7 +86,8 @@ def evaluate(
     """
     count = len(samples)
     batches = [list(range(i, min(i + batch_size, count))) for i in range(0, count, batch_size)]
-    values = torch.zeros(3, count, dtype=torch.float64)
+    values = torch.zeros(4, count, dtype=torch.float64)
+    unreadable: list[tuple[int, str]] = []
     was_training = model.training
     model.eval()
     try:
@@ -94,13 +99,20 @@ def evaluate(
             log_probabilities = F.log_softmax(logits, dim=1).cpu().double()
             best, prediction = log_probabilities.max(dim=1)
             losses = F.nll_loss(log_probabilities, batch.labels, reduction="none")
-            values[:, batch.indices] = torch.stack([prediction.double(), best.exp(), losses])
+            read = torch.ones(size, dtype=torch.float64)
+            values[:, batch.indices] = torch.stack([prediction.double(), best.exp(), losses, read])
+            values[3, [index for index, _ in batch.unreadable]] = 0.0
+            unreadable += batch.unreadable
     finally:
         model.train(was_training)
-    prediction, probability, losses = sum_over_processes(values).numpy()
+    summed = sum_over_processes(values).numpy()
+    indices = np.flatnonzero(summed[3])
+    prediction, probability, losses = summed[:3, indices]
     return Evaluation(
-        labels=samples.pictures.labels,
+        indices=indices,
+        labels=samples.pictures.labels[indices],
         predictions=prediction.astype(np.int64),
         probabilities=probability.astype(np.float32),
         losses=losses,
+        unreadable=unreadable,
     )

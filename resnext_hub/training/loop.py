@@ -36,7 +36,7 @@ from resnext_hub.errors import RunError, one_line
 from resnext_hub.training.checkpoint import latest_checkpoint, save_checkpoint
 from resnext_hub.training.config import TrainConfig
 from resnext_hub.training.evaluate import Evaluation, evaluate
-from resnext_hub.training.metrics import LineLog, read_lines
+from resnext_hub.training.metrics import LineLog, UnreadableLog, read_lines, read_unreadable
 from resnext_hub.training.optim import build_optimizer, lr_at, optimizer_state, restore_optimizer, set_lr
 
 if TYPE_CHECKING:
@@ -82,6 +82,8 @@ class Outcome:
     history: list[dict[str, Any]]
     wall_seconds: float
     resumes: int
+    unreadable: list[dict[str, str]]
+    """Pictures that could not be read: split, picture, reason."""
 
 
 class Objective(nn.Module):
@@ -153,6 +155,7 @@ def train(
             run.step += 1
             bar.update()
             run.log_samples(batch)
+            run.unreadable.note("training", splits.train, batch.unreadable)
 
             save_now = run.checkpoint_due()
             if run.log_due() or save_now:
@@ -197,6 +200,7 @@ class _Run:
         self.step = self.resumes = 0
         self.best: _Best | None = None
         self.timer = _Timer(0.0, 0)
+        self.unreadable = UnreadableLog(folder, accelerator.process_index, config.data.max_bad_fraction)
         self.metrics: LineLog | None = None
         self.samples: LineLog | None = None
 
@@ -285,7 +289,7 @@ class _Run:
 
     def evaluate(self) -> Evaluation:
         self._broadcast_buffers()
-        return evaluate(
+        evaluation = evaluate(
             self.network,
             self.eval_samples,
             batch_size=self.config.eval_batch_size,
@@ -295,6 +299,8 @@ class _Run:
             processes=self.accelerator.num_processes,
             sum_over_processes=self._sum,
         )
+        self.unreadable.note("evaluation", self.splits.eval, evaluation.unreadable)
+        return evaluation
 
     def compare_with_best(self) -> None:
         with self.timer.apart():
@@ -394,6 +400,7 @@ class _Run:
             history=read_lines(self.folder / "metrics.jsonl"),
             wall_seconds=self.timer.wall_seconds,
             resumes=self.resumes,
+            unreadable=read_unreadable(self.folder),
         )
 
     def _last_good(self) -> str:

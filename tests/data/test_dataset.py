@@ -176,17 +176,6 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     assert (20, 10) not in sizes
 
 
-def test_an_unreadable_picture_is_named(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "a", 4, 100)
-    write_pictures(tmp_path / "b", 4, 100)
-    for path in (tmp_path / "a").iterdir():
-        path.write_bytes(b"no picture")
-    splits = load(tmp_path)
-    bad = next(i for i, label in enumerate(splits.train.labels) if label == 0)
-    with raises(RunError, match=r"the picture \d+\.png cannot be read"):
-        splits.train.image(bad)
-
-
 def refused(dataset: object, **settings: object) -> str:
     with raises(RequestError) as caught:
         load(dataset, **settings)

@@ -1,12 +1,14 @@
 """The order of the samples and their pixels are functions of seed, epoch and index alone."""
 
 import hashlib
+from pathlib import Path
 
 import torch
+from conftest import write_pictures
 from pytest import mark
 
 from resnext_hub.data.dataset import DataConfig, load_splits
-from resnext_hub.data.loaders import StepSampler, TrainingSamples, build_train_loader, places_of_step
+from resnext_hub.data.loaders import Place, StepSampler, TrainingSamples, build_train_loader, places_of_step
 from resnext_hub.data.transforms import TransformConfig, build_eval_transform, build_train_transform, published_input
 
 CFG = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.25,) * 3, "interpolation": "bilinear", "crop_pct": 1.0}
@@ -72,8 +74,24 @@ def test_a_sample_is_augmented_anew_in_each_epoch() -> None:
     places = places_of_step(0, 1437, 1437, seed=3)[:1] + places_of_step(1, 1437, 1437, seed=3)
     first = places[0]
     again = next(p for p in places[1:] if p.sample == first.sample)
-    assert not torch.equal(data[first][0], data[again][0])
-    assert torch.equal(data[first][0], data[first][0])
+    assert not torch.equal(data[first].image, data[again].image)
+    assert torch.equal(data[first].image, data[first].image)
+
+
+def test_an_unreadable_sample_is_replaced_by_the_same_other_one_every_time(tmp_path: Path) -> None:
+    for name, shade in (("a", 60), ("b", 180)):
+        write_pictures(tmp_path / name, 10, shade)
+    splits = load_splits(DataConfig(dataset=str(tmp_path)))
+    bad = 3
+    Path(splits.train.rows[int(splits.train.indices[bad])]["image"]["path"]).write_bytes(b"")
+    data = TrainingSamples(splits.train, build_eval_transform(CFG), seed=0)
+    first, again = data[Place(0, bad)], data[Place(5, bad)]
+    assert first.unreadable == again.unreadable == [(bad, "zero bytes")]
+    assert first.index == bad
+    assert torch.equal(first.image, again.image)
+    twins = [i for i in range(len(splits.train)) if i != bad and torch.equal(data[Place(0, i)].image, first.image)]
+    assert len(twins) == 1
+    assert first.label == splits.train.labels[twins[0]]
 
 
 def test_evaluation_uses_timms_transform_of_the_published_configuration() -> None:

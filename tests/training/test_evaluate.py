@@ -61,7 +61,7 @@ def test_the_padded_tail_does_not_count() -> None:
 
 def test_values_are_those_of_a_plain_forward_pass() -> None:
     model, samples = network().eval(), digits()
-    images = torch.stack([samples[i][0] for i in range(32)]).contiguous(memory_format=torch.channels_last)
+    images = torch.stack([samples[i].image for i in range(32)]).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
         logits = model(images)
     result = shared(1, 32)
@@ -74,6 +74,13 @@ def test_values_are_those_of_a_plain_forward_pass() -> None:
 
 def test_confusion_counts_true_classes_in_rows() -> None:
     labels, predictions = np.array([0, 0, 1, 2]), np.array([0, 2, 1, 2])
-    result = Evaluation(labels=labels, predictions=predictions, probabilities=np.ones(4), losses=np.zeros(4))
+    result = Evaluation(
+        indices=np.arange(4),
+        labels=labels,
+        predictions=predictions,
+        probabilities=np.ones(4),
+        losses=np.zeros(4),
+        unreadable=[],
+    )
     assert result.confusion(3).tolist() == [[1, 0, 1], [0, 1, 0], [0, 0, 1]]
     assert (result.correct, result.top1) == (3, 0.75)

@@ -1,0 +1,60 @@
+"""From an encoded picture to pixels, the same for every kind of file that people have.
+
+What is shown is what counts: EXIF orientation is applied, an animation gives its first frame, grey becomes three equal
+channels, sixteen bits are scaled to eight, CMYK is converted. Transparency is dropped, as timm's and transformers' own
+readers do, so that a published network sees the same pixels there.
+"""
+
+import io
+import os
+import warnings
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+
+class UnreadablePictureError(Exception):
+    """A picture that cannot be decoded; the message is the reason."""
+
+
+def decode(row: dict[str, Any], mode: str = "RGB") -> Image.Image:
+    """Decode a picture.
+
+    Args:
+        row: `bytes`, or a `path` where there are none, as the library datasets has undecoded pictures.
+        mode: `RGB`, or `L` for one channel.
+
+    Raises:
+        UnreadablePictureError: If there is nothing to read, it is no picture, it is cut off, or it has more pixels than
+            `PIL.Image.MAX_IMAGE_PIXELS`, as a decompression bomb would.
+    """
+    data, path = row["bytes"], row["path"]
+    if data is None and path is None:
+        raise UnreadablePictureError("neither bytes nor a path")
+    try:
+        if (len(data) if data is not None else os.path.getsize(path)) == 0:
+            raise UnreadablePictureError("zero bytes")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data) if data is not None else path) as image:
+                return _to_mode(ImageOps.exif_transpose(image), mode)
+    except UnidentifiedImageError as error:
+        raise UnreadablePictureError("not an image") from error
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise UnreadablePictureError(f"more than {Image.MAX_IMAGE_PIXELS} pixels") from error
+    except FileNotFoundError as error:
+        raise UnreadablePictureError("the file is gone") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise for damaged files
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+        raise UnreadablePictureError(reason[:200] or type(error).__name__) from error
+
+
+def _to_mode(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode.startswith("I"):  # sixteen bits, for which Pillow's own conversion would clip instead of scale
+        values = np.asarray(image).astype(np.int64)
+        wide = image.mode.startswith("I;16") or values.max(initial=0) > 255
+        image = Image.fromarray(np.clip(values // 257 if wide else values, 0, 255).astype(np.uint8))
+    elif image.mode == "P":
+        image = image.convert("RGBA")  # palettes carry transparency in ways that only this conversion understands
+    return image.convert(mode)

@@ -1,0 +1,132 @@
+"""Every kind of picture decodes to stated pixels, and what cannot be decoded says why."""
+
+import contextlib
+import io
+import random
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from pytest import MonkeyPatch, mark, raises
+
+from resnext_hub.data.decode import UnreadablePictureError, decode
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> dict[str, object]:
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def pixels(row: dict[str, object], mode: str = "RGB") -> list[object]:
+    return np.asarray(decode(row, mode)).tolist()
+
+
+def quarter_turned() -> dict[str, object]:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.new("RGB", (2, 1))
+    image.putpixel((0, 0), (255, 0, 0))
+    return encoded(image, "PNG", exif=exif)
+
+
+def see_through_palette() -> dict[str, object]:
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putpixel((1, 0), 1)
+    return encoded(image, "PNG", transparency=b"\x00\xff")
+
+
+def animated() -> dict[str, object]:
+    frames = [Image.new("RGB", (1, 1), color) for color in ("blue", "red")]
+    return encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+
+
+def sixteen_bits() -> dict[str, object]:
+    return encoded(Image.fromarray(np.array([[0, 257, 32896, 65535]], np.uint16)), "PNG")
+
+
+KINDS: dict[str, tuple[Callable[[], dict[str, object]], list[object]]] = {
+    "grey": (lambda: encoded(Image.new("L", (2, 1), 77), "PNG"), [[[77] * 3] * 2]),
+    "one pixel": (lambda: encoded(Image.new("RGB", (1, 1), (1, 2, 3)), "PNG"), [[[1, 2, 3]]]),
+    "sixteen bits are scaled": (sixteen_bits, [[[0] * 3, [1] * 3, [128] * 3, [255] * 3]]),
+    "sixteen bits in a tiff": (
+        lambda: encoded(Image.fromarray(np.array([[65535, 0]], np.uint16)), "TIFF"),
+        [[[255] * 3, [0] * 3]],
+    ),
+    "transparency is dropped": (
+        lambda: encoded(Image.new("RGBA", (1, 1), (9, 8, 7, 0)), "PNG"),
+        [[[9, 8, 7]]],
+    ),
+    "grey with transparency": (lambda: encoded(Image.new("LA", (1, 1), (60, 5)), "PNG"), [[[60] * 3]]),
+    "palette with transparency": (see_through_palette, [[[10, 20, 30], [200, 100, 50]]]),
+    "exif orientation": (quarter_turned, [[[255, 0, 0]], [[0, 0, 0]]]),
+    "the first frame of an animation": (animated, [[[0, 0, 255]]]),
+    "cmyk": (lambda: encoded(Image.new("CMYK", (1, 1), (255, 0, 0, 0)), "TIFF"), [[[0, 255, 255]]]),
+    "black and white": (lambda: encoded(Image.new("1", (1, 1), 1), "PNG"), [[[255] * 3]]),
+}
+
+
+@mark.parametrize("kind", KINDS)
+def test_odd_pictures_decode_to_stated_pixels(kind: str) -> None:
+    make, expected = KINDS[kind]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert pixels(make()) == expected
+
+
+def test_a_file_is_read_as_its_bytes_are(tmp_path: Path) -> None:
+    row = sixteen_bits()
+    (tmp_path / "picture.png").write_bytes(row["bytes"])
+    assert pixels({"bytes": None, "path": str(tmp_path / "picture.png")}) == pixels(row)
+    assert pixels(row, "L") == [[0, 1, 128, 255]]
+
+
+def test_a_cmyk_jpeg_keeps_its_colours() -> None:
+    red, green, blue = pixels(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=95))[4][4]
+    assert red > 240
+    assert max(green, blue) < 15
+
+
+@mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "zero bytes"),
+        (b"this is no picture", "not an image"),
+        (encoded(Image.effect_noise((64, 64), 50), "JPEG")["bytes"][:700], "truncated"),
+        (encoded(Image.effect_noise((64, 64), 50), "PNG")["bytes"][:700], "truncated"),
+        (None, "neither bytes nor a path"),
+    ],
+)
+def test_unreadable_pictures_say_why(data: bytes | None, reason: str) -> None:
+    with raises(UnreadablePictureError, match=reason):
+        decode({"bytes": data, "path": None})
+
+
+def test_a_decompression_bomb_is_unreadable(monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    for size in (40, 60):  # Pillow warns of the first and refuses the second
+        with raises(UnreadablePictureError, match="more than 1000 pixels"):
+            decode(encoded(Image.new("RGB", (size, size)), "PNG"))
+    decode(encoded(Image.new("RGB", (30, 30)), "PNG"))
+
+
+def test_a_file_that_is_gone_is_unreadable(tmp_path: Path) -> None:
+    with raises(UnreadablePictureError, match="the file is gone"):
+        decode({"bytes": None, "path": str(tmp_path / "nowhere.png")})
+
+
+@mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"])
+def test_damaged_files_are_read_or_refused_and_nothing_else(kind: str) -> None:
+    draw = random.Random(0)
+    whole = encoded(Image.effect_noise((32, 24), 60).convert("RGB"), kind)["bytes"]
+    for _ in range(150):
+        damaged = bytearray(whole)
+        for _ in range(draw.randint(1, 6)):
+            damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+        row = {"bytes": bytes(damaged[: draw.choice([None, len(damaged) // 2])]), "path": None}
+        with warnings.catch_warnings(), contextlib.suppress(UnreadablePictureError):
+            warnings.simplefilter("ignore")  # Pillow warns of odd metadata in what it can still read
+            assert decode(row).mode == "RGB"
