@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from resnext_hub.errors import RequestError, RunError
+from resnext_hub.errors import RequestError, RunError, StoppedRun
 
 EXTRA_PACKAGES = frozenset(
     ("accelerate", "datasets", "jinja2", "matplotlib", "numpy", "PIL", "pyarrow", "sklearn", "tqdm", "yaml")
@@ -28,7 +28,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; give its exit code: 2 for a wrong request, 1 for a run that failed."""
+    """Run a command; give its exit code: 2 for a wrong request, 1 for a failed run, 143 for a stopped one."""
     is_main = os.environ.get("RANK", "0") == "0"
     _set_up_logging(is_main)
     try:
@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if (error.name or "").partition(".")[0] not in EXTRA_PACKAGES:
             raise
         return _say(f'{error.name} is not installed; pip install "resnext-hub[train]"', 2, is_main)
+    except StoppedRun as stopped:
+        return _say(stopped, 143, is_main)
     except KeyboardInterrupt:
         return _say("stopped; the same command goes on from the last checkpoint", 130, is_main)
     return 0
@@ -49,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _say(what: object, code: int, aloud: bool) -> int:
     if aloud:
-        sys.stderr.write(f"{'error: ' if code != 130 else ''}{what}\n")
+        sys.stderr.write(f"{'' if code > 128 else 'error: '}{what}\n")
     return code
 
 

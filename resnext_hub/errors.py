@@ -1,4 +1,4 @@
-"""The two ways in which a command ends early, and the exit codes that follow from them."""
+"""The ways in which a command ends early, and the exit codes that follow from them."""
 
 
 class RequestError(ValueError):
@@ -16,6 +16,10 @@ class RunError(RuntimeError):
     def __init__(self, message: str, *, everywhere: bool = False) -> None:
         super().__init__(message)
         self.everywhere = everywhere
+
+
+class StoppedRun(Exception):
+    """SIGTERM stopped a run, which saved its state before. The process exits with 143, as shells have it."""
 
 
 def one_line(error: BaseException) -> str:

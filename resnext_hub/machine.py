@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,10 @@ from resnext_hub.errors import RequestError, RunError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+WAIT = timedelta(hours=6)
+"""How long a process waits for another one, which may be evaluating, or writing to a slow disk."""
 
 
 def device_type() -> str:
@@ -59,22 +64,30 @@ def _cpu_computes_bf16() -> bool:
     return any(getattr(torch.cpu, name)() for name in names if hasattr(torch.cpu, name))
 
 
-def build_accelerator(precision: str) -> "Accelerator":
+def build_accelerator(precision: str, deterministic: bool) -> "Accelerator":
     """Start Accelerate for the processes that the launcher made.
 
     Without an accelerator device it must be told so: it would leave several CPU processes each alone otherwise.
+
+    Args:
+        precision: Mixed precision, resolved.
+        deterministic: Whether gradients are to be added up in the same order after a resume as before it.
 
     Raises:
         RunError: If it does not see as many processes as the launcher started.
     """
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     accelerator = Accelerator(
         cpu=device_type() == "cpu",
         mixed_precision=precision,
-        # batch norm statistics are given out before an evaluation, not at every step
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[
+            # keeps the gradients' buckets as they are at the start: they are rearranged after the first pass otherwise,
+            # so that a resumed run adds in another order than the one before
+            DistributedDataParallelKwargs(find_unused_parameters=deterministic),
+            InitProcessGroupKwargs(timeout=WAIT),
+        ],
     )
     if accelerator.num_processes != processes():
         raise RunError(f"the launcher started {processes()} processes, but Accelerate sees {accelerator.num_processes}")

@@ -97,6 +97,7 @@ def prepare(
     check_launcher()
     config = TrainConfig.from_flat(settings)
     _check_batch(config)
+    _check_pairs(config)
     device = device_type()
     resolve_precision(config.mixed_precision, device)
 
@@ -149,6 +150,15 @@ def _check_batch(config: TrainConfig) -> None:
         raise RequestError(
             f"--batch-size {config.batch_size} is the global batch, and {count} processes do not divide it; "
             f"nearest: {' or '.join(nearest)}"
+        )
+
+
+def _check_pairs(config: TrainConfig) -> None:
+    part = config.batch_size // processes()
+    if config.transform.mixes and part % 2:
+        raise RequestError(
+            f"--batch-size {config.batch_size} gives each process {part} pictures, but --mixup and --cutmix take them "
+            f"in pairs; nearest: {' or '.join(str(n * processes()) for n in (part - 1, part + 1) if n)}"
         )
 
 

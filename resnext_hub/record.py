@@ -70,6 +70,11 @@ class EvaluationFacts:
     count: int
     top1: float
     loss: float
+    top5: float | None
+    """None where there are so few classes that five guesses say little."""
+    macro_f1: float
+    calibration_error: float
+    """Expected calibration error over 15 bins, 0 to 1."""
     batch_size: int
     """Shape of every forward pass; float32 logits depend on it in their last bits."""
     confusion: list[list[int]]
@@ -101,6 +106,8 @@ class RunRecord:
     git_commit: str | None
     wall_seconds: float
     resumes: int
+    skipped_steps: int
+    """Steps whose gradients overflowed in fp16, so that the weights were left as they were."""
     broken_pictures: list[dict[str, str]] = field(default_factory=list)
 
     def save(self, path: Path) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import resnext_hub
 from resnext_hub.data.dataset import Splits, load_splits
 from resnext_hub.data.loaders import PICTURE_MODES, EvaluationSamples
 from resnext_hub.data.transforms import build_eval_transform
-from resnext_hub.errors import RequestError
+from resnext_hub.errors import RequestError, RunError, one_line
 from resnext_hub.files import new_folder, remove_leftovers, write_atomic
 from resnext_hub.hub.card import render_card
 from resnext_hub.hub.export import export_model
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
+TOP5_CLASSES = 20
+"""Classes above which five guesses are worth a figure: of 20 a quarter are right by chance."""
+
 
 def execute(plan: Plan) -> RunRecord:
     """Train, and leave the whole run folder.
@@ -50,12 +54,13 @@ def execute(plan: Plan) -> RunRecord:
     Raises:
         RequestError: If another process works on the folder.
         RunError: If training or the export fails.
+        StoppedRun: If SIGTERM asked for it; the state was saved.
     """
     config, folder = plan.config, plan.folder
     precision = resolve_precision(config.mixed_precision, device_type())
-    accelerator = build_accelerator(precision)
-    set_threads(config.threads, accelerator.device.type)
     deterministic = bool(config.deterministic)
+    accelerator = build_accelerator(precision, deterministic)
+    set_threads(config.threads, accelerator.device.type)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, CUDA's matrix products are refused
     torch.use_deterministic_algorithms(deterministic)
@@ -75,12 +80,30 @@ def execute(plan: Plan) -> RunRecord:
 
         torch.manual_seed(config.seed)
         network = build_model(plan.source, len(plan.splits.label_names), config.drop_rate, config.drop_path)
-        outcome = train(config, plan.splits, network, plan.data_config, folder, accelerator, precision)
+        with _lost_peers(accelerator):
+            outcome = train(config, plan.splits, network, plan.data_config, folder, accelerator, precision)
         if accelerator.is_main_process:
             _write_results(plan, outcome, accelerator, precision)
         accelerator.wait_for_everyone()
     accelerator.end_training()
     return RunRecord.load(folder / "record.json")
+
+
+@contextlib.contextmanager
+def _lost_peers(accelerator: "Accelerator") -> Iterator[None]:
+    """Say in a line that another process has ended, which shows as a broken connection to it."""
+    try:
+        yield
+    except RunError:
+        raise
+    except RuntimeError as error:
+        lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+        if accelerator.num_processes == 1 or not lost:
+            raise
+        raise RunError(
+            f"process {accelerator.process_index} has lost another process of the run ({one_line(error)[:120]}); what "
+            "ended that one is said where it ran; the same command goes on from the last checkpoint"
+        ) from error
 
 
 def evaluate_run(folder: Path, threads: str = "auto") -> tuple[Evaluation, RunRecord]:
@@ -197,6 +220,9 @@ def _write_results(plan: Plan, outcome: Outcome, accelerator: "Accelerator", pre
             count=evaluation.count,
             top1=evaluation.top1,
             loss=evaluation.loss,
+            top5=evaluation.top5 if len(splits.label_names) > TOP5_CLASSES else None,
+            macro_f1=evaluation.macro_f1,
+            calibration_error=evaluation.calibration_error,
             batch_size=config.eval_batch_size,
             confusion=evaluation.confusion(len(splits.label_names)).tolist(),
         ),
@@ -212,6 +238,7 @@ def _write_results(plan: Plan, outcome: Outcome, accelerator: "Accelerator", pre
         git_commit=git_commit(),
         wall_seconds=outcome.wall_seconds,
         resumes=outcome.resumes,
+        skipped_steps=outcome.skipped_steps,
         broken_pictures=outcome.unreadable,
     )
     with new_folder(folder / "plots") as aside:

@@ -132,6 +132,13 @@ def test_a_batch_that_the_processes_do_not_divide_is_refused(command: Command, m
     assert "3 processes do not divide it; nearest: 63 or 66" in err
 
 
+def test_mixing_pairs_needs_an_even_part_of_the_batch(command: Command, monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = command("train", *TINY, "--batch-size", 66, "--mixup", 0.2)
+    assert code == 2
+    assert "gives each process 33 pictures, but --mixup and --cutmix take them in pairs; nearest: 64 or 68" in err
+
+
 @mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
 def test_sharded_training_is_refused_in_a_line(variable: str, command: Command, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setenv(variable, "true")

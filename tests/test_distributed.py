@@ -4,12 +4,16 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from conftest import ROOT, TINY, run_process
 from pytest import fixture
 
 from resnext_hub.record import RunRecord
+
+PNG = {"bytes": (ROOT / "docs" / "quickstart.png").read_bytes(), "path": None}
+"""A picture of its own kind, but a picture."""
 
 FLAGS = (*TINY, "--batch-size", "32", "--max-steps", "50", "--lr", "0.01", "--log-samples")
 
@@ -80,3 +84,47 @@ def test_accelerate_launch_trains_with_one_process(tmp_path: Path) -> None:
     record = RunRecord.load(tmp_path / "run" / "record.json")
     assert record.processes == 1
     assert record.hardware["threads"] == len(os.sched_getaffinity(0))  # the launcher sets one
+
+
+def test_a_run_of_two_processes_killed_in_the_second_epoch_goes_on_with_one(tmp_path: Path) -> None:
+    """In the steps that count, those before the checkpoint and those after it, each sample of an epoch comes once."""
+    folder = tmp_path / "run"
+    flags = (*FLAGS, "--checkpoint-every", "20", "--epochs", "2", "--output-dir", folder)  # 45 steps make an epoch
+    flags = tuple("90" if flag == "50" else flag for flag in flags)
+    words = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend", "c10d"]
+    words = [sys.executable, *words, "--rdzv_endpoint", "localhost:0", "scripts/train.py", *map(str, flags)]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        while not (folder / "samples-0.jsonl").is_file() or len(samples(folder, 0)) < 66:
+            assert run.poll() is None
+            time.sleep(0.01)
+        run.terminate()
+    before = samples(folder, 0), samples(folder, 1)
+    stopped = len(before[0])
+    assert 66 <= stopped < 90
+    done = run_process("scripts/train.py", *flags)
+    assert done.returncode == 0, done.stderr
+    assert f"going on from step-{stopped:08d}" in done.stderr
+    assert "processes: 2 before, 1 now; data and schedule stay the same, the weights can differ" in done.stderr
+    after = samples(folder, 0)
+    seen: list[int] = []
+    for step in range(90):
+        alone = after[step]["indices"]
+        seen += alone if step >= stopped else before[0][step]["indices"] + before[1][step]["indices"]
+    assert sorted(seen[:1437]) == sorted(seen[1437:2874]) == list(range(1437))
+    record = RunRecord.load(folder / "record.json")
+    assert (record.processes, record.resumes) == (1, 1)
+
+
+def test_two_processes_prepare_a_dataset_once(tmp_path: Path) -> None:
+    """Both ask for the same parquet file at the same moment; the library's lock makes one of them wait."""
+    import datasets
+
+    rows = {"image": [PNG] * 40, "label": ["a", "b"] * 20}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "pictures.parquet")
+    flags = ("--dataset", tmp_path / "pictures.parquet", "--image-size", "32", "--batch-size", "8", "--max-steps", "2")
+    words = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend", "c10d"]
+    words += ["--rdzv_endpoint", "localhost:0", "scripts/train.py", *TINY, *flags, "--output-dir", tmp_path / "run"]
+    done = run_process(*words, HF_HOME=str(tmp_path / "home"))
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "home").rglob("*.arrow"))) == 1

@@ -1,6 +1,8 @@
 """One command leaves a whole run folder; typed again it says so; killed, it goes on to the same bits."""
 
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import yaml
 from conftest import ROOT, TINY, run_process
 from PIL import Image
 from pyarrow import parquet
-from pytest import fixture, mark
+from pytest import MonkeyPatch, fixture, mark
 from safetensors.torch import load_file
 
 from resnext_hub.record import RunRecord
@@ -337,5 +339,125 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path: Pa
         "train", *TINY, "--optimizer", "sgd", "--lr", 1e12, "--max-steps", 20, "--output-dir", tmp_path / "run"
     )
     assert code == 1
-    assert "the loss is nan at step 10" in err or "the loss is inf at step 10" in err
+    # the step itself is named, though the loss is looked at only every ten steps
+    found = re.search(r"the loss is nan at step (\d+), so the run stops; there is no checkpoint yet", err)
+    assert found
+    assert 1 < int(found.group(1)) < 10
     assert err.count("error:") == 1
+
+
+def test_weights_that_are_not_finite_are_no_checkpoint(tmp_path: Path, command: Command) -> None:
+    flags = ("train", *TINY, "--optimizer", "sgd", "--max-steps", 20, "--output-dir", tmp_path / "run")
+    code, _, err = command(*flags, "--lr", 1e38, "--checkpoint-every", 1)  # the first step's loss is finite still
+    assert code == 1
+    assert re.search(r"the (weights are not finite|loss is nan) at step [12], so the run stops", err)
+    kept = sorted((tmp_path / "run" / "checkpoints").glob("step-*")) if "last good" in err else []
+    for path in kept:
+        assert all(tensor.isfinite().all() for tensor in load_file(path / "model.safetensors").values())
+
+
+def test_a_full_disk_stops_with_the_last_good_checkpoint_and_the_run_goes_on_later(tmp_path: Path) -> None:
+    """The kernel refuses files as large as a checkpoint, as it does where there is no room for them."""
+    flags = [*TINY, "--max-steps", 30, "--lr", 0.01, "--checkpoint-every", 10, "--output-dir", tmp_path / "run"]
+    assert run_process("scripts/train.py", *flags).returncode == 0
+    small = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)); "
+    small += "from resnext_hub.cli import main; sys.exit(main(sys.argv[1:]))"
+    flags[flags.index(30)] = 50
+    done = run_process("-c", small, "train", *flags)
+    assert done.returncode == 1
+    assert "the checkpoint of step 40 could not be written" in done.stderr
+    assert "the last good checkpoint is step-00000030" in done.stderr
+    assert len(re.findall(r"^error: ", done.stderr, re.MULTILINE)) == 1
+    done = run_process("scripts/train.py", *flags)
+    assert done.returncode == 0
+    assert "going on from step-00000030" in done.stderr
+
+
+def start(folder: Path, *flags: object) -> "subprocess.Popen[str]":
+    words = [sys.executable, "scripts/train.py", *map(str, flags), "--output-dir", str(folder)]
+    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+@mark.parametrize("workers", [0, 2])
+def test_sigterm_saves_and_exits_with_143_and_the_run_goes_on_to_the_same_bits(
+    tmp_path: Path, command: Command, workers: int
+) -> None:
+    flags = (*TINY, "--max-steps", 60, "--lr", 0.01, "--log-samples", "--ema", 0.9, "--workers", workers)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert command("train", *flags, "--output-dir", whole)[0] == 0
+    for step in (5, 30):
+        with start(stopped, *flags) as run:
+            while lines_of(stopped / "samples-0.jsonl") < step and run.poll() is None:
+                time.sleep(0.002)
+            for child in children(run.pid):  # as the terminal or a scheduler signals a whole group, workers first
+                os.kill(child, signal.SIGTERM)
+            run.terminate()
+            _, err = run.communicate(timeout=30)
+        assert run.returncode == 143, err
+        found = re.search(r"stopped by SIGTERM after step (\d+) of 60, which is saved; the same command goes on", err)
+        assert found
+        assert (stopped / "checkpoints" / f"step-{int(found.group(1)):08d}").is_dir()
+        assert "Traceback" not in err
+    assert command("train", *flags, "--output-dir", stopped)[0] == 0
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(stopped)[name]), name
+    for name in ("metrics.jsonl", "samples-0.jsonl"):
+        assert without_clock(lines(stopped / name)) == without_clock(lines(whole / name)), name
+
+
+def lines_of(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_sigterm_in_an_evaluation_leaves_that_evaluation_to_the_run_that_goes_on(
+    tmp_path: Path, folder_of_classes: Path, command: Command, monkeypatch: MonkeyPatch
+) -> None:
+    """The signal comes at the second batch of the evaluation after step 2, to this very process."""
+    from resnext_hub.data import loaders
+
+    flags = (
+        "train", *TINY, "--dataset", folder_of_classes, "--image-size", 32, "--batch-size", 12, "--epochs", 2,
+        "--lr", 0.01, "--eval-fraction", 0.5, "--eval-batch-size", 4, "--deterministic",
+    )  # fmt: skip
+    assert command(*flags, "--output-dir", tmp_path / "whole")[0] == 0
+    read, seen = loaders.EvaluationSamples.__getitem__, []
+
+    def strike(samples: loaders.EvaluationSamples, index: int) -> loaders.Sample:
+        seen.append(index)
+        if len(seen) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return read(samples, index)
+
+    monkeypatch.setattr(loaders.EvaluationSamples, "__getitem__", strike)
+    code, _, err = command(*flags, "--output-dir", tmp_path / "stopped")
+    assert code == 143
+    assert "stopped by SIGTERM after step 2 of 3, which is saved" in err
+    assert len(seen) < 15
+    code, _, err = command(*flags, "--output-dir", tmp_path / "stopped")
+    assert code == 0, err
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(tensor, weights(tmp_path / "stopped")[name]), name
+    logs = [without_clock(lines(tmp_path / name / "metrics.jsonl")) for name in ("whole", "stopped")]
+    assert logs[0] == logs[1]
+
+
+def test_the_moving_average_is_what_is_evaluated_kept_and_published(tmp_path: Path, command: Command) -> None:
+    flags = ("train", *TINY, "--max-steps", 40, "--lr", 0.01, "--ema", 0.95, "--output-dir", tmp_path / "run")
+    assert command(*flags)[0] == 0
+    record = RunRecord.load(tmp_path / "run" / "record.json")
+    assert record.evaluation.step == 40
+    folder = tmp_path / "run" / "checkpoints" / "step-00000040"
+    average, raw, published = (
+        load_file(folder / "ema.safetensors"),
+        load_file(folder / "model.safetensors"),
+        weights(tmp_path / "run"),
+    )
+    for name, tensor in published.items():
+        assert torch.equal(tensor, average[name]), name
+    assert not torch.equal(published["fc.weight"], raw["fc.weight"])
+    assert command("evaluate", tmp_path / "run")[0] == 0
+    assert "the moving average at step 40" in (tmp_path / "run" / "model" / "README.md").read_text()

@@ -6,7 +6,8 @@ at any number of processes. Resuming is starting at another step.
 """
 
 import random
-from collections.abc import Iterator
+import signal
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -183,7 +184,18 @@ def _build_loader(dataset: Dataset, batches: object, workers: int, pin_memory: b
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=pin_memory,
+        worker_init_fn=_leave_stopping_to_the_parent,
     )
+
+
+def _leave_stopping_to_the_parent(worker: int) -> None:
+    """Go on when the process group is signalled: the training process ends the step first, and its readers then."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def read_batches(loader: DataLoader[Batch]) -> Generator[Batch, None, None]:
+    """Give the batches of a loader; closing this generator ends the loader's workers, whatever else goes wrong."""
+    yield from loader
 
 
 def _collate(samples: list[Sample]) -> Batch:

@@ -1,9 +1,14 @@
-"""From a decoded picture to a normalised tensor, with timm's own transforms."""
+"""From a decoded picture to a normalised tensor, with timm's own transforms; and the mixing of pairs of them.
+
+Mixing is not left to timm's Mixup, which pairs within the batch of one process: here the pairs and their parameters
+belong to the global batch.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -39,6 +44,12 @@ class TransformConfig:
     """In training, a policy in timm's notation, such as rand-m7-mstd0.5, augmix-m3 or 3a."""
     random_erasing: float = 0.0
     """In training, probability of blanking a random rectangle."""
+    mixup: float = 0.0
+    """In training, blend pairs of pictures; alpha of the beta distribution of their shares, 0 for none."""
+    cutmix: float = 0.0
+    """In training, paste a rectangle of one picture of a pair into the other; alpha, 0 for none; with both, either."""
+    mix_prob: float = 1.0
+    """In training, probability that a pair is mixed, if mixup or cutmix is on."""
 
     def __post_init__(self) -> None:
         if self.image_size is not None and self.image_size < 1:
@@ -48,11 +59,25 @@ class TransformConfig:
         for flag, (low, high), most in (("--scale", self.scale, 1.0), ("--ratio", self.ratio, float("inf"))):
             if not 0.0 < low <= high <= most:
                 raise RequestError(f"{flag} {low} {high}: expected 0 < low <= high{' <= 1' if most == 1.0 else ''}")
-        for flag, probability in (("--hflip", self.hflip), ("--random-erasing", self.random_erasing)):
+        for flag, probability in (
+            ("--hflip", self.hflip),
+            ("--random-erasing", self.random_erasing),
+            ("--mix-prob", self.mix_prob),
+        ):
             if not 0.0 <= probability <= 1.0:
                 raise RequestError(f"{flag} {probability} is not a probability")
-        if self.color_jitter < 0.0:
-            raise RequestError(f"--color-jitter {self.color_jitter} is negative")
+        for flag, value in (
+            ("--color-jitter", self.color_jitter),
+            ("--mixup", self.mixup),
+            ("--cutmix", self.cutmix),
+        ):
+            if not 0.0 <= value < float("inf"):
+                raise RequestError(f"{flag} {value}: expected 0 or a positive number")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether pairs of pictures are mixed."""
+        return (self.mixup > 0.0 or self.cutmix > 0.0) and self.mix_prob > 0.0
 
 
 def published_input(config: TransformConfig, pretrained_cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,3 +132,68 @@ def build_train_transform(config: TransformConfig, data_config: Mapping[str, Any
             f"{data_config['interpolation']} ({error!r}); policies look like rand-m7-mstd0.5, augmix-m3, 3a"
         ) from error
     return transform
+
+
+class Mix(NamedTuple):
+    """How the pairs of a batch are mixed, one entry per pair.
+
+    `share` `(N/2,)` float32 is the part of a picture's own pixels and label that stays; `boxes` `(N/2, 4)` int64 is
+    top, bottom, left, right of what is exchanged, empty where the pair is blended or left alone.
+    """
+
+    share: torch.Tensor
+    boxes: torch.Tensor
+
+
+def draw_mix(config: TransformConfig, seed: int, step: int, pairs: range, size: tuple[int, int]) -> Mix:
+    """Draw how pairs of a global batch are mixed, each from (seed, step, pair).
+
+    Args:
+        config: Which kinds of mixing there are.
+        seed: Seed of the run.
+        step: Optimizer step, from 0.
+        pairs: Numbers of the pairs within the global batch: pair j is its places 2j and 2j+1.
+        size: Height and width of the pictures.
+    """
+    shares, boxes = [], []
+    for pair in pairs:
+        rng = np.random.default_rng((seed, step, pair))
+        share, box = 1.0, (0, 0, 0, 0)
+        if rng.random() < config.mix_prob:
+            cut = config.cutmix > 0.0 and (config.mixup == 0.0 or rng.random() < 0.5)
+            alpha = config.cutmix if cut else config.mixup
+            share = float(rng.beta(alpha, alpha))
+            if cut:
+                box = _draw_box(rng, share, size)
+                share = 1.0 - (box[1] - box[0]) * (box[3] - box[2]) / (size[0] * size[1])
+        shares.append(share)
+        boxes.append(box)
+    return Mix(torch.tensor(shares, dtype=torch.float32), torch.tensor(boxes, dtype=torch.int64).view(-1, 4))
+
+
+def _draw_box(rng: np.random.Generator, share: float, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Draw a rectangle around a uniform centre, of the part 1 - share of the area before the edges cut it off."""
+    edges: list[int] = []
+    for length in size:
+        half = length * np.sqrt(1.0 - share) / 2.0
+        centre = rng.uniform(0, length)
+        edges += [max(round(centre - half), 0), min(round(centre + half), length)]
+    return edges[0], edges[1], edges[2], edges[3]
+
+
+def mix_pairs(images: torch.Tensor, labels: torch.Tensor, mix: Mix, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mix the pictures `(N, C, H, W)` 2j and 2j+1 with each other; give them and their targets `(N, classes)`."""
+    share = mix.share.to(images.device).repeat_interleave(2)
+    boxes = mix.boxes.to(images.device).repeat_interleave(2, dim=0)
+    partner = torch.arange(len(images), device=images.device) ^ 1
+    others = images[partner]
+    top, bottom, left, right = (edge.view(-1, 1, 1, 1) for edge in boxes.unbind(1))
+    rows = torch.arange(images.shape[2], device=images.device).view(1, 1, -1, 1)
+    columns = torch.arange(images.shape[3], device=images.device).view(1, 1, 1, -1)
+    inside = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
+    own = share.view(-1, 1, 1, 1)
+    blended = images * own + others * (1.0 - own)
+    mixed = torch.where(bottom > top, torch.where(inside, others, images), blended)
+    one_hot = torch.nn.functional.one_hot(labels, classes).to(images.dtype)
+    targets = one_hot * share.view(-1, 1) + one_hot[partner] * (1.0 - share.view(-1, 1))
+    return mixed, targets

@@ -47,6 +47,8 @@ class TrainConfig:
     """Fixed shape of evaluation passes, apart from the training batch."""
     label_smoothing: float = 0.1
     """Part of the target that is spread over all classes."""
+    ema: float | None = None
+    """Decay of a moving average of the weights, such as 0.9998, which is then evaluated, kept and published."""
     seed: int = 0
     """Seed of weights, sample order and augmentation."""
     deterministic: bool | None = None
@@ -82,6 +84,8 @@ class TrainConfig:
         for name in ("drop_rate", "drop_path", "label_smoothing"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise RequestError(f"{flag_of(name)} {getattr(self, name)}: expected a number from 0 to below 1")
+        if self.ema is not None and not 0.0 < self.ema < 1.0:
+            raise RequestError(f"--ema {self.ema}: expected a number between 0 and 1, such as 0.9998")
         if self.epochs <= 0.0:
             raise RequestError(f"--epochs {self.epochs}: expected a positive number")
         if self.seed < 0:

@@ -28,6 +28,8 @@ class Evaluation:
     """Probability that the network gives its prediction."""
     losses: np.ndarray
     """Cross entropy in nats, without label smoothing."""
+    ranks: np.ndarray
+    """Number of classes that the network puts before the true one."""
     unreadable: list[tuple[int, str]]
     """What this process could not read, and why: it is left out of everything above."""
 
@@ -47,13 +49,40 @@ class Evaluation:
         return self.correct / self.count
 
     @property
+    def top5(self) -> float:
+        """Fraction of samples whose label is among the five most probable classes, 0 to 1."""
+        return int((self.ranks < 5).sum()) / self.count
+
+    @property
     def loss(self) -> float:
         """Mean cross entropy in nats."""
         return float(self.losses.mean())
 
+    @property
+    def macro_f1(self) -> float:
+        """Mean over the classes that occur of the harmonic mean of precision and recall, 0 to 1."""
+        from sklearn.metrics import f1_score
+
+        return float(f1_score(self.labels, self.predictions, average="macro", zero_division=0.0))
+
+    @property
+    def calibration_error(self) -> float:
+        """Expected calibration error, 0 to 1: how far the probability of the predictions is from how often they hold.
+
+        Over 15 bins of equal width, weighted by their samples (Guo et al., 2017, arXiv 1706.04599).
+        """
+        bins = np.minimum((self.probabilities * 15).astype(np.int64), 14)
+        right = (self.labels == self.predictions).astype(np.float64)
+        gaps = np.bincount(bins, weights=right - self.probabilities, minlength=15)
+        return float(np.abs(gaps).sum() / self.count)
+
     def confusion(self, classes: int) -> np.ndarray:
         """Give counts `(classes, classes)`: rows are true classes, columns predicted ones."""
         return np.bincount(self.labels * classes + self.predictions, minlength=classes**2).reshape(classes, classes)
+
+
+class EvaluationStoppedError(Exception):
+    """A process was asked to stop before its part was done."""
 
 
 def _identity(values: torch.Tensor) -> torch.Tensor:
@@ -71,6 +100,7 @@ def evaluate(
     process: int = 0,
     processes: int = 1,
     sum_over_processes: Callable[[torch.Tensor], torch.Tensor] = _identity,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Evaluate a network on every sample once.
 
@@ -83,15 +113,23 @@ def evaluate(
         process: Index of this process.
         processes: Number of processes that share the work.
         sum_over_processes: Adds a float64 CPU tensor over the processes.
+        stop_requested: Asked before each batch; evaluation is given up if it says so in any process.
+
+    Raises:
+        EvaluationStoppedError: In every process, if any was asked to stop.
     """
     count = len(samples)
     batches = [list(range(i, min(i + batch_size, count))) for i in range(0, count, batch_size)]
-    values = torch.zeros(4, count, dtype=torch.float64)
+    values = torch.zeros(5, count, dtype=torch.float64)
     unreadable: list[tuple[int, str]] = []
+    stopped = 0.0
     was_training = model.training
     model.eval()
     try:
         for batch in build_eval_loader(samples, batches[process::processes], workers, device.type == "cuda"):
+            if stop_requested():
+                stopped = 1.0
+                break
             size = len(batch.indices)
             images = F.pad(batch.images, (0,) * 7 + (batch_size - size,))
             images = images.to(device).contiguous(memory_format=torch.channels_last)
@@ -99,20 +137,31 @@ def evaluate(
             log_probabilities = F.log_softmax(logits, dim=1).cpu().double()
             best, prediction = log_probabilities.max(dim=1)
             losses = F.nll_loss(log_probabilities, batch.labels, reduction="none")
+            ranks = _ranks(log_probabilities, batch.labels).double()
             read = torch.ones(size, dtype=torch.float64)
-            values[:, batch.indices] = torch.stack([prediction.double(), best.exp(), losses, read])
-            values[3, [index for index, _ in batch.unreadable]] = 0.0
+            values[:, batch.indices] = torch.stack([prediction.double(), best.exp(), losses, ranks, read])
+            values[4, [index for index, _ in batch.unreadable]] = 0.0
             unreadable += batch.unreadable
     finally:
         model.train(was_training)
+    if sum_over_processes(torch.tensor([stopped], dtype=torch.float64)).item():
+        raise EvaluationStoppedError
     summed = sum_over_processes(values).numpy()
-    indices = np.flatnonzero(summed[3])
-    prediction, probability, losses = summed[:3, indices]
+    indices = np.flatnonzero(summed[4])
+    prediction, probability, losses, rank = summed[:4, indices]
     return Evaluation(
         indices=indices,
         labels=samples.pictures.labels[indices],
         predictions=prediction.astype(np.int64),
         probabilities=probability.astype(np.float32),
         losses=losses,
+        ranks=rank.astype(np.int64),
         unreadable=unreadable,
     )
+
+
+def _ranks(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Count the classes `(N,)` before the label; of equal scores `(N, classes)` the first comes first, as in argmax."""
+    own = scores.gather(1, labels[:, None])
+    earlier = torch.arange(scores.shape[1]) < labels[:, None]
+    return ((scores > own) | ((scores == own) & earlier)).sum(dim=1)

@@ -75,10 +75,13 @@ class LineLog:
     Args:
         path: The file.
         step: Step of the checkpoint that the run goes on from; lines of later steps go.
+        evaluated: Whether that step's evaluation was done; if not, its lines go too.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Path, step: int, evaluated: bool = True) -> None:
         kept = [line for line in read_lines(path) if line["step"] <= step]
+        if not evaluated:
+            kept = [line for line in kept if line["step"] < step or "eval_loss" not in line]
         write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(path, "a")  # noqa: SIM115 - open as long as the run
 

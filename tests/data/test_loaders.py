@@ -5,14 +5,21 @@ from pathlib import Path
 
 import torch
 from conftest import write_pictures
-from pytest import mark
+from pytest import TempPathFactory, fixture, mark
 
 from resnext_hub.data.dataset import DataConfig, load_splits
 from resnext_hub.data.loaders import Place, StepSampler, TrainingSamples, build_train_loader, places_of_step
-from resnext_hub.data.transforms import TransformConfig, build_eval_transform, build_train_transform, published_input
+from resnext_hub.data.transforms import (
+    TransformConfig,
+    build_eval_transform,
+    build_train_transform,
+    draw_mix,
+    mix_pairs,
+    published_input,
+)
 
 CFG = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.25,) * 3, "interpolation": "bilinear", "crop_pct": 1.0}
-AUGMENTED = TransformConfig(auto_augment="rand-m7-mstd0.5", random_erasing=0.5, color_jitter=0.3)
+AUGMENTED = TransformConfig(auto_augment="rand-m7-mstd0.5", random_erasing=0.5, color_jitter=0.3, mixup=0.4, cutmix=1.0)
 
 
 def samples() -> TrainingSamples:
@@ -48,25 +55,50 @@ def test_resuming_is_starting_at_another_step() -> None:
     assert list(StepSampler(50, 12, 7, 6, 10)) == whole[6:]
 
 
-def test_pixels_are_equal_at_any_number_of_processes_and_workers() -> None:
-    steps, batch = 3, 12
+@fixture(scope="module")
+def fifty(tmp_path_factory: TempPathFactory) -> TrainingSamples:
+    """Fifty pictures with everything on that draws at random."""
+    root = tmp_path_factory.mktemp("pictures")
+    for name, shade in (("a", 60), ("b", 180)):
+        write_pictures(root / name, 25, shade)
+    pictures = load_splits(DataConfig(dataset=str(root), eval_fraction=0.04)).train
+    return TrainingSamples(pictures, build_train_transform(AUGMENTED, published_input(AUGMENTED, CFG)), seed=3)
 
-    def hashes(processes: int, workers: int) -> list[str]:
-        found = []
-        loaders = [
-            iter(build_train_loader(samples(), StepSampler(1437, batch, 3, 0, steps, p, processes), workers))
-            for p in range(processes)
-        ]
-        for _ in range(steps):
-            images = torch.cat([next(loader).images for loader in loaders])
-            found.append(hashlib.sha256(images.numpy().tobytes()).hexdigest())
-        return found
 
-    reference = hashes(1, 0)
-    assert len(set(reference)) == steps
-    assert hashes(2, 0) == reference
-    assert hashes(3, 1) == reference
-    assert hashes(1, 2) == reference
+BATCH, STEPS = 24, 4
+"""Two epochs of the 48 pictures that are not held out."""
+
+
+def hashes(samples: TrainingSamples, processes: int, workers: int) -> list[str]:
+    """Hash pixels and targets of each global batch, mixed, as so many processes make it."""
+    part = BATCH // processes
+    found = [hashlib.sha256() for _ in range(STEPS)]
+    for process in range(processes):
+        sampler = StepSampler(len(samples.pictures), BATCH, 3, 0, STEPS, process, processes)
+        for step, batch in enumerate(build_train_loader(samples, sampler, workers)):
+            mix = draw_mix(AUGMENTED, 3, step, range(process * part // 2, (process + 1) * part // 2), (32, 32))
+            images, targets = mix_pairs(batch.images, batch.labels, mix, 2)
+            assert len(images) == part
+            for image, target in zip(images, targets, strict=True):
+                found[step].update(image.numpy().tobytes() + target.numpy().tobytes())
+    return [digest.hexdigest() for digest in found]
+
+
+@fixture(scope="module")
+def reference(fifty: TrainingSamples) -> list[str]:
+    assert len(fifty.pictures) * 2 == STEPS * BATCH
+    found = hashes(fifty, 1, 0)
+    assert len(set(found)) == STEPS
+    return found
+
+
+@mark.filterwarnings("ignore:This DataLoader will create")  # more workers than some machines have cores
+@mark.parametrize("workers", [0, 1, 2, 4])
+@mark.parametrize("processes", [1, 2, 3, 4])
+def test_two_epochs_have_equal_pixels_at_any_number_of_processes_and_workers(
+    fifty: TrainingSamples, reference: list[str], processes: int, workers: int
+) -> None:
+    assert hashes(fifty, processes, workers) == reference
 
 
 def test_a_sample_is_augmented_anew_in_each_epoch() -> None:

@@ -3,12 +3,12 @@
 import numpy as np
 import timm
 import torch
-from pytest import mark
+from pytest import mark, raises
 
 from resnext_hub.data.dataset import DataConfig, load_splits
 from resnext_hub.data.loaders import EvaluationSamples
 from resnext_hub.data.transforms import build_eval_transform
-from resnext_hub.training.evaluate import Evaluation, evaluate
+from resnext_hub.training.evaluate import Evaluation, EvaluationStoppedError, evaluate
 
 INPUT = dict(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bilinear", crop_pct=1.0)
 
@@ -28,7 +28,7 @@ def shared(processes: int, batch_size: int) -> Evaluation:
 
     def keep(values: torch.Tensor) -> torch.Tensor:
         parts.append(values)
-        return torch.stack(parts).sum(dim=0)
+        return sum(part for part in parts if part.shape == values.shape)
 
     for process in range(processes):
         result = evaluate(
@@ -48,7 +48,7 @@ def shared(processes: int, batch_size: int) -> Evaluation:
 def test_any_number_of_processes_gives_the_same_values_to_the_bit(processes: int) -> None:
     one, many = shared(1, 32), shared(processes, 32)
     assert one.count == 360
-    for field in ("labels", "predictions", "probabilities", "losses"):
+    for field in ("labels", "predictions", "probabilities", "losses", "ranks"):
         assert np.array_equal(getattr(one, field), getattr(many, field)), field
     assert one.loss == many.loss
 
@@ -80,7 +80,57 @@ def test_confusion_counts_true_classes_in_rows() -> None:
         predictions=predictions,
         probabilities=np.ones(4),
         losses=np.zeros(4),
+        ranks=np.array([0, 1, 0, 0]),
         unreadable=[],
     )
     assert result.confusion(3).tolist() == [[1, 0, 1], [0, 1, 0], [0, 0, 1]]
     assert (result.correct, result.top1) == (3, 0.75)
+
+
+def test_top5_macro_f1_and_rank_agree_with_scikit_learn() -> None:
+    from sklearn.metrics import f1_score, top_k_accuracy_score
+
+    model, samples = network().eval(), digits()
+    images = torch.stack([samples[i].image for i in range(360)]).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        logits = torch.cat([model(part) for part in images.split(36)]).numpy()
+    result = shared(1, 36)
+    assert result.top5 == top_k_accuracy_score(result.labels, logits, k=5)
+    assert result.macro_f1 == f1_score(result.labels, logits.argmax(1), average="macro", zero_division=0.0)
+    assert np.array_equal(result.ranks == 0, result.labels == result.predictions)
+
+
+def test_the_first_of_equal_scores_comes_first() -> None:
+    class Flat(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(len(images), 10)
+
+    result = evaluate(Flat(), digits(), batch_size=60, device=torch.device("cpu"))
+    assert np.array_equal(result.ranks, result.labels)
+    assert set(result.predictions) == {0}
+
+
+def test_calibration_error_is_the_mean_distance_of_confidence_from_accuracy() -> None:
+    probabilities = np.array([0.9] * 10 + [0.65] * 4)  # two of the fifteen bins
+    right = np.array([1] * 7 + [0] * 3 + [1, 1, 0, 0])
+    result = Evaluation(
+        indices=np.arange(14),
+        labels=np.ones(14, dtype=np.int64),
+        predictions=right,
+        probabilities=probabilities,
+        losses=np.zeros(14),
+        ranks=1 - right,
+        unreadable=[],
+    )
+    assert np.isclose(result.calibration_error, (10 * abs(0.9 - 0.7) + 4 * abs(0.65 - 0.5)) / 14)
+
+
+def test_a_process_that_is_asked_to_stop_stops_all() -> None:
+    with raises(EvaluationStoppedError):
+        evaluate(
+            network(), digits(), batch_size=60, device=torch.device("cpu"), stop_requested=iter([False, True]).__next__
+        )
+    with raises(EvaluationStoppedError):  # this process is not asked, but another one says so
+        evaluate(
+            network(), digits(), batch_size=60, device=torch.device("cpu"), sum_over_processes=lambda values: values + 1
+        )
