@@ -25,8 +25,8 @@ from resnext_hub.models.source import ModelSource, build_model, find_model
 from resnext_hub.recipes import QUICKSTART, RECIPES
 from resnext_hub.record import RunRecord
 from resnext_hub.training.config import GROWING_FIELDS, MACHINE_FIELDS, TrainConfig, flag_of
-from resnext_hub.training.loop import plan_schedule
 from resnext_hub.training.optim import derive_lr
+from resnext_hub.training.schedule import plan_schedule
 
 RUNS = Path("runs")
 
@@ -117,6 +117,7 @@ def prepare(
         raise RequestError(f"--model {config.model} takes {data_config['input_size'][0]} channels; expected 1 or 3")
     config = _resolve(config, source, splits, data_config, device)
     build_train_transform(config.transform, data_config)
+    plan_schedule(config, splits.train.count)
     _check_network(config, source, splits, data_config)
     finished = _check_folder(folder, before, config, splits) if before else False
     return Plan(
@@ -254,7 +255,7 @@ def _check_folder(folder: Path, before: Mapping[str, Any], config: TrainConfig, 
     differing = [
         f"{flag_of(name)} {before.get(name)} there, {now[name]} now" for name in fixed if before.get(name) != now[name]
     ]
-    count = len(splits.train)
+    count = splits.train.count
     old_steps = plan_schedule(TrainConfig.from_flat(before), count).steps
     steps = plan_schedule(config, count).steps
     if steps < old_steps:

@@ -53,11 +53,12 @@ class DatasetFacts:
     train_split: str
     eval_split: str | None
     """None if the evaluation split was cut from the training split."""
-    train_count: int
+    train_count: int | None
+    """None for a stream that does not state it."""
     eval_count: int
-    train_counts: list[int]
-    """Pictures by class."""
-    eval_counts: list[int]
+    train_counts: list[int] | None
+    """Pictures by class; None for a stream."""
+    eval_counts: list[int] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +97,8 @@ class RunRecord:
     dataset: DatasetFacts
     label_names: list[str]
     steps: int
+    epochs: float
+    """Passes over the training split."""
     evaluation: EvaluationFacts
     history: list[dict[str, Any]]
     """The lines of metrics.jsonl."""

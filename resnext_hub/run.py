@@ -13,9 +13,7 @@ import torch
 import yaml
 
 import resnext_hub
-from resnext_hub.data.dataset import Splits, load_splits
-from resnext_hub.data.loaders import PICTURE_MODES, EvaluationSamples
-from resnext_hub.data.transforms import build_eval_transform
+from resnext_hub.data.dataset import Pictures, Splits, StreamedPictures, load_splits
 from resnext_hub.errors import RequestError, RunError, one_line
 from resnext_hub.files import new_folder, remove_leftovers, write_atomic
 from resnext_hub.hub.card import render_card
@@ -37,7 +35,9 @@ from resnext_hub.record import BaseModelFacts, DatasetFacts, EvaluationFacts, Mo
 from resnext_hub.training.checkpoint import RunLock
 from resnext_hub.training.config import TrainConfig, flag_of
 from resnext_hub.training.evaluate import Evaluation, evaluate
-from resnext_hub.training.loop import Outcome, plan_schedule, train
+from resnext_hub.training.loop import train
+from resnext_hub.training.schedule import plan_schedule
+from resnext_hub.training.state import Outcome, evaluation_samples
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -126,10 +126,9 @@ def evaluate_run(folder: Path, threads: str = "auto") -> tuple[Evaluation, RunRe
     set_threads(threads, device.type)
     network = timm.create_model(f"local-dir:{folder / 'model'}", pretrained=True)
     data_config = timm.data.resolve_model_data_config(network)
-    mode = PICTURE_MODES[data_config["input_size"][0]]
     evaluation = evaluate(
         network.to(device).to(memory_format=torch.channels_last),
-        EvaluationSamples(splits.eval, build_eval_transform(data_config), mode),
+        evaluation_samples(splits.eval, data_config),
         batch_size=record.evaluation.batch_size,
         device=device,
     )
@@ -138,14 +137,14 @@ def evaluate_run(folder: Path, threads: str = "auto") -> tuple[Evaluation, RunRe
 
 def _log_plan(plan: Plan, accelerator: "Accelerator", precision: str) -> None:
     config, splits = plan.config, plan.splits
-    schedule = plan_schedule(config, len(splits.train))
+    schedule = plan_schedule(config, splits.train.count)
     part = config.batch_size // accelerator.num_processes
     _logger.info("settings: %s", " ".join(f"{k}={v}" for k, v in config.to_flat().items() if v is not None))
     _logger.info(
-        "%s: %d pictures to train on, %d to evaluate on, %d classes",
+        "%s: %s pictures to train on, %s to evaluate on, %d classes",
         splits.dataset_id,
-        len(splits.train),
-        len(splits.eval),
+        _count(splits.train),
+        _count(splits.eval),
         len(splits.label_names),
     )
     _logger.info(
@@ -206,16 +205,17 @@ def _write_results(plan: Plan, outcome: Outcome, accelerator: "Accelerator", pre
             fingerprint=splits.fingerprint,
             train_split=splits.found.train_split or "train",
             eval_split=splits.found.eval_split,
-            train_count=len(splits.train),
-            eval_count=len(splits.eval),
-            train_counts=_class_counts(splits.train.labels, len(splits.label_names)),
-            eval_counts=_class_counts(splits.eval.labels, len(splits.label_names)),
+            train_count=splits.train.count,
+            eval_count=evaluation.total,
+            train_counts=_class_counts(splits.train, len(splits.label_names)),
+            eval_counts=_class_counts(splits.eval, len(splits.label_names)),
         ),
         label_names=list(splits.label_names),
         steps=outcome.steps,
+        epochs=outcome.epochs,
         evaluation=EvaluationFacts(
             step=outcome.step,
-            epoch=round(outcome.step * config.batch_size / len(splits.train), 4),
+            epoch=next(line["epoch"] for line in outcome.history if line["step"] == outcome.step),
             correct=evaluation.correct,
             count=evaluation.count,
             top1=evaluation.top1,
@@ -268,8 +268,15 @@ def _write_predictions(evaluation: Evaluation, path: Path) -> None:
     write_atomic(path, buffer.getvalue())
 
 
-def _class_counts(labels: np.ndarray, classes: int) -> list[int]:
-    return [int(n) for n in np.bincount(labels, minlength=classes)]
+def _count(pictures: Pictures | StreamedPictures) -> str:
+    stated = "an unknown number of" if pictures.count is None else str(pictures.count)
+    return f"{stated} streamed" if isinstance(pictures, StreamedPictures) else stated
+
+
+def _class_counts(pictures: Pictures | StreamedPictures, classes: int) -> list[int] | None:
+    if isinstance(pictures, StreamedPictures):
+        return None
+    return [int(n) for n in np.bincount(pictures.labels, minlength=classes)]
 
 
 def _base_model(source: ModelSource) -> BaseModelFacts | None:

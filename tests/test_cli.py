@@ -139,6 +139,17 @@ def test_mixing_pairs_needs_an_even_part_of_the_batch(command: Command, monkeypa
     assert "gives each process 33 pictures, but --mixup and --cutmix take them in pairs; nearest: 64 or 68" in err
 
 
+def test_a_stream_of_unknown_length_needs_a_number_of_steps(command: Command, tmp_path: Path) -> None:
+    from resnext_hub.data.sources import load_digits_table
+
+    for split in ("train", "test"):
+        load_digits_table().select(range(20)).to_parquet(tmp_path / "digits" / f"{split}-0.parquet")
+    flags = ("--dataset", tmp_path / "digits", "--streaming", "--image-size", 32)
+    code, _, err = command("train", *TINY, *flags, "--output-dir", tmp_path / "run")
+    assert code == 2
+    assert "does not say how many samples it has, so --streaming needs --max-steps" in err
+
+
 @mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
 def test_sharded_training_is_refused_in_a_line(variable: str, command: Command, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setenv(variable, "true")

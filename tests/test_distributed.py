@@ -86,33 +86,67 @@ def test_accelerate_launch_trains_with_one_process(tmp_path: Path) -> None:
     assert record.hardware["threads"] == len(os.sched_getaffinity(0))  # the launcher sets one
 
 
-def test_a_run_of_two_processes_killed_in_the_second_epoch_goes_on_with_one(tmp_path: Path) -> None:
-    """In the steps that count, those before the checkpoint and those after it, each sample of an epoch comes once."""
-    folder = tmp_path / "run"
-    flags = (*FLAGS, "--checkpoint-every", "20", "--epochs", "2", "--output-dir", folder)  # 45 steps make an epoch
-    flags = tuple("90" if flag == "50" else flag for flag in flags)
+def stop_and_go_on(folder: Path, flags: tuple[object, ...], at: int) -> tuple[list[list[int]], int, str]:
+    """Stop a run of two processes after a step, and finish it with one; give the samples of each step that counts."""
     words = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend", "c10d"]
-    words = [sys.executable, *words, "--rdzv_endpoint", "localhost:0", "scripts/train.py", *map(str, flags)]
-    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
-        while not (folder / "samples-0.jsonl").is_file() or len(samples(folder, 0)) < 66:
+    words += ["--rdzv_endpoint", "localhost:0", "scripts/train.py", *map(str, flags), "--output-dir", str(folder)]
+    with subprocess.Popen(
+        [sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as run:
+        while not (folder / "samples-0.jsonl").is_file() or len(samples(folder, 0)) < at:
             assert run.poll() is None
             time.sleep(0.01)
         run.terminate()
     before = samples(folder, 0), samples(folder, 1)
     stopped = len(before[0])
-    assert 66 <= stopped < 90
-    done = run_process("scripts/train.py", *flags)
+    done = run_process("scripts/train.py", *flags, "--output-dir", folder)
     assert done.returncode == 0, done.stderr
     assert f"going on from step-{stopped:08d}" in done.stderr
     assert "processes: 2 before, 1 now; data and schedule stay the same, the weights can differ" in done.stderr
     after = samples(folder, 0)
-    seen: list[int] = []
-    for step in range(90):
-        alone = after[step]["indices"]
-        seen += alone if step >= stopped else before[0][step]["indices"] + before[1][step]["indices"]
-    assert sorted(seen[:1437]) == sorted(seen[1437:2874]) == list(range(1437))
+    by_step = [line["indices"] for line in after]
+    by_step[:stopped] = [a["indices"] + b["indices"] for a, b in zip(*before, strict=True)]
     record = RunRecord.load(folder / "record.json")
-    assert (record.processes, record.resumes) == (1, 1)
+    assert (record.processes, record.resumes, len(by_step)) == (1, 1, record.steps)
+    return by_step, stopped, done.stderr
+
+
+def test_a_run_of_two_processes_stopped_in_the_second_epoch_goes_on_with_one(tmp_path: Path) -> None:
+    """In the steps that count, those before the checkpoint and those after it, each sample of an epoch comes once."""
+    flags = tuple("90" if flag == "50" else flag for flag in FLAGS)  # 45 steps make an epoch
+    by_step, stopped, _ = stop_and_go_on(tmp_path / "run", flags, at=66)
+    assert 66 <= stopped < 90
+    seen = [index for step in by_step for index in step]
+    assert sorted(seen[:1437]) == sorted(seen[1437:2874]) == list(range(1437))
+
+
+def test_a_streamed_run_of_two_processes_stopped_in_the_second_epoch_goes_on_with_one(tmp_path: Path) -> None:
+    import datasets
+
+    from resnext_hub.data.sources import load_digits_table
+
+    digits = load_digits_table()
+    for shard in range(3):
+        digits.shard(3, shard).select(range(400 - shard)).to_parquet(tmp_path / "digits" / f"train-{shard}.parquet")
+    digits.select(range(1700, 1797)).to_parquet(tmp_path / "digits" / "test-0.parquet")
+    assert isinstance(digits.features["label"], datasets.ClassLabel)
+    flags = (
+        *TINY, "--dataset", tmp_path / "digits", "--streaming", "--shuffle-block", "100", "--image-size", "32",
+        "--batch-size", "32", "--max-steps", "80", "--lr", "0.01", "--log-samples", "--optimizer", "adamw",
+        "--mixup", "0.2",
+    )  # fmt: skip
+    by_step, stopped, err = stop_and_go_on(tmp_path / "run", flags, at=45)
+    assert 45 <= stopped < 80
+    seen = [index for step in by_step for index in step]
+    everything = {shard << 32 | n for shard in range(3) for n in range(400 - shard)}  # 1197 samples
+    assert set(seen[:1197]) == set(seen[1197:2394]) == everything
+    assert f"passed over {stopped * 32 - 1197} records of epoch 1, undecoded" in err
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [38, 75, 80]  # 37.4 steps make an epoch
+    assert {line["eval_count"] for line in lines if "eval_loss" in line} == {97}
+    assert run_process("scripts/evaluate.py", tmp_path / "run").returncode == 0
+    record = RunRecord.load(tmp_path / "run" / "record.json")
+    assert (record.dataset.train_count, record.dataset.eval_count) == (None, 97)
 
 
 def test_two_processes_prepare_a_dataset_once(tmp_path: Path) -> None:

@@ -118,6 +118,23 @@ def read_labels(
     return names, arrays["training"], arrays.get("evaluation")
 
 
+def class_names(dataset: str, column: str, train: Any, evaluation: Any) -> tuple[str, ...]:
+    """Give the class names of two streams, which have to say them, as nothing is read."""
+    import datasets
+
+    kinds = [table.features.get(column) for table in (train, evaluation)]
+    if not all(isinstance(kind, datasets.ClassLabel) for kind in kinds):
+        raise RequestError(
+            f"column {column} of {dataset} does not say what its classes are, and a stream cannot be searched for "
+            "them: leave out --streaming, or store the column as ClassLabel"
+        )
+    if kinds[0].names != kinds[1].names:
+        raise RequestError(f"the two splits of {dataset} have other classes in column {column}")
+    if len(kinds[0].names) < 2:
+        raise RequestError(f"{dataset} has a single class ({kinds[0].names[0]}): a classifier needs at least two")
+    return tuple(kinds[0].names)
+
+
 def describe_columns(features: dict[str, Any]) -> str:
     """List columns with their types, for a message."""
     return listing(f"{name} ({getattr(kind, 'dtype', None) or type(kind).__name__})" for name, kind in features.items())

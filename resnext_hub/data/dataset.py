@@ -1,20 +1,21 @@
 """A source of labelled pictures: the bundled digits, a folder, parquet files, or a dataset on the Hub.
 
-Everything becomes two `Pictures`, one to train on and one to evaluate on, with the class names they share.
+Everything becomes two sets of pictures, one to train on and one to evaluate on, with the class names they share:
+`Pictures`, each of which is at hand by its index, or `StreamedPictures`, which are read in order.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from resnext_hub.data.columns import find_image_column, find_label_column, listing, read_labels
-from resnext_hub.data.decode import decode
+from resnext_hub.data.columns import class_names, find_image_column, find_label_column, listing, read_labels
+from resnext_hub.data.decode import UnreadablePictureError, decode
 from resnext_hub.data.sources import (
     EVAL_NAMES,
     TRAIN_NAMES,
@@ -24,7 +25,7 @@ from resnext_hub.data.sources import (
     load_parquet,
     parquet_files,
 )
-from resnext_hub.errors import RequestError, one_line
+from resnext_hub.errors import RequestError, RunError, one_line
 
 if TYPE_CHECKING:
     import datasets
@@ -58,8 +59,14 @@ class DataConfig:
 
     max_bad_fraction: float = 0.01
     """Part of a split that may be unreadable before the run stops; a single picture never stops it."""
+    streaming: bool = False
+    """Read a Hub dataset or parquet files in order instead of keeping them on the disk; needs an evaluation split."""
+    shuffle_block: int = 1000
+    """With streaming: how many consecutive samples are held and shuffled among themselves."""
 
     def __post_init__(self) -> None:
+        if self.shuffle_block < 1:
+            raise RequestError(f"--shuffle-block {self.shuffle_block}: expected at least 1")
         if not 0.0 <= self.max_bad_fraction <= 1.0:
             raise RequestError(f"--max-bad-fraction {self.max_bad_fraction} is not between 0 and 1")
         if not 0.0 < self.eval_fraction < 1.0:
@@ -82,6 +89,11 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.indices)
 
+    @property
+    def count(self) -> int | None:
+        """Number of pictures."""
+        return len(self)
+
     def image(self, index: int, mode: str = "RGB") -> Image.Image:
         """Decode a picture.
 
@@ -100,12 +112,95 @@ class Pictures:
         return row
 
 
+class Record(NamedTuple):
+    """A sample of a stream: which one it is, the undecoded picture, and its label."""
+
+    shard: int
+    number: int
+    """Place within the shard."""
+    row: dict[str, Any]
+    label: int
+
+    @property
+    def key(self) -> int:
+        """One number that says which sample it is."""
+        return self.shard << 32 | self.number
+
+    @property
+    def name(self) -> str:
+        """Name the sample for people."""
+        path = self.row["path"]
+        return "/".join(Path(path).parts[-2:]) if path else f"shard {self.shard}, record {self.number}"
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedPictures:
+    """Labelled pictures that are read in order, shard by shard."""
+
+    rows: "datasets.IterableDataset"
+    image_column: str
+    label_column: str
+    classes: int
+    count: int | None
+    """Number of pictures as the source states it."""
+
+    @property
+    def shards(self) -> int:
+        """Number of files, or parts of them, that can be read apart."""
+        return int(self.rows.num_shards)
+
+    def read(self, shards: Sequence[int]) -> Iterator[Record]:
+        """Read shards one after the other.
+
+        Raises:
+            RunError: If a label is out of range.
+        """
+        for shard in shards:
+            number = 0
+            # by `iter`, since a plain loop would leave out other shards in each of several reading processes
+            for batch in self.rows.shard(num_shards=self.shards, index=int(shard)).iter(batch_size=16):
+                for row, label in zip(batch[self.image_column], batch[self.label_column], strict=True):
+                    if label is None or not 0 <= label < self.classes:
+                        raise RunError(
+                            f"record {number} of shard {shard} has the label {label}: expected 0 to {self.classes - 1}"
+                        )
+                    yield Record(int(shard), number, row, label)
+                    number += 1
+
+    def image(self, record: Record, mode: str = "RGB") -> Image.Image:
+        """Decode a picture.
+
+        Raises:
+            UnreadablePictureError: If it cannot be decoded; the message is the reason.
+        """
+        return decode(_fetched(record.row), mode)
+
+
+def _fetched(row: dict[str, Any]) -> dict[str, Any]:
+    """Give a row with the bytes of a file that is elsewhere, in a repository or an archive of it."""
+    path = row["path"]
+    if row["bytes"] is not None or path is None or "://" not in path:
+        return row
+    from datasets.utils.file_utils import xopen
+
+    try:
+        with xopen(path, "rb") as file:
+            return {"bytes": file.read(), "path": path}
+    except FileNotFoundError as error:
+        raise UnreadablePictureError("the file is gone") from error
+    except OSError as error:
+        raise RunError(
+            f"{'/'.join(Path(path).parts[-2:])} could not be fetched ({one_line(error)}); the same command goes on "
+            "from the last checkpoint"
+        ) from error
+
+
 @dataclass(frozen=True, eq=False)
 class Splits:
     """What a source holds, and what was found out about it on the way."""
 
-    train: Pictures
-    eval: Pictures
+    train: Pictures | StreamedPictures
+    eval: Pictures | StreamedPictures
     label_names: tuple[str, ...]
     dataset_id: str
     """Hub id, `digits`, or the last part of a local path."""
@@ -128,14 +223,23 @@ def load_splits(config: DataConfig) -> Splits:
     path = Path(config.dataset).expanduser()
     hub_id = revision = None
     files: list[tuple[str, int]] = []
+    stated: dict[str, int] = {}
+    tables: dict[str, Any]
+    if config.streaming and (config.dataset == BUNDLED or (path.is_dir() and not parquet_files(path))):
+        raise RequestError(
+            f"--streaming goes with a Hub dataset or parquet files; {config.dataset} is read in place as it is"
+        )
     if config.dataset == BUNDLED:
         tables = {"train": load_digits_table()}
     elif path.is_file() or (path.is_dir() and parquet_files(path)):
-        tables = load_parquet(path)
+        tables = load_parquet(path, config.streaming)
+        files = [(file.name, file.stat().st_size) for file in parquet_files(path)]
     elif path.is_dir():
         tables, files = load_folder(path)
     else:
-        tables, revision = load_from_hub(config.dataset, config.dataset_config, config.dataset_revision)
+        tables, revision, stated = load_from_hub(
+            config.dataset, config.dataset_config, config.dataset_revision, config.streaming
+        )
         hub_id = config.dataset
     if hub_id is None and (config.dataset_config or config.dataset_revision):
         raise RequestError("--dataset-config and --dataset-revision go with a dataset on the Hub")
@@ -157,6 +261,44 @@ def load_splits(config: DataConfig) -> Splits:
         config.dataset, config.image_column, train_table, eval_table
     )
     label_column = find_label_column(config.dataset, config.label_column, train_table, image_column)
+    found: dict[str, Any] = dict(
+        dataset_id=hub_id or (BUNDLED if config.dataset == BUNDLED else path.resolve().name),
+        hub_id=hub_id,
+        revision=revision,
+        found=replace(
+            config,
+            dataset=config.dataset if hub_id or config.dataset == BUNDLED else str(path.resolve()),
+            train_split=train_split,
+            eval_split=eval_split,
+            image_column=image_column,
+            label_column=label_column,
+        ),
+    )
+    if config.streaming:
+        if eval_table is None:
+            raise RequestError(
+                f"--streaming needs an evaluation split, as nothing can be held out of what is not at hand; "
+                f"{config.dataset} has {listing(tables)}: name one with --eval-split"
+            )
+        label_names = class_names(config.dataset, label_column, train_table, eval_table)
+        streams = [
+            StreamedPictures(
+                table.select_columns([image_column, label_column]),
+                image_column,
+                label_column,
+                len(label_names),
+                stated.get(split),
+            )
+            for split, table in ((train_split, train_table), (str(eval_split), eval_table))
+        ]
+        nothing = np.empty(0, dtype=np.int64)
+        return Splits(
+            train=streams[0],
+            eval=streams[1],
+            label_names=label_names,
+            fingerprint=_fingerprint(label_names, nothing, nothing, [*files, (revision or "", 0)]),
+            **found,
+        )
     label_names, train_labels, eval_labels = read_labels(config.dataset, label_column, train_table, eval_table)
 
     def pictures(table: "datasets.Dataset", indices: np.ndarray, labels: np.ndarray) -> Pictures:
@@ -173,18 +315,8 @@ def load_splits(config: DataConfig) -> Splits:
         train=train,
         eval=evaluation,
         label_names=label_names,
-        dataset_id=hub_id or (BUNDLED if config.dataset == BUNDLED else path.resolve().name),
-        hub_id=hub_id,
-        revision=revision,
         fingerprint=_fingerprint(label_names, train.labels, evaluation.labels, files),
-        found=replace(
-            config,
-            dataset=config.dataset if hub_id or config.dataset == BUNDLED else str(path.resolve()),
-            train_split=train_split,
-            eval_split=eval_split,
-            image_column=image_column,
-            label_column=label_column,
-        ),
+        **found,
     )
 
 

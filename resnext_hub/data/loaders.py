@@ -26,6 +26,9 @@ from resnext_hub.machine import cores
 PICTURE_MODES = {1: "L", 3: "RGB"}
 """Pillow's mode for a number of input channels."""
 
+GRACE = 25
+"""Seconds that a reading process outlives SIGTERM; launchers give the whole run 30."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
@@ -46,23 +49,44 @@ class Place(NamedTuple):
     sample: int
 
 
+@dataclass(frozen=True)
+class Unreadable:
+    """A picture that cannot be decoded."""
+
+    index: int
+    name: str
+    """What people know it by."""
+    reason: str
+
+
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A picture `(C, H, W)` with its label and index, and what could not be read on the way: (index, reason)."""
+    """A picture `(C, H, W)` with its label and index, and what could not be read on the way."""
 
     image: torch.Tensor
     label: int
     index: int
-    unreadable: list[tuple[int, str]]
+    unreadable: list[Unreadable]
+
+
+class Position(NamedTuple):
+    """Where the endless sequence of samples stands: in which epoch, and how many of its samples are done."""
+
+    epoch: int
+    place: int
 
 
 class Batch(NamedTuple):
-    """Pictures `(N, C, H, W)` float32, labels and indices `(N,)` int64, and what was unreadable: (index, reason)."""
+    """Pictures `(N, C, H, W)` float32, labels and indices `(N,)` int64, what was unreadable.
+
+    `end` is where the sequence stands after the global batch; None if that follows from the step.
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
     indices: torch.Tensor
-    unreadable: list[tuple[int, str]]
+    unreadable: list[Unreadable]
+    end: Position | None = None
 
 
 @lru_cache(maxsize=2)
@@ -97,14 +121,14 @@ class TrainingSamples(Dataset[Sample]):
         self.mode = mode
 
     def __getitem__(self, place: Place) -> Sample:
-        unreadable: list[tuple[int, str]] = []
+        unreadable: list[Unreadable] = []
         index = place.sample
         while True:
             try:
                 image = self.pictures.image(index, self.mode)
                 break
             except UnreadablePictureError as error:
-                unreadable.append((index, str(error)))
+                unreadable.append(Unreadable(index, self.pictures.name(index), str(error)))
                 if len(unreadable) == 100:
                     raise RunError(f"100 pictures drawn after each other cannot be read; the last: {error}") from None
                 draw = np.random.SeedSequence((place.sample, len(unreadable))).generate_state(1, np.uint64)[0]
@@ -129,9 +153,21 @@ class EvaluationSamples(Dataset[Sample]):
         try:
             image = self.pictures.image(index, self.mode)
         except UnreadablePictureError as error:
-            unreadable = [(index, str(error))]
+            unreadable = [Unreadable(index, self.pictures.name(index), str(error))]
             image = Image.new(self.mode, (8, 8))
         return Sample(self.transform(image), int(self.pictures.labels[index]), index, unreadable)
+
+    @property
+    def count(self) -> int:
+        """Number of samples."""
+        return len(self)
+
+    def batches(
+        self, batch_size: int, process: int, processes: int, workers: int, pin_memory: bool
+    ) -> Generator[Batch, None, None]:
+        """Give every so many-th batch, one of which a process computes whole."""
+        cuts = [list(range(i, min(i + batch_size, len(self)))) for i in range(0, len(self), batch_size)]
+        return read_batches(_build_loader(self, cuts[process::processes], workers, pin_memory))
 
 
 class StepSampler(Sampler[list[Place]]):
@@ -170,35 +206,37 @@ def build_train_loader(
     return _build_loader(samples, sampler, workers, pin_memory)
 
 
-def build_eval_loader(
-    samples: EvaluationSamples, batches: list[list[int]], workers: int, pin_memory: bool = False
-) -> DataLoader[Batch]:
-    """Give the batches whose indices are listed."""
-    return _build_loader(samples, batches, workers, pin_memory)
-
-
 def _build_loader(dataset: Dataset, batches: object, workers: int, pin_memory: bool) -> DataLoader[Batch]:  # type: ignore[type-arg]
     return DataLoader(
         dataset,
         batch_sampler=batches,  # type: ignore[arg-type]
         num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=collate,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_stopping_to_the_parent,
+        worker_init_fn=leave_stopping_to_the_parent,
     )
 
 
-def _leave_stopping_to_the_parent(worker: int) -> None:
-    """Go on when the process group is signalled: the training process ends the step first, and its readers then."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def leave_stopping_to_the_parent(worker: int) -> None:
+    """Read on when SIGTERM reaches the whole process group: the training process ends its step, and its readers then.
+
+    After `GRACE` seconds a reader goes in any case, so that nobody who wants it gone waits for ever.
+    """
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
 def read_batches(loader: DataLoader[Batch]) -> Generator[Batch, None, None]:
-    """Give the batches of a loader; closing this generator ends the loader's workers, whatever else goes wrong."""
-    yield from loader
+    """Give the batches of a loader; closing this generator ends the loader's workers."""
+    try:
+        yield from loader
+    except RunError as error:  # from a worker it comes with that one's traceback in its text
+        error.__traceback__ = None  # its frames hold the workers
+        raise RunError(str(error).rpartition(f"{RunError.__name__}: ")[2].strip()) from None
 
 
-def _collate(samples: list[Sample]) -> Batch:
+def collate(samples: list[Sample]) -> Batch:
+    """Stack samples to a batch."""
     return Batch(
         images=torch.stack([sample.image for sample in samples]),
         labels=torch.tensor([sample.label for sample in samples]),

@@ -115,8 +115,11 @@ def parquet_files(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(path.rglob("*.parquet"))
 
 
-def load_parquet(path: Path) -> dict[str, "datasets.Dataset"]:
-    """Open parquet files; names that begin with a split, as in `test-00000-of-00002.parquet`, make that split."""
+def load_parquet(path: Path, streaming: bool = False) -> "dict[str, datasets.Dataset | datasets.IterableDataset]":
+    """Open parquet files; names that begin with a split, as in `test-00000-of-00002.parquet`, make that split.
+
+    Streamed, they are read in place; else they are copied into the library's cache, where each row is at hand.
+    """
     import datasets
 
     files = parquet_files(path)
@@ -129,16 +132,19 @@ def load_parquet(path: Path) -> dict[str, "datasets.Dataset"]:
         split = match.group(1).lower() if match and all(matches) else "train"
         data_files.setdefault(split, []).append(str(file))
     try:
-        return dict(datasets.load_dataset("parquet", data_files=data_files))
+        return dict(datasets.load_dataset("parquet", data_files=data_files, streaming=streaming))
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
         cause = error.__cause__ or error
         raise RequestError(f"{path} cannot be read as parquet: {one_line(cause)}") from error
 
 
 def load_from_hub(
-    name: str, config: str | None, revision: str | None
-) -> tuple[dict[str, "datasets.Dataset"], str | None]:
-    """Open a dataset on the Hub; give its splits and the commit they came from."""
+    name: str, config: str | None, revision: str | None, streaming: bool = False
+) -> "tuple[dict[str, datasets.Dataset | datasets.IterableDataset], str | None, dict[str, int]]":
+    """Open a dataset on the Hub; give its splits, the commit they came from, and the sizes it states of them.
+
+    Streamed, nothing is downloaded before it is read.
+    """
     import datasets
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
@@ -146,8 +152,13 @@ def load_from_hub(
         raise RequestError(f"there is no folder or file {name}, and it is no dataset id of the Hub either")
     try:
         builder = datasets.load_dataset_builder(name, config, revision=revision)
-        builder.download_and_prepare()
-        return dict(builder.as_dataset()), builder.hash
+        if streaming:
+            tables = dict(builder.as_streaming_dataset())
+        else:
+            builder.download_and_prepare()
+            tables = dict(builder.as_dataset())
+        stated = {split: info.num_examples for split, info in (builder.info.splits or {}).items()}
+        return tables, builder.hash, {split: count for split, count in stated.items() if count}
     except datasets.exceptions.DatasetNotFoundError as error:
         raise RequestError(
             f"there is no folder {name} here and no such dataset on the Hub that you may read: {one_line(error)}"

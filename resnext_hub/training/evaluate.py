@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from resnext_hub.data.loaders import EvaluationSamples, build_eval_loader
+from resnext_hub.data.loaders import EvaluationSamples, Unreadable
+from resnext_hub.data.stream import StreamedEvaluation
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,8 +31,10 @@ class Evaluation:
     """Cross entropy in nats, without label smoothing."""
     ranks: np.ndarray
     """Number of classes that the network puts before the true one."""
-    unreadable: list[tuple[int, str]]
+    unreadable: list[Unreadable]
     """What this process could not read, and why: it is left out of everything above."""
+    total: int
+    """Size of the split, with what could not be read."""
 
     @property
     def count(self) -> int:
@@ -92,7 +95,7 @@ def _identity(values: torch.Tensor) -> torch.Tensor:
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
-    samples: EvaluationSamples,
+    samples: EvaluationSamples | StreamedEvaluation,
     *,
     batch_size: int,
     device: torch.device,
@@ -118,15 +121,14 @@ def evaluate(
     Raises:
         EvaluationStoppedError: In every process, if any was asked to stop.
     """
-    count = len(samples)
-    batches = [list(range(i, min(i + batch_size, count))) for i in range(0, count, batch_size)]
-    values = torch.zeros(5, count, dtype=torch.float64)
-    unreadable: list[tuple[int, str]] = []
+    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+    unreadable: list[Unreadable] = []
     stopped = 0.0
     was_training = model.training
     model.eval()
+    batches = samples.batches(batch_size, process, processes, workers, pin_memory=device.type == "cuda")
     try:
-        for batch in build_eval_loader(samples, batches[process::processes], workers, device.type == "cuda"):
+        for batch in batches:
             if stop_requested():
                 stopped = 1.0
                 break
@@ -139,24 +141,35 @@ def evaluate(
             losses = F.nll_loss(log_probabilities, batch.labels, reduction="none")
             ranks = _ranks(log_probabilities, batch.labels).double()
             read = torch.ones(size, dtype=torch.float64)
-            values[:, batch.indices] = torch.stack([prediction.double(), best.exp(), losses, ranks, read])
-            values[4, [index for index, _ in batch.unreadable]] = 0.0
+            for index in (entry.index for entry in batch.unreadable):
+                read[batch.indices == index] = 0.0
+            parts.append(
+                (
+                    batch.indices,
+                    torch.stack([batch.labels.double(), prediction.double(), best.exp(), losses, ranks, read]),
+                )
+            )
             unreadable += batch.unreadable
     finally:
+        batches.close()
         model.train(was_training)
     if sum_over_processes(torch.tensor([stopped], dtype=torch.float64)).item():
         raise EvaluationStoppedError
+    values = torch.zeros(6, samples.count, dtype=torch.float64)
+    for indices, columns in parts:
+        values[:, indices] = columns
     summed = sum_over_processes(values).numpy()
-    indices = np.flatnonzero(summed[4])
-    prediction, probability, losses, rank = summed[:4, indices]
+    found = np.flatnonzero(summed[5])
+    label, prediction, probability, losses, rank = summed[:5, found]
     return Evaluation(
-        indices=indices,
-        labels=samples.pictures.labels[indices],
+        indices=found,
+        labels=label.astype(np.int64),
         predictions=prediction.astype(np.int64),
         probabilities=probability.astype(np.float32),
         losses=losses,
         ranks=rank.astype(np.int64),
         unreadable=unreadable,
+        total=samples.count,
     )
 
 

@@ -1,12 +1,15 @@
 """The numbers of a run, a JSON object a line."""
 
+import contextlib
 import json
 import logging
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from resnext_hub.data.columns import listing
-from resnext_hub.data.dataset import Pictures
+from resnext_hub.data.loaders import Unreadable
 from resnext_hub.errors import RunError
 from resnext_hub.files import write_atomic
 
@@ -38,13 +41,18 @@ class UnreadableLog:
         self._limit = limit
         self._found = {(line["split"], line["picture"]): line["reason"] for line in read_lines(self._path)}
 
-    def note(self, split: str, pictures: Pictures, unreadable: list[tuple[int, str]]) -> None:
+    def note(self, split: str, count: int, unreadable: list[Unreadable]) -> None:
         """Write down what is new.
+
+        Args:
+            split: `training` or `evaluation`.
+            count: Size of the split.
+            unreadable: What could not be read.
 
         Raises:
             RunError: If it is more of the split than may be, and more than one picture.
         """
-        new = {(split, pictures.name(index)): reason for index, reason in unreadable}
+        new = {(split, entry.name): entry.reason for entry in unreadable}
         new = {key: reason for key, reason in new.items() if key not in self._found}
         if not new:
             return
@@ -54,9 +62,9 @@ class UnreadableLog:
                 _logger.warning("%s cannot be read (%s): it is left out of the %s split", picture, reason, split)
                 file.write(json.dumps({"split": split, "picture": picture, "reason": reason}) + "\n")
         bad = [f"{picture} ({reason})" for (of, picture), reason in self._found.items() if of == split]
-        if len(bad) > max(self._limit * len(pictures), 1):
+        if len(bad) > max(self._limit * count, 1):
             raise RunError(
-                f"{len(bad)} of {len(pictures)} pictures of the {split} split cannot be read, more than "
+                f"{len(bad)} of {count} pictures of the {split} split cannot be read, more than "
                 f"--max-bad-fraction {self._limit:g}: {listing(bad, 20)}; mend them, or allow more"
             )
 
@@ -95,3 +103,50 @@ class LineLog:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+
+class Timer:
+    """Wall time of the run, training speed between log lines, and the part of it spent waiting for data."""
+
+    def __init__(self, wall_before: float, step: int) -> None:
+        now = time.monotonic()
+        self._start = now - wall_before
+        self._checkpoint = self._lap = now
+        self._step = step
+        self._waited = self._apart = 0.0
+
+    @property
+    def wall_seconds(self) -> float:
+        """Seconds that the run has taken so far, over all its resumes."""
+        return round(time.monotonic() - self._start, 3)
+
+    @property
+    def since_checkpoint(self) -> float:
+        """Seconds since the last checkpoint."""
+        return time.monotonic() - self._checkpoint
+
+    def checkpointed(self) -> None:
+        """Note that a checkpoint was written."""
+        self._checkpoint = time.monotonic()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count as waiting for data."""
+        begin = time.monotonic()
+        yield
+        self._waited += time.monotonic() - begin
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """Leave evaluation and saving out of the training speed."""
+        begin = time.monotonic()
+        yield
+        self._apart += time.monotonic() - begin
+
+    def lap(self, step: int, batch_size: int) -> tuple[float, float]:
+        """Give images per second, and the fraction of the time spent waiting for data, since the last lap."""
+        now = time.monotonic()
+        spent = max(now - self._lap - self._apart, 1e-9)
+        speed, wait = (step - self._step) * batch_size / spent, self._waited / spent
+        self._lap, self._step, self._waited, self._apart = now, step, 0.0, 0.0
+        return round(speed, 2), round(wait, 4)

@@ -8,7 +8,14 @@ from conftest import write_pictures
 from pytest import TempPathFactory, fixture, mark
 
 from resnext_hub.data.dataset import DataConfig, load_splits
-from resnext_hub.data.loaders import Place, StepSampler, TrainingSamples, build_train_loader, places_of_step
+from resnext_hub.data.loaders import (
+    Place,
+    StepSampler,
+    TrainingSamples,
+    Unreadable,
+    build_train_loader,
+    places_of_step,
+)
 from resnext_hub.data.transforms import (
     TransformConfig,
     build_eval_transform,
@@ -118,7 +125,7 @@ def test_an_unreadable_sample_is_replaced_by_the_same_other_one_every_time(tmp_p
     Path(splits.train.rows[int(splits.train.indices[bad])]["image"]["path"]).write_bytes(b"")
     data = TrainingSamples(splits.train, build_eval_transform(CFG), seed=0)
     first, again = data[Place(0, bad)], data[Place(5, bad)]
-    assert first.unreadable == again.unreadable == [(bad, "zero bytes")]
+    assert first.unreadable == again.unreadable == [Unreadable(bad, splits.train.name(bad), "zero bytes")]
     assert first.index == bad
     assert torch.equal(first.image, again.image)
     twins = [i for i in range(len(splits.train)) if i != bad and torch.equal(data[Place(0, i)].image, first.image)]

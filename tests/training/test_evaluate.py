@@ -82,6 +82,7 @@ def test_confusion_counts_true_classes_in_rows() -> None:
         losses=np.zeros(4),
         ranks=np.array([0, 1, 0, 0]),
         unreadable=[],
+        total=0,
     )
     assert result.confusion(3).tolist() == [[1, 0, 1], [0, 1, 0], [0, 0, 1]]
     assert (result.correct, result.top1) == (3, 0.75)
@@ -121,6 +122,7 @@ def test_calibration_error_is_the_mean_distance_of_confidence_from_accuracy() ->
         losses=np.zeros(14),
         ranks=1 - right,
         unreadable=[],
+        total=0,
     )
     assert np.isclose(result.calibration_error, (10 * abs(0.9 - 0.7) + 4 * abs(0.65 - 0.5)) / 14)
 

@@ -1,0 +1,219 @@
+"""The order of samples that are read in order, and the loaders that follow it.
+
+An epoch is the shards in an order drawn from (seed, epoch), cut into blocks of consecutive samples, each block shuffled
+within itself by (seed, epoch, block). The run is one endless sequence of epochs, of which step s takes the next
+global batch: the same samples at any number of processes and readers, and each once per epoch. Every reader reads the
+stream as a whole and decodes what is its own.
+
+The state is a `Position`. Going on from one reads, but does not decode, what lies before it in its epoch.
+"""
+
+import logging
+import time
+from collections.abc import Generator, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from resnext_hub.data.dataset import Record, StreamedPictures
+from resnext_hub.data.decode import UnreadablePictureError
+from resnext_hub.data.loaders import (
+    Batch,
+    Position,
+    Sample,
+    Unreadable,
+    collate,
+    leave_stopping_to_the_parent,
+    seed_sample,
+)
+from resnext_hub.data.transforms import Transform
+from resnext_hub.errors import RunError
+
+_logger = logging.getLogger(__name__)
+
+
+class _Place(NamedTuple):
+    """A place of the sequence: a sample within its block, and where the sequence stands after it."""
+
+    block: list[Record]
+    within: int
+    epoch: int
+    after: Position
+
+
+class StreamBatches(IterableDataset[Batch]):
+    """This process's part of each step, augmented: a contiguous part of the global batch.
+
+    Args:
+        pictures: The stream.
+        transform: Maps a picture to a tensor.
+        seed: Seed of order and augmentation.
+        mode: Pillow's mode of the pictures.
+        batch_size: Samples of a global batch.
+        block_size: Consecutive samples that are shuffled among themselves.
+        start: Where the first step begins.
+        steps: How many steps there are.
+        process: Index of this process.
+        processes: Number of processes.
+    """
+
+    def __init__(
+        self,
+        pictures: StreamedPictures,
+        transform: Transform,
+        *,
+        seed: int,
+        mode: str,
+        batch_size: int,
+        block_size: int,
+        start: Position,
+        steps: int,
+        process: int = 0,
+        processes: int = 1,
+    ) -> None:
+        self.pictures, self.transform, self.seed, self.mode = pictures, transform, seed, mode
+        self.batch_size, self.block_size = batch_size, block_size
+        self.start, self.steps = start, steps
+        self.process, self.processes = process, processes
+
+    def __iter__(self) -> Iterator[Batch]:
+        reader = get_worker_info()
+        number, readers = (0, 1) if reader is None else (reader.id, reader.num_workers)
+        part = self.batch_size // self.processes
+        places = self._places(speaks=self.process == 0 and number == 0)
+        for step in range(self.steps):
+            taken = [next(places) for _ in range(self.batch_size)]
+            if step % readers == number:
+                mine = taken[self.process * part : (self.process + 1) * part]
+                yield collate([self._sample(place) for place in mine])._replace(end=taken[-1].after)
+
+    def _places(self, speaks: bool) -> Iterator[_Place]:
+        epoch, done = self.start
+        while True:
+            begin, read = time.monotonic(), 0
+            for number, (block, last) in enumerate(self._blocks(epoch)):
+                first = done - read
+                read += len(block)
+                if read <= done:
+                    continue
+                if speaks and done and first >= 0:
+                    seconds = time.monotonic() - begin
+                    _logger.info("passed over %d records of epoch %d, undecoded, in %.1f s", done, epoch, seconds)
+                order = np.random.default_rng((self.seed, epoch, number)).permutation(len(block))
+                for place in range(max(first, 0), len(block)):
+                    ended = last and place == len(block) - 1
+                    after = Position(epoch + 1, 0) if ended else Position(epoch, read - len(block) + place + 1)
+                    yield _Place(block, int(order[place]), epoch, after)
+            if read == 0:
+                raise RunError("the training split holds no records")
+            epoch, done = epoch + 1, 0
+
+    def _blocks(self, epoch: int) -> Iterator[tuple[list[Record], bool]]:
+        """Give the blocks of an epoch in order, and whether each is its last."""
+        shards = np.random.default_rng((self.seed, epoch)).permutation(self.pictures.shards)
+        block: list[Record] = []
+        for record in self.pictures.read([int(shard) for shard in shards]):
+            if len(block) == self.block_size:
+                yield block, False
+                block = []
+            block.append(record)
+        if block:
+            yield block, True
+
+    def _sample(self, place: _Place) -> Sample:
+        """Decode and augment; a sample that cannot be read is replaced by the next of its block that can."""
+        own = place.block[place.within]
+        unreadable = []
+        for offset in range(len(place.block)):
+            record = place.block[(place.within + offset) % len(place.block)]
+            try:
+                image = self.pictures.image(record, self.mode)
+            except UnreadablePictureError as error:
+                unreadable.append(Unreadable(record.key, record.name, str(error)))
+                continue
+            seed_sample(self.seed, place.epoch, own.key)
+            return Sample(self.transform(image), record.label, own.key, unreadable)
+        raise RunError(
+            f"none of {len(place.block)} consecutive records can be read; the last: {unreadable[-1].name} "
+            f"({unreadable[-1].reason})"
+        )
+
+
+class StreamedEvaluation:
+    """Samples as the evaluation transform gives them, in the order of the shards.
+
+    One that cannot be read is black, and said to be unreadable.
+    """
+
+    def __init__(self, pictures: StreamedPictures, transform: Transform, mode: str = "RGB") -> None:
+        self.pictures, self.transform, self.mode = pictures, transform, mode
+        self.count = 0
+        """Number of samples, once they were read to the end."""
+
+    def batches(
+        self, batch_size: int, process: int, processes: int, workers: int, pin_memory: bool
+    ) -> Generator[Batch, None, None]:
+        """Give every so many-th batch, one of which a process computes whole."""
+        parts = _EvaluationParts(self, batch_size, process, processes)
+        for item in _build_loader(parts, workers, pin_memory):
+            if isinstance(item, int):
+                self.count = item
+            else:
+                yield item
+
+    def sample(self, index: int, record: Record) -> Sample:
+        """Decode and transform a sample."""
+        unreadable = []
+        try:
+            image = self.pictures.image(record, self.mode)
+        except UnreadablePictureError as error:
+            unreadable = [Unreadable(index, record.name, str(error))]
+            image = Image.new(self.mode, (8, 8))
+        return Sample(self.transform(image), record.label, index, unreadable)
+
+
+class _EvaluationParts(IterableDataset[Batch | int]):
+    """The batches of one process, and at the end of each reader the number of all samples."""
+
+    def __init__(self, samples: StreamedEvaluation, batch_size: int, process: int, processes: int) -> None:
+        self.samples, self.batch_size = samples, batch_size
+        self.process, self.processes = process, processes
+
+    def __iter__(self) -> Iterator[Batch | int]:
+        reader = get_worker_info()
+        number, readers = (0, 1) if reader is None else (reader.id, reader.num_workers)
+        pictures = self.samples.pictures
+        count = 0
+        batch: list[Sample] = []
+        for count, record in enumerate(pictures.read(range(pictures.shards)), start=1):
+            turn = (count - 1) // self.batch_size
+            if turn % self.processes == self.process and turn // self.processes % readers == number:
+                batch.append(self.samples.sample(count - 1, record))
+            if batch and count % self.batch_size == 0:
+                yield collate(batch)
+                batch = []
+        if batch:
+            yield collate(batch)
+        yield count
+
+
+def build_stream_loader(batches: StreamBatches, workers: int, pin_memory: bool = False) -> DataLoader[Batch]:
+    """Give one batch of this process for each step; every reader takes its turn."""
+    return _build_loader(batches, workers, pin_memory)
+
+
+def _build_loader(dataset: IterableDataset, workers: int, pin_memory: bool) -> DataLoader:  # type: ignore[type-arg]
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_it_is,  # type: ignore[arg-type]  # what the dataset gives is a batch already
+        pin_memory=pin_memory,
+        worker_init_fn=leave_stopping_to_the_parent,
+    )
+
+
+def _as_it_is(item: Batch | int) -> Batch | int:
+    return item
