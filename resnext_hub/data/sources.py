@@ -138,6 +138,13 @@ def load_parquet(path: Path, streaming: bool = False) -> "dict[str, datasets.Dat
         raise RequestError(f"{path} cannot be read as parquet: {one_line(cause)}") from error
 
 
+def _undecoded(name: str, table: "datasets.IterableDataset") -> "datasets.IterableDataset":
+    """Leave out the threads that decode what comes from afar: they would decode what is passed over, too."""
+    if table.features is None:
+        raise RequestError(f"{name} does not say which columns it has, which --streaming needs; leave that out")
+    return table.decode(False)
+
+
 def load_from_hub(
     name: str, config: str | None, revision: str | None, streaming: bool = False
 ) -> "tuple[dict[str, datasets.Dataset | datasets.IterableDataset], str | None, dict[str, int]]":
@@ -153,7 +160,7 @@ def load_from_hub(
     try:
         builder = datasets.load_dataset_builder(name, config, revision=revision)
         if streaming:
-            tables = dict(builder.as_streaming_dataset())
+            tables = {split: _undecoded(name, table) for split, table in builder.as_streaming_dataset().items()}
         else:
             builder.download_and_prepare()
             tables = dict(builder.as_dataset())

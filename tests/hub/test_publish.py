@@ -213,6 +213,74 @@ def test_a_dataset_and_a_base_model_come_from_the_hub(
     assert "me/pickled has no model.safetensors (pickled weights are not loaded)" in refused.stderr
 
 
+DIGITS_CARD = """---
+dataset_info:
+  features:
+  - name: image
+    dtype: image
+  - name: label
+    dtype:
+      class_label:
+        names: {'0': '0', '1': '1', '2': '2', '3': '3', '4': '4', '5': '5', '6': '6', '7': '7', '8': '8', '9': '9'}
+  splits:
+  - {name: train, num_bytes: 1, num_examples: 160}
+  - {name: test, num_bytes: 1, num_examples: 40}
+---
+"""
+
+
+@mark.parametrize("workers", [0, 2])
+def test_a_dataset_streams_from_the_hub_and_leaves_nothing_on_the_disk(
+    hub: LoopbackHub, tmp_path: Path, workers: int
+) -> None:
+    from resnext_hub.data.sources import load_digits_table
+
+    table = load_digits_table()
+    files = {"README.md": DIGITS_CARD.encode()}
+    for name, part in (("train-0", range(90)), ("train-1", range(90, 160)), ("test-0", range(160, 200))):
+        table.select(part).to_parquet(tmp_path / "part.parquet")
+        files[f"data/{name}.parquet"] = (tmp_path / "part.parquet").read_bytes()
+    repo = hub.create("datasets", "me/digits")
+    repo.commit("data", files)
+    words = (
+        "scripts/train.py", *TINY, "--dataset", "me/digits", "--streaming", "--image-size", 32, "--batch-size", 32,
+        "--epochs", 2, "--lr", 0.01, "--log-samples", "--workers", workers, "--output-dir", tmp_path / "run",
+    )  # fmt: skip
+    done = run_process(*words, **hub.environment() | {"HF_HOME": str(tmp_path / "home")})
+    assert done.returncode == 0, done.stderr
+    assert "me/digits: 160 streamed pictures to train on, 40 streamed to evaluate on, 10 classes" in done.stderr
+    record = RunRecord.load(tmp_path / "run" / "record.json")
+    assert (record.steps, record.epochs, record.dataset.revision) == (10, 2.0, repo.commits[-1].oid)
+    assert [line["step"] for line in record.history if "eval_loss" in line] == [5, 10]
+    assert record.evaluation.count == 40
+    lines = [json.loads(line) for line in (tmp_path / "run" / "samples-0.jsonl").read_text().splitlines()]
+    seen = [index for line in lines for index in line["indices"]]
+    assert len(set(seen[:160])) == len(set(seen[160:])) == 160
+    assert not list((tmp_path / "home").rglob("*.arrow"))
+    assert "The dataset was streamed" in (tmp_path / "run" / "model" / "README.md").read_text()
+
+
+def test_pictures_that_lie_in_a_repository_as_files_stream_too(
+    hub: LoopbackHub, tmp_path: Path, folder_of_classes: Path
+) -> None:
+    files = {}
+    for picture in sorted(folder_of_classes.rglob("*.png")):
+        for split in ("train", "test"):
+            files[f"{split}/{picture.relative_to(folder_of_classes).as_posix()}"] = picture.read_bytes()
+    files["train/bus/000.png"] = b"no picture"
+    hub.create("datasets", "me/files").commit("data", files)
+    words = (
+        "scripts/train.py", *TINY, "--dataset", "me/files", "--streaming", "--image-size", 32, "--batch-size", 10,
+        "--max-steps", 4, "--lr", 0.01, "--log-samples", "--output-dir", tmp_path / "run",
+    )  # fmt: skip
+    done = run_process(*words, **hub.environment() | {"HF_HOME": str(tmp_path / "home")})
+    assert done.returncode == 0, done.stderr
+    record = RunRecord.load(tmp_path / "run" / "record.json")
+    assert record.label_names == ["bus", "car", "train"]
+    assert record.evaluation.count == 30
+    assert record.broken_pictures == [{"split": "training", "picture": "bus/000.png", "reason": "not an image"}]
+
+
 def np_labels(table) -> list[int]:
     names = ["bus", "car", "train"]
     return [names.index(Path(row["image"]["path"]).parent.name) for row in table]
