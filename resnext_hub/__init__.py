@@ -2,6 +2,17 @@
 
 __version__ = "0.1.0"
 
+from typing import Any
+
 from resnext_hub.models import VARIANTS, load_weights
 
-__all__ = ["VARIANTS", "__version__", "load_weights"]
+__all__ = ["VARIANTS", "__version__", "from_hub", "load_weights"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load what few need when it is asked for, so that importing the package stays cheap."""
+    if name == "from_hub":
+        from resnext_hub.hub.load import from_hub
+
+        return from_hub
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

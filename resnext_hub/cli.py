@@ -82,6 +82,9 @@ def _build_parser() -> argparse.ArgumentParser:
         default=True,
         help="go on with an unfinished run of the folder; --no-resume refuses a used folder",
     )
+    train.add_argument(
+        "--resume-from", metavar="hub:OWNER/NAME", help="go on from the checkpoint that --push-checkpoints left there"
+    )
     add_config_flags(train)
 
     info = _add(commands, "info", _info, "list the variants and what they cost")
@@ -103,10 +106,11 @@ def _build_parser() -> argparse.ArgumentParser:
 
     push = _add(commands, "push", _push, "upload a run's model folder to the Hub, in one commit")
     push.add_argument("run", type=Path, help="the run folder")
-    push.add_argument("--repo-id", required=True, metavar="OWNER/NAME", help="repository, made if it is not there")
+    push.add_argument("--repo-id", metavar="OWNER/NAME", help="repository, made if it is not there")
     push.add_argument("--license", help="licence of the weights, such as apache-2.0")
     push.add_argument("--private", action="store_true", help="make a new repository private")
     push.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing to main")
+    push.add_argument("--revision", default="main", metavar="BRANCH", help="branch to commit to (default: main)")
     push.add_argument("--dry-run", action="store_true", help="list what would be uploaded; nothing is sent")
     return parser
 
@@ -144,19 +148,31 @@ def _flag_type(hint: Any) -> dict[str, Any]:
 
 def _train(options: argparse.Namespace) -> None:
     from resnext_hub import plan as planning
+    from resnext_hub.hub.checkpoints import fetch_run
     from resnext_hub.record import RunRecord
-    from resnext_hub.run import execute
+    from resnext_hub.run import execute, publish_run
     from resnext_hub.training.config import flat_fields
 
     asked = {name: value for name, value in vars(options).items() if name in flat_fields()}
-    settings, recipe = planning.merge_settings(asked, options.recipe, options.config)
-    plan = planning.prepare(settings, asked=asked, recipe=recipe, output_dir=options.output_dir, resume=options.resume)
+    state = fetch_run(options.resume_from) if options.resume_from else None
+    file = options.config or (state and state / "config.yaml")
+    settings, recipe = planning.merge_settings(asked, options.recipe, file)
+    plan = planning.prepare(
+        settings,
+        asked=asked,
+        recipe=recipe,
+        output_dir=options.output_dir,
+        resume=options.resume,
+        resume_from=state,
+    )
     if plan.finished:
         record = RunRecord.load(plan.folder / "record.json")
         _print(f"{plan.folder} is finished already; nothing was computed (--epochs may grow)\n")
     else:
         with _one_line_failures(plan.folder), _bars_beside_logs():
             record = execute(plan)
+    if plan.config.publish.push_to_hub and os.environ.get("RANK", "0") == "0":
+        _print(f"published and read back: {publish_run(plan, record).address}\n")
     model = plan.folder / "model"
     evaluation = record.evaluation
     _print(
@@ -238,21 +254,24 @@ def _push(options: argparse.Namespace) -> None:
     from resnext_hub.record import RunRecord
 
     record = RunRecord.load(options.run / "record.json")
-    address, files = publish(
+    done = publish(
         options.run / "model",
         record,
         options.repo_id,
         options.license,
         private=options.private,
         create_pr=options.create_pr,
+        revision=options.revision,
         dry_run=options.dry_run,
     )
-    listing = "".join(f"    {size:>12,}  {name}\n" for name, size in files)
-    if address is None:
+    listing = "".join(f"    {size:>12,}  {name}\n" for name, size in done.files)
+    if done.address is None:
         visibility = "private " if options.private else ""
         _print(f"would go to the {visibility}repository {options.repo_id} in one commit:\n{listing}")
+    elif done.changed:
+        _print(f"published and read back: {done.address}\n{listing}")
     else:
-        _print(f"published: {address}\n{listing}")
+        _print(f"nothing has changed there: {done.address}\n")
 
 
 @contextlib.contextmanager

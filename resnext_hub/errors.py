@@ -1,5 +1,7 @@
 """The ways in which a command ends early, and the exit codes that follow from them."""
 
+import re
+
 
 class RequestError(ValueError):
     """What was asked for cannot be done; nothing was computed. The process exits with 2."""
@@ -23,5 +25,6 @@ class StoppedRun(Exception):
 
 
 def one_line(error: BaseException) -> str:
-    """Give an error's text in one line of at most 300 characters, for a message of our own."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """Give an error's text in one line of at most 300 characters and without tokens, for a message of our own."""
+    text = re.sub(r"hf_\w{6,}", "hf_…", " ".join(str(error).split()))
+    return text[:300] or type(error).__name__

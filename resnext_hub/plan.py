@@ -20,6 +20,7 @@ from resnext_hub.data.dataset import Splits, load_splits
 from resnext_hub.data.loaders import PICTURE_MODES, derive_workers
 from resnext_hub.data.transforms import build_train_transform, published_input
 from resnext_hub.errors import RequestError
+from resnext_hub.hub.publish import check_request
 from resnext_hub.machine import check_launcher, device_type, local_processes, processes, resolve_precision
 from resnext_hub.models.source import ModelSource, build_model, find_model
 from resnext_hub.recipes import QUICKSTART, RECIPES
@@ -46,6 +47,8 @@ class Plan:
     data_config: dict[str, Any]
     finished: bool
     """Whether the folder holds this very run, done."""
+    resume_from: Path | None
+    """A state from elsewhere to go on from, if the folder holds none."""
 
 
 def merge_settings(
@@ -80,6 +83,7 @@ def prepare(
     recipe: str | None = None,
     output_dir: Path | None = None,
     resume: bool = True,
+    resume_from: Path | None = None,
 ) -> Plan:
     """Check a request and fill in what it leaves open, without computing anything.
 
@@ -89,6 +93,7 @@ def prepare(
         recipe: Name of the recipe beneath them.
         output_dir: The run folder; `runs/{dataset}-{model}` if not given.
         resume: Whether to go on with a run that the folder holds; if not, a used folder is refused.
+        resume_from: The state of a run, fetched from elsewhere, to go on from if the folder holds none.
 
     Raises:
         RequestError: If the request is wrong.
@@ -98,6 +103,8 @@ def prepare(
     config = TrainConfig.from_flat(settings)
     _check_batch(config)
     _check_pairs(config)
+    if config.publish.repo_id is not None:
+        check_request(None, config.publish.repo_id, config.publish.license or "not needed for checkpoints")
     device = device_type()
     resolve_precision(config.mixed_precision, device)
 
@@ -119,7 +126,9 @@ def prepare(
     build_train_transform(config.transform, data_config)
     plan_schedule(config, splits.train.count)
     _check_network(config, source, splits, data_config)
-    finished = _check_folder(folder, before, config, splits) if before else False
+    finished = _check_folder(folder, before, config.to_flat(), splits) if before else False
+    if resume_from is not None and not before:
+        _check_folder(folder, read_config(resume_from), public_settings(config, splits), splits)
     return Plan(
         config=config,
         asked=dict(asked),
@@ -129,7 +138,20 @@ def prepare(
         splits=splits,
         data_config=data_config,
         finished=finished,
+        resume_from=resume_from,
     )
+
+
+def public_settings(config: TrainConfig, splits: Splits) -> dict[str, Any]:
+    """Give the settings of a run without paths of this machine: nothing published holds one."""
+    return config.to_flat() | {"dataset": splits.dataset_id, "model": public_model(config.model)}
+
+
+def public_model(requested: str) -> str:
+    """Reduce a local folder to its last two parts."""
+    if requested.startswith("local-dir:"):
+        return "local-dir:" + "/".join(Path(requested.removeprefix("local-dir:")).parts[-2:])
+    return requested
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -244,26 +266,25 @@ def _check_usable(folder: Path) -> None:
         )
 
 
-def _check_folder(folder: Path, before: Mapping[str, Any], config: TrainConfig, splits: Splits) -> bool:
+def _check_folder(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], splits: Splits) -> bool:
     """Compare a request with the run that a folder holds; say whether that run is done.
 
     Raises:
         RequestError: If the run in the folder is another one; the settings that differ are named.
     """
-    now = config.to_flat()
     fixed = [name for name in now if name not in MACHINE_FIELDS | GROWING_FIELDS]
     differing = [
         f"{flag_of(name)} {before.get(name)} there, {now[name]} now" for name in fixed if before.get(name) != now[name]
     ]
     count = splits.train.count
     old_steps = plan_schedule(TrainConfig.from_flat(before), count).steps
-    steps = plan_schedule(config, count).steps
+    steps = plan_schedule(TrainConfig.from_flat(now), count).steps
     if steps < old_steps:
         differing.append(f"{old_steps} steps there, {steps} now (--epochs and --max-steps may only grow)")
     path = folder / "record.json"
     record = RunRecord.load(path) if path.is_file() else None
     if record and record.dataset.fingerprint != splits.fingerprint:
-        differing.append(f"the pictures of {config.data.dataset} have changed")
+        differing.append(f"the pictures of {splits.dataset_id} have changed")
     if differing:
         raise RequestError(
             f"{folder} holds another run: {'; '.join(differing)}. Give another --output-dir, or the same settings to "

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +13,13 @@ import torch
 import yaml
 
 import resnext_hub
-from resnext_hub.data.dataset import Pictures, Splits, StreamedPictures, load_splits
-from resnext_hub.errors import RequestError, RunError, one_line
+from resnext_hub.data.dataset import Pictures, StreamedPictures, load_splits
+from resnext_hub.errors import RequestError, RunError, StoppedRun, one_line
 from resnext_hub.files import new_folder, remove_leftovers, write_atomic
 from resnext_hub.hub.card import render_card
+from resnext_hub.hub.checkpoints import CheckpointPusher, restore_run
 from resnext_hub.hub.export import export_model
+from resnext_hub.hub.publish import Publication, open_repository, publish
 from resnext_hub.machine import (
     build_accelerator,
     device_type,
@@ -28,7 +30,7 @@ from resnext_hub.machine import (
     versions,
 )
 from resnext_hub.models.source import ModelSource, build_model, needs_plugin, portable_architecture, variant_of
-from resnext_hub.plan import Plan, read_config
+from resnext_hub.plan import Plan, public_model, public_settings, read_config
 from resnext_hub.plots import write_plots
 from resnext_hub.recipes import QUICKSTART
 from resnext_hub.record import BaseModelFacts, DatasetFacts, EvaluationFacts, ModelFacts, RunRecord
@@ -43,6 +45,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _logger = logging.getLogger(__name__)
+
+PUSH_GRACE = 20
+"""Seconds that a run stopped by SIGTERM waits for its last checkpoint to reach the Hub; launchers give it 30."""
 
 TOP5_CLASSES = 20
 """Classes above which five guesses are worth a figure: of 20 a quarter are right by chance."""
@@ -73,20 +78,55 @@ def execute(plan: Plan) -> RunRecord:
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(RunLock(folder))
             remove_leftovers(folder)
-            settings = yaml.safe_dump(config.to_flat(), sort_keys=False, allow_unicode=True)
-            write_atomic(folder / "config.yaml", settings)
+            if plan.resume_from is not None and not (folder / "config.yaml").is_file():
+                restore_run(plan.resume_from, folder)
+            if config.publish.repo_id and (config.publish.push_to_hub or config.publish.push_checkpoints):
+                open_repository(config.publish.repo_id, config.publish.private)
+            write_atomic(folder / "config.yaml", _yaml(config.to_flat()))
         accelerator.wait_for_everyone()
         _log_plan(plan, accelerator, precision)
 
         torch.manual_seed(config.seed)
         network = build_model(plan.source, len(plan.splits.label_names), config.drop_rate, config.drop_path)
-        with _lost_peers(accelerator):
-            outcome = train(config, plan.splits, network, plan.data_config, folder, accelerator, precision)
+        with _lost_peers(accelerator), _pushed_checkpoints(plan) as on_checkpoint:
+            outcome = train(
+                config, plan.splits, network, plan.data_config, folder, accelerator, precision, on_checkpoint
+            )
         if accelerator.is_main_process:
             _write_results(plan, outcome, accelerator, precision)
         accelerator.wait_for_everyone()
     accelerator.end_training()
     return RunRecord.load(folder / "record.json")
+
+
+def publish_run(plan: Plan, record: RunRecord) -> Publication:
+    """Publish a finished run as its configuration says.
+
+    Raises:
+        RunError: If that fails; the run itself is kept.
+    """
+    hub = plan.config.publish
+    return publish(plan.folder / "model", record, hub.repo_id, hub.license, private=hub.private)
+
+
+@contextlib.contextmanager
+def _pushed_checkpoints(plan: Plan) -> Iterator[Callable[[Path], None]]:
+    """Give what takes each checkpoint to the Hub, if that is asked for, and see the last one through."""
+    hub = plan.config.publish
+    if not (hub.push_checkpoints and hub.repo_id):
+        yield lambda path: None
+        return
+    pusher = CheckpointPusher(hub.repo_id, hub.private, _yaml(public_settings(plan.config, plan.splits)))
+    try:
+        yield pusher.push
+    except StoppedRun:
+        pusher.finish(PUSH_GRACE)
+        raise
+    pusher.finish()
+
+
+def _yaml(settings: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
 
 
 @contextlib.contextmanager
@@ -184,10 +224,10 @@ def _write_results(plan: Plan, outcome: Outcome, accelerator: "Accelerator", pre
     _write_predictions(evaluation, folder / "predictions.parquet")
     record = RunRecord(
         name=folder.resolve().name,
-        config=_public_config(config, splits),
+        config=public_settings(config, splits),
         command=_command(plan),
         model=ModelFacts(
-            requested=_public_model(config.model),
+            requested=public_model(config.model),
             architecture=architecture,
             model_args=model_args,
             needs_plugin=needs_plugin(architecture),
@@ -290,23 +330,12 @@ def _base_model(source: ModelSource) -> BaseModelFacts | None:
     )
 
 
-def _public_model(requested: str) -> str:
-    """Reduce a local folder to its last two parts: nothing published holds an absolute path."""
-    if requested.startswith("local-dir:"):
-        return "local-dir:" + "/".join(Path(requested.removeprefix("local-dir:")).parts[-2:])
-    return requested
-
-
-def _public_config(config: TrainConfig, splits: Splits) -> dict[str, Any]:
-    return config.to_flat() | {"dataset": splits.dataset_id, "model": _public_model(config.model)}
-
-
 def _command(plan: Plan) -> str:
     """Give the command that was asked for, with local paths reduced to their names."""
     words = ["accelerate", "launch", "scripts/train.py"]
     if plan.recipe and plan.recipe != QUICKSTART:
         words += ["--recipe", plan.recipe]
-    public = _public_config(plan.config, plan.splits)
+    public = public_settings(plan.config, plan.splits)
     for name, value in plan.asked.items():
         if isinstance(value, bool):
             words.append(flag_of(name) if value else flag_of(name).replace("--", "--no-", 1))

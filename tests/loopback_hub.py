@@ -1,6 +1,8 @@
-"""A small server that speaks enough of the Hub's HTTP protocol for the real clients: repositories, commits, downloads.
+"""A small server that speaks the Hub's HTTP protocol to the real clients, and fails where a test asks for it.
 
-Large files go over plain LFS (batch, PUT, verify), so clients run with HF_HUB_DISABLE_XET=1.
+Models and datasets, branches and pull requests, private and gated repositories, tokens. Large files go over plain LFS
+(batch, PUT, verify), so clients run with HF_HUB_DISABLE_XET=1, and come from a storage under another host name, as the
+Hub's do.
 """
 
 import base64
@@ -8,6 +10,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,8 +18,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import yaml
+
 LFS_FROM = 100_000
 """Bytes from which a file counts as large."""
+
+TOKEN = "hf_loopbacktokenofme"
 
 
 @dataclass
@@ -28,20 +35,42 @@ class Commit:
 
 @dataclass
 class Repo:
-    kind: str
     private: bool = False
-    commits: list[Commit] = field(default_factory=list)
+    granted: set[str] | None = None
+    """Who has been given access, if it has to be asked for."""
+    branches: dict[str, list[Commit]] = field(default_factory=dict)
+    pulls: list[str] = field(default_factory=list)
+    """Titles of pull requests, numbered from 1."""
 
-    def commit(self, message: str, files: dict[str, bytes]) -> Commit:
+    @property
+    def commits(self) -> list[Commit]:
+        """The commits of main."""
+        return self.branches.setdefault("main", [])
+
+    def commit(self, message: str, files: dict[str, bytes], branch: str = "main") -> Commit:
+        """Add a commit whose tree is the given files."""
+        history = self.branches.setdefault(branch, [])
         listing = "".join(f"{name}{hashlib.sha256(data).hexdigest()}" for name, data in sorted(files.items()))
-        oid = hashlib.sha1(f"{len(self.commits)}{message}{listing}".encode()).hexdigest()
-        self.commits.append(Commit(oid, message, files))
-        return self.commits[-1]
+        oid = hashlib.sha1(f"{branch}{len(history)}{message}{listing}".encode()).hexdigest()
+        history.append(Commit(oid, message, files))
+        return history[-1]
 
     def at(self, revision: str) -> Commit | None:
-        if revision == "main":
-            return self.commits[-1]
-        return next((commit for commit in self.commits if commit.oid == revision), None)
+        """Give the commit of a branch, a pull request, or an id."""
+        if self.branches.get(revision):
+            return self.branches[revision][-1]
+        return next((c for history in self.branches.values() for c in history if c.oid == revision), None)
+
+
+@dataclass
+class Fault:
+    """What goes wrong with the next requests that match."""
+
+    pattern: str
+    """Regular expression on `METHOD path`."""
+    kind: str
+    """503, 429, 507, reset, slow, truncated, wrong bytes; lost reply: the work is done, but no answer comes."""
+    times: int = 1
 
 
 class LoopbackHub:
@@ -51,31 +80,58 @@ class LoopbackHub:
         self.repos: dict[str, Repo] = {}
         self.blobs: dict[str, bytes] = {}
         self.requests: list[str] = []
-        self.endpoint = ""
+        self.faults: list[Fault] = []
+        self.users = {
+            TOKEN: ("me", "write"),
+            "hf_readonlytokenofme": ("me", "read"),
+            "hf_tokenofsomeoneelse": ("you", "write"),
+        }
+        """Name and role by token."""
+        self.organisations = {"club": {"me"}}
+        self.endpoint = self.storage = ""
+        self.lock = threading.Lock()
 
     def create(self, kind: str, repo_id: str, private: bool = False) -> Repo:
-        repo = self.repos[f"{kind}/{repo_id}"] = Repo(kind, private)
+        """Make a repository as the Hub does, with a first commit of its own."""
+        repo = self.repos[f"{kind}/{repo_id}"] = Repo(private)
         repo.commit("initial commit", {})
         return repo
 
-    def environment(self) -> dict[str, str]:
+    def environment(self, token: str = TOKEN) -> dict[str, str]:
         """Variables under which a client in another process talks to this server."""
         return {
             "HF_ENDPOINT": self.endpoint,
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_TOKEN": "hf_loopbacktoken",
-            "NO_PROXY": "127.0.0.1",
+            "HF_TOKEN": token,
+            "NO_PROXY": "127.0.0.1,localhost",
         }
+
+    def owns(self, user: str | None, repo_id: str) -> bool:
+        """Say whether a user may write to a repository."""
+        owner = repo_id.partition("/")[0]
+        return user is not None and (user == owner or user in self.organisations.get(owner, ()))
+
+    def fault_of(self, request: str) -> str | None:
+        """Give what goes wrong with a request, and count it."""
+        with self.lock:
+            for fault in self.faults:
+                if fault.times and re.search(fault.pattern, request):
+                    fault.times -= 1
+                    return fault.kind
+        return None
 
 
 @contextmanager
 def serve() -> Iterator[LoopbackHub]:
+    """Run a Hub on this machine."""
     hub = LoopbackHub()
     handler = type("Handler", (_Handler,), {"hub": hub})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
     hub.endpoint = f"http://127.0.0.1:{server.server_port}"
+    hub.storage = f"http://localhost:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
@@ -90,44 +146,97 @@ def _git_oid(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
+REPO = r"([\w.-]+/[\w.-]+)"
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: LoopbackHub
 
     def log_message(self, format: str, *args: Any) -> None:
-        self.hub.requests.append(f"{self.command} {self.path}")
+        pass
 
     def do_GET(self) -> None:
-        self._route()
-
-    do_HEAD = do_POST = do_PUT = do_GET
-
-    def _route(self) -> None:
-        path = unquote(urlsplit(self.path).path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        request = f"{self.command} {unquote(self.path)}"
+        self.hub.requests.append(request)
+        self.fault = self.hub.fault_of(request)
+        if self.fault in ("503", "429", "507"):
+            headers = {"Retry-After": "1"} if self.fault == "429" else {}
+            return self._json({"error": f"asked to fail with {self.fault}"}, int(self.fault), headers)
+        if self.fault == "reset":
+            return self._hang_up()
+        if self.fault == "slow":
+            time.sleep(3)
+        return self._route(unquote(urlsplit(self.path).path), body)
+
+    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
+
+    def _hang_up(self) -> None:
+        self.close_connection = True
+        self.connection.close()
+
+    def _user(self) -> tuple[str | None, str]:
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        return self.hub.users.get(token, (None, "none"))
+
+    def _route(self, path: str, body: bytes) -> None:
+        if self.headers.get("Authorization") and self._user()[0] is None:
+            return self._json({"error": "Invalid user token."}, 401)
+        if path == "/api/whoami-v2":
+            name, role = self._user()
+            if name is None:
+                return self._json({"error": "Invalid user token."}, 401)
+            orgs = [{"name": org} for org, people in self.hub.organisations.items() if name in people]
+            return self._json(
+                {
+                    "type": "user",
+                    "name": name,
+                    "orgs": orgs,
+                    "auth": {"accessToken": {"role": role, "displayName": "t"}},
+                }
+            )
         if path == "/api/repos/create":
             return self._create(json.loads(body))
         if path == "/api/validate-yaml":
-            return self._json({"errors": [], "warnings": []})
+            errors = _card_errors(json.loads(body)["content"])
+            return self._json({"errors": errors, "warnings": []}, 400 if errors else 200)
         if match := re.fullmatch(r"/lfs/(\w+)", path):
             self.hub.blobs[match[1]] = body
             return self._json({})
-        if match := re.fullmatch(r"/(?:(datasets)/)?([\w.-]+/[\w.-]+)\.git/info/lfs/objects/batch", path):
+        if match := re.fullmatch(r"/cdn/(\w+)", path):
+            return self._send_range(self.hub.blobs[match[1]], {"ETag": f'"{match[1]}"'})
+        if match := re.fullmatch(rf"/(?:(datasets)/)?{REPO}\.git/info/lfs/objects/batch", path):
             return self._json({"transfer": "basic", "objects": [self._upload(o) for o in json.loads(body)["objects"]]})
         if path == "/lfs-verify":
             verified = json.loads(body)
             blob = self.hub.blobs.get(verified["oid"], b"")
             right = hashlib.sha256(blob).hexdigest() == verified["oid"]
             return self._json({}, 200 if right else 422)
-        if match := re.fullmatch(r"/api/(models|datasets)/([\w.-]+/[\w.-]+)(?:/(\w[\w-]*)/([^/]+)(?:/(.*))?)?", path):
+        if match := re.fullmatch(rf"/api/(models|datasets)/{REPO}(?:/([\w-]+)(?:/(.*))?)?", path):
             return self._api(*match.groups(), body)
-        if match := re.fullmatch(r"/(?:(datasets)/)?([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)", path):
+        if match := re.fullmatch(rf"/(?:(datasets)/)?{REPO}/resolve/(refs/pr/\d+|[^/]+)/(.+)", path):
             return self._resolve(match[1] or "models", *match.groups()[1:])
         return self._json({"error": f"no such route {path}"}, 404)
 
+    def _find(self, kind: str, repo_id: str, write: bool = False) -> Repo | None:
+        """Give a repository if the request may read or write it; else answer the request."""
+        repo = self.hub.repos.get(f"{kind}/{repo_id}")
+        user, role = self._user()
+        owns = self.hub.owns(user, repo_id)
+        if repo is None or (repo.private and not owns):
+            status = 404 if user else 401
+            return self._json({"error": "Repository not found"}, status, {"X-Error-Code": "RepoNotFound"})
+        if write and (not owns or role != "write"):
+            return self._json({"error": "You don't have the rights to write to this repository"}, 403)
+        return repo
+
     def _create(self, asked: dict[str, Any]) -> None:
+        user, role = self._user()
         kind = asked.get("type", "model") + "s"
-        repo_id = f"{asked.get('organization') or 'me'}/{asked['name']}"
+        repo_id = f"{asked.get('organization') or user}/{asked['name']}"
+        if not self.hub.owns(user, repo_id) or role != "write":
+            return self._json({"error": f"You don't have the rights to create a {kind[:-1]} under {repo_id}"}, 403)
         if f"{kind}/{repo_id}" in self.hub.repos:
             return self._json({"error": "You already created this repo", "url": f"{self.hub.endpoint}/{repo_id}"}, 409)
         private = bool(asked.get("private")) or asked.get("visibility") == "private"
@@ -145,12 +254,38 @@ class _Handler(BaseHTTPRequestHandler):
             }
         }
 
-    def _api(
-        self, kind: str, repo_id: str, action: str | None, revision: str | None, rest: str | None, body: bytes
-    ) -> None:
-        repo = self.hub.repos.get(f"{kind}/{repo_id}")
+    def _api(self, kind: str, repo_id: str, action: str | None, rest: str | None, body: bytes) -> None:
+        repo = self._find(kind, repo_id, write=action in ("preupload", "commit", "branch"))
         if repo is None:
-            return self._json({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
+            return None
+        if action == "branch":
+            start = (json.loads(body) if body else {}).get("startingPoint") or "main"
+            if rest in repo.branches:
+                return self._json({"error": "Reference already exists"}, 409)
+            repo.branches[str(rest)] = [commit for commit in [repo.at(start)] if commit]
+            return self._json({})
+        if action == "refs":
+            branches = {name: history[-1].oid for name, history in repo.branches.items() if history}
+            listed = [
+                {"name": name, "ref": f"refs/heads/{name}", "targetCommit": oid}
+                for name, oid in branches.items()
+                if not name.startswith("refs/")
+            ]
+            return self._json({"branches": listed, "converts": [], "tags": []})
+        if action == "discussions":
+            entries = [
+                {
+                    "num": number,
+                    "title": title,
+                    "status": "open",
+                    "isPullRequest": True,
+                    "author": {"name": "me"},
+                    "createdAt": "2026-01-01T00:00:00.000Z",
+                    "repo": {"name": repo_id, "type": kind[:-1]},
+                }
+                for number, title in enumerate(repo.pulls, start=1)
+            ]
+            return self._json({"discussions": entries, "count": len(entries), "start": 0, "numClosedDiscussions": 0})
         if action == "preupload":
             files = [
                 {"path": f["path"], "uploadMode": "lfs" if f["size"] >= LFS_FROM else "regular", "shouldIgnore": False}
@@ -158,78 +293,100 @@ class _Handler(BaseHTTPRequestHandler):
             ]
             return self._json({"files": files})
         if action == "commit":
-            return self._commit(repo, repo_id, body)
-        commit = repo.at(revision or "main")
+            return self._commit(repo, repo_id, str(rest), body)
+        match = re.fullmatch(r"(refs/pr/\d+|[^/]+)(?:/(.*))?", rest or "main")
+        assert match
+        commit = repo.at(match[1])
         if commit is None:
             return self._json({"error": "Revision not found"}, 404, {"X-Error-Code": "RevisionNotFound"})
         if action in (None, "revision"):
-            siblings = [{"rfilename": name} for name in sorted(commit.files)]
-            info = {"id": repo_id, "sha": commit.oid, "private": repo.private, "siblings": siblings, "tags": []}
-            return self._json(info | {"lastModified": "2026-01-01T00:00:00.000Z", "downloads": 0, "likes": 0})
+            info = {"id": repo_id, "sha": commit.oid, "private": repo.private, "tags": [], "downloads": 0, "likes": 0}
+            info |= {
+                "gated": "manual" if repo.granted is not None else False,
+                "lastModified": "2026-01-01T00:00:00.000Z",
+            }
+            return self._json(
+                info | {"siblings": [_sibling(name, data) for name, data in sorted(commit.files.items())]}
+            )
         if action == "tree":
-            return self._json(self._tree(commit, rest or ""))
+            return self._json(_tree(commit, match[2] or ""))
         if action == "paths-info":
             text = body.decode()
             paths = json.loads(text)["paths"] if text.startswith("{") else re.findall(r"paths=([^&]+)", unquote(text))
-            entries = {entry["path"]: entry for entry in self._tree(commit, "")}
+            entries = {entry["path"]: entry for entry in _tree(commit, "")}
             return self._json([entries[path] for path in paths if path in entries])
         return self._json({"error": f"no such action {action}"}, 404)
 
-    def _tree(self, commit: Commit, under: str) -> list[dict[str, Any]]:
-        entries: dict[str, dict[str, Any]] = {}
-        for name, data in sorted(commit.files.items()):
-            if under and not name.startswith(f"{under}/"):
-                continue
-            parts = name.split("/")
-            for depth in range(1, len(parts)):
-                folder = "/".join(parts[:depth])
-                entries[folder] = {"type": "directory", "path": folder, "oid": "0" * 40, "size": 0}
-            entries[name] = {"type": "file", "path": name, "size": len(data), "oid": _git_oid(data)}
-            if len(data) >= LFS_FROM:
-                digest = hashlib.sha256(data).hexdigest()
-                entries[name]["lfs"] = {"oid": digest, "size": len(data), "pointerSize": 130}
-        return list(entries.values())
-
-    def _commit(self, repo: Repo, repo_id: str, body: bytes) -> None:
-        files = dict(repo.commits[-1].files)
+    def _commit(self, repo: Repo, repo_id: str, branch: str, body: bytes) -> None:
+        pull = "create_pr=1" in self.path
+        history = repo.branches.get(branch)
+        if not history:
+            return self._json({"error": "Revision not found"}, 404, {"X-Error-Code": "RevisionNotFound"})
+        files = dict(history[-1].files)
         message = ""
         for line in map(json.loads, body.decode().splitlines()):
             value = line["value"]
             if line["key"] == "header":
                 message = value["summary"]
+                if value.get("parentCommit") not in (None, history[-1].oid):
+                    return self._json({"error": "The parent commit is not the head of the branch"}, 412)
             elif line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.hub.blobs[value["oid"]]
-        commit = repo.commit(message, files)
-        url = f"{self.hub.endpoint}/{repo_id}/commit/{commit.oid}"
-        self._json({"success": True, "commitOid": commit.oid, "commitUrl": url, "hookOutput": ""})
+            elif line["key"] == "deletedFile":
+                files.pop(value["path"])
+            elif line["key"] == "deletedFolder":
+                files = {name: data for name, data in files.items() if not name.startswith(value["path"])}
+        if pull:
+            repo.pulls.append(message)
+            branch = f"refs/pr/{len(repo.pulls)}"
+        commit = repo.commit(message, files, branch)
+        if self.fault == "lost reply":
+            return self._hang_up()
+        url = f"{self.hub.endpoint}/{repo_id}"
+        answer = {"success": True, "commitOid": commit.oid, "commitUrl": f"{url}/commit/{commit.oid}", "hookOutput": ""}
+        return self._json(answer | ({"pullRequestUrl": f"{url}/discussions/{len(repo.pulls)}"} if pull else {}))
 
     def _resolve(self, kind: str, repo_id: str, revision: str, name: str) -> None:
-        repo = self.hub.repos.get(f"{kind}/{repo_id}")
+        repo = self._find(kind, repo_id)
         if repo is None:
-            return self._json({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
+            return None
         commit = repo.at(revision)
         if commit is None:
             return self._json({"error": "Revision not found"}, 404, {"X-Error-Code": "RevisionNotFound"})
+        user, _ = self._user()
+        if repo.granted is not None and user not in repo.granted:
+            message = f"Access to {kind[:-1]} {repo_id} is restricted. You must have access to it and be authenticated."
+            return self._json({"error": message}, 403 if user else 401, {"X-Error-Code": "GatedRepo"})
         if name not in commit.files:
             headers = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit.oid}
             return self._json({"error": "Entry not found"}, 404, headers)
         data = commit.files[name]
-        large = len(data) >= LFS_FROM
-        etag = hashlib.sha256(data).hexdigest() if large else _git_oid(data)
-        headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
-        if large:
-            headers |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(data))}
+        headers = {"X-Repo-Commit": commit.oid}
+        if len(data) < LFS_FROM:
+            return self._send_range(data, headers | {"ETag": f'"{_git_oid(data)}"'})
+        digest = hashlib.sha256(data).hexdigest()
+        self.hub.blobs[digest] = data
+        headers |= {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(data))}
+        return self._send(b"", 302, headers | {"Location": f"{self.hub.storage}/cdn/{digest}"})
+
+    def _send_range(self, data: bytes, headers: dict[str, str]) -> None:
         status = 200
+        headers = headers | {"Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
         if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             start, stop = int(match[1]), int(match[2] or len(data) - 1) + 1
             headers["Content-Range"] = f"bytes {start}-{min(stop, len(data)) - 1}/{len(data)}"
             data, status = data[start:stop], 206
-        return self._send(data, status, headers | {"Content-Type": "application/octet-stream"})
+        if self.fault == "wrong bytes":
+            middle = len(data) // 2
+            data = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+        self._send(data, status, headers)
 
     def _json(self, content: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        self._send(json.dumps(content).encode(), status, {"Content-Type": "application/json"} | (headers or {}))
+        if self.fault == "lost reply":
+            return self._hang_up()
+        return self._send(json.dumps(content).encode(), status, {"Content-Type": "application/json"} | (headers or {}))
 
     def _send(self, data: bytes, status: int, headers: dict[str, str]) -> None:
         self.send_response(status)
@@ -238,4 +395,47 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if self.command != "HEAD":
+            if self.fault == "truncated":
+                self.wfile.write(data[: len(data) // 2])
+                return self._hang_up()
             self.wfile.write(data)
+        return None
+
+
+def _sibling(name: str, data: bytes) -> dict[str, Any]:
+    entry: dict[str, Any] = {"rfilename": name, "size": len(data), "blobId": _git_oid(data)}
+    if len(data) >= LFS_FROM:
+        entry["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+    return entry
+
+
+def _tree(commit: Commit, under: str) -> list[dict[str, Any]]:
+    entries: dict[str, dict[str, Any]] = {}
+    for name, data in sorted(commit.files.items()):
+        if under and not name.startswith(f"{under}/"):
+            continue
+        parts = name.split("/")
+        for depth in range(1, len(parts)):
+            folder = "/".join(parts[:depth])
+            entries[folder] = {"type": "directory", "path": folder, "oid": "0" * 40, "size": 0}
+        entries[name] = {"type": "file", "path": name, "size": len(data), "oid": _git_oid(data)}
+        if len(data) >= LFS_FROM:
+            digest = hashlib.sha256(data).hexdigest()
+            entries[name]["lfs"] = {"oid": digest, "size": len(data), "pointerSize": 130}
+    return list(entries.values())
+
+
+def _card_errors(content: str) -> list[dict[str, str]]:
+    """Check a card's metadata as the Hub does where it refuses a commit."""
+    match = re.match(r"---\n(.*?)\n---", content, re.DOTALL)
+    data = yaml.safe_load(match[1]) if match else {}
+    errors = []
+    if "license" in data and not re.fullmatch(r"[a-z0-9.-]+", str(data["license"])):
+        errors.append({"message": f'"license" must be an id: {data["license"]}'})
+    for model in data.get("model-index", []):
+        for result in model["results"]:
+            if not {"type"} <= result["task"].keys() or not {"type", "name"} <= result["dataset"].keys():
+                errors.append({"message": '"model-index[0].results[0]" lacks a task or a dataset'})
+            if not all({"type", "value"} <= metric.keys() for metric in result["metrics"]):
+                errors.append({"message": '"model-index[0].results[0].metrics" lacks a type or a value'})
+    return errors

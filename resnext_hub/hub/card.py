@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from resnext_hub.record import RunRecord
+from resnext_hub.record import BaseModelFacts, RunRecord
 
 MOST_CLASSES = 30
 """Rows of the per-class table; with more classes, those with the lowest recall are shown."""
@@ -36,6 +36,7 @@ def render_card(record: RunRecord, repo_id: str | None = None, license: str | No
         title=repo_id.partition("/")[2] or repo_id if repo_id else record.name,
         source=f"hf-hub:{repo_id}" if repo_id else f"local-dir:runs/{record.name}/model",
         repo_id=repo_id,
+        conflict=license_conflict(record.base_model, license),
         dataset_link=_dataset_link(record),
         split_name=_split_name(record),
         class_list=_class_list(record.label_names),
@@ -70,6 +71,23 @@ def render_card(record: RunRecord, repo_id: str | None = None, license: str | No
         ],
     )
     return f"---\n{data.to_yaml()}\n---\n\n{body}"
+
+
+def license_conflict(base: BaseModelFacts | None, license: str | None) -> str | None:
+    """Say what the licence of the weights that training started from asks for and another licence does not give."""
+    if base is None or license is None or license == base.license:
+        return None
+    if base.license is None:
+        return f"the licence of {base.id}, from which training started, is not stated"
+    parts = base.license.split("-")
+    kept = "nc" in license.split("-")
+    if "nc" in parts and not kept:
+        return f"{base.id}, from which training started, is for non-commercial use only ({base.license})"
+    if "nd" in parts:
+        return f"{base.id}, from which training started, may not be shared in a changed form ({base.license})"
+    if "sa" in parts or "gpl" in base.license:
+        return f"{base.id}, from which training started, has to be shared under its own licence ({base.license})"
+    return None
 
 
 def wilson_interval(correct: int, count: int, z: float = 1.959964) -> tuple[float, float]:

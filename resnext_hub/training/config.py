@@ -24,6 +24,28 @@ from resnext_hub.training.optim import OptimConfig
 
 
 @dataclass(frozen=True, kw_only=True)
+class PublishConfig:
+    """What of a run goes to the Hub, and where."""
+
+    push_to_hub: bool = False
+    """Publish the model folder when the run is done."""
+    push_checkpoints: bool = False
+    """Keep the newest checkpoint on the repository's branch `checkpoints`, for --resume-from hub:owner/name."""
+    repo_id: str | None = None
+    """Repository on the Hub, owner/name; made if it is not there."""
+    license: str | None = None
+    """Licence of the weights, such as apache-2.0; asked for, never assumed."""
+    private: bool = False
+    """Make a new repository private."""
+
+    def __post_init__(self) -> None:
+        if (self.push_to_hub or self.push_checkpoints) and not self.repo_id:
+            raise RequestError("--push-to-hub and --push-checkpoints need --repo-id, such as me/name")
+        if self.push_to_hub and not self.license:
+            raise RequestError("--push-to-hub needs --license, such as apache-2.0, mit or cc-by-nc-4.0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run."""
 
@@ -68,6 +90,7 @@ class TrainConfig:
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    publish: PublishConfig = field(default_factory=PublishConfig)
 
     def __post_init__(self) -> None:
         for name in (
@@ -133,6 +156,11 @@ MACHINE_FIELDS = frozenset(
         "checkpoint_every",
         "keep_checkpoints",
         "max_bad_fraction",
+        "push_to_hub",
+        "push_checkpoints",
+        "repo_id",
+        "license",
+        "private",
     }
 )
 """Fields that may differ when a run is resumed: they say how the machine does the work, not what work it is."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,7 @@ def train(
     folder: Path,
     accelerator: "Accelerator",
     precision: str,
+    on_checkpoint: Callable[[Path], None] = lambda path: None,
 ) -> Outcome:
     """Train a network from the newest checkpoint of a run folder, or from the start.
 
@@ -57,12 +59,13 @@ def train(
         folder: The run folder; the main process writes `metrics.jsonl` and `checkpoints/` in it.
         accelerator: Accelerate's view of devices and processes.
         precision: Resolved mixed precision, for the facts of a checkpoint.
+        on_checkpoint: Called with each checkpoint that the main process has written.
 
     Raises:
         RunError: If the loss is not finite, or more pictures cannot be read than may be.
         StoppedRun: If SIGTERM asked for it; the state was saved.
     """
-    run = RunState(config, splits, network, data_config, folder, accelerator, precision)
+    run = RunState(config, splits, network, data_config, folder, accelerator, precision, on_checkpoint)
     run.restore()
     objective, optimizer = accelerator.prepare(Objective(run.network, config.label_smoothing), run.optimizer)
     with contextlib.ExitStack() as stack:

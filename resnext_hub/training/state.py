@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -30,7 +31,7 @@ from resnext_hub.data.loaders import (
 )
 from resnext_hub.data.stream import StreamBatches, StreamedEvaluation, build_stream_loader
 from resnext_hub.data.transforms import build_eval_transform, build_train_transform, draw_mix, mix_pairs
-from resnext_hub.errors import RunError, StoppedRun, one_line
+from resnext_hub.errors import RequestError, RunError, StoppedRun, one_line
 from resnext_hub.machine import WAIT
 from resnext_hub.training.checkpoint import latest_checkpoint, save_checkpoint
 from resnext_hub.training.config import TrainConfig
@@ -95,9 +96,10 @@ class RunState:
         folder: Path,
         accelerator: "Accelerator",
         precision: str,
+        on_checkpoint: Callable[[Path], None],
     ) -> None:
         self.config, self.splits, self.folder, self.accelerator = config, splits, folder, accelerator
-        self.data_config = data_config
+        self.data_config, self.on_checkpoint = data_config, on_checkpoint
         self.mode = PICTURE_MODES[data_config["input_size"][0]]
         self.schedule = plan_schedule(config, splits.train.count)
         # the unwrapped network: what evaluates, and what is saved
@@ -164,6 +166,11 @@ class RunState:
         if checkpoint is None:
             return
         facts = checkpoint.facts
+        if facts["fingerprint"] != self.splits.fingerprint:
+            raise RequestError(
+                f"the pictures of {self.splits.dataset_id} have changed since {checkpoint.path.name} was written; "
+                "give another --output-dir, or put them back"
+            )
         self.network.load_state_dict(checkpoint.tensors("model"))
         restore_optimizer(self.optimizer, checkpoint.tensors("optimizer"), facts["optimizer"])
         if self.accelerator.scaler is not None and facts["scaler"] is not None:
@@ -387,9 +394,11 @@ class RunState:
             "skipped_steps": self.skipped_steps,
             "evaluated": self.evaluated,
             "position": self.position,
+            "fingerprint": self.splits.fingerprint,
         }
         try:
-            save_checkpoint(self.checkpoints, self.step, tensors, facts, self.config.checkpoint.keep_checkpoints)
+            keep = self.config.checkpoint.keep_checkpoints
+            self.on_checkpoint(save_checkpoint(self.checkpoints, self.step, tensors, facts, keep))
         except (OSError, SafetensorError) as error:
             raise RunError(
                 f"the checkpoint of step {self.step} could not be written ({one_line(error)}); {self._last_good()}"

@@ -1,0 +1,150 @@
+"""A run's state on the Hub, on a branch beside its model, so that a run outlives its machine."""
+
+import logging
+import os
+import shutil
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
+from huggingface_hub.errors import (
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.hf_api import RepoFile
+
+from resnext_hub.errors import RequestError, RunError, one_line
+from resnext_hub.hub.remote import HUB_ERRORS, differing_files, persist
+
+_logger = logging.getLogger(__name__)
+
+BRANCH = "checkpoints"
+"""The branch that holds the newest checkpoint alone, with what else a run needs to go on."""
+
+LOGS = ("metrics.jsonl", "unreadable-*.jsonl")
+"""Files of a run folder that belong to its state."""
+
+
+class CheckpointPusher:
+    """Uploads checkpoints in the background, one at a time; of those that wait, only the newest.
+
+    A failure is said and does not stop the run: the next checkpoint is tried again.
+
+    Args:
+        repo_id: The repository; made if it is not there.
+        private: Whether to make a new one private.
+        settings: The run's configuration as YAML, without paths of this machine.
+    """
+
+    def __init__(self, repo_id: str, private: bool, settings: str) -> None:
+        self.repo_id, self.private, self.settings = repo_id, private, settings
+        self._waiting: tempfile.TemporaryDirectory[str] | None = None
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def push(self, checkpoint: Path) -> None:
+        """Take a checkpoint as it is now, and upload it when those before are done; returns at once."""
+        taken = tempfile.TemporaryDirectory(prefix=".partial-push-", dir=checkpoint.parent)
+        shutil.copytree(checkpoint, Path(taken.name, checkpoint.name), copy_function=os.link)  # it never changes
+        for pattern in LOGS:
+            for log in checkpoint.parent.parent.glob(pattern):
+                shutil.copy2(log, taken.name)
+        Path(taken.name, "config.yaml").write_text(self.settings)
+        with self._lock:
+            if self._waiting is not None:
+                self._waiting.cleanup()
+            self._waiting = taken
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, daemon=True)
+                self._thread.start()
+
+    def finish(self, seconds: float | None = None) -> None:
+        """Wait until everything is uploaded, or for so many seconds."""
+        thread = self._thread
+        if thread is not None:
+            thread.join(seconds)
+            if thread.is_alive():
+                _logger.warning("the newest checkpoint has not reached %s yet, and is left to this disk", self.repo_id)
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                taken, self._waiting = self._waiting, None
+                if taken is None:
+                    self._thread = None
+                    return
+            with taken as folder:
+                try:
+                    persist(lambda folder=folder: self._upload(Path(folder)), self.repo_id)  # type: ignore[misc]
+                except (*HUB_ERRORS, RuntimeError) as error:  # the client wraps some failures in the latter
+                    _logger.warning("a checkpoint did not reach %s: %s; the run goes on", self.repo_id, one_line(error))
+
+    def _upload(self, folder: Path) -> None:
+        api = HfApi(library_name="resnext-hub")
+        api.create_repo(self.repo_id, private=self.private, exist_ok=True)
+        api.create_branch(self.repo_id, branch=BRANCH, exist_ok=True)
+        if not differing_files(api, self.repo_id, BRANCH, folder):
+            return  # it landed, though the answer was lost
+        head = api.repo_info(self.repo_id, revision=BRANCH).sha
+        (step,) = (path.name for path in folder.glob("step-*"))
+        operations: list[Any] = [
+            CommitOperationAdd(path.relative_to(folder).as_posix(), path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        ]
+        listed = api.list_repo_tree(self.repo_id, revision=head, recursive=True)
+        old = {entry.path.partition("/")[0] for entry in listed if isinstance(entry, RepoFile)}
+        operations += [
+            CommitOperationDelete(f"{name}/", is_folder=True)
+            for name in sorted(old)
+            if name.startswith("step-") and name != step
+        ]
+        api.create_commit(
+            self.repo_id, operations, commit_message=f"checkpoint {step}", revision=BRANCH, parent_commit=head
+        )
+
+
+def fetch_run(where: str) -> Path:
+    """Download a run's state; give a folder with config.yaml, the logs, and the checkpoint's folder.
+
+    Args:
+        where: `hub:owner/name`.
+
+    Raises:
+        RequestError: If it is of another form, or the repository holds no checkpoints.
+        RunError: If the Hub cannot be reached.
+    """
+    kind, colon, repo_id = where.partition(":")
+    if kind != "hub" or not colon:
+        raise RequestError(f"--resume-from {where}: expected hub:owner/name")
+    try:
+        folder = Path(
+            snapshot_download(
+                repo_id, revision=BRANCH, allow_patterns=["config.yaml", "step-*/*", *LOGS], library_name="resnext-hub"
+            )
+        )
+    except (RevisionNotFoundError, RepositoryNotFoundError) as error:
+        raise RequestError(
+            f"--resume-from {where}: there is no such repository with a branch {BRANCH} that you may read; a run makes "
+            "one with --push-checkpoints"
+        ) from error
+    except HFValidationError as error:
+        raise RequestError(f"--resume-from {where}: {repo_id} is not of the form owner/name") from error
+    except (OfflineModeIsEnabled, *HUB_ERRORS) as error:
+        raise RunError(f"--resume-from {where}: the Hub could not be reached: {one_line(error)}") from error
+    if not (folder / "config.yaml").is_file():
+        raise RequestError(f"--resume-from {where}: its branch {BRANCH} holds no run")
+    return folder
+
+
+def restore_run(source: Path, folder: Path) -> None:
+    """Put a fetched state into a run folder that holds none."""
+    for step in source.glob("step-*"):
+        shutil.copytree(step, folder / "checkpoints" / step.name)
+    for pattern in LOGS:
+        for log in source.glob(pattern):
+            shutil.copy2(log, folder / log.name)

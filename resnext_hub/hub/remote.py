@@ -1,0 +1,99 @@
+"""What a repository on the Hub holds, compared with a folder here, and trying again where that is worth it."""
+
+import hashlib
+import logging
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.hf_api import RepoFile
+
+from resnext_hub.errors import one_line
+from resnext_hub.files import sha256_of
+
+_logger = logging.getLogger(__name__)
+
+ATTEMPTS = 4
+
+PAUSE = 1.0
+"""Seconds before the second attempt; each later one waits twice as long."""
+
+TRANSIENT = frozenset((408, 409, 412, 429, 500, 502, 503, 504))
+"""Answers after which the same request may succeed; 409 and 412 mean that somebody else was quicker."""
+
+HUB_ERRORS = (HTTPError, OSError)
+"""What the Hub's client raises: the first is the base of what its HTTP library does."""
+
+Result = TypeVar("Result")
+
+
+def status_of(error: Exception) -> int | None:
+    """Give the status of the answer that an error is about, if there was an answer."""
+    return error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
+
+
+def persist(work: Callable[[], Result], what: str) -> Result:
+    """Do work that may be done twice, again after a failure that can pass, with longer and longer waits.
+
+    Raises:
+        HTTPError: What the last attempt raised, or the first that no further attempt would mend.
+        OSError: The same, from a connection.
+    """
+    for attempt in range(1, ATTEMPTS):
+        try:
+            return work()
+        except HUB_ERRORS as error:
+            status = status_of(error)
+            if status is not None and status not in TRANSIENT:
+                raise
+            seconds = _wait_asked_for(error) or PAUSE * 2.0 ** (attempt - 1)
+            _logger.warning("%s: %s; trying again in %g s", what, one_line(error)[:160], seconds)
+        time.sleep(seconds)
+    return work()
+
+
+def _wait_asked_for(error: Exception) -> float | None:
+    if not isinstance(error, HfHubHTTPError) or error.response is None:
+        return None
+    asked = error.response.headers.get("Retry-After", "")
+    return min(float(asked), 60.0) if asked.isdigit() else None
+
+
+def differing_files(api: HfApi, repo_id: str, revision: str, folder: Path) -> list[str]:
+    """Name the files of a folder that a revision does not hold to the byte, by the hashes that the Hub lists."""
+    listed = {
+        entry.path: entry
+        for entry in api.list_repo_tree(repo_id, revision=revision, recursive=True)
+        if isinstance(entry, RepoFile)
+    }
+    differing = []
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        entry = listed.get(name)
+        if entry is None or not same_content(path, entry.lfs.sha256 if entry.lfs else None, entry.blob_id):
+            differing.append(name)
+    return differing
+
+
+def same_content(path: Path, sha256: str | None, blob_id: str | None) -> bool:
+    """Say whether a file is what the Hub lists: by SHA-256 if it is a large one, else by git's hash."""
+    if sha256 is not None:
+        return sha256_of(path) == sha256
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == blob_id
+
+
+def misread_files(api: HfApi, repo_id: str, revision: str, folder: Path) -> list[str]:
+    """Name the files that do not come back as they are here: large ones by their hash, small ones by their bytes."""
+    wrong = set(differing_files(api, repo_id, revision, folder))
+    with tempfile.TemporaryDirectory() as cache:
+        for entry in api.list_repo_tree(repo_id, revision=revision, recursive=True):
+            if isinstance(entry, RepoFile) and entry.lfs is None and (folder / entry.path).is_file():
+                fetched = hf_hub_download(repo_id, entry.path, revision=revision, cache_dir=cache)
+                if Path(fetched).read_bytes() != (folder / entry.path).read_bytes():
+                    wrong.add(entry.path)
+    return sorted(wrong)

@@ -1,0 +1,138 @@
+"""A run outlives its machine: its newest checkpoint is on the Hub, from which any machine goes on to the same bits."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from conftest import ROOT, TINY, run_process, write_pictures
+from loopback_hub import Fault, LoopbackHub, serve
+from pytest import fixture
+from safetensors.torch import load_file
+
+from resnext_hub.record import RunRecord
+
+PUSHED = ("--push-checkpoints", "--repo-id", "me/run", "--private")
+
+
+@fixture
+def hub() -> Iterator[LoopbackHub]:
+    with serve() as server:
+        yield server
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def test_a_run_whose_machine_is_lost_goes_on_from_the_hub_to_the_same_bits(hub: LoopbackHub, tmp_path: Path) -> None:
+    """Trained on a folder of pictures, which lies elsewhere on the second machine."""
+    for name, shade in (("a", 60), ("b", 180)):
+        write_pictures(tmp_path / "here" / "pets" / name, 30, shade)
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    flags = (
+        *TINY, "--image-size", 32, "--batch-size", 8, "--max-steps", 60, "--lr", 0.01, "--checkpoint-every", 5,
+        "--ema", 0.9, "--log-samples",
+    )  # fmt: skip
+    here, there = ("--dataset", tmp_path / "here" / "pets"), ("--dataset", tmp_path / "there" / "pets")
+    environment = hub.environment() | {"HF_HOME": str(tmp_path / "home")}
+    alone = tmp_path / "alone"
+    assert run_process("scripts/train.py", *flags, *here, "--output-dir", alone).returncode == 0
+
+    lost = tmp_path / "lost"
+    words = [sys.executable, "scripts/train.py", *map(str, (*flags, *here, *PUSHED)), "--output-dir", str(lost)]
+    with subprocess.Popen(
+        words, cwd=ROOT, env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as run:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and run.poll() is None:
+            repo = hub.repos.get("models/me/run")
+            if repo and len(repo.branches.get("checkpoints", [])) > 2:  # main's first commit, and two checkpoints
+                break
+            time.sleep(0.01)
+        run.send_signal(signal.SIGKILL)
+    shutil.rmtree(lost)
+    repo = hub.repos["models/me/run"]
+    assert repo.private
+    assert [commit.files for commit in repo.commits] == [{}]  # main is for the model
+    files = repo.branches["checkpoints"][-1].files
+    (step,) = {name.partition("/")[0] for name in files if name.startswith("step-")}
+    assert {name for name in files if name.startswith(step)} >= {f"{step}/state.json", f"{step}/model.safetensors"}
+    published = b"".join(files[name] for name in files if not name.endswith(".safetensors")).decode()
+    assert str(tmp_path) not in published
+    assert "hf_loopback" not in published
+
+    found = tmp_path / "found"
+    words = ("scripts/train.py", "--resume-from", "hub:me/run", *there, "--output-dir", found)
+    done = run_process(*words, **environment)
+    assert done.returncode == 0, done.stderr
+    assert f"going on from {step}" in done.stderr
+    for name, tensor in weights(alone).items():
+        assert torch.equal(tensor, weights(found)[name]), name
+    record = RunRecord.load(found / "record.json")
+    assert (record.steps, record.resumes) == (60, 1)
+    logs = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (alone, found)
+    ]
+    assert [line.get("loss") for line in logs[0]] == [line.get("loss") for line in logs[1]]
+    assert [line.get("eval_loss") for line in logs[0]] == [line.get("eval_loss") for line in logs[1]]
+    # the last checkpoint is there too, and alone
+    assert {n.partition("/")[0] for n in repo.branches["checkpoints"][-1].files if "/" in n} == {"step-00000060"}
+    assert not list((found / "checkpoints").glob(".*"))
+
+
+def test_another_command_does_not_go_on_from_a_run(hub: LoopbackHub, tmp_path: Path) -> None:
+    environment = hub.environment() | {"HF_HOME": str(tmp_path / "home")}
+    words = ("scripts/train.py", *TINY, "--max-steps", 4, "--lr", 0.01, *PUSHED, "--output-dir", tmp_path / "run")
+    assert run_process(*words, **environment).returncode == 0
+    changed = ("--lr", 0.02, "--seed", 3, "--output-dir", tmp_path / "other")
+    other = run_process("scripts/train.py", "--resume-from", "hub:me/run", *changed, **environment)
+    assert other.returncode == 2
+    assert "--lr 0.01 there, 0.02 now" in other.stderr
+    missing = run_process("scripts/train.py", "--resume-from", "hub:me/none", **environment)
+    assert missing.returncode == 2
+    assert "there is no such repository with a branch checkpoints that you may read" in missing.stderr
+
+
+def test_a_hub_that_fails_stops_no_training_and_gets_the_model_in_the_end(hub: LoopbackHub, tmp_path: Path) -> None:
+    hub.faults.append(Fault("POST .*/commit/checkpoints", "507", 1000))
+    environment = hub.environment() | {"HF_HOME": str(tmp_path / "home")}
+    words = ("scripts/train.py", *TINY, "--max-steps", 20, "--lr", 0.01, "--checkpoint-every", 10, *PUSHED)
+    words += ("--push-to-hub", "--license", "mit", "--output-dir", tmp_path / "run")
+    done = run_process(*words, **environment)
+    assert done.returncode == 0, done.stderr
+    assert "a checkpoint did not reach me/run" in done.stderr
+    assert "published and read back: http" in done.stdout
+    repo = hub.repos["models/me/run"]
+    assert len(repo.commits) == 2
+    assert (
+        repo.commits[-1].files["model.safetensors"] == (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
+    )
+    again = run_process(*words, **environment)
+    assert again.returncode == 0
+    assert len(repo.commits) == 2
+
+
+def test_publishing_is_refused_before_anything_is_computed(hub: LoopbackHub, tmp_path: Path) -> None:
+    base = ("scripts/train.py", *TINY, "--max-steps", 2, "--output-dir", tmp_path / "run")
+    for flags, said in (
+        (("--push-to-hub", "--license", "mit"), "need --repo-id"),
+        (("--push-to-hub", "--repo-id", "me/run"), "--push-to-hub needs --license"),
+        (("--push-checkpoints", "--repo-id", "me/run/more"), "--repo-id me/run/more"),
+        (("--resume-from", "me/run"), "--resume-from me/run: expected hub:owner/name"),
+    ):
+        done = run_process(*base, *flags)
+        assert done.returncode == 2, flags
+        assert said in done.stderr
+    environment = hub.environment("hf_readonlytokenofme") | {"HF_HOME": str(tmp_path / "home")}
+    done = run_process(*base, "--push-to-hub", "--license", "mit", "--repo-id", "me/run", **environment)
+    assert done.returncode == 1
+    assert "me/run cannot be written to: your token may not write there" in done.stderr
+    assert "Nothing was computed" in done.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

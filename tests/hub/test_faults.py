@@ -1,0 +1,271 @@
+"""Whatever goes wrong on the way, a push ends with the right repository or a clear error, never with half of one."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from client import Client
+from conftest import TINY, run_process
+from loopback_hub import Fault, LoopbackHub, serve
+from pytest import fixture, mark
+
+WORDS = ("--license", "mit")
+
+
+@fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "published"
+    done = run_process("scripts/train.py", *TINY, "--max-steps", 30, "--lr", 0.01, "--output-dir", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@fixture(scope="module")
+def running(tmp_path_factory) -> Iterator[tuple[LoopbackHub, Client]]:
+    with serve() as hub:
+        client = Client(hub, tmp_path_factory.mktemp("home"))
+        yield hub, client
+        client.close()
+
+
+@fixture
+def hub(running: tuple[LoopbackHub, Client]) -> LoopbackHub:
+    """The Hub of this module, empty."""
+    hub = running[0]
+    hub.repos.clear()
+    hub.blobs.clear()
+    hub.faults.clear()
+    hub.requests.clear()
+    return hub
+
+
+@fixture
+def client(running: tuple[LoopbackHub, Client]) -> Client:
+    return running[1]
+
+
+def holds(hub: LoopbackHub, finished: Path, branch: str = "main") -> None:
+    """Check that a repository holds the whole model, in one commit of ours."""
+    repo = hub.repos["models/me/digits"]
+    assert [len(commit.files) > 0 for commit in repo.branches[branch]] == [False, True]
+    files = repo.branches[branch][-1].files
+    for path in (finished / "model").rglob("*"):
+        name = path.relative_to(finished / "model").as_posix()
+        if path.is_file() and name not in ("README.md", "config.json"):
+            assert files[name] == path.read_bytes(), name
+    assert "license: mit" in files["README.md"].decode()
+
+
+@mark.parametrize(
+    ("pattern", "kind", "times"),
+    [
+        ("POST /api/repos/create", "503", 2),
+        ("POST /api/repos/create", "reset", 1),
+        ("POST /api/repos/create", "lost reply", 1),
+        ("POST .*preupload", "503", 2),
+        ("POST .*info/lfs/objects/batch", "reset", 1),
+        ("PUT /lfs/", "reset", 1),
+        ("PUT /lfs/", "503", 1),
+        ("POST /lfs-verify", "503", 1),
+        ("POST .*/commit/", "503", 2),
+        ("POST .*/commit/", "429", 1),
+        ("POST .*/commit/", "reset", 1),
+        ("POST .*/commit/", "lost reply", 1),
+        ("POST .*/commit/", "lost reply", 3),
+        ("GET .*/tree/", "503", 1),
+        ("GET .*/tree/", "truncated", 1),
+        ("GET .*/resolve/.*README", "slow", 1),
+    ],
+)
+def test_a_fault_that_passes_leaves_one_whole_commit(
+    hub: LoopbackHub, client: Client, finished: Path, pattern: str, kind: str, times: int
+) -> None:
+    hub.faults.append(Fault(pattern, kind, times))
+    code, out, err = client.command("push", finished, "--repo-id", "me/digits", *WORDS)
+    assert code == 0, err
+    assert hub.faults[0].times < times, "the fault did not happen"
+    assert "published and read back: http" in out
+    holds(hub, finished)
+
+
+@mark.parametrize(
+    ("pattern", "kind", "said"),
+    [
+        ("POST .*/commit/", "503", "me/digits could not be published"),
+        ("POST .*/commit/", "507", "asked to fail with 507"),
+        ("PUT /lfs/", "507", "me/digits could not be published"),
+    ],
+)
+def test_a_fault_that_stays_is_said_in_a_line_and_the_same_command_goes_on_later(
+    hub: LoopbackHub, client: Client, finished: Path, pattern: str, kind: str, said: str
+) -> None:
+    hub.faults.append(Fault(pattern, kind, 1000))
+    code, _, err = client.command("push", finished, "--repo-id", "me/digits", *WORDS)
+    assert code == 1
+    assert said in err
+    assert f"Everything is kept in {finished / 'model'}; the same command goes on" in err
+    assert "Traceback" not in err
+    assert [commit.files for commit in hub.repos["models/me/digits"].commits] == [{}]
+    hub.faults.clear()
+    code, _, err = client.command("push", finished, "--repo-id", "me/digits", *WORDS)
+    assert code == 0, err
+    holds(hub, finished)
+
+
+def test_a_push_that_is_repeated_makes_no_second_commit(hub: LoopbackHub, client: Client, finished: Path) -> None:
+    words = ("push", finished, "--repo-id", "me/digits", *WORDS)
+    assert client.command(*words)[0] == 0
+    code, out, err = client.command(*words)
+    assert code == 0, err
+    assert "nothing has changed there" in out
+    holds(hub, finished)
+    code, out, _ = client.command("push", finished, "--repo-id", "me/digits", "--license", "apache-2.0")
+    assert code == 0
+    assert "published and read back" in out
+    assert len(hub.repos["models/me/digits"].commits) == 3
+
+
+def test_other_files_of_the_repository_stay(hub: LoopbackHub, client: Client, finished: Path) -> None:
+    hub.create("models", "me/digits").commit("mine", {"notes.txt": b"keep this", "README.md": b"old"})
+    assert client.command("push", finished, "--repo-id", "me/digits", *WORDS)[0] == 0
+    files = hub.repos["models/me/digits"].commits[-1].files
+    assert files["notes.txt"] == b"keep this"
+    assert files["README.md"] != b"old"
+
+
+@mark.parametrize("kind", [None, "lost reply", "503"])
+def test_a_pull_request_is_opened_once(hub: LoopbackHub, client: Client, finished: Path, kind: str | None) -> None:
+    if kind:
+        hub.faults.append(Fault("POST .*/commit/", kind, 1))
+    words = ("push", finished, "--repo-id", "me/digits", "--create-pr", *WORDS)
+    for _ in range(2):
+        code, out, err = client.command(*words)
+        assert code == 0, err
+        assert "/discussions/1" in out
+    repo = hub.repos["models/me/digits"]
+    assert len(repo.pulls) == 1
+    assert [commit.files for commit in repo.commits] == [{}]
+    assert set(repo.branches["refs/pr/1"][-1].files) >= {"model.safetensors", "README.md", "config.json"}
+
+
+def test_a_branch_and_an_organisation_are_as_good(hub: LoopbackHub, client: Client, finished: Path) -> None:
+    code, _, err = client.command("push", finished, "--repo-id", "club/digits", "--revision", "tuned", *WORDS)
+    assert code == 0, err
+    repo = hub.repos["models/club/digits"]
+    assert [commit.files for commit in repo.commits] == [{}]
+    assert "model.safetensors" in repo.branches["tuned"][-1].files
+
+
+@mark.parametrize(
+    ("token", "said"),
+    [
+        ("hf_readonlytokenofme", "your token may not write there"),
+        (
+            "hf_unknownunknownunknown",
+            "the Hub does not accept the token, or there is none; log in with `hf auth login`",
+        ),
+    ],
+)
+def test_without_rights_one_line_says_so_and_no_token_is_shown(
+    hub: LoopbackHub, finished: Path, tmp_path: Path, token: str, said: str
+) -> None:
+    client = Client(hub, tmp_path, token)
+    code, out, err = client.command("push", finished, "--repo-id", "me/digits", *WORDS)
+    client.close()
+    assert code == 1
+    assert said in err
+    assert token not in out + err
+    assert hub.repos == {}
+
+
+def test_bytes_that_come_back_wrong_are_found(hub: LoopbackHub, client: Client, finished: Path) -> None:
+    hub.faults.append(Fault("GET .*/resolve/.*/config.json", "wrong bytes", 1000))
+    code, _, err = client.command("push", finished, "--repo-id", "me/digits", *WORDS)
+    assert code == 1
+    assert "me/digits holds other bytes than were sent of config.json" in err
+
+
+FROM_HUB = """
+import resnext_hub, torch
+from PIL import Image
+try:
+    loaded = resnext_hub.from_hub("me/digits", revision={revision!r})
+    image = loaded.transform(Image.new("RGB", (20, 20), (90, 120, 200)))
+    with torch.inference_mode():
+        logits = loaded.model(image[None])
+    result = [loaded.revision, list(loaded.label_names), logits.tolist()]
+except (ValueError, RuntimeError) as error:
+    result = f"{{type(error).__name__}}: {{error}}"
+"""
+
+
+def test_from_hub_gives_network_transform_labels_and_the_commit(
+    hub: LoopbackHub, client: Client, finished: Path
+) -> None:
+    import timm
+    import torch
+    from PIL import Image
+
+    assert client.command("push", finished, "--repo-id", "me/digits", *WORDS)[0] == 0
+    answer = client.run(FROM_HUB.format(revision=None))
+    assert answer["code"] == 0, answer["err"]
+    revision, labels, logits = answer["result"]
+    assert revision == hub.repos["models/me/digits"].commits[-1].oid
+    assert labels == [str(n) for n in range(10)]
+    model = timm.create_model(f"local-dir:{finished / 'model'}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    with torch.inference_mode():
+        expected = model(transform(Image.new("RGB", (20, 20), (90, 120, 200)))[None])
+    assert logits == expected.tolist()
+
+
+@mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_from_hub_refuses_a_wrong_byte_and_fetches_anew(
+    hub: LoopbackHub, client: Client, finished: Path, name: str
+) -> None:
+    assert client.command("push", finished, "--repo-id", "me/digits", *WORDS)[0] == 0
+    repo = hub.repos["models/me/digits"]
+    repo.commit("another", repo.commits[-1].files | {"note.txt": name.encode()})  # a revision that is in no cache
+    large = name == "model.safetensors"
+    hub.faults.append(Fault("GET /cdn/" if large else f"GET .*/resolve/.*/{name}", "wrong bytes", 1))
+    answer = client.run(
+        "import shutil, huggingface_hub.constants as c; shutil.rmtree(c.HF_HUB_CACHE, ignore_errors=True)\n"
+        + FROM_HUB.format(revision=None)
+    )
+    assert answer["result"].startswith(f"RunError: {name} of me/digits has other bytes than the Hub lists"), answer
+    answer = client.run(FROM_HUB.format(revision=None))
+    assert answer["result"][0] == repo.commits[-1].oid
+
+
+def test_from_hub_refuses_what_it_should(hub: LoopbackHub, client: Client, finished: Path) -> None:
+    files = {"config.json": (finished / "model" / "config.json").read_bytes(), "pytorch_model.bin": b"a pickle"}
+    hub.create("models", "me/digits").commit("pickled", files)
+    refused = client.run(FROM_HUB.format(revision=None))["result"]
+    assert refused == "RequestError: me/digits has no model.safetensors; pickled weights are not loaded"
+    refused = client.run(FROM_HUB.format(revision="v9"))["result"]
+    assert refused == "RequestError: me/digits has no revision v9"
+    hub.repos["models/me/digits"].private = True
+    hub.repos["models/you/digits"] = hub.repos.pop("models/me/digits")
+    refused = client.run(FROM_HUB.format(revision=None).replace("me/digits", "you/digits"))["result"]
+    assert "there is no repository you/digits that you may read" in refused
+    hub.repos["models/you/digits"].private = False
+    hub.repos["models/you/digits"].granted = set()
+    hub.repos["models/you/digits"].commit("weights", files | {"model.safetensors": b"x"})
+    refused = client.run(FROM_HUB.format(revision=None).replace("me/digits", "you/digits"))["result"]
+    assert "you/digits is gated: ask for access at its page" in refused
+
+
+def test_no_token_appears_at_the_highest_verbosity(hub: LoopbackHub, finished: Path, tmp_path: Path) -> None:
+    token = "hf_loopbacktokenofme"
+    hub.faults.append(Fault("POST .*/commit/", "507", 1000))
+    environment = hub.environment() | {"HF_HOME": str(tmp_path), "HF_HUB_VERBOSITY": "debug"}
+    words = ("scripts/push.py", finished, "--repo-id", "me/digits", *WORDS)
+    done = run_process(*words, **environment)
+    assert done.returncode == 1
+    assert token not in done.stdout + done.stderr
+    for path in finished.rglob("*"):
+        if path.is_file():
+            assert token.encode() not in path.read_bytes()
+    commits = hub.repos["models/me/digits"].commits
+    assert not re.search(r"hf_\w+", json.dumps([commit.message for commit in commits]))
