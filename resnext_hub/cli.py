@@ -28,7 +28,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; give its exit code: 2 for a wrong request, 1 for a failed run, 143 for a stopped one."""
+    """Run a command; give its exit code: 2 for a wrong request, 1 for a failed run, 143 or 130 for a stopped one."""
     is_main = os.environ.get("RANK", "0") == "0"
     _set_up_logging(is_main)
     try:
@@ -43,9 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _say(f'{error.name} is not installed; pip install "resnext-hub[train]"', 2, is_main)
     except StoppedRun as stopped:
-        return _say(stopped, 143, is_main)
+        return _say(stopped, stopped.code, is_main)
     except KeyboardInterrupt:
-        return _say("stopped; the same command goes on from the last checkpoint", 130, is_main)
+        return _say("stopped; the same command goes on from the last checkpoint, or else starts over", 130, is_main)
     return 0
 
 
@@ -186,7 +186,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _info(options: argparse.Namespace) -> None:
-    from resnext_hub.models.complexity import info_rows, preserving_width
+    from resnext_hub.models.complexity import complexity_of, info_rows, preserving_width
     from resnext_hub.models.resnext import VARIANTS, Variant, variant_like
 
     if options.write_cards is not None:
@@ -221,8 +221,13 @@ def _info(options: argparse.Namespace) -> None:
         base_width=width,
         small_stem=reference.small_stem,
     )
-    base = next(name for name, v in VARIANTS.items() if (v.layers, v.small_stem) == (solved.layers, solved.small_stem))
+    *_, base = (name for name, v in VARIANTS.items() if (v.layers, v.small_stem) == (solved.layers, solved.small_stem))
     _print(_table(info_rows([reference, solved], options.image_size)))
+    before, after = (complexity_of(variant, options.image_size) for variant in (reference, solved))
+    _print(
+        f"\nparameters {after.parameters / before.parameters - 1:+.1%}, MACs {after.macs / before.macs - 1:+.1%}, "
+        f"matched by --preserve {options.preserve} (block, parameters or macs)\n"
+    )
     _print(f'\ntimm.create_model("{base}", cardinality={options.cardinality}, base_width={width})\n')
 
 

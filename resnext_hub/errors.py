@@ -21,7 +21,16 @@ class RunError(RuntimeError):
 
 
 class StoppedRun(Exception):
-    """SIGTERM stopped a run, which saved its state before. The process exits with 143, as shells have it."""
+    """A signal stopped a run, which saved its state before.
+
+    Args:
+        message: One line.
+        number: The signal; the process exits with 128 more, as shells have it.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.code = 128 + number
 
 
 def one_line(error: BaseException) -> str:

@@ -4,6 +4,7 @@ Everything here happens in every process alike and before any process group exis
 them instead of leaving some to wait. Nothing is computed.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -16,10 +17,10 @@ import torch
 import yaml
 
 from resnext_hub.data.columns import listing
-from resnext_hub.data.dataset import Splits, load_splits
+from resnext_hub.data.dataset import Splits, check_source, load_splits
 from resnext_hub.data.loaders import PICTURE_MODES, derive_workers
 from resnext_hub.data.transforms import build_train_transform, published_input
-from resnext_hub.errors import RequestError
+from resnext_hub.errors import RequestError, one_line
 from resnext_hub.hub.publish import check_request
 from resnext_hub.machine import check_launcher, device_type, local_processes, processes, resolve_precision
 from resnext_hub.models.source import ModelSource, build_model, find_model
@@ -65,8 +66,8 @@ def merge_settings(
     if file is not None:
         try:
             from_file = yaml.safe_load(file.read_text()) or {}
-        except (OSError, yaml.YAMLError) as error:
-            raise RequestError(f"--config {file} cannot be read: {' '.join(str(error).split())}") from error
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise RequestError(f"--config {file} cannot be read: {one_line(error)}") from error
         if not isinstance(from_file, dict):
             raise RequestError(f"--config {file}: expected settings, one `name: value` a line")
     if recipe is None and not {"dataset"} & (from_file.keys() | asked.keys()):
@@ -104,10 +105,11 @@ def prepare(
     _check_batch(config)
     _check_pairs(config)
     if config.publish.repo_id is not None:
-        check_request(None, config.publish.repo_id, config.publish.license or "not needed for checkpoints")
+        check_request(None, config.publish.repo_id, config.publish.license or "other")
     device = device_type()
     resolve_precision(config.mixed_precision, device)
 
+    check_source(config.data)
     source = find_model(config.model, config.pretrained)
     folder = output_dir or RUNS / f"{_slug(Path(config.data.dataset).name)}-{_slug(_model_name(source))}"
     before = read_config(folder)
@@ -227,7 +229,7 @@ def _three(values: Any) -> tuple[float, float, float]:
 
 
 def _check_network(config: TrainConfig, source: ModelSource, splits: Splits, data_config: Mapping[str, Any]) -> None:
-    """Refuse pictures smaller than the network's stride, and a batch norm over a single value."""
+    """Refuse pictures that the network does not take, and a batch norm over a single value; nothing is computed."""
     with torch.device("meta"):
         network = build_model(
             dataclasses.replace(source, pretrained=False),
@@ -240,6 +242,12 @@ def _check_network(config: TrainConfig, source: ModelSource, splits: Splits, dat
     reduction = max((stage["reduction"] for stage in info), default=1) if info else 1
     if size < reduction:
         raise RequestError(f"--image-size {size} is smaller than the stride of {config.model}, {reduction} pixels")
+    try:
+        # what goes wrong in other ways is no judgement on the size: some networks cannot be run without values
+        with contextlib.suppress(RuntimeError):
+            network.eval()(torch.empty(2, *data_config["input_size"], device="meta"))
+    except AssertionError as error:
+        raise RequestError(f"--model {config.model} does not take --image-size {size}: {one_line(error)}") from error
     part = config.batch_size // processes()
     micro = config.micro_batch_size or part
     smallest = part % micro or min(micro, part)

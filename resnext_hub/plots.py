@@ -10,6 +10,9 @@ from resnext_hub.record import RunRecord
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+FEW_POINTS = 30
+"""Log lines up to which each is marked."""
+
 MOST_CLASSES = 40
 """Beyond this, class names and counts in a confusion matrix could not be read."""
 
@@ -31,11 +34,13 @@ def plot_curves(record: RunRecord) -> "Figure":
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     loss, accuracy, rate = figure.subplots(1, 3)
 
+    marker = "." if len(steps) < FEW_POINTS else ""  # a single point makes no line
     loss.plot(
         [s["epoch"] for s in steps],
         [s["loss"] for s in steps],
         color="C0",
         alpha=0.7,
+        marker=marker,
         label="training (augmented)",
     )
     loss.plot(at, [e["eval_loss"] for e in evaluations], "o-", color="C1", markersize=3, label="evaluation")
@@ -48,7 +53,7 @@ def plot_curves(record: RunRecord) -> "Figure":
     accuracy.plot([best.epoch], [100 * best.top1], "o", color="C3", markersize=8, fillstyle="none")
     accuracy.set(title=f"Accuracy, at best {100 * best.top1:.2f} %", xlabel="epoch", ylabel="top-1 (%), evaluation")
 
-    rate.plot([s["epoch"] for s in steps], [s["lr"] for s in steps], color="C2")
+    rate.plot([s["epoch"] for s in steps], [s["lr"] for s in steps], color="C2", marker=marker)
     rate.set(title="Learning rate", xlabel="epoch")
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
     for axes in (loss, accuracy, rate):

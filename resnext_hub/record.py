@@ -125,9 +125,13 @@ class RunRecord:
             RequestError: If there is none, or it is of another format.
         """
         if not path.is_file():
-            raise RequestError(
-                f"{path.parent} holds no record.json: it is not the folder of a finished run (see scripts/train.py)"
-            )
+            folder = path.parent
+            if not folder.is_dir():
+                raise RequestError(f"there is no folder {folder}")
+            if (folder / "config.yaml").is_file():
+                raise RequestError(f"the run in {folder} is not finished; its training command goes on with it")
+            hint = f"; did you mean {folder.parent}?" if (folder.parent / "record.json").is_file() else ""
+            raise RequestError(f"{folder} holds no record.json: it is not the folder of a run{hint}")
         content = json.loads(path.read_text())
         if content.get("format_version") != FORMAT_VERSION:
             raise RequestError(

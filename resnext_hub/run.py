@@ -13,7 +13,8 @@ import torch
 import yaml
 
 import resnext_hub
-from resnext_hub.data.dataset import Pictures, StreamedPictures, load_splits
+from resnext_hub.data.columns import listing
+from resnext_hub.data.dataset import Pictures, Splits, StreamedPictures, load_splits
 from resnext_hub.errors import RequestError, RunError, StoppedRun, one_line
 from resnext_hub.files import new_folder, remove_leftovers, write_atomic
 from resnext_hub.hub.card import render_card
@@ -179,6 +180,7 @@ def _log_plan(plan: Plan, accelerator: "Accelerator", precision: str) -> None:
     config, splits = plan.config, plan.splits
     schedule = plan_schedule(config, splits.train.count)
     part = config.batch_size // accelerator.num_processes
+    _logger.info("run folder: %s", plan.folder)
     _logger.info("settings: %s", " ".join(f"{k}={v}" for k, v in config.to_flat().items() if v is not None))
     _logger.info(
         "%s: %s pictures to train on, %s to evaluate on, %d classes",
@@ -198,6 +200,18 @@ def _log_plan(plan: Plan, accelerator: "Accelerator", precision: str) -> None:
         {"no": "float32"}.get(precision, precision),
         torch.get_num_threads(),
     )
+    _log_doubts(schedule.steps, splits)
+
+
+def _log_doubts(steps: int, splits: Splits) -> None:
+    """Say what is likely not meant, though it can be done."""
+    if steps < 20:
+        _logger.warning("only %d steps: a smaller --batch-size or more --epochs give more", steps)
+    if isinstance(splits.eval, Pictures):
+        counts = _class_counts(splits.eval, len(splits.label_names)) or []
+        empty = [name for name, count in zip(splits.label_names, counts, strict=True) if count == 0]
+        if empty:
+            _logger.warning("no picture to evaluate on is of the class %s", listing(empty))
 
 
 def _write_results(plan: Plan, outcome: Outcome, accelerator: "Accelerator", precision: str) -> None:

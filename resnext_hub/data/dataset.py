@@ -19,6 +19,7 @@ from resnext_hub.data.decode import UnreadablePictureError, decode
 from resnext_hub.data.sources import (
     EVAL_NAMES,
     TRAIN_NAMES,
+    is_hub_id,
     load_digits_table,
     load_folder,
     load_from_hub,
@@ -213,6 +214,17 @@ class Splits:
     """The configuration with its open fields filled in."""
 
 
+def check_source(config: DataConfig) -> None:
+    """Refuse what is neither here nor can be on the Hub, before anything is fetched.
+
+    Raises:
+        RequestError: If it is so.
+    """
+    here = config.dataset == BUNDLED or Path(config.dataset).expanduser().exists()
+    if not here and not is_hub_id(config.dataset):
+        raise RequestError(f"there is no folder or file {config.dataset}, and it is no dataset id of the Hub either")
+
+
 def load_splits(config: DataConfig) -> Splits:
     """Open a source and find its splits, columns and classes; pictures are decoded later, one by one.
 
@@ -220,6 +232,7 @@ def load_splits(config: DataConfig) -> Splits:
         RequestError: If there is no such source, split or column, or if its labels cannot train a classifier.
         RunError: If the Hub cannot be reached.
     """
+    check_source(config)
     path = Path(config.dataset).expanduser()
     hub_id = revision = None
     files: list[tuple[str, int]] = []

@@ -218,10 +218,11 @@ def _build_loader(dataset: Dataset, batches: object, workers: int, pin_memory: b
 
 
 def leave_stopping_to_the_parent(worker: int) -> None:
-    """Read on when SIGTERM reaches the whole process group: the training process ends its step, and its readers then.
+    """Read on when a signal reaches the whole process group: the training process ends its step, and its readers then.
 
     After `GRACE` seconds a reader goes in any case, so that nobody who wants it gone waits for ever.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 

@@ -145,6 +145,11 @@ def _undecoded(name: str, table: "datasets.IterableDataset") -> "datasets.Iterab
     return table.decode(False)
 
 
+def is_hub_id(name: str) -> bool:
+    """Say whether a name has the form of a dataset id: `owner/name`, or a name alone."""
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) is not None
+
+
 def load_from_hub(
     name: str, config: str | None, revision: str | None, streaming: bool = False
 ) -> "tuple[dict[str, datasets.Dataset | datasets.IterableDataset], str | None, dict[str, int]]":
@@ -155,8 +160,6 @@ def load_from_hub(
     import datasets
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise RequestError(f"there is no folder or file {name}, and it is no dataset id of the Hub either")
     try:
         builder = datasets.load_dataset_builder(name, config, revision=revision)
         if streaming:

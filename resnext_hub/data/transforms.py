@@ -18,6 +18,10 @@ Transform = Callable[[Image.Image], torch.Tensor]
 """Maps a picture to a float32 tensor `(C, H, W)`."""
 
 
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+"""Pillow's filters by timm's names."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TransformConfig:
     """Size of the pictures and what is done to them; None takes the value of the model's pretrained_cfg."""
@@ -54,6 +58,8 @@ class TransformConfig:
     def __post_init__(self) -> None:
         if self.image_size is not None and self.image_size < 1:
             raise RequestError(f"--image-size {self.image_size} is not a positive number of pixels")
+        if self.interpolation not in (None, *INTERPOLATIONS):
+            raise RequestError(f"--interpolation {self.interpolation}: expected one of {', '.join(INTERPOLATIONS)}")
         if self.crop_pct is not None and not 0.0 < self.crop_pct <= 1.0:
             raise RequestError(f"--crop-pct {self.crop_pct} is not above 0 and at most 1")
         for flag, (low, high), most in (("--scale", self.scale, 1.0), ("--ratio", self.ratio, float("inf"))):
@@ -126,10 +132,9 @@ def build_train_transform(config: TransformConfig, data_config: Mapping[str, Any
             mean=data_config["mean"],
             std=data_config["std"],
         )
-    except (AssertionError, KeyError) as error:
+    except (AssertionError, KeyError, ValueError) as error:
         raise RequestError(
-            f"timm has no transform for --auto-augment {config.auto_augment}, --interpolation "
-            f"{data_config['interpolation']} ({error!r}); policies look like rand-m7-mstd0.5, augmix-m3, 3a"
+            f"--auto-augment {config.auto_augment}: no policy of timm's, such as rand-m7-mstd0.5, augmix-m3, 3a"
         ) from error
     return transform
 

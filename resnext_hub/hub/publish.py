@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ def check_request(record: RunRecord | None, repo_id: str | None, license: str | 
     """
     if not repo_id:
         raise RequestError("--repo-id is needed, such as me/name")
+    if repo_id.count("/") != 1:
+        raise RequestError(f"--repo-id {repo_id}: expected owner/name")
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -53,6 +56,8 @@ def check_request(record: RunRecord | None, repo_id: str | None, license: str | 
             else ""
         )
         raise RequestError(f"--license is needed, such as apache-2.0, mit or cc-by-nc-4.0{hint}")
+    if not re.fullmatch(r"[a-z0-9]+(?:[.-][a-z0-9]+)*", license):
+        raise RequestError(f"--license {license}: expected an id of the Hub's list, such as apache-2.0 or mit")
     return repo_id, license
 
 

@@ -188,7 +188,7 @@ def info_rows(variants: Sequence[Variant], image_size: int | None = None) -> lis
     """Give a table of variants, its head first: name, setting, cost, error in the paper, released weights."""
     from timm.models import list_pretrained
 
-    head = "name|C x d|layers|pixels|M parameters|G MACs|M activations|error %, paper|weights"
+    head = "name|C x d|layers|pixels|M parameters|G MACs|M activations|error %, paper|released weights"
     rows: list[tuple[str, ...]] = [tuple(head.split("|"))]
     for variant in variants:
         size = image_size or (32 if variant.small_stem else 224)

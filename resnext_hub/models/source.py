@@ -123,7 +123,8 @@ def _find_by_name(name: str, pretrained: bool) -> ModelSource:
         if not base_id:
             tagged = sorted({split_model_name_tag(known)[0] for known in list_pretrained("resnext*_g*")})
             raise RequestError(
-                f"--pretrained: {name} has no released weights; leave it out, or take one of {', '.join(tagged)}"
+                f"--model {name} has no released weights to start from: begin with random ones (--no-pretrained) or "
+                f"take one of {', '.join(tagged)}"
             )
         _require_hub_file(name, base_id, facts.get("hf_hub_filename") or WEIGHTS)
     return ModelSource(
@@ -145,7 +146,7 @@ def _require_hub_file(requested: str, repo: str, filename: str) -> None:
     except LocalEntryNotFoundError as error:
         raise RunError(
             f"the Hub could not be reached for {filename} of {repo_id}, and it is not in the cache; try again later, "
-            "or name a model without --pretrained"
+            "or start from random weights with --no-pretrained"
         ) from error
     except EntryNotFoundError as error:
         raise RequestError(

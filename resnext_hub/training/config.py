@@ -6,7 +6,9 @@ derives them; a resolved configuration written to a file repeats the run.
 
 import ast
 import dataclasses
+import difflib
 import inspect
+import math
 import textwrap
 import types
 import typing
@@ -52,7 +54,8 @@ class TrainConfig:
     model: str = "resnext_g32"
     """A name that timm knows, `hf-hub:owner/repo`, or `local-dir:folder`."""
     pretrained: bool | None = None
-    """Start from released weights; if not given, yes for `hf-hub:` and `local-dir:`, no for a name."""
+    """Start from released weights; if not given, yes for `hf-hub:` and `local-dir:`, no for a name (the recipe finetune
+    says yes)."""
     drop_rate: float = 0.0
     """Dropout probability before the classifier."""
     drop_path: float = 0.0
@@ -137,7 +140,9 @@ class TrainConfig:
         known = flat_fields()
         for name in values:
             if name not in known:
-                raise RequestError(f"{name} is not a setting; known ones: {', '.join(known)}")
+                close = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.7))
+                hint = f"close: {close}" if close else f"known ones: {', '.join(known)}"
+                raise RequestError(f"{name} is not a setting; {hint}")
         checked = {name: check_value(name, value, known[name].type) for name, value in values.items()}
         own = {f.name: checked[f.name] for f in dataclasses.fields(cls) if f.name in checked}
         for part, kind in _parts(cls).items():
@@ -217,12 +222,15 @@ def check_value(name: str, value: Any, hint: Any) -> Any:
         if isinstance(value, (list, tuple)) and len(value) == len(parts):
             return tuple(check_value(name, v, part) for v, part in zip(value, parts, strict=True))
         raise RequestError(f"{flag_of(name)} {value}: expected {len(parts)} numbers")
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise RequestError(f"{flag_of(name)} {value}: expected a finite number")
         return float(value)
     if hint is str and isinstance(value, int) and not isinstance(value, bool):
         return str(value)  # threads: 2 and checkpoint_every: 500, as YAML reads them
     if type(value) is not hint:
-        raise RequestError(f"{flag_of(name)} {value!r}: expected {hint.__name__}, not {type(value).__name__}")
+        expected = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}[hint]
+        raise RequestError(f"{flag_of(name)} {value!r}: expected {expected}")
     return value
 
 

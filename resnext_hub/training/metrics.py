@@ -40,6 +40,8 @@ class UnreadableLog:
         self._path = folder / f"unreadable-{process}.jsonl"
         self._limit = limit
         self._found = {(line["split"], line["picture"]): line["reason"] for line in read_lines(self._path)}
+        if self._found:
+            _logger.warning("%d pictures are known not to be readable, from before (%s)", len(self._found), self._path)
 
     def note(self, split: str, count: int, unreadable: list[Unreadable]) -> None:
         """Write down what is new.
@@ -59,7 +61,8 @@ class UnreadableLog:
         self._found |= new
         with open(self._path, "a") as file:
             for (_, picture), reason in new.items():
-                _logger.warning("%s cannot be read (%s): it is left out of the %s split", picture, reason, split)
+                done = "others take its place" if split == "training" else "it is left out"
+                _logger.warning("%s of the %s split cannot be read (%s): %s", picture, split, reason, done)
                 file.write(json.dumps({"split": split, "picture": picture, "reason": reason}) + "\n")
         bad = [f"{picture} ({reason})" for (of, picture), reason in self._found.items() if of == split]
         if len(bad) > max(self._limit * count, 1):

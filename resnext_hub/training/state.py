@@ -411,10 +411,11 @@ class RunState:
         )
 
     def say_stopped(self) -> NoReturn:
-        """End the run after SIGTERM; the state of this step is saved."""
+        """End the run after a signal; the state of this step is saved."""
         raise StoppedRun(
-            f"stopped by SIGTERM after step {self.step} of {self.schedule.steps}, which is saved; the same command "
-            "goes on from there"
+            f"stopped by {self.stop.number.name} after step {self.step} of {self.schedule.steps}, which is saved; the "
+            "same command goes on from there",
+            self.stop.number,
         )
 
     def finish(self) -> Outcome:
