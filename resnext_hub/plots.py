@@ -1,11 +1,14 @@
-"""Pictures of a run, from its record."""
+"""Pictures of a run, from its record and its evaluation."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from resnext_hub.data.dataset import Pictures
 from resnext_hub.record import RunRecord
+from resnext_hub.training.evaluate import Evaluation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,6 +63,34 @@ def plot_curves(record: RunRecord) -> "Figure":
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     return figure
+
+
+def plot_samples(
+    pictures: Pictures, evaluation: Evaluation, label_names: Sequence[str], path: Path, count: int = 24
+) -> None:
+    """Draw evaluation pictures with what they are and what they are taken for, the surest mistakes first."""
+    from matplotlib.figure import Figure
+
+    wrong = evaluation.labels != evaluation.predictions
+    order = np.lexsort((-evaluation.probabilities, ~wrong))
+    sure = order[: min(count // 2, int(wrong.sum()))]
+    right = np.flatnonzero(~wrong)
+    spread = right[np.linspace(0, len(right) - 1, min(count - len(sure), len(right))).astype(np.int64)]
+    shown = [*sure, *spread]
+    rows = -(-len(shown) // 8)
+    figure = Figure(figsize=(11, 1.75 * rows), layout="constrained")
+    for axes, entry in zip(
+        np.ravel(figure.subplots(rows, 8, squeeze=False)), [*shown, *[None] * (rows * 8)], strict=False
+    ):
+        axes.axis("off")
+        if entry is None:
+            continue
+        axes.imshow(pictures.image(int(evaluation.indices[entry])), interpolation="nearest")
+        is_, taken = (label_names[int(n)][:14] for n in (evaluation.labels[entry], evaluation.predictions[entry]))
+        text = f"{is_} as {taken}" if wrong[entry] else is_
+        color = "C3" if wrong[entry] else "black"
+        axes.set_title(f"{text}\n{100 * evaluation.probabilities[entry]:.0f} %", fontsize=8, color=color)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
 def plot_confusion(record: RunRecord) -> "Figure":

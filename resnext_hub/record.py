@@ -83,6 +83,17 @@ class EvaluationFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SampleFacts:
+    """What the published weights say of one evaluation sample."""
+
+    index: int
+    """Place in the evaluation split."""
+    label: str
+    output: list[tuple[str, float]]
+    """The most probable classes with their probabilities, the first one first."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunRecord:
     """A finished run."""
 
@@ -90,6 +101,8 @@ class RunRecord:
     name: str
     config: dict[str, Any]
     """The resolved configuration, flat; a local dataset is reduced to its folder's name."""
+    changed: list[str]
+    """Settings that are not at their defaults."""
     command: str
     """The non-default settings, as a command that repeats the run."""
     model: ModelFacts
@@ -100,6 +113,7 @@ class RunRecord:
     epochs: float
     """Passes over the training split."""
     evaluation: EvaluationFacts
+    sample: SampleFacts
     history: list[dict[str, Any]]
     """The lines of metrics.jsonl."""
     versions: dict[str, str]
@@ -145,5 +159,8 @@ class RunRecord:
                 "base_model": None if base is None else BaseModelFacts(**base),
                 "dataset": DatasetFacts(**content["dataset"]),
                 "evaluation": EvaluationFacts(**content["evaluation"]),
+                "sample": SampleFacts(
+                    **content["sample"] | {"output": [(name, value) for name, value in content["sample"]["output"]]}
+                ),
             }
         )

@@ -32,9 +32,16 @@ from resnext_hub.machine import (
 )
 from resnext_hub.models.source import ModelSource, build_model, needs_plugin, portable_architecture, variant_of
 from resnext_hub.plan import Plan, public_model, public_settings, read_config
-from resnext_hub.plots import write_plots
+from resnext_hub.plots import plot_samples, write_plots
 from resnext_hub.recipes import QUICKSTART
-from resnext_hub.record import BaseModelFacts, DatasetFacts, EvaluationFacts, ModelFacts, RunRecord
+from resnext_hub.record import (
+    BaseModelFacts,
+    DatasetFacts,
+    EvaluationFacts,
+    ModelFacts,
+    RunRecord,
+    SampleFacts,
+)
 from resnext_hub.training.checkpoint import RunLock
 from resnext_hub.training.config import TrainConfig, flag_of
 from resnext_hub.training.evaluate import Evaluation, evaluate
@@ -46,6 +53,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _logger = logging.getLogger(__name__)
+
+_DEFAULTS = TrainConfig().to_flat()
 
 PUSH_GRACE = 20
 """Seconds that a run stopped by SIGTERM waits for its last checkpoint to reach the Hub; launchers give it 30."""
@@ -239,6 +248,7 @@ def _write_results(plan: Plan, outcome: Outcome, accelerator: "Accelerator", pre
     record = RunRecord(
         name=folder.resolve().name,
         config=public_settings(config, splits),
+        changed=[name for name, value in config.to_flat().items() if value != _DEFAULTS[name]],
         command=_command(plan),
         model=ModelFacts(
             requested=public_model(config.model),
@@ -280,6 +290,7 @@ def _write_results(plan: Plan, outcome: Outcome, accelerator: "Accelerator", pre
             batch_size=config.eval_batch_size,
             confusion=evaluation.confusion(len(splits.label_names)).tolist(),
         ),
+        sample=_sample(outcome.network, splits, plan.data_config),
         history=outcome.history,
         versions=versions(),
         hardware={
@@ -297,10 +308,29 @@ def _write_results(plan: Plan, outcome: Outcome, accelerator: "Accelerator", pre
     )
     with new_folder(folder / "plots") as aside:
         write_plots(record, aside)
+        if isinstance(splits.eval, Pictures):  # on this disk alone: whose pictures they are is not ours to publish
+            plot_samples(splits.eval, evaluation, splits.label_names, aside / "samples.png")
     with new_folder(folder / "model" / "plots") as aside:
         write_plots(record, aside)
     write_atomic(folder / "model" / "README.md", render_card(record))
     record.save(folder / "record.json")
+
+
+@torch.inference_mode()
+def _sample(network: torch.nn.Module, splits: Splits, data_config: dict[str, Any]) -> SampleFacts:
+    """Give what a network says of the first evaluation sample that can be read."""
+    device = next(network.parameters()).device
+    samples = evaluation_samples(splits.eval, data_config)
+    with contextlib.closing(samples.batches(1, process=0, processes=1, workers=0, pin_memory=False)) as batches:
+        batch = next(batch for batch in batches if not batch.unreadable)
+    images = batch.images.to(device).contiguous(memory_format=torch.channels_last)
+    probabilities, classes = network(images).float().softmax(dim=1)[0].cpu().topk(min(3, len(splits.label_names)))
+    names = [splits.label_names[int(i)] for i in classes]
+    return SampleFacts(
+        index=int(batch.indices[0]),
+        label=splits.label_names[int(batch.labels[0])],
+        output=[(name, round(float(value), 4)) for name, value in zip(names, probabilities, strict=True)],
+    )
 
 
 def _write_predictions(evaluation: Evaluation, path: Path) -> None:

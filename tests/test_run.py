@@ -55,6 +55,7 @@ def test_a_run_leaves_everything_that_the_design_names(finished: Path) -> None:
         "record.json",
         "plots/curves.png",
         "plots/confusion_matrix.png",
+        "plots/samples.png",
         "model/README.md",
         "model/config.json",
         "model/model.safetensors",

@@ -4,9 +4,15 @@ import math
 from importlib import resources
 from typing import Any
 
+import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 
+from resnext_hub.models.complexity import PAPER_ERROR
+from resnext_hub.models.resnext import VARIANTS
 from resnext_hub.record import BaseModelFacts, RunRecord
+
+FEW = 20
+"""Training pictures of a class below which it counts as rare; a quarter of the mean does as well."""
 
 MOST_CLASSES = 30
 """Rows of the per-class table; with more classes, those with the lowest recall are shown."""
@@ -47,7 +53,12 @@ def render_card(record: RunRecord, repo_id: str | None = None, license: str | No
         hidden_classes=max(len(rows) - MOST_CLASSES, 0),
         minutes=_duration(record.wall_seconds),
         hardware=_hardware(record.hardware),
-        settings=[(name, settings[name]) for name in sorted(settings) if settings[name] is not None],
+        settings=[(name, settings[name]) for name in record.changed if settings[name] is not None],
+        defaults=[(n, v) for n, v in settings.items() if n not in record.changed and v is not None],
+        paper=_paper(record.model.variant),
+        sample=", ".join(f"{_cell(name)} ({_percent(value)})" for name, value in record.sample.output),
+        limits=_limits(record),
+        cell=_cell,
     )
     data = ModelCardData(
         model_name=repo_id.partition("/")[2] or repo_id if repo_id else record.name,
@@ -64,10 +75,17 @@ def render_card(record: RunRecord, repo_id: str | None = None, license: str | No
                 dataset_name=dataset.id,
                 dataset_split=dataset.eval_split,
                 dataset_revision=dataset.revision,
-                metric_type="accuracy",
-                metric_name="Top-1 accuracy",
-                metric_value=evaluation.top1,
+                metric_type=kind,
+                metric_name=name,
+                metric_value=value,
             )
+            for kind, name, value in (
+                ("accuracy", "Top-1 accuracy", evaluation.top1),
+                ("accuracy", "Top-5 accuracy", evaluation.top5),
+                ("f1", "Macro-F1", evaluation.macro_f1),
+                ("expected_calibration_error", "Expected calibration error, 15 bins", evaluation.calibration_error),
+            )
+            if value is not None
         ],
     )
     return f"---\n{data.to_yaml()}\n---\n\n{body}"
@@ -115,6 +133,40 @@ def _per_class(record: RunRecord) -> list[dict[str, Any]]:
             }
         )
     return sorted(rows, key=lambda row: float(row["order"])) if len(rows) > MOST_CLASSES else rows
+
+
+def _paper(variant: str | None) -> str | None:
+    if variant is None or variant not in PAPER_ERROR:
+        return None
+    where = "CIFAR-10" if VARIANTS[variant].small_stem else "ImageNet-1K"
+    return f"{PAPER_ERROR[variant]:g} % top-1 error on {where}"
+
+
+def _limits(record: RunRecord) -> list[str]:
+    """Say what the data shows of where the network is weak."""
+    names, limits = record.label_names, []
+    counts = record.dataset.train_counts
+    if counts is not None:
+        rare = [i for i in np.argsort(counts, kind="stable") if counts[i] < max(FEW, np.mean(counts) / 4)]
+        if rare:
+            listed = ", ".join(f"{_cell(names[i])} ({counts[i]})" for i in rare[:8])
+            more = f" and {len(rare) - 8} more" if len(rare) > 8 else ""
+            limits.append(f"Few pictures to learn from: {listed}{more}.")
+    confusion = np.array(record.evaluation.confusion)
+    few = [i for i, count in enumerate(confusion.sum(axis=1)) if count < 10]
+    if few:
+        listed = ", ".join(_cell(names[i]) for i in few[:8]) + (f" and {len(few) - 8} more" if len(few) > 8 else "")
+        limits.append(f"Fewer than 10 pictures to evaluate on, so that their recall says little: {listed}.")
+    np.fill_diagonal(confusion, 0)
+    worst = [divmod(int(i), len(names)) for i in np.argsort(-confusion, axis=None, kind="stable")[:3]]
+    said = [f"{_cell(names[a])} for {_cell(names[b])} ({confusion[a, b]} times)" for a, b in worst if confusion[a, b]]
+    if said:
+        limits.append(f"Most often it takes {', '.join(said)}.")
+    limits.append(
+        "The figures hold for pictures like those of the evaluation split; how it does on others, and on what is of "
+        "none of its classes, was not measured."
+    )
+    return limits
 
 
 def _dataset_link(record: RunRecord) -> str:

@@ -1,13 +1,17 @@
 """A published folder loads in stock timm and in transformers to the bit, and goes up in one commit."""
 
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
+from client import Client
 from conftest import TINY, run_process
 from loopback_hub import LoopbackHub, serve
 from pytest import fixture, mark
@@ -15,7 +19,7 @@ from pytest import fixture, mark
 from resnext_hub.hub.card import render_card, wilson_interval
 from resnext_hub.hub.export import export_model
 from resnext_hub.models.source import build_model, find_model, portable_architecture
-from resnext_hub.record import RunRecord
+from resnext_hub.record import BaseModelFacts, RunRecord
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -304,22 +308,81 @@ def test_the_cards_metadata_is_what_the_hub_asks_for(finished: Path) -> None:
     assert card.data.license == "mit"
     assert card.data.pipeline_tag == "image-classification"
     assert card.data.library_name == "timm"
+    assert {r.metric_type: r.metric_value for r in card.data.eval_results}.keys() == {
+        "accuracy",
+        "f1",
+        "expected_calibration_error",
+    }
     result = card.data.eval_results[0]
     assert (result.task_type, result.dataset_name, result.metric_type) == ("image-classification", "digits", "accuracy")
     assert result.metric_value == RunRecord.load(finished / "record.json").evaluation.top1
 
 
-def test_the_cards_snippet_runs_on_a_picture(finished: Path, tmp_path: Path, monkeypatch) -> None:
+def test_every_snippet_of_the_card_runs_on_a_picture(finished: Path, hub: LoopbackHub, tmp_path: Path) -> None:
+    """Those of the published card, against the Hub that it was published to; its sample's output is the real one."""
     from resnext_hub.data.dataset import DataConfig, load_splits
 
+    client = Client(hub, tmp_path / "home")
+    assert client.command("push", finished, "--repo-id", "me/digits", "--license", "mit")[0] == 0
+    card = hub.repos["models/me/digits"].commits[-1].files["README.md"].decode()
+    snippets = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(snippets) == 4
     record = RunRecord.load(finished / "record.json")
-    snippet = render_card(record).split("```python\n")[1].split("```")[0]
-    snippet = snippet.replace(f"runs/{record.name}/model", str(finished / "model"))
-    load_splits(DataConfig()).eval.image(0).save(tmp_path / "picture.png")
-    monkeypatch.chdir(tmp_path)
-    scope: dict[str, object] = {}
-    exec(snippet, scope)
-    assert scope["label"] in record.label_names
+    load_splits(DataConfig()).eval.image(record.sample.index).save(tmp_path / "picture.png")
+    code = (
+        f"import os; os.chdir({str(tmp_path)!r})\n"
+        + "\n".join(snippets)
+        + """
+shapes = [list(m.shape) for m in maps]
+result = [label, classify("picture.png")[0], shapes, list(embedding.shape), probabilities.tolist()]
+"""
+    )
+    answer = client.run(code)
+    client.close()
+    assert answer["code"] == 0, answer["err"]
+    label, classified, maps, embedding, probabilities = answer["result"]
+    assert label == classified["label"] == record.sample.output[0][0]
+    assert abs(classified["score"] - record.sample.output[0][1]) < 1e-3
+    assert [shape[0] for shape in maps] == [1] * 5
+    assert len(embedding) == 2
+    best = record.label_names[int(np.argmax(probabilities))]
+    assert (best, round(max(probabilities), 3)) == (label, round(record.sample.output[0][1], 3))
+    said = ", ".join(f"{name} ({100 * value:.2f} %)" for name, value in record.sample.output)
+    assert f"it says: {said}." in card
+
+
+def test_the_card_says_where_the_network_is_weak(finished: Path) -> None:
+    record = RunRecord.load(finished / "record.json")
+    confusion = np.array(record.evaluation.confusion)
+    np.fill_diagonal(confusion, 0)
+    true, taken = np.unravel_index(confusion.argmax(), confusion.shape)
+    card = render_card(record)
+    assert f"Most often it takes {true} for {taken} ({confusion.max()} times)" in card
+    rare = dataclasses.replace(record, dataset=dataclasses.replace(record.dataset, train_counts=[3] + [140] * 9))
+    assert "Few pictures to learn from: 0 (3)." in render_card(rare)
+
+
+@mark.parametrize(
+    ("base", "chosen", "said"),
+    [
+        ("cc-by-nc-4.0", "mit", "is for non-commercial use only (cc-by-nc-4.0)"),
+        ("cc-by-sa-4.0", "mit", "has to be shared under its own licence (cc-by-sa-4.0)"),
+        ("cc-by-nd-4.0", "mit", "may not be shared in a changed form"),
+        ("gpl-3.0", "mit", "has to be shared under its own licence"),
+        (None, "mit", "the licence of you/base, from which training started, is not stated"),
+        ("apache-2.0", "mit", None),
+        ("cc-by-nc-4.0", "cc-by-nc-4.0", None),
+    ],
+)
+def test_a_licence_that_the_base_model_does_not_allow_is_said(
+    finished: Path, base: str | None, chosen: str, said: str | None
+) -> None:
+    record = RunRecord.load(finished / "record.json")
+    tuned = dataclasses.replace(record, base_model=BaseModelFacts(id="you/base", hub_id="you/base", license=base))
+    card = render_card(tuned, "me/digits", chosen)
+    assert f"(licence {base or 'not stated'})" in card
+    assert ("Mind the licence" in card) == (said is not None)
+    assert said is None or said in card
 
 
 def test_the_confidence_interval_is_wilsons() -> None:

@@ -1,0 +1,134 @@
+"""A dataset that cannot be opened as asked is refused in one clear line."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from client import Client
+from conftest import TINY
+from loopback_hub import Fault, LoopbackHub, Repo, serve
+from pytest import fixture, mark
+
+from resnext_hub.data.sources import load_digits_table
+
+CONFIGS = """---
+configs:
+- config_name: small
+  data_files: [{split: train, path: small/*.parquet}]
+- config_name: large
+  data_files: [{split: train, path: large/*.parquet}]
+---
+"""
+
+
+@fixture(scope="module")
+def parquet(tmp_path_factory) -> bytes:
+    path = tmp_path_factory.mktemp("data") / "digits.parquet"
+    load_digits_table().select(range(60)).to_parquet(path)
+    return path.read_bytes()
+
+
+@fixture(scope="module")
+def running(tmp_path_factory) -> Iterator[tuple[LoopbackHub, Client]]:
+    with serve() as hub:
+        client = Client(hub, tmp_path_factory.mktemp("home"))
+        yield hub, client
+        client.close()
+
+
+def refused(client: Client, tmp_path: Path, *words: object, code: int = 2) -> str:
+    """Try to train on a dataset; give the last line of what is said."""
+    run = ("train", *TINY, "--image-size", 32, "--max-steps", 1, "--output-dir", tmp_path / "run")
+    found, out, err = client.command(*run, *words)
+    assert found == code, out + err
+    assert "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+    return err.strip().splitlines()[-1]
+
+
+def dataset(hub: LoopbackHub, name: str, files: dict[str, bytes], private: bool = False) -> Repo:
+    repo = hub.create("datasets", name, private)
+    repo.commit("data", files)
+    return repo
+
+
+@mark.parametrize("streaming", [(), ("--streaming",)], ids=["whole", "streamed"])
+def test_a_dataset_that_may_not_be_read_is_refused(
+    running: tuple[LoopbackHub, Client], parquet: bytes, tmp_path: Path, streaming: tuple[str, ...]
+) -> None:
+    hub, client = running
+    files = {"data/train-0.parquet": parquet, "data/test-0.parquet": parquet}
+    dataset(hub, "you/secret", files, private=True)
+    said = refused(client, tmp_path, "--dataset", "you/secret", *streaming)
+    assert "there is no folder you/secret here and no such dataset on the Hub that you may read" in said
+    dataset(hub, "you/gated", files).granted = set()
+    said = refused(client, tmp_path, "--dataset", "you/gated", *streaming)
+    assert "you/gated" in said
+    assert "gated" in said
+
+
+def test_a_private_dataset_of_ones_own_and_a_gated_one_with_access_are_read(
+    running: tuple[LoopbackHub, Client], parquet: bytes
+) -> None:
+    hub, client = running
+    dataset(hub, "me/secret", {"data/train-0.parquet": parquet}, private=True)
+    dataset(hub, "you/open", {"data/train-0.parquet": parquet}).granted = {"me"}
+    for name in ("me/secret", "you/open"):
+        answer = client.run(
+            "from resnext_hub.data.dataset import *\n"
+            f"splits = load_splits(DataConfig(dataset={name!r}))\n"
+            "result = len(splits.train) + len(splits.eval)"
+        )
+        assert answer["result"] == 60, answer["err"]
+
+
+def test_a_config_that_must_be_chosen_is_asked_for_and_taken(
+    running: tuple[LoopbackHub, Client], parquet: bytes, tmp_path: Path
+) -> None:
+    hub, client = running
+    dataset(hub, "me/two", {"README.md": CONFIGS.encode(), "small/a.parquet": parquet, "large/a.parquet": parquet})
+    said = refused(client, tmp_path, "--dataset", "me/two")
+    assert "small" in said
+    assert "large" in said
+    assert said.endswith("name one with --dataset-config")
+    assert "none" in refused(client, tmp_path, "--dataset", "me/two", "--dataset-config", "none")
+    answer = client.run(
+        "from resnext_hub.data.dataset import *\n"
+        "result = len(load_splits(DataConfig(dataset='me/two', dataset_config='small')).label_names)"
+    )
+    assert answer["result"] == 10, answer["err"]
+
+
+def test_a_revision_is_taken_or_refused(running: tuple[LoopbackHub, Client], parquet: bytes, tmp_path: Path) -> None:
+    hub, client = running
+    repo = dataset(hub, "me/moved", {"data/train-0.parquet": parquet})
+    first = repo.commits[-1].oid
+    repo.commit("other", {"data/train-0.parquet": b"broken"})
+    answer = client.run(
+        "from resnext_hub.data.dataset import *\n"
+        f"splits = load_splits(DataConfig(dataset='me/moved', dataset_revision={first!r}))\n"
+        "result = [splits.revision, len(splits.train)]"
+    )
+    assert answer["result"] == [first, 48], answer["err"]
+    assert "v9" in refused(client, tmp_path, "--dataset", "me/moved", "--dataset-revision", "v9")
+
+
+def test_files_that_are_no_pictures_are_refused(running: tuple[LoopbackHub, Client], tmp_path: Path) -> None:
+    hub, client = running
+    dataset(hub, "me/text", {"data.csv": b"text,label\nhello,0\nbye,1\n"})
+    said = refused(client, tmp_path, "--dataset", "me/text")
+    assert "me/text has no image column: it has text (" in said
+    dataset(hub, "me/empty", {"README.md": b"nothing here"})
+    assert "me/empty" in refused(client, tmp_path, "--dataset", "me/empty")
+    dataset(hub, "me/broken", {"data/train-0.parquet": b"no parquet"})
+    assert "me/broken" in refused(client, tmp_path, "--dataset", "me/broken")
+
+
+def test_a_hub_that_does_not_answer_is_said_to_be_out_of_reach(
+    running: tuple[LoopbackHub, Client], parquet: bytes, tmp_path: Path
+) -> None:
+    hub, client = running
+    dataset(hub, "me/away", {"data/train-0.parquet": parquet})
+    hub.faults.append(Fault("me/away", "507", 1000))
+    said = refused(client, tmp_path, "--dataset", "me/away", code=1)
+    assert "me/away is no local folder, and the Hub could not be reached for it" in said
+    hub.faults.clear()
