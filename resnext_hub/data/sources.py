@@ -173,6 +173,8 @@ def load_from_hub(
         raise RequestError(
             f"there is no folder {name} here and no such dataset on the Hub that you may read: {one_line(error)}"
         ) from error
+    except datasets.data_files.EmptyDatasetError as error:
+        raise RequestError(f"the Hub's {name} holds no files of data: {one_line(error)}") from error
     except (OSError, OfflineModeIsEnabled, HfHubHTTPError) as error:  # the library hides what was lost in the first
         raise RunError(
             f"{name} is no local folder, and the Hub could not be reached for it: {one_line(error)}. "
