@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from huggingface_hub.errors import HTTPError
 from PIL import Image
 
 from resnext_hub.data.columns import class_names, find_image_column, find_label_column, listing, read_labels
@@ -154,12 +155,11 @@ class StreamedPictures:
         """Read shards one after the other.
 
         Raises:
-            RunError: If a label is out of range.
+            RunError: If a label is out of range, or the source cannot be reached any more.
         """
         for shard in shards:
             number = 0
-            # by `iter`, since a plain loop would leave out other shards in each of several reading processes
-            for batch in self.rows.shard(num_shards=self.shards, index=int(shard)).iter(batch_size=16):
+            for batch in self._batches(shard):
                 for row, label in zip(batch[self.image_column], batch[self.label_column], strict=True):
                     if label is None or not 0 <= label < self.classes:
                         raise RunError(
@@ -167,6 +167,17 @@ class StreamedPictures:
                         )
                     yield Record(int(shard), number, row, label)
                     number += 1
+
+    def _batches(self, shard: int) -> Iterator[dict[str, list[Any]]]:
+        # by `iter`, since a plain loop would leave out other shards in each of several reading processes
+        rows = self.rows.shard(num_shards=self.shards, index=int(shard)).iter(batch_size=16)
+        try:
+            yield from rows
+        except (HTTPError, OSError, ValueError) as error:  # the last is what the reader of broken parquet raises
+            raise RunError(
+                f"the stream broke off in shard {shard} ({one_line(error)}); the same command goes on from the last "
+                "checkpoint"
+            ) from error
 
     def image(self, record: Record, mode: str = "RGB") -> Image.Image:
         """Decode a picture.

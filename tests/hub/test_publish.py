@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from client import Client
 from conftest import TINY, run_process
-from loopback_hub import LoopbackHub, serve
+from loopback_hub import Fault, LoopbackHub, serve
 from pytest import fixture, mark
 
 from resnext_hub.hub.card import render_card, wilson_interval
@@ -262,6 +262,35 @@ def test_a_dataset_streams_from_the_hub_and_leaves_nothing_on_the_disk(
     assert len(set(seen[:160])) == len(set(seen[160:])) == 160
     assert not list((tmp_path / "home").rglob("*.arrow"))
     assert "The dataset was streamed" in (tmp_path / "run" / "model" / "README.md").read_text()
+
+
+def test_a_stream_that_breaks_off_ends_the_run_in_a_line_and_goes_on_later(hub: LoopbackHub, tmp_path: Path) -> None:
+    from resnext_hub.data.sources import load_digits_table
+
+    table, files = load_digits_table(), {"README.md": DIGITS_CARD.encode()}
+    for name, part in (("train-0", range(60)), ("train-1", range(60, 160)), ("test-0", range(160, 200))):
+        table.select(part).to_parquet(tmp_path / "part.parquet")
+        files[f"data/{name}.parquet"] = (tmp_path / "part.parquet").read_bytes()
+    hub.create("datasets", "me/digits").commit("data", files)
+    words = (
+        "scripts/train.py", *TINY, "--dataset", "me/digits", "--streaming", "--image-size", 32, "--batch-size", 10,
+        "--max-steps", 20, "--lr", 0.01, "--shuffle-block", 10, "--checkpoint-every", 1, "--log-samples", "--workers",
+        1, "--output-dir", tmp_path / "run",
+    )  # fmt: skip
+    environment = hub.environment() | {"HF_HOME": str(tmp_path / "home")}
+    hub.faults.append(Fault("GET .*train-[01].parquet", "507", 1000))
+    hub.faults.insert(0, Fault("GET .*train-[01].parquet", "slow", 1))  # the first file that is read is read
+    done = run_process(*words, **environment)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "the stream broke off in shard" in done.stderr
+    assert done.stderr.strip().endswith("the same command goes on from the last checkpoint")
+    hub.faults.clear()
+    done = run_process(*words, **environment)
+    assert done.returncode == 0, done.stderr
+    assert "going on from step-" in done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run" / "samples-0.jsonl").read_text().splitlines()]
+    assert len({index for line in lines[:16] for index in line["indices"]}) == 160
 
 
 def test_pictures_that_lie_in_a_repository_as_files_stream_too(
