@@ -15,7 +15,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 from resnext_hub.errors import RequestError, RunError, one_line
 from resnext_hub.files import write_json
 from resnext_hub.hub.card import license_conflict, render_card
-from resnext_hub.hub.remote import HUB_ERRORS, differing_files, misread_files, persist, status_of
+from resnext_hub.hub.remote import HUB_ERRORS, differing_files, persist, status_of
 from resnext_hub.models.source import WEIGHTS
 from resnext_hub.record import RunRecord
 
@@ -112,7 +112,7 @@ def publish(
         upload = _Upload(api, repo_id, staged, message, private, create_pr, revision)
         try:
             address, where = persist(upload.commit, repo_id)
-            wrong = persist(lambda: misread_files(api, repo_id, where, staged), repo_id)
+            wrong = persist(lambda: differing_files(api, repo_id, where, staged, read_back=True), repo_id)
         except HUB_ERRORS as error:
             raise RunError(
                 f"{repo_id} could not be published: {_reason(error)}. Everything is kept in {folder}; the same command "

@@ -63,19 +63,33 @@ def _wait_asked_for(error: Exception) -> float | None:
     return min(float(asked), 60.0) if asked.isdigit() else None
 
 
-def differing_files(api: HfApi, repo_id: str, revision: str, folder: Path) -> list[str]:
-    """Name the files of a folder that a revision does not hold to the byte, by the hashes that the Hub lists."""
+def differing_files(api: HfApi, repo_id: str, revision: str, folder: Path, read_back: bool = False) -> list[str]:
+    """Name the files of a folder that a revision does not hold to the byte.
+
+    Large files are compared by the SHA-256 that the Hub lists; small ones by git's hash, or where that says that they
+    differ, and with `read_back` always, by the bytes that the Hub gives.
+    """
     listed = {
         entry.path: entry
         for entry in api.list_repo_tree(repo_id, revision=revision, recursive=True)
         if isinstance(entry, RepoFile)
     }
     differing = []
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = path.relative_to(folder).as_posix()
-        entry = listed.get(name)
-        if entry is None or not same_content(path, entry.lfs.sha256 if entry.lfs else None, entry.blob_id):
-            differing.append(name)
+    with tempfile.TemporaryDirectory() as cache:
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            name = path.relative_to(folder).as_posix()
+            entry = listed.get(name)
+            same = entry is not None and same_content(path, entry.lfs.sha256 if entry.lfs else None, entry.blob_id)
+            if (
+                entry is not None
+                and entry.lfs is None
+                and (read_back or not same)
+                and entry.size == path.stat().st_size
+            ):
+                fetched = hf_hub_download(repo_id, name, revision=revision, cache_dir=cache)
+                same = Path(fetched).read_bytes() == path.read_bytes()
+            if not same:
+                differing.append(name)
     return differing
 
 
@@ -85,15 +99,3 @@ def same_content(path: Path, sha256: str | None, blob_id: str | None) -> bool:
         return sha256_of(path) == sha256
     data = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == blob_id
-
-
-def misread_files(api: HfApi, repo_id: str, revision: str, folder: Path) -> list[str]:
-    """Name the files that do not come back as they are here: large ones by their hash, small ones by their bytes."""
-    wrong = set(differing_files(api, repo_id, revision, folder))
-    with tempfile.TemporaryDirectory() as cache:
-        for entry in api.list_repo_tree(repo_id, revision=revision, recursive=True):
-            if isinstance(entry, RepoFile) and entry.lfs is None and (folder / entry.path).is_file():
-                fetched = hf_hub_download(repo_id, entry.path, revision=revision, cache_dir=cache)
-                if Path(fetched).read_bytes() != (folder / entry.path).read_bytes():
-                    wrong.add(entry.path)
-    return sorted(wrong)
