@@ -2,7 +2,9 @@
 
 import argparse
 import contextlib
+import dataclasses
 import difflib
+import json
 import logging
 import os
 import sys
@@ -13,6 +15,8 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from resnext_hub.errors import RequestError, RunError, StoppedRun
+
+_logger = logging.getLogger(__name__)
 
 EXTRA_PACKAGES = frozenset(
     ("accelerate", "datasets", "jinja2", "matplotlib", "numpy", "PIL", "pyarrow", "sklearn", "tqdm", "yaml")
@@ -28,7 +32,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; give its exit code: 2 for a wrong request, 1 for a failed run, 143 or 130 for a stopped one."""
+    """Run a command; give its exit code: 2 for a wrong request, 1 for a failed run, above 128 for a stopped one."""
     is_main = os.environ.get("RANK", "0") == "0"
     _set_up_logging(is_main)
     try:
@@ -46,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say(stopped, stopped.code, is_main)
     except KeyboardInterrupt:
         return _say("stopped; the same command goes on from the last checkpoint, or else starts over", 130, is_main)
+    except BrokenPipeError:  # the reader has seen enough, as head does; what is left unwritten has no place to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     return 0
 
 
@@ -102,7 +109,17 @@ def _build_parser() -> argparse.ArgumentParser:
 
     evaluate = _add(commands, "evaluate", _evaluate, "evaluate a run's model again, and compare with its record")
     evaluate.add_argument("run", type=Path, help="the run folder")
-    evaluate.add_argument("--threads", default="auto", help="computing threads on a CPU (default: auto)")
+    _add_threads(evaluate)
+
+    predict = _add(commands, "predict", _predict, "classify pictures")
+    predict.add_argument("model", metavar="RUN_OR_MODEL", help="a run folder, a model folder, or hf-hub:owner/repo")
+    predict.add_argument("path", type=Path, nargs="+", metavar="PATH", help="pictures, or folders with pictures")
+    predict.add_argument(
+        "--top", type=_positive, default=1, metavar="N", help="classes to give for each picture (default: 1)"
+    )
+    predict.add_argument("--json", action="store_true", help="print a JSON object for each picture, one a line")
+    predict.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="pictures at once (default: 32)")
+    _add_threads(predict)
 
     push = _add(commands, "push", _push, "upload a run's model folder to the Hub, in one commit")
     push.add_argument("run", type=Path, help="the run folder")
@@ -121,6 +138,22 @@ def _add(
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
     parser.set_defaults(command=function)
     return parser
+
+
+def _add_threads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=_threads, default="auto", help="computing threads on a CPU (default: auto)")
+
+
+def _threads(text: str) -> str:
+    if text != "auto" and not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text}: expected auto or a positive number")
+    return text
+
+
+def _positive(text: str) -> int:
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text}: expected a positive number")
+    return int(text)
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
@@ -240,8 +273,6 @@ def _table(rows: list[tuple[str, ...]]) -> str:
 def _evaluate(options: argparse.Namespace) -> None:
     from resnext_hub.run import evaluate_run
 
-    if options.threads != "auto" and not (options.threads.isdigit() and int(options.threads) > 0):
-        raise RequestError(f"--threads {options.threads}: expected auto or a positive number")
     evaluation, record = evaluate_run(options.run, options.threads)
     recorded = record.evaluation
     text = (
@@ -252,6 +283,34 @@ def _evaluate(options: argparse.Namespace) -> None:
     if evaluation.confusion(classes).tolist() != recorded.confusion:
         raise RunError(f"the counts differ from the record: {text}")
     _print(f"{text}: the same counts in every class\n")
+
+
+def _predict(options: argparse.Namespace) -> None:
+    import torch
+
+    from resnext_hub.inference.predict import Unread, find_pictures, predict
+    from resnext_hub.inference.trained import load_trained
+    from resnext_hub.machine import device_type, set_threads
+
+    paths = find_pictures(options.path)
+    model = load_trained(options.model)
+    device = torch.device(device_type())
+    set_threads(options.threads, device.type)
+    unread = 0
+    for result in predict(model, paths, batch_size=options.batch_size, device=device, top=options.top):
+        if isinstance(result, Unread):
+            unread += 1
+            _logger.warning("%s: cannot be read: %s", result.path, result.reason)
+        elif options.json:
+            guesses = [dataclasses.asdict(guess) for guess in result.guesses]
+            _print(json.dumps({"path": str(result.path), "predictions": guesses}) + "\n")
+        else:
+            columns = (f"\t{guess.label}\t{guess.probability:.4f}" for guess in result.guesses)
+            _print(f"{result.path}{''.join(columns)}\n")
+    if unread == len(paths):
+        raise RunError(f"none of the {unread} pictures could be read")
+    if unread:
+        _logger.warning("%d of %d pictures could not be read", unread, len(paths))
 
 
 def _push(options: argparse.Namespace) -> None:
@@ -302,5 +361,5 @@ def _bars_beside_logs() -> Iterator[None]:
 
 def _print(text: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        sys.stdout.write(text)
+        sys.stdout.write(text.encode(errors="backslashreplace").decode())  # names of files need not be UTF-8
         sys.stdout.flush()

@@ -89,3 +89,18 @@ def folder_of_classes(tmp_path: Path) -> Path:
     for name, count, shade in (("bus", 12, 40), ("car", 10, 120), ("train", 8, 210)):
         write_pictures(root / name, count, shade)
     return root
+
+
+@pytest.fixture(scope="session")
+def vehicles_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on folders of pictures: `vehicles/validation` beside it has 36, and one that is broken."""
+    root = tmp_path_factory.mktemp("vehicles-run")
+    for split, count, darker in (("train", 20, 0), ("validation", 12, 7)):
+        for name, shade in (("bus", 60), ("car", 110), ("train", 160)):
+            write_pictures(root / "vehicles" / split / name, count, shade - darker)
+    (root / "vehicles" / "validation" / "car" / "005-broken.png").write_bytes(b"no picture")
+    flags = (*TINY, "--dataset", root / "vehicles", "--image-size", 32, "--max-steps", 24, "--lr", 0.01, "--threads", 1)
+    flags += ("--batch-size", 20, "--max-bad-fraction", 0.5, "--output-dir", root / "run")
+    done = run_process("scripts/train.py", *flags)
+    assert done.returncode == 0, done.stderr
+    return root / "run"

@@ -15,7 +15,7 @@ ORDER = (
     {"machine", "record"},
     {"models"},
     {"data"},
-    {"training", "hub"},
+    {"training", "hub", "inference"},
     {"plots", "recipes"},
     {"plan"},
     {"run"},

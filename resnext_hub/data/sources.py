@@ -94,12 +94,16 @@ def _list_pictures(root: Path, classes: Sequence[str]) -> tuple[list[Path], list
     paths: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = []
-        for folder, _, files in os.walk(root / name, followlinks=True):
-            found += [Path(folder, file) for file in files if _is_picture(file)]
-        paths += sorted(found)
+        found = list_pictures(root / name)
+        paths += found
         labels += [label] * len(found)
     return paths, labels
+
+
+def list_pictures(folder: Path) -> list[Path]:
+    """Give the pictures anywhere under a folder, known by their suffixes, in the order of their paths."""
+    walk = os.walk(folder, followlinks=True)
+    return sorted(Path(place, file) for place, _, files in walk for file in files if _is_picture(file))
 
 
 def _is_picture(name: str) -> bool:

@@ -1,0 +1,247 @@
+"""Pictures get the labels that the run's own evaluation gave them, one line each."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from conftest import ROOT, run_process, write_pictures
+from loopback_hub import serve
+from PIL import Image
+from pyarrow import parquet
+from pytest import approx, fixture, mark
+from safetensors.torch import save_file
+
+Command = Callable[..., tuple[int, str, str]]
+
+CLASSES = ["bus", "car", "train"]
+
+
+@fixture
+def pictures(vehicles_run: Path) -> Path:
+    return vehicles_run.parent / "vehicles" / "validation"
+
+
+def evaluated(run: Path) -> dict[str, list]:
+    return parquet.read_table(run / "predictions.parquet").to_pydict()
+
+
+def objects(out: str) -> list[dict]:
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_predictions_are_those_of_the_runs_evaluation_to_the_bit(
+    vehicles_run: Path, pictures: Path, command: Command
+) -> None:
+    code, out, err = command("predict", vehicles_run, pictures, "--json", "--threads", 1)
+    assert code == 0
+    found = objects(out)
+    expected = evaluated(vehicles_run)
+    files = sorted(pictures.rglob("*.png"))
+    assert [line["path"] for line in found] == [str(files[index]) for index in expected["index"]]
+    best = [line["predictions"][0] for line in found]
+    assert len(best) == 36
+    assert [guess["index"] for guess in best] == expected["prediction"]
+    assert [guess["label"] for guess in best] == [CLASSES[index] for index in expected["prediction"]]
+    assert np.float32([guess["probability"] for guess in best]).tolist() == expected["probability"]
+    assert len(set(expected["prediction"])) > 1  # else equal predictions would say little
+    assert err.splitlines() == [
+        f"{pictures / 'car' / '005-broken.png'}: cannot be read: not an image",
+        "1 of 37 pictures could not be read",
+    ]
+
+
+@mark.parametrize("batch_size", [1, 7])
+def test_another_batch_size_gives_the_same_labels(
+    batch_size: int, vehicles_run: Path, pictures: Path, command: Command
+) -> None:
+    _, out, _ = command("predict", vehicles_run, pictures, "--json", "--batch-size", batch_size)
+    expected = evaluated(vehicles_run)
+    best = [line["predictions"][0] for line in objects(out)]
+    assert [guess["index"] for guess in best] == expected["prediction"]
+    # other shapes are other sums in float32
+    assert [guess["probability"] for guess in best] == approx(expected["probability"], rel=1e-5)
+
+
+def test_a_line_holds_path_label_and_probability_between_tabs(
+    vehicles_run: Path, pictures: Path, command: Command
+) -> None:
+    first, second = pictures / "train" / "003.png", pictures / "bus" / "001.png"
+    code, out, err = command("predict", vehicles_run, first, second)
+    assert (code, err) == (0, "")
+    rows = [line.split("\t") for line in out.splitlines()]
+    assert [row[0] for row in rows] == [str(first), str(second)]  # in the order of the command
+    for _, label, probability in rows:
+        assert label in CLASSES
+        assert 1 / 3 <= float(probability) <= 1
+
+
+def test_top_gives_classes_by_probability_and_all_of_them_sum_to_one(
+    vehicles_run: Path, pictures: Path, command: Command
+) -> None:
+    _, out, _ = command("predict", vehicles_run, pictures / "bus", "--top", 2)
+    assert all(len(line.split("\t")) == 5 for line in out.splitlines())
+    _, out, _ = command("predict", vehicles_run, pictures / "bus", "--top", 9, "--json")
+    for line in objects(out):
+        probabilities = [guess["probability"] for guess in line["predictions"]]
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert sum(probabilities) == approx(1, abs=1e-6)
+        assert sorted(guess["label"] for guess in line["predictions"]) == CLASSES
+
+
+def test_a_model_folder_predicts_as_its_run_does(
+    vehicles_run: Path, pictures: Path, command: Command, tmp_path: Path
+) -> None:
+    _, expected, _ = command("predict", vehicles_run, pictures)
+    shutil.copytree(vehicles_run / "model", tmp_path / "anywhere")
+    for where in (tmp_path / "anywhere", f"local-dir:{tmp_path / 'anywhere'}"):
+        assert command("predict", where, pictures)[:2] == (0, expected)
+
+
+def test_folders_are_searched_recursively_for_pictures_in_the_order_of_their_paths(
+    vehicles_run: Path, command: Command, tmp_path: Path
+) -> None:
+    write_pictures(tmp_path / "b" / "deep", 2, 100)
+    write_pictures(tmp_path / "a", 1, 100)
+    (tmp_path / "a" / "notes.txt").write_text("no picture")
+    (tmp_path / "a" / "000.png").rename(tmp_path / "a" / "UPPER.PNG")
+    _, out, err = command("predict", vehicles_run, tmp_path)
+    names = [line.split("\t")[0] for line in out.splitlines()]
+    assert names == [str(tmp_path / name) for name in ("a/UPPER.PNG", "b/deep/000.png", "b/deep/001.png")]
+    assert err == ""
+
+
+def test_names_that_are_not_utf8_are_printed_and_read(vehicles_run: Path, command: Command, tmp_path: Path) -> None:
+    odd = tmp_path / "caf\udce9.png"
+    Image.new("RGB", (40, 40)).save(tmp_path / "plain.png")
+    (tmp_path / "plain.png").rename(odd)
+    code, out, _ = command("predict", vehicles_run, odd)
+    assert code == 0
+    assert out.startswith(f"{tmp_path}/caf\\udce9.png\t")
+    assert objects(command("predict", vehicles_run, odd, "--json")[1])[0]["path"] == str(odd)
+
+
+def test_pictures_of_which_none_can_be_read_exit_with_1(vehicles_run: Path, command: Command, tmp_path: Path) -> None:
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "text.jpg").write_text("text")
+    code, out, err = command("predict", vehicles_run, tmp_path)
+    assert (code, out) == (1, "")
+    assert err.splitlines() == [
+        f"{tmp_path / 'empty.jpg'}: cannot be read: zero bytes",
+        f"{tmp_path / 'text.jpg'}: cannot be read: not an image",
+        "error: none of the 2 pictures could be read",
+    ]
+
+
+def test_a_reader_that_leaves_early_ends_the_command_without_a_traceback(vehicles_run: Path, pictures: Path) -> None:
+    words = [sys.executable, "scripts/predict.py", str(vehicles_run), str(pictures), "--batch-size", "1"]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+def small_model(folder: Path, **config: object) -> Path:
+    """Write a model folder of a tiny untrained network of 1,000 classes, with further entries of its config.json."""
+    folder.mkdir()
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_resnet").state_dict(), folder / "model.safetensors")
+    content = {"architecture": "test_resnet", "num_classes": 1000, "pretrained_cfg": {"input_size": [3, 32, 32]}}
+    (folder / "config.json").write_text(json.dumps(content | config))
+    return folder
+
+
+@mark.parametrize(
+    ("config", "labels"),
+    [
+        ({}, [str(index) for index in range(1000)]),
+        ({"label_names": [f"kind {index}" for index in range(1000)]}, [f"kind {index}" for index in range(1000)]),
+        ({"label_names": {index: f"kind {index}" for index in range(1000)}}, [f"kind {i}" for i in range(1000)]),
+        ({"pretrained_cfg": {"tag": "r160_in1k"}}, timm.data.ImageNetInfo().label_descriptions()),
+    ],
+    ids=["none", "list", "map", "imagenet"],
+)
+def test_labels_are_the_stated_ones_or_imagenets_or_numbers(
+    config: dict, labels: list[str], command: Command, tmp_path: Path
+) -> None:
+    model = small_model(tmp_path / "model-folder", **config)
+    write_pictures(tmp_path / "pictures", 1, 100)
+    _, out, _ = command("predict", model, tmp_path / "pictures", "--json", "--top", 1000)
+    guesses = objects(out)[0]["predictions"]
+    assert [guess["label"] for guess in sorted(guesses, key=lambda guess: guess["index"])] == labels
+
+
+def test_a_model_on_the_hub_predicts(vehicles_run: Path, pictures: Path, command: Command, tmp_path: Path) -> None:
+    _, expected, _ = command("predict", vehicles_run, pictures)
+    files = {name: (vehicles_run / "model" / name).read_bytes() for name in ("config.json", "model.safetensors")}
+    with serve() as hub:
+        hub.create("models", "me/vehicles").commit("weights", files)
+        words = ("scripts/predict.py", "hf-hub:me/vehicles", pictures)
+        done = run_process(*words, HF_HOME=str(tmp_path), **hub.environment())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == expected
+
+
+@mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--top", "0"], ["--top: 0: expected a positive number"]),
+        (["--batch-size", "-1"], ["--batch-size: -1: expected a positive number"]),
+        (["--threads", "none"], ["--threads: none: expected auto or a positive number"]),
+    ],
+)
+def test_a_wrong_number_exits_with_2(flags: list[str], parts: list[str], command: Command) -> None:
+    code, _, err = command("predict", "nowhere", "nothing.jpg", *flags)
+    assert code == 2
+    for part in parts:
+        assert part in err
+
+
+def test_what_is_no_trained_model_exits_with_2_in_a_line(vehicles_run: Path, command: Command, tmp_path: Path) -> None:
+    write_pictures(tmp_path / "pictures", 1, 100)
+    unnamed = small_model(tmp_path / "unnamed", label_names=["one"])
+    foreign = small_model(tmp_path / "foreign", architecture="test_vit")
+    unknown = small_model(tmp_path / "unknown", architecture="sparkle")
+    no_json = small_model(tmp_path / "no-json")
+    (no_json / "config.json").write_text("{")
+    damaged = small_model(tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes(b"1234")
+    without = small_model(tmp_path / "without")
+    (without / "model.safetensors").unlink()
+    for where, part in (
+        ("resnext_g32", "resnext_g32 holds no trained model: expected the folder of a finished run"),
+        (tmp_path, "holds no trained model"),
+        (unnamed, "its label_names do not name each of its 1000 classes"),
+        (foreign, "model.safetensors and config.json do not make a test_vit"),
+        (unknown, "its architecture sparkle is unknown to timm"),
+        (no_json, "its config.json is not JSON"),
+        (damaged, "model.safetensors and config.json do not make a test_resnet"),
+        (without, "there is no model.safetensors in"),
+    ):
+        code, out, err = command("predict", where, tmp_path / "pictures")
+        assert (code, out) == (2, ""), err
+        assert part in err
+        assert err.count("\n") == 1
+        assert "--model" not in err
+
+
+def test_a_model_on_a_hub_out_of_reach_exits_with_1(command: Command, tmp_path: Path) -> None:
+    write_pictures(tmp_path / "pictures", 1, 100)
+    code, _, err = command("predict", "hf-hub:me/vehicles", tmp_path / "pictures")
+    assert code == 1
+    assert "the Hub could not be reached for hf-hub:me/vehicles" in err
+
+
+def test_paths_without_pictures_exit_with_2(vehicles_run: Path, command: Command, tmp_path: Path) -> None:
+    for path, part in (
+        (tmp_path, "holds no pictures; known suffixes: .avif"),
+        (tmp_path / "x.jpg", "there is no such"),
+    ):
+        code, _, err = command("predict", vehicles_run, path)
+        assert code == 2
+        assert part in err
