@@ -18,10 +18,14 @@ from resnext_hub.errors import RequestError, RunError, StoppedRun
 
 _logger = logging.getLogger(__name__)
 
-EXTRA_PACKAGES = frozenset(
-    ("accelerate", "datasets", "jinja2", "matplotlib", "numpy", "PIL", "pyarrow", "sklearn", "tqdm", "yaml")
-)
-"""What the commands import beyond the package itself: the extra `train`."""
+EXTRA_OF_PACKAGE = {
+    **dict.fromkeys(
+        ("accelerate", "datasets", "jinja2", "matplotlib", "numpy", "PIL", "pyarrow", "sklearn", "tqdm", "yaml"),
+        "train",
+    ),
+    **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "onnx"),
+}
+"""What the commands import beyond the package's own dependencies, and the extra that brings it."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,9 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunError as error:
         return _say(error, 1, is_main or not error.everywhere)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in EXTRA_PACKAGES:
+        extra = EXTRA_OF_PACKAGE.get((error.name or "").partition(".")[0])
+        if extra is None:
             raise
-        return _say(f'{error.name} is not installed; pip install "resnext-hub[train]"', 2, is_main)
+        return _say(f'{error.name} is not installed; pip install "resnext-hub[{extra}]"', 2, is_main)
     except StoppedRun as stopped:
         return _say(stopped, stopped.code, is_main)
     except KeyboardInterrupt:
@@ -120,6 +125,16 @@ def _build_parser() -> argparse.ArgumentParser:
     predict.add_argument("--json", action="store_true", help="print a JSON object for each picture, one a line")
     predict.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="pictures at once (default: 32)")
     _add_threads(predict)
+
+    export = _add(commands, "export", _export, "write a trained network for another runtime")
+    export.add_argument("model", metavar="RUN_OR_MODEL", help="a run folder, a model folder, or hf-hub:owner/repo")
+    export.add_argument("--format", choices=("onnx",), default="onnx", help="what to write (default: onnx)")
+    export.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="the file (default: model.onnx in the run folder, or beside the model)",
+    )
 
     push = _add(commands, "push", _push, "upload a run's model folder to the Hub, in one commit")
     push.add_argument("run", type=Path, help="the run folder")
@@ -311,6 +326,21 @@ def _predict(options: argparse.Namespace) -> None:
         raise RunError(f"none of the {unread} pictures could be read")
     if unread:
         _logger.warning("%d of %d pictures could not be read", unread, len(paths))
+
+
+def _export(options: argparse.Namespace) -> None:
+    from resnext_hub.inference.export_onnx import BATCH_SIZES, TOLERANCE, export_onnx
+    from resnext_hub.inference.trained import load_trained
+
+    model = load_trained(options.model)
+    done = export_onnx(model, options.output)
+    size = ", ".join(map(str, model.data_config["input_size"]))
+    _print(
+        f"{done.path}: {done.path.stat().st_size / 1e6:.1f} MB, images (N, {size}) float32 to logits "
+        f"(N, {len(model.label_names)})\n"
+        f"ONNX Runtime against torch, at {', '.join(map(str, BATCH_SIZES))} pictures: greatest error "
+        f"{done.absolute_error:.1e} absolute, {done.relative_error:.1e} relative (tolerated: {TOLERANCE:.0e})\n"
+    )
 
 
 def _push(options: argparse.Namespace) -> None:

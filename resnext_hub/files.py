@@ -13,13 +13,17 @@ _PARTIAL = ".partial-"
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write a file aside, flush it to the disk, and rename it over the old one."""
+    """Write a file aside, flush it to the disk, and rename it over the old one; if that fails, leave nothing."""
     aside = path.with_name(f"{_PARTIAL}{path.name}")
-    with open(aside, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with open(aside, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
     _sync_folder(path.parent)
 
 

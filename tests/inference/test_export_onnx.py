@@ -1,0 +1,229 @@
+"""An exported file gives torch's logits in ONNX Runtime, and suffices by itself to classify a picture."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import timm
+import torch
+from conftest import ROOT, run_process
+from pytest import MonkeyPatch, fixture, mark, raises
+from timm.models._hub import save_for_hf
+from torch import nn
+
+from resnext_hub.errors import RequestError, RunError
+from resnext_hub.inference import export_onnx as exporting
+from resnext_hub.inference.export_onnx import TOLERANCE, export_onnx
+from resnext_hub.inference.trained import load_trained
+
+Command = Callable[..., tuple[int, str, str]]
+
+CLASSIFY = """
+import json, math, sys
+for name in ("torch", "torchvision", "timm", "resnext_hub"):
+    sys.modules[name] = None  # importing it says that there is no such module
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+file, *pictures = sys.argv[1:]
+session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+facts = session.get_modelmeta().custom_metadata_map
+how = json.loads(facts["preprocessing"])
+names = json.loads(facts["label_names"])
+_, height, width = how["input_size"]
+assert height == width and how["crop_mode"] == "center"
+edge = math.floor(height / how["crop_pct"])
+for path in pictures:
+    picture = Image.open(path).convert("RGB")
+    shorter = min(picture.size)
+    size = [int(edge * length / shorter) for length in picture.size]
+    picture = picture.resize(size, Image.Resampling[how["interpolation"].upper()])
+    left, top = round((picture.width - width) / 2), round((picture.height - height) / 2)
+    picture = picture.crop((left, top, left + width, top + height))
+    pixels = (np.float32(picture) / np.float32(255) - np.float32(how["mean"])) / np.float32(how["std"])
+    (logits,) = session.run(["logits"], {"images": pixels.transpose(2, 0, 1)[None]})
+    powers = np.exp(logits[0] - logits[0].max())
+    print(json.dumps([names[int(powers.argmax())], float(powers.max() / powers.sum())]))
+"""
+"""What somebody would write who has the file and its metadata, and none of our libraries."""
+
+
+@fixture(scope="module")
+def exported(vehicles_run: Path) -> Path:
+    done = run_process("-W", "error", "scripts/export.py", vehicles_run, "--format", "onnx")
+    assert (done.returncode, done.stderr) == (0, "")
+    file = vehicles_run / "model.onnx"
+    assert done.stdout.startswith(f"{file}: ")
+    assert "images (N, 3, 32, 32) float32 to logits (N, 3)" in done.stdout
+    assert "ONNX Runtime against torch, at 1, 2, 7 pictures: greatest error" in done.stdout
+    return file
+
+
+def facts_of(file: Path) -> dict[str, str]:
+    return {entry.key: entry.value for entry in onnx.load(file).metadata_props}
+
+
+def save_with_timm(folder: Path, name: str, size: int) -> Path:
+    """Have timm write a model folder of an untrained network, whose running statistics are those of some noise."""
+    torch.manual_seed(0)
+    network = timm.create_model(name, num_classes=10, pretrained_cfg_overlay={"input_size": (3, size, size)})
+    with torch.no_grad():
+        network.train()(torch.randn(4, 3, size, size))
+    save_for_hf(network, folder, safe_serialization=True)
+    return folder
+
+
+def test_the_file_alone_classifies_pictures_as_predict_does(
+    exported: Path, vehicles_run: Path, command: Command
+) -> None:
+    validation = vehicles_run.parent / "vehicles" / "validation"
+    pictures = [validation / kind / f"{index:03d}.png" for kind in ("bus", "car", "train") for index in range(7)]
+    # of seven widths, so that resizing and cropping matter
+    done = run_process("-c", CLASSIFY, exported, *pictures)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    _, out, _ = command("predict", vehicles_run, *pictures, "--json")
+    expected = [json.loads(line)["predictions"][0] for line in out.splitlines()]
+    assert [label for label, _ in found] == [guess["label"] for guess in expected]
+    # other sums of float32, of the same pixels
+    np.testing.assert_allclose([p for _, p in found], [guess["probability"] for guess in expected], rtol=1e-5)
+
+
+def test_the_metadata_names_labels_preprocessing_licence_and_source(exported: Path) -> None:
+    facts = facts_of(exported)
+    assert json.loads(facts["label_names"]) == ["bus", "car", "train"]
+    config = json.loads((exported.parent / "model" / "config.json").read_text())
+    how = json.loads(facts["preprocessing"])
+    assert how == {key: config["pretrained_cfg"][key] for key in how}
+    assert set(how) == {"input_size", "crop_pct", "crop_mode", "interpolation", "mean", "std"}
+    assert (facts["license"], facts["source"], facts["architecture"]) == ("unknown", "run/model", "test_resnet")
+    assert "the shorter edge is floor(size / crop_pct) pixels" in onnx.load(exported).doc_string
+
+
+def test_the_file_is_valid_and_names_no_path_of_this_machine(exported: Path) -> None:
+    onnx.checker.check_model(onnx.load(exported), full_check=True)
+    content = exported.read_bytes()
+    for word in (str(ROOT), str(exported.parent.parent), "site-packages", ".py", "File "):
+        assert word.encode() not in content, word
+
+
+@mark.parametrize(("name", "size"), [("resnext_g32", 64), ("resnext29_g32_w4", 32), ("test_vit_relpos", 160)])
+def test_onnx_runtime_gives_torchs_logits_at_any_number_of_pictures(name: str, size: int, tmp_path: Path) -> None:
+    model = load_trained(str(save_with_timm(tmp_path / "model", name, size)))
+    done = export_onnx(model)
+    assert done.path == tmp_path / "model.onnx"
+    assert done.absolute_error > 0
+    assert done.relative_error < TOLERANCE / 10  # so that the tolerance refuses nothing that is right
+    session = onnxruntime.InferenceSession(done.path, providers=["CPUExecutionProvider"])
+    (images,), (logits,) = session.get_inputs(), session.get_outputs()
+    assert (images.name, images.type, images.shape) == ("images", "tensor(float)", ["batch", 3, size, size])
+    assert (logits.name, logits.type, logits.shape) == ("logits", "tensor(float)", ["batch", 10])
+    for count in (1, 5):  # 5 is none of the sizes that the export itself compares
+        pictures = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(count))
+        with torch.inference_mode():
+            expected = model.network(pictures).numpy()
+        (found,) = session.run(["logits"], {"images": pictures.numpy()})
+        np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+
+
+def test_the_same_model_gives_the_same_bytes(exported: Path, vehicles_run: Path, tmp_path: Path) -> None:
+    done = export_onnx(load_trained(str(vehicles_run)), tmp_path / "deep" / "again.onnx")
+    assert done.path.read_bytes() == exported.read_bytes()
+
+
+def test_an_error_above_the_tolerance_is_refused_and_leaves_no_file(vehicles_run: Path, tmp_path: Path) -> None:
+    place = tmp_path / "new" / "model.onnx"
+    with raises(RunError, match=r"logits differ from torch's by \S+, which is \S+ of the greatest logit"):
+        export_onnx(load_trained(str(vehicles_run)), place, tolerance=0.0)
+    assert list(tmp_path.iterdir()) == []
+
+
+class _OfTwo(nn.Module):
+    """Gives three logits, with a factor that depends on the number of pictures."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)[:, :3] * (2 if len(images) == 2 else 1)
+
+
+class _Branching(nn.Module):
+    """Gives three logits, with a factor that depends on the pixels in a way that no graph can hold."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)[:, :3] * (2 if images.sum() > 0 else 1)
+
+
+class _Drifting(nn.Module):
+    """Gives other logits each time, as a network with random parts does."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)[:, :3] + torch.randn(1)
+
+
+@mark.parametrize(
+    ("network", "reason"),
+    [
+        (_OfTwo(), "the network binds its images to a batch of 2: expected any size"),
+        (_Branching(), "torch cannot export the network: Could not guard on data-dependent expression"),
+        (_Drifting(), "ONNX Runtime's logits differ from torch's"),
+    ],
+    ids=["of-two", "branching", "drifting"],
+)
+def test_a_network_that_no_file_can_hold_is_refused_in_a_line(
+    network: nn.Module, reason: str, vehicles_run: Path, tmp_path: Path
+) -> None:
+    model = replace(load_trained(str(vehicles_run)), network=network.eval())
+    with raises(RunError) as refused:
+        export_onnx(model, tmp_path / "model.onnx")
+    assert reason in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_beyond_two_gib_is_refused_before_any_work(vehicles_run: Path, tmp_path: Path) -> None:
+    with torch.device("meta"):
+        network = nn.Linear(2**15, 2**14 + 1)
+    with raises(RequestError, match=r"2\.1 GB of weights, and an ONNX file holds at most 2 GiB"):
+        export_onnx(replace(load_trained(str(vehicles_run)), network=network), tmp_path / "model.onnx")
+
+
+def test_a_model_of_the_hub_is_named_after_its_repository_and_keeps_its_licence(
+    vehicles_run: Path, tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    like = load_trained(str(vehicles_run))
+    facts = {"requested": "hf-hub:me/vehicles@v1", "base_id": "me/vehicles@v1", "base_license": "cc-by-4.0"}
+    done = export_onnx(replace(like, source=replace(like.source, **facts)))
+    assert done.path == Path("vehicles.onnx")
+    properties = facts_of(done.path)
+    assert (properties["source"], properties["license"]) == ("me/vehicles@v1", "cc-by-4.0")
+
+
+@mark.parametrize("package", ["onnx", "onnxruntime", "onnxscript"])
+def test_a_missing_package_is_said_with_its_extra(
+    package: str, vehicles_run: Path, command: Command, monkeypatch: MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, exporting.__name__)
+    monkeypatch.setitem(sys.modules, package, None)
+    code, out, err = command("export", vehicles_run)
+    assert (code, out) == (2, "")
+    assert err == f'error: {package} is not installed; pip install "resnext-hub[onnx]"\n'
+
+
+def test_a_place_that_takes_no_file_exits_with_2(vehicles_run: Path, command: Command, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place, part in (
+        (tmp_path, f"--output {tmp_path} is a folder: expected a file"),
+        (tmp_path / "file" / "model.onnx", f"cannot be made, as {tmp_path / 'file'} is a file; give another --output"),
+    ):
+        code, _, err = command("export", vehicles_run, "--output", place)
+        assert code == 2
+        assert part in err
+    code, _, err = command("export", vehicles_run, "--format", "sparkle")
+    assert code == 2
+    assert "invalid choice: 'sparkle'" in err
