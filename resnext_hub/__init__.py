@@ -6,7 +6,7 @@ from typing import Any
 
 from resnext_hub.models import VARIANTS, load_weights
 
-__all__ = ["VARIANTS", "__version__", "from_hub", "load_weights"]
+__all__ = ["VARIANTS", "__version__", "from_hub", "load_weights", "optimize"]
 
 
 def __getattr__(name: str) -> Any:
@@ -15,4 +15,8 @@ def __getattr__(name: str) -> Any:
         from resnext_hub.hub.load import from_hub
 
         return from_hub
+    if name == "optimize":
+        from resnext_hub.inference.optimize import optimize
+
+        return optimize
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -69,6 +69,7 @@ import timm
 import resnext_hub
 assert timm.create_model("resnext_g32", num_classes=7).num_classes == 7
 assert callable(resnext_hub.from_hub)
+assert callable(resnext_hub.optimize)
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
