@@ -65,6 +65,12 @@ def exported(vehicles_run: Path) -> Path:
     return file
 
 
+@fixture(autouse=True)
+def _one_thread() -> None:
+    """Let small networks not wait for each other's threads where the machine has other work."""
+    torch.set_num_threads(1)
+
+
 def facts_of(file: Path) -> dict[str, str]:
     return {entry.key: entry.value for entry in onnx.load(file).metadata_props}
 
