@@ -34,7 +34,7 @@ def plot_curves(record: RunRecord) -> "Figure":
     steps = [line for line in record.history if "loss" in line]
     evaluations = [line for line in record.history if "eval_loss" in line]
     at = [line["epoch"] for line in evaluations]
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    figure = Figure(figsize=(7.8, 2.9), layout="constrained")  # legible where a page shows it 600 pixels wide
     loss, accuracy, rate = figure.subplots(1, 3)
 
     marker = "." if len(steps) < FEW_POINTS else ""  # a single point makes no line
@@ -47,19 +47,20 @@ def plot_curves(record: RunRecord) -> "Figure":
         label="training (augmented)",
     )
     loss.plot(at, [e["eval_loss"] for e in evaluations], "o-", color="C1", markersize=3, label="evaluation")
-    loss.set(title="Loss", xlabel="epoch", ylabel="cross entropy (nats)")
+    loss.set(title="Loss (nats)", xlabel="epoch")
     loss.set_ylim(bottom=0.0)
     loss.legend(frameon=False)
 
     accuracy.plot(at, [100 * e["eval_top1"] for e in evaluations], "o-", color="C1", markersize=3)
     best = record.evaluation
     accuracy.plot([best.epoch], [100 * best.top1], "o", color="C3", markersize=8, fillstyle="none")
-    accuracy.set(title=f"Accuracy, at best {100 * best.top1:.2f} %", xlabel="epoch", ylabel="top-1 (%), evaluation")
+    accuracy.set(title=f"Top-1, at best {100 * best.top1:.2f} %", xlabel="epoch")
 
     rate.plot([s["epoch"] for s in steps], [s["lr"] for s in steps], color="C2", marker=marker)
     rate.set(title="Learning rate", xlabel="epoch")
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
     for axes in (loss, accuracy, rate):
+        axes.title.set_fontsize(10)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
     return figure

@@ -49,6 +49,7 @@ def export_model(
         **{key: list(value) if isinstance(value, tuple) else value for key, value in input_facts.items()},
         "num_classes": len(label_names),
         "pool_size": None,
+        "fixed_input_size": known.get("fixed_input_size") or None,
         "first_conv": known.get("first_conv"),
         "classifier": known.get("classifier"),
         "custom_load": False,

@@ -61,7 +61,7 @@ assert "resnext_hub" not in sys.modules
 """
 
 
-@mark.parametrize("name", ["resnext_g1", "resnext_g2", "resnext_g8", "resnext_g32", "resnext26_g32", "resnext101_g2"])
+@mark.parametrize("name", ["resnext_g1", "resnext_g8", "resnext_g32", "resnext26_g32"])
 def test_an_exported_variant_loads_to_the_bit_in_stock_timm_and_transformers(name: str, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
