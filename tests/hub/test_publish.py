@@ -104,7 +104,7 @@ def test_push_uploads_the_folder_in_one_commit_that_timm_loads(
     words = ("scripts/push.py", finished, "--repo-id", "me/digits", "--license", "mit")
     done = run_process(*words, HF_HOME=str(tmp_path / "home"), **hub.environment())
     assert done.returncode == 0, done.stderr
-    assert "published: http" in done.stdout
+    assert "published and read back: http" in done.stdout
     repo = hub.repos["models/me/digits"]
     assert len(repo.commits) == 2  # the Hub's own first one, and ours
     files = repo.commits[-1].files
