@@ -159,7 +159,9 @@ def _limits(record: RunRecord) -> list[str]:
         limits.append(f"Fewer than 10 pictures to evaluate on, so that their recall says little: {listed}.")
     np.fill_diagonal(confusion, 0)
     worst = [divmod(int(i), len(names)) for i in np.argsort(-confusion, axis=None, kind="stable")[:3]]
-    said = [f"{_cell(names[a])} for {_cell(names[b])} ({confusion[a, b]} times)" for a, b in worst if confusion[a, b]]
+    said = [
+        f"{_cell(names[a])} for {_cell(names[b])} ({_times(int(confusion[a, b]))})" for a, b in worst if confusion[a, b]
+    ]
     if said:
         limits.append(f"Most often it takes {', '.join(said)}.")
     limits.append(
@@ -167,6 +169,10 @@ def _limits(record: RunRecord) -> list[str]:
         "none of its classes, was not measured."
     )
     return limits
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 def _dataset_link(record: RunRecord) -> str:
