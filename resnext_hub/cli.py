@@ -32,6 +32,7 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in a line, without the usage of every flag before it."""
 
     def error(self, message: str) -> NoReturn:
+        """Refuse a command line in the way that every wrong request is refused."""
         raise RequestError(f"{message} (see {self.prog} --help)")
 
 

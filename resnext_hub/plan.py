@@ -49,7 +49,7 @@ class Plan:
     finished: bool
     """Whether the folder holds this very run, done."""
     resume_from: Path | None
-    """A state from elsewhere to go on from, if the folder holds none."""
+    """A state from elsewhere to go on from, if the folder holds no checkpoints."""
 
 
 def merge_settings(

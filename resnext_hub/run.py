@@ -88,11 +88,11 @@ def execute(plan: Plan) -> RunRecord:
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(RunLock(folder))
             remove_leftovers(folder)
-            if plan.resume_from is not None and not (folder / "config.yaml").is_file():
-                restore_run(plan.resume_from, folder)
             if config.publish.repo_id and (config.publish.push_to_hub or config.publish.push_checkpoints):
                 open_repository(config.publish.repo_id, config.publish.private)
             write_atomic(folder / "config.yaml", _yaml(config.to_flat()))
+            if plan.resume_from is not None and not (folder / "checkpoints").is_dir():
+                restore_run(plan.resume_from, folder)
         accelerator.wait_for_everyone()
         _log_plan(plan, accelerator, precision)
 

@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 
 from resnext_hub.errors import RequestError, RunError, one_line
+from resnext_hub.files import new_folder
 from resnext_hub.hub.remote import HUB_ERRORS, differing_files, persist
 
 _logger = logging.getLogger(__name__)
@@ -142,9 +143,10 @@ def fetch_run(where: str) -> Path:
 
 
 def restore_run(source: Path, folder: Path) -> None:
-    """Put a fetched state into a run folder that holds none."""
-    for step in source.glob("step-*"):
-        shutil.copytree(step, folder / "checkpoints" / step.name)
+    """Put a fetched state into a run folder that holds none; the checkpoint comes last, and whole or not at all."""
     for pattern in LOGS:
         for log in source.glob(pattern):
             shutil.copy2(log, folder / log.name)
+    with new_folder(folder / "checkpoints") as aside:
+        for step in source.glob("step-*"):
+            shutil.copytree(step, aside / step.name)

@@ -149,6 +149,7 @@ class _Tracer(fx.Tracer):
     """Keeps layers whole, also those subclasses of batch norm that carry an activation."""
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        """Say whether a module is one node of the graph."""
         return isinstance(module, (nn.Conv2d, nn.BatchNorm2d)) or super().is_leaf_module(module, name)
 
 
@@ -275,7 +276,7 @@ def _compile(
 @contextlib.contextmanager
 def _quiet_freezing() -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what the compiler says of its own internals
+        warnings.simplefilter("ignore")  # the compiler speaks of its own internals, which no caller can change
         yield
 
 

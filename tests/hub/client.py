@@ -28,7 +28,7 @@ for line in sys.stdin:
                 code = 0
             else:
                 code = main(asked["words"])
-        except Exception:
+        except Exception:  # the process has to live on for the next command; the test sees the traceback and code 99
             traceback.print_exc()
             code = 99
     answer = {"code": code, "out": out.getvalue(), "err": err.getvalue(), "result": scope.get("result")}

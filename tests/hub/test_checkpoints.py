@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import yaml
 from conftest import ROOT, TINY, run_process, write_pictures
 from loopback_hub import Fault, LoopbackHub, serve
 from pytest import fixture
@@ -70,6 +71,15 @@ def test_a_run_whose_machine_is_lost_goes_on_from_the_hub_to_the_same_bits(hub: 
 
     found = tmp_path / "found"
     words = ("scripts/train.py", "--resume-from", "hub:me/run", *there, "--output-dir", found)
+    hub.faults.append(Fault("POST /api/repos/create", "507", 1))
+    assert run_process(*words, **environment).returncode == 1  # which leaves nothing that the next attempt trips over
+    found.mkdir(exist_ok=True)
+    shutil.copy(
+        alone / "config.yaml", found / "config.yaml"
+    )  # as if the next one was killed before the checkpoint came
+    settings = yaml.safe_load((found / "config.yaml").read_text())
+    settings |= {"dataset": str(tmp_path / "there" / "pets"), "push_checkpoints": True, "repo_id": "me/run"}
+    (found / "config.yaml").write_text(yaml.safe_dump(settings))
     done = run_process(*words, **environment)
     assert done.returncode == 0, done.stderr
     assert f"going on from {step}" in done.stderr
