@@ -4,17 +4,21 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import importlib
 import json
 import logging
 import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from resnext_hub.errors import RequestError, RunError, StoppedRun
+
+if TYPE_CHECKING:
+    from resnext_hub.training.config import FlatField
 
 _logger = logging.getLogger(__name__)
 
@@ -26,6 +30,13 @@ EXTRA_OF_PACKAGE = {
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "onnx"),
 }
 """What the commands import beyond the package's own dependencies, and the extra that brings it."""
+
+
+BENCHMARKS = {
+    "inference": "a network's forward pass beside timm, torchvision, ONNX Runtime and OpenVINO",
+    "training": "optimizer steps beside a bare loop and timm's train.py",
+    "loader": "pictures from encoded bytes to batches beside datasets, PIL and timm's transform",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -137,6 +148,11 @@ def _build_parser() -> argparse.ArgumentParser:
         help="the file (default: model.onnx in the run folder, or beside the model)",
     )
 
+    benchmark = _add(commands, "benchmark", _benchmark, "measure speed beside the peers, by turns")
+    kinds = benchmark.add_subparsers(title="what to measure", required=True, metavar="KIND")
+    for kind, text in BENCHMARKS.items():
+        _add_benchmark(kinds, kind, text)
+
     push = _add(commands, "push", _push, "upload a run's model folder to the Hub, in one commit")
     push.add_argument("run", type=Path, help="the run folder")
     push.add_argument("--repo-id", metavar="OWNER/NAME", help="repository, made if it is not there")
@@ -154,6 +170,17 @@ def _add(
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
     parser.set_defaults(command=function)
     return parser
+
+
+def _add_benchmark(kinds: Any, kind: str, text: str) -> None:
+    from resnext_hub.training.config import fields_of
+
+    parser = _add(kinds, kind, _benchmark, text)
+    parser.set_defaults(kind=kind)
+    parser.add_argument("--rounds", type=_positive, default=5, metavar="N", help="rounds that count (default: 5)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every round, the machine and the ratios there")
+    _add_threads(parser)
+    _add_flags(parser, fields_of(importlib.import_module(f"resnext_hub.benchmark.{kind}").Settings))
 
 
 def _add_threads(parser: argparse.ArgumentParser) -> None:
@@ -174,9 +201,15 @@ def _positive(text: str) -> int:
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
     """Add a flag for every field of the training configuration; flags that are not typed leave no trace."""
-    from resnext_hub.training.config import flag_of, flat_fields
+    from resnext_hub.training.config import flat_fields
 
-    for name, field in flat_fields().items():
+    _add_flags(parser, flat_fields())
+
+
+def _add_flags(parser: argparse.ArgumentParser, fields: "Mapping[str, FlatField]") -> None:
+    from resnext_hub.training.config import flag_of
+
+    for name, field in fields.items():
         default = "" if field.default is None else f" (default: {field.default})"
         text = (field.help + default).replace("%", "%%")
         parser.add_argument(flag_of(name), default=argparse.SUPPRESS, help=text, **_flag_type(field.type))
@@ -342,6 +375,22 @@ def _export(options: argparse.Namespace) -> None:
         f"ONNX Runtime against torch, at {', '.join(map(str, BATCH_SIZES))} pictures: greatest error "
         f"{done.absolute_error:.1e} absolute, {done.relative_error:.1e} relative (tolerated: {TOLERANCE:.0e})\n"
     )
+
+
+def _benchmark(options: argparse.Namespace) -> None:
+    from resnext_hub.files import write_atomic
+    from resnext_hub.machine import device_type, set_threads
+    from resnext_hub.training.config import check_value, fields_of
+
+    set_threads(options.threads, device_type())
+    module = importlib.import_module(f"resnext_hub.benchmark.{options.kind}")
+    known = fields_of(module.Settings)
+    given = {name: value for name, value in vars(options).items() if name in known}
+    settings = module.Settings(**{name: check_value(name, value, known[name].type) for name, value in given.items()})
+    contest = module.measure(settings, options.rounds)
+    if options.json is not None:
+        write_atomic(options.json, contest.to_json().encode())
+    _print(contest.table())
 
 
 def _push(options: argparse.Namespace) -> None:

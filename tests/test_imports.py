@@ -19,6 +19,7 @@ ORDER = (
     {"plots", "recipes"},
     {"plan"},
     {"run"},
+    {"benchmark"},
     {"cli"},
     {"__main__"},
 )

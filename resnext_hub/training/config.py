@@ -189,13 +189,21 @@ def flat_fields() -> dict[str, FlatField]:
     """Give every field of the configuration and of its parts, by name."""
     fields: dict[str, FlatField] = {}
     for kind in (TrainConfig, *_parts(TrainConfig).values()):
-        hints = typing.get_type_hints(kind)
-        sentences = _sentences(kind)
-        for f in dataclasses.fields(kind):
-            if not dataclasses.is_dataclass(hints[f.name]):
-                assert f.name not in fields, f"two settings are called {f.name}"
-                fields[f.name] = FlatField(f.name, hints[f.name], f.default, sentences[f.name])
+        own = fields_of(kind)
+        assert not own.keys() & fields.keys(), f"two settings have one name: {own.keys() & fields.keys()}"
+        fields |= own
     return fields
+
+
+def fields_of(kind: type) -> dict[str, FlatField]:
+    """Give the fields of one class of settings, by name."""
+    hints = typing.get_type_hints(kind)
+    sentences = _sentences(kind)
+    return {
+        f.name: FlatField(f.name, hints[f.name], f.default, sentences[f.name])
+        for f in dataclasses.fields(kind)
+        if not dataclasses.is_dataclass(hints[f.name])
+    }
 
 
 def flag_of(name: str) -> str:

@@ -1,0 +1,159 @@
+"""Contenders that do the same work by turns, and the table of how they did."""
+
+import json
+import logging
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from resnext_hub.machine import cores, processor_name, versions
+
+_logger = logging.getLogger(__name__)
+
+PEER_PACKAGES = ("torchvision", "onnxruntime", "openvino", "nncf", "simplejpeg")
+"""Packages beyond those of every run whose version decides a figure."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """One way to do the work."""
+
+    name: str
+    run: Callable[[], float]
+    """Does one round of it; gives images per second."""
+    quality: str
+    """What shows that it does the same work: its error, or its accuracy in exact counts."""
+    ours: bool = False
+    """Whether it is this package's; the others are its peers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """How a contender did."""
+
+    name: str
+    ours: bool
+    quality: str
+    images_per_second: tuple[float, ...]
+    """One for each round."""
+
+    @property
+    def median(self) -> float:
+        """Median images per second."""
+        return statistics.median(self.images_per_second)
+
+    def times(self, other: "Row") -> float:
+        """Give how many times as fast as another this is: the median of the ratios of each round."""
+        pairs = zip(self.images_per_second, other.images_per_second, strict=True)
+        return statistics.median(mine / theirs for mine, theirs in pairs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contest:
+    """What a benchmark found, and on what."""
+
+    kind: str
+    settings: dict[str, Any]
+    machine: dict[str, Any]
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+
+    def table(self) -> str:
+        """Give a Markdown table: speed, how many times as fast each of ours is, and the error."""
+        ours = [row for row in self.rows if row.ours]
+        head = ["", "images/s", *(f"{row.name}: times as fast" for row in ours), "quality"]
+        lines = [head, ["---", *["---:"] * (1 + len(ours)), "---"]]
+        for row in self.rows:
+            ratios = ["" if row is mine else f"{mine.times(row):.2f}" for mine in ours]
+            lines.append([row.name, f"{row.median:.1f}", *ratios, row.quality])
+        text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        packages = ", ".join(f"{name} {version}" for name, version in self.machine["versions"].items())
+        rounds = len(self.rows[0].images_per_second) if self.rows else 0
+        foot = [
+            f"{self.machine['processor']}, {self.machine['threads']} threads; {packages}.",
+            f"{settings}. Medians of {rounds} rounds, in each of which all took their turn; ratios are medians of the "
+            "rounds' ratios.",
+            *self.notes,
+        ]
+        return text + "\n\n" + "\n".join(foot) + "\n"
+
+    def to_json(self) -> str:
+        """Give everything, with every round, as JSON."""
+        rows = [
+            {
+                "name": row.name,
+                "ours": row.ours,
+                "quality": row.quality,
+                "median_images_per_second": row.median,
+                "images_per_second": row.images_per_second,
+                "times_as_fast_as": {other.name: row.times(other) for other in self.rows if other is not row},
+            }
+            for row in self.rows
+        ]
+        content = {
+            "kind": self.kind,
+            "settings": self.settings,
+            "machine": self.machine,
+            "rows": rows,
+            "notes": self.notes,
+        }
+        return json.dumps(content, indent=2) + "\n"
+
+
+def hold_contest(
+    kind: str,
+    settings: Mapping[str, Any],
+    contenders: Sequence[Contender],
+    rounds: int,
+    device: torch.device,
+    notes: Sequence[str] = (),
+) -> Contest:
+    """Let all do their work by turns: one round that does not count, then `rounds` that do."""
+    rates: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    for turn in range(rounds + 1):
+        for contender in contenders:
+            rate = contender.run()
+            if turn:
+                rates[contender.name].append(rate)
+                _logger.info("round %d of %d: %s, %.1f images/s", turn, rounds, contender.name, rate)
+    rows = tuple(
+        Row(name=c.name, ours=c.ours, quality=c.quality, images_per_second=tuple(rates[c.name])) for c in contenders
+    )
+    return Contest(kind=kind, settings=dict(settings), machine=machine_facts(device), rows=rows, notes=tuple(notes))
+
+
+def images_per_second(work: Callable[[], object], images: int, device: torch.device) -> float:
+    """Do work on a number of images; give how many a second that was, with what the device still had to do."""
+    _synchronize(device)
+    begin = time.perf_counter()
+    work()
+    _synchronize(device)
+    return images / (time.perf_counter() - begin)
+
+
+def machine_facts(device: torch.device) -> dict[str, Any]:
+    """Give what figures depend on: processor, threads, versions."""
+    packages = dict(versions())
+    for name in PEER_PACKAGES:
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "processor": processor_name(device),
+        "device": device.type,
+        "cores": cores(),
+        "threads": torch.get_num_threads(),
+        "versions": packages,
+    }
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
