@@ -6,6 +6,7 @@ import tempfile
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "HF_HOME": tempfile.mkdtemp(prefix="resnext-hub-tests-"),
+    "RESNEXT_HUB_CACHE": tempfile.mkdtemp(prefix="resnext-hub-tests-"),
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "ACCELERATE_USE_CPU": "true",
 }
@@ -27,7 +28,8 @@ from PIL import Image
 import resnext_hub  # noqa: F401 - registers the variants
 from resnext_hub.cli import main
 
-atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+for _variable in ("HF_HOME", "RESNEXT_HUB_CACHE"):
+    atexit.register(shutil.rmtree, os.environ[_variable], ignore_errors=True)
 
 ROOT = Path(__file__).resolve().parent.parent
 

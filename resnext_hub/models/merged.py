@@ -114,15 +114,30 @@ def merge_groups(model: nn.Module, factors: Mapping[str, int]) -> nn.Module:
         ValueError: If there is no such grouped convolution, or a factor does not divide its groups.
     """
     known = grouped_convolutions(model)
+    check_factors(known, factors)
     for name, factor in factors.items():
-        if name not in known:
-            raise ValueError(f"{name} is no grouped convolution of the network; there are {', '.join(known) or 'none'}")
-        if factor < 1 or known[name].groups % factor:
-            raise ValueError(f"{name}: factor={factor} does not divide groups={known[name].groups}")
-    for name, factor in factors.items():
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, MergedConv2d(known[name], factor))
+        replace_module(model, name, MergedConv2d(known[name], factor))
     return model
+
+
+def check_factors(convolutions: Mapping[str, nn.Conv2d], factors: Mapping[str, int]) -> None:
+    """Refuse factors for what is no grouped convolution, or that do not divide its groups.
+
+    Raises:
+        ValueError: If there are any.
+    """
+    for name, factor in factors.items():
+        if name not in convolutions:
+            there = ", ".join(convolutions) or "none"
+            raise ValueError(f"{name} is no grouped convolution of the network; there are {there}")
+        if factor < 1 or convolutions[name].groups % factor:
+            raise ValueError(f"{name}: factor={factor} does not divide groups={convolutions[name].groups}")
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of another, in place."""
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
 
 
 def _arguments(conv: nn.Conv2d) -> dict[str, Any]:

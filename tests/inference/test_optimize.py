@@ -1,12 +1,16 @@
 """The fast network computes what the given one does, for any number of pictures, and says what it costs."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import timm
 import torch
-from pytest import approx, fixture, mark, raises
+from pytest import MonkeyPatch, approx, fixture, importorskip, mark, raises
 from torch import nn
 
 from resnext_hub.inference.optimize import OptimizedModel, fold_batch_norms, optimize
 from resnext_hub.models.merged import grouped_convolutions
+from resnext_hub.models.widths import TrainingTiming, choose_widths
 
 
 def network(name: str = "resnext26_g32") -> nn.Module:
@@ -96,6 +100,94 @@ def test_measuring_takes_a_width_that_was_measured_faster() -> None:
         times = layer.milliseconds
         assert times[layer.merged_width] <= times[layer.width]
         assert min(times, key=times.__getitem__) == layer.merged_width or layer.merged_width == layer.width
+
+
+def test_what_was_measured_is_remembered_and_chosen_again(monkeypatch: MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RESNEXT_HUB_CACHE", str(tmp_path / "cache"))
+    first, again = (choose_widths(network(), pictures(2), "measure") for _ in range(2))
+    assert {choice.source for choice in first} == {"measured"}
+    assert [replace(choice, source="measured") for choice in again] == list(first)
+    assert {choice.source for choice in again} == {"remembered"}
+    (file,) = (tmp_path / "cache").iterdir()
+    file.write_text("no JSON")
+    assert {choice.source for choice in choose_widths(network(), pictures(2), "measure")} == {"measured"}
+
+
+def test_where_nothing_can_be_remembered_widths_are_measured_all_the_same(
+    monkeypatch: MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "cache").write_text("a file where a folder should be")
+    monkeypatch.setenv("RESNEXT_HUB_CACHE", str(tmp_path / "cache"))
+    assert {choice.source for choice in choose_widths(network(), pictures(2), "measure")} == {"measured"}
+
+
+def test_the_table_stands_in_for_measuring() -> None:
+    choices = choose_widths(network().bfloat16(), pictures(2).bfloat16(), "table")
+    assert {choice.width: choice.merged_width for choice in choices} == {4: 32, 8: 32, 16: 32, 32: 32}
+    assert {choice.source for choice in choices} == {"table"}
+    assert not any(choice.milliseconds for choice in choices)
+
+
+def test_choosing_changes_neither_network_nor_random_numbers() -> None:
+    model = network().train()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    state = torch.get_rng_state()
+    choose_widths(model, pictures(2, 32), "measure", timing=TrainingTiming(torch.bfloat16))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[key]), key
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_layer_that_is_not_there_cannot_be_merged() -> None:
+    with raises(ValueError, match="layer9 is no grouped convolution"):
+        optimize(network(), pictures(2), merge={"layer9": 2}, compile=False)
+    with raises(ValueError, match="factor=5 does not divide groups=32"):
+        optimize(network(), pictures(2), merge={"layer1.0.conv2": 5}, compile=False)
+
+
+@fixture(scope="module")
+def openvino_network() -> tuple[nn.Module, OptimizedModel]:
+    importorskip("openvino")
+    model = network()
+    return model, optimize(model, pictures(), engine="openvino", dtype=torch.float32)
+
+
+def test_openvino_gives_the_same_logits_for_any_number_of_pictures(
+    openvino_network: tuple[nn.Module, OptimizedModel],
+) -> None:
+    model, fast = openvino_network
+    for count in (1, 4, 9):
+        images = pictures(count)
+        with torch.no_grad():
+            torch.testing.assert_close(fast(images), model(images), rtol=1e-3, atol=1e-4)  # other kernels, other sums
+
+
+def test_openvino_measures_each_layer_in_its_network(openvino_network: tuple[nn.Module, OptimizedModel]) -> None:
+    model, fast = openvino_network
+    assert fast.report is not None
+    assert fast.report.engine == "OpenVINO"
+    assert [layer.name for layer in fast.report.layers] == list(grouped_convolutions(model))
+    for layer in fast.report.layers:
+        assert layer.milliseconds.keys() >= {layer.width, 2 * layer.width}
+        assert layer.milliseconds[layer.merged_width] <= layer.milliseconds[layer.width]
+
+
+def test_int8_is_calibrated_and_its_error_reported() -> None:
+    importorskip("openvino")
+    model = network()
+    report = optimize(model, pictures(), engine="openvino", calibration=pictures(16), merge=16).report
+    assert report is not None
+    assert report.dtype == "int8"
+    assert 1e-4 < report.relative_error < 0.3
+
+
+def test_what_is_asked_of_the_wrong_engine_is_refused() -> None:
+    with raises(ValueError, match="calibration goes with engine='openvino'"):
+        optimize(network(), pictures(), calibration=pictures())
+    with raises(ValueError, match="expected at least 4 pictures"):
+        optimize(network(), pictures(), engine="openvino", calibration=pictures(2))
 
 
 def test_every_batch_norm_after_a_convolution_is_folded() -> None:

@@ -1,0 +1,144 @@
+"""A network computed by OpenVINO, in bfloat16, float32 or, calibrated on pictures, in int8.
+
+OpenVINO computes a grouped convolution faster in wider groups too, and says of each layer how long it took in its
+place in the network, with the layouts that it has there: so widths are measured on whole networks, one for each width.
+"""
+
+import contextlib
+import copy
+import io
+import logging
+import statistics
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from resnext_hub.models.merged import dense_form, merge_factors, replace_module
+from resnext_hub.models.widths import ROUNDS, Layer
+
+if TYPE_CHECKING:
+    import openvino
+
+
+class OpenVinoNetwork:
+    """A compiled network: float32 pictures `(N, C, H, W)` of the N it was compiled for to float32 logits."""
+
+    def __init__(self, model: "openvino.Model", dtype: torch.dtype, *, timed: bool = False) -> None:
+        import openvino
+
+        settings: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": {torch.bfloat16: "bf16", torch.float32: "f32"}[dtype],
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "PERFORMANCE_HINT": "LATENCY",
+            "PERF_COUNT": timed,
+        }
+        self._compiled = openvino.Core().compile_model(model, "CPU", settings)
+        self._request = self._compiled.create_infer_request()
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Map pictures to logits."""
+        found = self._request.infer({0: images.contiguous().numpy()}, share_inputs=True)
+        return torch.from_numpy(np.array(found[0]))  # the request uses its own memory again
+
+    def layer_milliseconds(self, names: Sequence[str]) -> dict[str, float]:
+        """Give how long the layers of these names, as torch has them, took in the last pass."""
+        found: dict[str, float] = {}
+        for entry in self._request.profiling_info:
+            path = entry.node_name.removeprefix("__module.").partition("/")[0]
+            if path in names:
+                found[path] = found.get(path, 0.0) + 1000 * entry.real_time.total_seconds()
+        return found
+
+
+class OpenVinoTiming:
+    """Times layers in their network, as OpenVINO computes it.
+
+    Args:
+        model: The network with its batch norms folded, in float32.
+        example: Pictures `(N, C, H, W)`.
+        dtype: The type that is computed with.
+        calibration: Pictures `(M, C, H, W)`, for int8.
+    """
+
+    autocast = None
+
+    def __init__(
+        self, model: nn.Module, example: torch.Tensor, dtype: torch.dtype, calibration: torch.Tensor | None
+    ) -> None:
+        self.model, self.example, self.dtype = model, example, dtype
+        # the times do not depend on what the values are, so a batch of pictures does for this
+        self.calibration = None if calibration is None else calibration[: len(example)]
+
+    @property
+    def key(self) -> str:
+        """What tells its figures from those of other ways."""
+        import openvino
+
+        return f"OpenVINO {openvino.__version__} {'int8' if self.calibration is not None else self.dtype}"
+
+    def times(self, layers: Sequence[Layer]) -> list[dict[int, float]]:
+        """Give the median milliseconds of each layer by width."""
+        names = [layer.name for layer in layers]
+        possible = {layer.name: {k * layer.width: k for k in merge_factors(layer.conv)} for layer in layers}
+        networks = {}
+        for width in sorted({width for widths in possible.values() for width in widths}):
+            merged = copy.deepcopy(self.model)
+            for layer in layers:
+                if factor := possible[layer.name].get(width, 1):
+                    replace_module(merged, layer.name, dense_form(layer.conv, factor))
+            networks[width] = OpenVinoNetwork(convert(merged, self.example, self.calibration), self.dtype, timed=True)
+        measured: dict[str, dict[int, list[float]]] = {name: {} for name in names}
+        for turn in range(ROUNDS + 1):
+            for width, network in networks.items():
+                network(self.example)
+                for name, milliseconds in network.layer_milliseconds(names).items() if turn else ():
+                    if width in possible[name]:
+                        measured[name].setdefault(width, []).append(milliseconds)
+        return [
+            {width: round(statistics.median(values), 4) for width, values in measured[name].items()} for name in names
+        ]
+
+
+def convert(
+    model: nn.Module, example: torch.Tensor, calibration: torch.Tensor | None = None, *, dynamic: bool = False
+) -> "openvino.Model":
+    """Give a network as OpenVINO has it, in int8 if there are pictures to calibrate it on.
+
+    Args:
+        model: The network, in float32 on the CPU.
+        example: Pictures `(N, C, H, W)` as they will come.
+        calibration: Normalised pictures `(M, C, H, W)` from which the ranges of the activations are taken.
+        dynamic: Take any N instead of the example's.
+    """
+    import openvino
+
+    with _quiet():
+        converted = openvino.convert_model(model, example_input=example[:2])
+    converted.reshape([-1 if dynamic else len(example), *example.shape[1:]])
+    if calibration is None:
+        return converted
+    import nncf
+
+    pictures = [part.numpy() for part in torch.split(calibration, 1 if dynamic else len(example))]
+    if not dynamic:
+        pictures = [part for part in pictures if len(part) == len(example)]
+    with _quiet():
+        return nncf.quantize(converted, nncf.Dataset(pictures), subset_size=len(pictures))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what the converters say of tracing, and their progress, from whoever cannot change it."""
+    logger = logging.getLogger("nncf")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

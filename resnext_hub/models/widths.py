@@ -1,0 +1,312 @@
+"""To which width the groups of a convolution are merged: measured on the machine at hand, and remembered there.
+
+The width that is fastest depends on the shape, the type and the processor in ways that no rule foretells. So each kind
+of layer is timed at every width, by turns; what was found is kept in the user's cache folder, so that the next run on
+the same machine chooses alike without measuring.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import nn
+
+from resnext_hub.files import write_atomic
+from resnext_hub.machine import processor_name
+from resnext_hub.models.merged import MergedConv2d, check_factors, dense_form, grouped_convolutions, merge_factors
+
+_logger = logging.getLogger(__name__)
+
+ROUNDS = 15
+"""Interleaved measurements of each candidate; their median counts."""
+
+MARGIN = 0.97
+"""A merged width is taken if its time is below this part of the grouped one's: less is noise."""
+
+TABLE: Mapping[tuple[str, torch.dtype], Mapping[int, int]] = {
+    ("cpu", torch.bfloat16): {4: 32, 8: 32, 16: 32},
+    ("cpu", torch.float32): {4: 8},
+}
+"""Widths found fastest on a CPU with matrix units, by device, type and width: for where nothing is measured."""
+
+Merge = Literal["measure", "table", "off"] | int | Mapping[str, int]
+"""How widths are chosen; see `choose_widths`."""
+
+Source = Literal["measured", "remembered", "table", "asked"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerChoice:
+    """What was chosen for one grouped convolution."""
+
+    name: str
+    input_shape: tuple[int, ...]
+    width: int
+    """Channels of a group as the network has it."""
+    merged_width: int
+    """Channels of a group as it is computed."""
+    milliseconds: dict[int, float]
+    """Median time by width; empty where nothing was measured."""
+    source: Source
+
+
+def choose_widths(
+    model: nn.Module,
+    example: torch.Tensor,
+    merge: Merge,
+    *,
+    timing: "Timing | None" = None,
+) -> tuple[LayerChoice, ...]:
+    """Choose a width for each grouped convolution of a network; the network is left as it is.
+
+    Args:
+        model: Any network, with the device, type and memory format that it will compute with.
+        example: Pictures `(N, C, H, W)` as they will come.
+        merge: `measure` takes what is fastest here; `table` what was fastest on another machine, without measuring;
+            a number is the greatest width for all layers; a mapping gives the factor for layers by name; `off` gives
+            nothing.
+        timing: How layers are timed; a forward pass of torch if not given.
+
+    Raises:
+        ValueError: If a mapping names no grouped convolution, or its factor does not divide the groups.
+    """
+    if merge == "off":
+        return ()
+    timing = timing or ForwardTiming()
+    convolutions = grouped_convolutions(model)
+    if isinstance(merge, Mapping):
+        check_factors(convolutions, merge)
+    inputs = _layer_inputs(model, convolutions, example, timing.autocast)
+    layers = [Layer(name, conv, inputs[name]) for name, conv in convolutions.items() if name in inputs]
+    times, known = _times_of_kinds(layers, timing) if merge == "measure" else ({}, set())
+    choices = []
+    for layer in layers:
+        width, milliseconds = layer.width, dict[int, float]()
+        source: Source
+        if merge == "measure":
+            kind = _kind(layer, timing)
+            milliseconds, source = times[kind], "remembered" if kind in known else "measured"
+            best = min(milliseconds, key=milliseconds.__getitem__)
+            merged = best if milliseconds[best] < MARGIN * milliseconds[width] else width
+        elif isinstance(merge, Mapping):
+            merged, source = width * merge.get(layer.name, 1), "asked"
+        elif merge == "table":
+            row = TABLE.get((example.device.type, timing.autocast or layer.input.dtype), {})
+            merged, source = _greatest_width(layer, row.get(width, width)), "table"
+        else:
+            merged, source = _greatest_width(layer, int(merge)), "asked"
+        choices.append(
+            LayerChoice(
+                name=layer.name,
+                input_shape=tuple(layer.input.shape),
+                width=width,
+                merged_width=merged,
+                milliseconds=milliseconds,
+                source=source,
+            )
+        )
+    return tuple(choices)
+
+
+def factors_of(choices: Iterable[LayerChoice]) -> dict[str, int]:
+    """Give how many groups become one, by the name of the layer, for those where it is more than one."""
+    return {
+        choice.name: choice.merged_width // choice.width for choice in choices if choice.merged_width > choice.width
+    }
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A grouped convolution of a network, and what comes to it: a tensor of the type and layout, of any values."""
+
+    name: str
+    conv: nn.Conv2d
+    input: torch.Tensor
+
+    @property
+    def width(self) -> int:
+        """Channels of a group."""
+        return self.conv.in_channels // self.conv.groups
+
+
+class Timing(Protocol):
+    """A way to time layers."""
+
+    @property
+    def key(self) -> str:
+        """What tells its figures from those of other ways."""
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The type of a mixed-precision pass, if it is one."""
+
+    def times(self, layers: Sequence[Layer]) -> list[dict[int, float]]:
+        """Give the median milliseconds of each layer by width."""
+
+
+@dataclass(frozen=True)
+class ForwardTiming:
+    """The forward pass of torch, with the merged weights laid out before."""
+
+    key = "forward"
+    autocast = None
+
+    def times(self, layers: Sequence[Layer]) -> list[dict[int, float]]:
+        """Give the median milliseconds of each layer by width."""
+        return [_times_by_width(layer, lambda conv, factor: dense_form(conv, factor), _forward) for layer in layers]
+
+
+@dataclass(frozen=True)
+class TrainingTiming:
+    """Forward and backward pass of torch, with the merged weights laid out in each."""
+
+    autocast: torch.dtype | None = None
+    """The type of a mixed-precision pass, if it is one."""
+
+    @property
+    def key(self) -> str:
+        """What tells its figures from those of other ways."""
+        return f"forward and backward, autocast {self.autocast}"
+
+    def times(self, layers: Sequence[Layer]) -> list[dict[int, float]]:
+        """Give the median milliseconds of each layer by width."""
+
+        def step(conv: nn.Module, x: torch.Tensor) -> object:
+            x = x.requires_grad_()
+            with torch.enable_grad(), _casting(x.device, self.autocast):
+                y = conv(x)
+            return torch.autograd.grad(y, [x, *conv.parameters()], torch.ones_like(y))
+
+        return [_times_by_width(layer, MergedConv2d, step) for layer in layers]
+
+
+def median_seconds(
+    work: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = ROUNDS
+) -> dict[str, float]:
+    """Time pieces of work by turns, after a run that does not count; give the median seconds of each."""
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for turn in range(rounds + 1):
+        for name, run in work.items():
+            _synchronize(device)
+            begin = time.perf_counter()
+            run()
+            _synchronize(device)
+            if turn:
+                seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def cache_file(device: torch.device) -> Path:
+    """Give the file that remembers what was measured on a device with as many threads and this torch."""
+    root = os.environ.get("RESNEXT_HUB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "resnext_hub")
+    machine = f"{processor_name(device)}-{torch.get_num_threads()}-threads-torch-{torch.__version__}"
+    return Path(root).expanduser() / f"widths-{re.sub(r'[^A-Za-z0-9.]+', '-', machine)}.json"
+
+
+def _times_of_kinds(layers: Sequence[Layer], timing: Timing) -> tuple[dict[str, dict[int, float]], set[str]]:
+    """Give the times of each kind of layer, measured once or remembered, and which were remembered."""
+    if not layers:
+        return {}, set()
+    path = cache_file(layers[0].input.device)
+    times = _remembered(path)
+    known = set(times)
+    new = {_kind(layer, timing): layer for layer in layers if _kind(layer, timing) not in known}
+    if new:
+        found = dict(zip(new, timing.times(list(new.values())), strict=True))
+        _remember(path, found)
+        times |= found
+    return times, known
+
+
+def _kind(layer: Layer, timing: Timing) -> str:
+    conv, x = layer.conv, layer.input
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    layout = "channels last" if last else "channels first"
+    numbers = (conv.out_channels, conv.groups, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    return json.dumps([timing.key, str(x.dtype), layout, tuple(x.shape), *numbers])
+
+
+def _times_by_width(
+    layer: Layer,
+    merged: Callable[[nn.Conv2d, int], nn.Module],
+    work: Callable[[nn.Module, torch.Tensor], object],
+) -> dict[int, float]:
+    generator = torch.Generator(layer.input.device).manual_seed(0)  # the run's own generators stay where they are
+    x = torch.empty_like(layer.input).normal_(generator=generator)
+    candidates = {factor * layer.width: merged(layer.conv, factor) for factor in merge_factors(layer.conv)}
+    runs = {str(width): partial(work, conv, x) for width, conv in candidates.items()}
+    seconds = median_seconds(runs, x.device)
+    return {int(width): round(1000 * value, 4) for width, value in seconds.items()}
+
+
+@torch.no_grad()
+def _forward(conv: nn.Module, x: torch.Tensor) -> object:
+    return conv(x)
+
+
+def _layer_inputs(
+    model: nn.Module, modules: Mapping[str, nn.Module], example: torch.Tensor, autocast: torch.dtype | None
+) -> dict[str, torch.Tensor]:
+    """Give what comes to each layer, in evaluation mode, so that nothing in the network changes."""
+    inputs: dict[str, torch.Tensor] = {}
+    alike: dict[tuple[object, ...], torch.Tensor] = {}  # one of a sort is enough to hold
+    training = model.training
+    with contextlib.ExitStack() as stack:
+        stack.callback(model.train, training)
+        for name, module in modules.items():
+
+            def note(module: nn.Module, arguments: tuple[torch.Tensor, ...], name: str = name) -> None:
+                x = arguments[0]
+                inputs[name] = alike.setdefault((x.shape, x.stride(), x.dtype), x)
+
+            stack.callback(module.register_forward_pre_hook(note).remove)
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_casting(example.device, autocast))
+        model.eval()(example)
+    return inputs
+
+
+def _greatest_width(layer: Layer, most: int) -> int:
+    """Give the greatest width to which groups can be merged, up to one that is asked for."""
+    factors = merge_factors(layer.conv, most)
+    return max((factor * layer.width for factor in factors if factor * layer.width <= most), default=layer.width)
+
+
+@contextlib.contextmanager
+def _casting(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        yield
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _remembered(path: Path) -> dict[str, dict[int, float]]:
+    try:
+        content: dict[str, dict[str, float]] = json.loads(path.read_text())
+        return {kind: {int(w): float(t) for w, t in times.items()} for kind, times in content.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        _logger.info("%s is of no use (%s); measuring anew", path.name, error)
+        return {}
+
+
+def _remember(path: Path, times: Mapping[str, Mapping[int, float]]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps({**_remembered(path), **times}, indent=1))
+    except OSError as error:
+        _logger.info("what was measured cannot be kept (%s); it will be measured again", error.strerror or error)
