@@ -28,6 +28,7 @@ EXTRA_OF_PACKAGE = {
         "train",
     ),
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "onnx"),
+    **dict.fromkeys(("nncf", "openvino"), "openvino"),
 }
 """What the commands import beyond the package's own dependencies, and the extra that brings it."""
 
@@ -140,13 +141,29 @@ def _build_parser() -> argparse.ArgumentParser:
 
     export = _add(commands, "export", _export, "write a trained network for another runtime")
     export.add_argument("model", metavar="RUN_OR_MODEL", help="a run folder, a model folder, or hf-hub:owner/repo")
-    export.add_argument("--format", choices=("onnx",), default="onnx", help="what to write (default: onnx)")
+    export.add_argument("--format", choices=("onnx", "openvino"), default="onnx", help="what to write (default: onnx)")
     export.add_argument(
         "--output",
         type=Path,
         metavar="FILE",
-        help="the file (default: model.onnx in the run folder, or beside the model)",
+        help="the file (default: model.onnx or model.xml in the run folder, or beside the model)",
     )
+    export.add_argument(
+        "--merge-groups",
+        type=_merge_groups,
+        default="off",
+        metavar="off|auto|N",
+        help="merge neighbouring groups of grouped convolutions to a width of N channels, or, with OpenVINO, to what "
+        "is fastest on this machine; the function stays the same (default: off)",
+    )
+    export.add_argument("--int8", action="store_true", help="compute convolutions in int8, if accuracy allows it")
+    export.add_argument(
+        "--calibration", metavar="DATASET", help="with --int8: a dataset as for training (default: that of the run)"
+    )
+    export.add_argument(
+        "--max-drop", type=float, metavar="POINTS", help="with --int8: top-1 that may be lost (default: 0.5)"
+    )
+    _add_threads(export)
 
     benchmark = _add(commands, "benchmark", _benchmark, "measure speed beside the peers, by turns")
     kinds = benchmark.add_subparsers(title="what to measure", required=True, metavar="KIND")
@@ -191,6 +208,14 @@ def _threads(text: str) -> str:
     if text != "auto" and not (text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text}: expected auto or a positive number")
     return text
+
+
+def _merge_groups(text: str) -> str | int:
+    if text in ("off", "auto"):
+        return "measure" if text == "auto" else text
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text}: expected off, auto or a number of channels, such as 32")
 
 
 def _positive(text: str) -> int:
@@ -363,17 +388,29 @@ def _predict(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from resnext_hub.inference.export_onnx import BATCH_SIZES, TOLERANCE, export_onnx
+    from resnext_hub.inference.export import BATCH_SIZES, MAX_DROP, TOLERANCE, export
     from resnext_hub.inference.trained import load_trained
+    from resnext_hub.machine import set_threads
 
+    if not options.int8 and (options.calibration is not None or options.max_drop is not None):
+        raise RequestError("--calibration and --max-drop go with --int8")
     model = load_trained(options.model)
-    done = export_onnx(model, options.output)
+    set_threads(options.threads, "cpu")
+    int8 = None
+    if options.int8:
+        from resnext_hub.run import prepare_int8
+
+        int8 = prepare_int8(model, options.calibration, MAX_DROP if options.max_drop is None else options.max_drop)
+    done = export(model, options.format, options.output, merge=options.merge_groups, int8=int8)
+    files = [file for file in (done.path, done.path.with_suffix(".bin")) if file.is_file()]
     size = ", ".join(map(str, model.data_config["input_size"]))
+    tolerated = "" if done.int8 else f" (tolerated: {TOLERANCE:.0e})"
     _print(
-        f"{done.path}: {done.path.stat().st_size / 1e6:.1f} MB, images (N, {size}) float32 to logits "
+        f"{done.path}: {sum(file.stat().st_size for file in files) / 1e6:.1f} MB, images (N, {size}) float32 to logits "
         f"(N, {len(model.label_names)})\n"
-        f"ONNX Runtime against torch, at {', '.join(map(str, BATCH_SIZES))} pictures: greatest error "
-        f"{done.absolute_error:.1e} absolute, {done.relative_error:.1e} relative (tolerated: {TOLERANCE:.0e})\n"
+        f"{done.runtime} against torch, at {', '.join(map(str, BATCH_SIZES))} pictures: greatest error "
+        f"{done.absolute_error:.1e} absolute, {done.relative_error:.1e} relative{tolerated}\n"
+        + (f"int8 on the held-out pictures: {done.int8}\n" if done.int8 else "")
     )
 
 

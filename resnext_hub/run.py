@@ -1,6 +1,7 @@
 """The job in order: train, export, plot, write the card and the record. The one place that knows all sides."""
 
 import contextlib
+import dataclasses
 import logging
 import os
 import shlex
@@ -14,13 +15,15 @@ import yaml
 
 import resnext_hub
 from resnext_hub.data.columns import listing
-from resnext_hub.data.dataset import Pictures, Splits, StreamedPictures, load_splits
+from resnext_hub.data.dataset import DataConfig, Pictures, Splits, StreamedPictures, load_splits
 from resnext_hub.errors import RequestError, RunError, StoppedRun, one_line
 from resnext_hub.files import new_folder, remove_leftovers, write_atomic
 from resnext_hub.hub.card import render_card
 from resnext_hub.hub.checkpoints import CheckpointPusher, restore_run
 from resnext_hub.hub.export import export_model
 from resnext_hub.hub.publish import Publication, open_repository, publish
+from resnext_hub.inference.export import CALIBRATION_PICTURES, Int8
+from resnext_hub.inference.trained import TrainedModel
 from resnext_hub.machine import (
     build_accelerator,
     device_type,
@@ -183,6 +186,47 @@ def evaluate_run(folder: Path, threads: str = "auto") -> tuple[Evaluation, RunRe
         device=device,
     )
     return evaluation, record
+
+
+def prepare_int8(model: TrainedModel, dataset: str | None, max_drop: float) -> Int8:
+    """Read the pictures that int8 is calibrated on and judged by.
+
+    Args:
+        model: The network.
+        dataset: A dataset as for training, of the network's classes; if not given, that of the run whose model it is.
+        max_drop: Points of top-1 accuracy that may be lost.
+
+    Raises:
+        RequestError: If there is no dataset, or it has other classes.
+    """
+    settings = read_config(model.folder.parent) if model.folder is not None else {}
+    if dataset is not None:
+        data = DataConfig(dataset=dataset)
+    elif settings:
+        data = TrainConfig.from_flat(settings).data
+    else:
+        raise RequestError("--int8 needs --calibration, a dataset to calibrate on and to measure its accuracy by")
+    splits = load_splits(data)
+    if splits.label_names != model.label_names:
+        raise RequestError(
+            f"--calibration {data.dataset} has the classes {listing(splits.label_names)}; expected the network's, "
+            f"{listing(model.label_names)}"
+        )
+    train = splits.train
+    if isinstance(train, Pictures):  # some from everywhere, as a folder's come class by class
+        some = np.linspace(0, len(train) - 1, min(CALIBRATION_PICTURES, len(train))).round().astype(int)
+        train = dataclasses.replace(train, indices=train.indices[some], labels=train.labels[some])
+    pictures, batches = 0, []
+    for batch in evaluation_samples(train, model.data_config).batches(25, 0, 1, 0, False):
+        batches.append(batch.images)
+        pictures += len(batch.images)
+        if pictures >= CALIBRATION_PICTURES:
+            break
+    return Int8(
+        calibration=torch.cat(batches)[:CALIBRATION_PICTURES],
+        samples=evaluation_samples(splits.eval, model.data_config),
+        max_drop=max_drop,
+    )
 
 
 def _log_plan(plan: Plan, accelerator: "Accelerator", precision: str) -> None:

@@ -22,8 +22,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from timm.models._hub import save_for_hf
 
 import resnext_hub  # noqa: F401 - registers the variants
 from resnext_hub.cli import main
@@ -82,6 +84,16 @@ def write_pictures(folder: Path, count: int, shade: int, size: int = 40) -> None
     for index in range(count):
         noise = generator.integers(-30, 30, (size, size + index % 7, 3))
         Image.fromarray(np.clip(shade + noise, 0, 255).astype(np.uint8)).save(folder / f"{index:03d}.png")
+
+
+def save_with_timm(folder: Path, name: str, size: int) -> Path:
+    """Have timm write a model folder of an untrained network, whose running statistics are those of some noise."""
+    torch.manual_seed(0)
+    network = timm.create_model(name, num_classes=10, pretrained_cfg_overlay={"input_size": (3, size, size)})
+    with torch.no_grad():
+        network.train()(torch.randn(4, 3, size, size))
+    save_for_hf(network, folder, safe_serialization=True)
+    return folder
 
 
 @pytest.fixture

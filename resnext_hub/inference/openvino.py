@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from resnext_hub.inference.fold import fold_batch_norms
 from resnext_hub.models.merged import dense_form, merge_factors, replace_module
 from resnext_hub.models.widths import ROUNDS, Layer
 
@@ -58,7 +59,7 @@ class OpenVinoTiming:
     """Times layers in their network, as OpenVINO computes it.
 
     Args:
-        model: The network with its batch norms folded, in float32.
+        model: The network, in float32.
         example: Pictures `(N, C, H, W)`.
         dtype: The type that is computed with.
         calibration: Pictures `(M, C, H, W)`, for int8.
@@ -69,9 +70,11 @@ class OpenVinoTiming:
     def __init__(
         self, model: nn.Module, example: torch.Tensor, dtype: torch.dtype, calibration: torch.Tensor | None
     ) -> None:
-        self.model, self.example, self.dtype = model, example, dtype
+        self.model, self.example, self.dtype = copy.deepcopy(model), example, dtype
+        fold_batch_norms(self.model)  # OpenVINO does so as well, and then names the layer after neither
         # the times do not depend on what the values are, so a batch of pictures does for this
-        self.calibration = None if calibration is None else calibration[: len(example)]
+        some = torch.arange(len(example)) % (1 if calibration is None else len(calibration))
+        self.calibration = None if calibration is None else calibration[some]
 
     @property
     def key(self) -> str:
@@ -121,24 +124,29 @@ def convert(
     converted.reshape([-1 if dynamic else len(example), *example.shape[1:]])
     if calibration is None:
         return converted
-    import nncf
+    full = len(calibration) // len(example) * len(example)  # a batch of another size would not fit
+    return calibrate(converted, [part.numpy() for part in torch.split(calibration[:full], len(example))])
 
-    pictures = [part.numpy() for part in torch.split(calibration, 1 if dynamic else len(example))]
-    if not dynamic:
-        pictures = [part for part in pictures if len(part) == len(example)]
+
+def calibrate(model: Any, inputs: Sequence[Any]) -> Any:
+    """Give a network of OpenVINO or ONNX in int8, with the ranges that its activations have on some inputs."""
     with _quiet():
-        return nncf.quantize(converted, nncf.Dataset(pictures), subset_size=len(pictures))
+        import nncf
+
+        return nncf.quantize(model, nncf.Dataset(inputs), subset_size=len(inputs))
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep what the converters say of tracing, and their progress, from whoever cannot change it."""
-    logger = logging.getLogger("nncf")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("nncf", "torch.utils.cpp_extension")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

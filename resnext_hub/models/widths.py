@@ -96,8 +96,8 @@ def choose_widths(
         if merge == "measure":
             kind = _kind(layer, timing)
             milliseconds, source = times[kind], "remembered" if kind in known else "measured"
-            best = min(milliseconds, key=milliseconds.__getitem__)
-            merged = best if milliseconds[best] < MARGIN * milliseconds[width] else width
+            best = min(milliseconds, key=milliseconds.__getitem__, default=width)
+            merged = best if best != width and milliseconds[best] < MARGIN * milliseconds[width] else width
         elif isinstance(merge, Mapping):
             merged, source = width * merge.get(layer.name, 1), "asked"
         elif merge == "table":

@@ -9,16 +9,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
-import timm
 import torch
-from conftest import ROOT, run_process
+from conftest import ROOT, run_process, save_with_timm
 from pytest import MonkeyPatch, fixture, mark, raises
-from timm.models._hub import save_for_hf
 from torch import nn
 
 from resnext_hub.errors import RequestError, RunError
 from resnext_hub.inference import export_onnx as exporting
-from resnext_hub.inference.export_onnx import TOLERANCE, export_onnx
+from resnext_hub.inference.export import TOLERANCE, export
 from resnext_hub.inference.trained import load_trained
 
 Command = Callable[..., tuple[int, str, str]]
@@ -75,16 +73,6 @@ def facts_of(file: Path) -> dict[str, str]:
     return {entry.key: entry.value for entry in onnx.load(file).metadata_props}
 
 
-def save_with_timm(folder: Path, name: str, size: int) -> Path:
-    """Have timm write a model folder of an untrained network, whose running statistics are those of some noise."""
-    torch.manual_seed(0)
-    network = timm.create_model(name, num_classes=10, pretrained_cfg_overlay={"input_size": (3, size, size)})
-    with torch.no_grad():
-        network.train()(torch.randn(4, 3, size, size))
-    save_for_hf(network, folder, safe_serialization=True)
-    return folder
-
-
 def test_the_file_alone_classifies_pictures_as_predict_does(
     exported: Path, vehicles_run: Path, command: Command
 ) -> None:
@@ -122,7 +110,7 @@ def test_the_file_is_valid_and_names_no_path_of_this_machine(exported: Path) -> 
 @mark.parametrize(("name", "size"), [("resnext_g32", 64), ("resnext29_g32_w4", 32), ("test_vit_relpos", 160)])
 def test_onnx_runtime_gives_torchs_logits_at_any_number_of_pictures(name: str, size: int, tmp_path: Path) -> None:
     model = load_trained(str(save_with_timm(tmp_path / "model", name, size)))
-    done = export_onnx(model)
+    done = export(model, "onnx")
     assert done.path == tmp_path / "model.onnx"
     assert done.absolute_error > 0
     assert done.relative_error < TOLERANCE / 10  # so that the tolerance refuses nothing that is right
@@ -139,14 +127,14 @@ def test_onnx_runtime_gives_torchs_logits_at_any_number_of_pictures(name: str, s
 
 
 def test_the_same_model_gives_the_same_bytes(exported: Path, vehicles_run: Path, tmp_path: Path) -> None:
-    done = export_onnx(load_trained(str(vehicles_run)), tmp_path / "deep" / "again.onnx")
+    done = export(load_trained(str(vehicles_run)), "onnx", tmp_path / "deep" / "again.onnx")
     assert done.path.read_bytes() == exported.read_bytes()
 
 
 def test_an_error_above_the_tolerance_is_refused_and_leaves_no_file(vehicles_run: Path, tmp_path: Path) -> None:
     place = tmp_path / "new" / "model.onnx"
     with raises(RunError, match=r"logits differ from torch's by \S+, which is \S+ of the greatest logit"):
-        export_onnx(load_trained(str(vehicles_run)), place, tolerance=0.0)
+        export(load_trained(str(vehicles_run)), "onnx", place, tolerance=0.0)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -185,7 +173,7 @@ def test_a_network_that_no_file_can_hold_is_refused_in_a_line(
 ) -> None:
     model = replace(load_trained(str(vehicles_run)), network=network.eval())
     with raises(RunError) as refused:
-        export_onnx(model, tmp_path / "model.onnx")
+        export(model, "onnx", tmp_path / "model.onnx")
     assert reason in str(refused.value)
     assert "\n" not in str(refused.value)
     assert list(tmp_path.iterdir()) == []
@@ -195,7 +183,7 @@ def test_a_network_beyond_two_gib_is_refused_before_any_work(vehicles_run: Path,
     with torch.device("meta"):
         network = nn.Linear(2**15, 2**14 + 1)
     with raises(RequestError, match=r"2\.1 GB of weights, and an ONNX file holds at most 2 GiB"):
-        export_onnx(replace(load_trained(str(vehicles_run)), network=network), tmp_path / "model.onnx")
+        export(replace(load_trained(str(vehicles_run)), network=network), "onnx", tmp_path / "model.onnx")
 
 
 def test_a_model_of_the_hub_is_named_after_its_repository_and_keeps_its_licence(
@@ -204,7 +192,7 @@ def test_a_model_of_the_hub_is_named_after_its_repository_and_keeps_its_licence(
     monkeypatch.chdir(tmp_path)
     like = load_trained(str(vehicles_run))
     facts = {"requested": "hf-hub:me/vehicles@v1", "base_id": "me/vehicles@v1", "base_license": "cc-by-4.0"}
-    done = export_onnx(replace(like, source=replace(like.source, **facts)))
+    done = export(replace(like, source=replace(like.source, **facts)), "onnx")
     assert done.path == Path("vehicles.onnx")
     properties = facts_of(done.path)
     assert (properties["source"], properties["license"]) == ("me/vehicles@v1", "cc-by-4.0")

@@ -8,7 +8,8 @@ import torch
 from pytest import MonkeyPatch, approx, fixture, importorskip, mark, raises
 from torch import nn
 
-from resnext_hub.inference.optimize import OptimizedModel, fold_batch_norms, optimize
+from resnext_hub.inference.fold import fold_batch_norms
+from resnext_hub.inference.optimize import OptimizedModel, optimize
 from resnext_hub.models.merged import grouped_convolutions
 from resnext_hub.models.widths import TrainingTiming, choose_widths
 

@@ -1,0 +1,128 @@
+"""OpenVINO's files give torch's logits, and int8 is written only where the held-out pictures bear it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from conftest import ROOT, run_process, save_with_timm
+from pytest import TempPathFactory, fixture, importorskip, mark, raises
+
+from resnext_hub.errors import RequestError, RunError
+from resnext_hub.inference.export import Int8, count_correct, export
+from resnext_hub.inference.trained import TrainedModel, load_trained
+from resnext_hub.models.merged import grouped_convolutions
+from resnext_hub.run import prepare_int8
+
+openvino = importorskip("openvino")
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@fixture(scope="module")
+def exported(vehicles_run: Path) -> Path:
+    done = run_process("-W", "error", "scripts/export.py", vehicles_run, "--format", "openvino", "--threads", "1")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "OpenVINO against torch, at 1, 2, 7 pictures: greatest error" in done.stdout
+    return vehicles_run / "model.xml"
+
+
+@fixture(scope="module")
+def grouped(tmp_path_factory: TempPathFactory) -> TrainedModel:
+    return load_trained(str(save_with_timm(tmp_path_factory.mktemp("grouped") / "model", "resnext26_g32", 64)))
+
+
+def logits(file: Path, images: torch.Tensor) -> np.ndarray:
+    """What somebody would write who has the file and OpenVINO."""
+    compiled = openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return np.array(compiled({"images": images.numpy()})["logits"])
+
+
+def test_the_files_give_torchs_logits_and_tell_labels_and_preprocessing(exported: Path, vehicles_run: Path) -> None:
+    model = load_trained(str(vehicles_run))
+    for count in (1, 5):
+        images = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(count))
+        with torch.inference_mode():
+            expected = model.network(images).numpy()
+        np.testing.assert_allclose(logits(exported, images), expected, rtol=1e-4, atol=1e-4)
+    content = openvino.Core().read_model(exported)
+    facts = {name: content.get_rt_info(["resnext_hub", name]).astype(str) for name in ("label_names", "preprocessing")}
+    assert json.loads(facts["label_names"]) == ["bus", "car", "train"]
+    assert json.loads(facts["preprocessing"])["input_size"] == [3, 32, 32]
+
+
+def test_the_files_name_no_path_of_this_machine(exported: Path) -> None:
+    text = exported.read_text()
+    for word in (str(ROOT), str(exported.parent.parent), "site-packages", ".py"):
+        assert word not in text, word
+    assert not list(exported.parent.glob(".*/*"))
+
+
+@mark.parametrize("format", ["onnx", "openvino"])
+def test_a_merged_file_computes_the_same_in_wider_groups(format: str, grouped: TrainedModel, tmp_path: Path) -> None:
+    suffix = {"onnx": ".onnx", "openvino": ".xml"}[format]
+    done = export(grouped, format, tmp_path / f"merged{suffix}", merge=16)  # type: ignore[arg-type]
+    export(grouped, format, tmp_path / f"plain{suffix}")  # type: ignore[arg-type]
+    assert done.relative_error < 1e-5
+    sizes = [sum(file.stat().st_size for file in tmp_path.glob(f"{name}.*")) for name in ("merged", "plain")]
+    assert sizes[0] > sizes[1]  # by the zeros of the block-diagonal weights
+    assert {conv.groups for conv in grouped_convolutions(grouped.network).values()} == {32}
+
+
+def test_auto_takes_for_each_layer_what_openvino_is_fastest_at(grouped: TrainedModel, tmp_path: Path) -> None:
+    assert export(grouped, "openvino", tmp_path / "model.xml", merge="measure").relative_error < 1e-5
+    with raises(RequestError, match="--merge-groups auto is measured by OpenVINO"):
+        export(grouped, "onnx", tmp_path / "model.onnx", merge="measure")
+
+
+@mark.parametrize("format", ["onnx", "openvino"])
+def test_int8_tells_exact_counts_before_and_after(format: str, vehicles_run: Path, command: Command) -> None:
+    code, out, err = command("export", vehicles_run, "--format", format, "--int8", "--max-drop", "100", "--threads", 1)
+    assert (code, err) == (0, "")
+    held_out = json.loads((vehicles_run / "record.json").read_text())["evaluation"]
+    before = f"{held_out['correct']} of {held_out['count']} right before, "
+    assert f"int8 on the held-out pictures: {before}" in out
+    file = vehicles_run / {"onnx": "model.onnx", "openvino": "model.xml"}[format]
+    content = file.read_bytes()
+    assert b"QuantizeLinear" in content or b"FakeQuantize" in content
+    assert str(ROOT).encode() not in content
+    assert b'["bus", "car", "train"]' in content or b"[&quot;bus&quot;, &quot;car&quot;, &quot;train&quot;]" in content
+
+
+def test_int8_that_costs_too_much_is_refused_with_the_figures_and_leaves_no_file(
+    vehicles_run: Path, tmp_path: Path
+) -> None:
+    model = load_trained(str(vehicles_run))
+    asked = prepare_int8(model, None, 0.5)
+    correct, count = count_correct(model.network, asked.samples)
+    # ranges from pictures without any contrast tell nothing of real ones
+    spoilt = Int8(calibration=torch.zeros_like(asked.calibration), samples=asked.samples, max_drop=0.5)
+    with raises(RunError, match=rf"int8 costs \S+ points of top-1 .*: {correct} of {count} right before, \d+ after"):
+        export(model, "openvino", tmp_path / "model.xml", int8=spoilt)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_int8_calibrates_on_training_pictures_and_counts_the_readable_held_out_ones(vehicles_run: Path) -> None:
+    model = load_trained(str(vehicles_run))
+    asked = prepare_int8(model, None, 0.5)
+    assert asked.calibration.shape == (60, 3, 32, 32)
+    assert count_correct(model.network, asked.samples)[1] == 36  # of 37, of which one is broken
+
+
+def test_requests_that_cannot_be_are_refused_in_a_line(vehicles_run: Path, command: Command, tmp_path: Path) -> None:
+    for arguments, part in (
+        ((vehicles_run, "--max-drop", 1), "--calibration and --max-drop go with --int8"),
+        ((vehicles_run, "--merge-groups", "wide"), "wide: expected off, auto or a number of channels"),
+        ((vehicles_run, "--int8", "--calibration", "digits"), "--calibration digits has the classes 0, 1, 2"),
+        ((vehicles_run / "model", "--output", tmp_path / "model.bin", "--format", "openvino"), "ends in .xml"),
+    ):
+        code, _, err = command("export", *arguments)
+        assert code == 2, err
+        assert part in err
+        assert err.count("\n") == 1
