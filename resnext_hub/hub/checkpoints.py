@@ -18,7 +18,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from resnext_hub.errors import RequestError, RunError, one_line
 from resnext_hub.files import new_folder
-from resnext_hub.hub.remote import HUB_ERRORS, commit_folder, differing_files, no_bars, persist
+from resnext_hub.hub.remote import HUB_ERRORS, commit_folder, differing_files, forget_wrong, no_bars, persist
 
 _logger = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def fetch_run(where: str) -> Path:
 
     Raises:
         RequestError: If it is of another form, or the repository holds no checkpoints.
-        RunError: If the Hub cannot be reached.
+        RunError: If the Hub cannot be reached, or the bytes are not those that it lists.
     """
     kind, colon, repo_id = where.partition(":")
     if kind != "hub" or not colon:
@@ -123,6 +123,8 @@ def fetch_run(where: str) -> Path:
                 repo_id, revision=BRANCH, allow_patterns=["config.yaml", "step-*/*", *LOGS], library_name="resnext-hub"
             )
         )
+        # a snapshot folder of the cache is named after its commit
+        listed = list(HfApi(library_name="resnext-hub").list_repo_tree(repo_id, revision=folder.name, recursive=True))
     except (RevisionNotFoundError, RepositoryNotFoundError) as error:
         raise RequestError(
             f"--resume-from {where}: there is no such repository with a branch {BRANCH} that you may read; a run makes "
@@ -132,6 +134,14 @@ def fetch_run(where: str) -> Path:
         raise RequestError(f"--resume-from {where}: {repo_id} is not of the form owner/name") from error
     except (OfflineModeIsEnabled, *HUB_ERRORS) as error:
         raise RunError(f"--resume-from {where}: the Hub could not be reached: {one_line(error)}") from error
+    for entry in listed:
+        path = folder / entry.path
+        if isinstance(entry, RepoFile) and entry.lfs and path.is_file() and forget_wrong(path, entry.lfs.sha256, None):
+            # passed over as damaged, it would be replaced on the Hub by the first checkpoint of a run from the start
+            raise RunError(
+                f"--resume-from {where}: {entry.path} has other bytes than the Hub lists; it was removed from the "
+                "cache, so that it is fetched anew"
+            )
     if not (folder / "config.yaml").is_file():
         raise RequestError(f"--resume-from {where}: its branch {BRANCH} holds no run")
     return folder

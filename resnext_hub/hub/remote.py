@@ -163,3 +163,15 @@ def same_content(path: Path, sha256: str | None, blob_id: str | None) -> bool:
         return sha256_of(path) == sha256
     data = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == blob_id
+
+
+def forget_wrong(path: Path, sha256: str | None, blob_id: str | None) -> bool:
+    """Say whether a file in the cache is not what the Hub lists; then remove it, so that it is fetched anew.
+
+    The client does not compare what comes over Xet with anything but its length.
+    """
+    if same_content(path, sha256, blob_id):
+        return False
+    path.resolve().unlink()
+    path.unlink(missing_ok=True)
+    return True
