@@ -155,6 +155,7 @@ REPO = r"([\w.-]+/[\w.-]+)"
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and body go one after the other, and would wait 40 ms for each other
     hub: LoopbackHub
 
     def log_message(self, format: str, *args: Any) -> None:
