@@ -1,8 +1,8 @@
 """The storage behind a Hub's large files as hf_xet speaks to it: xorbs of chunks, and shards that make files of them.
 
-Follows the Xet protocol (https://huggingface.co/docs/xet) as far as clients use it: tokens, grants for uploads and
-uploads without them, both versions of shards and of reconstructions, ranges. No chunk is offered for deduplication
-across repositories.
+Follows the Xet protocol (https://huggingface.co/docs/xet) as far as clients use it, those of today and those that knew
+neither grants for uploads nor the second versions of the routes. Hashes are taken as given; what a commit names, the
+SHA-256, is computed. No chunk is offered for deduplication across repositories.
 """
 
 import hashlib
@@ -94,13 +94,13 @@ class XetStorage:
                 if match[2] not in self.uploads:
                     raise Refusal(404, "nothing was uploaded")
                 return 200, {"was_inserted": self._keep(match[1], self.uploads[match[2]])}
-            if match := re.fullmatch(r"POST /v1/xorbs/default/(\w+)", request):
+            if match := re.fullmatch(r"POST /(?:v1/)?xorbs/default/(\w+)", request):
                 return 200, {"was_inserted": self._keep(match[1], body)}
             if match := re.fullmatch(r"POST /(?:v1/|v2/|)shards", request):
                 self._assemble(body)
                 return 200, {"type": "result"} if "/v2/" in request else {"result": 1}
-            if match := re.fullmatch(r"GET /(v1|v2)/reconstructions/(\w+)", request):
-                return 200, self._reconstruction(match[2], asked, match[1])
+            if match := re.fullmatch(r"GET /(?:(v1|v2)/)?reconstructions/(\w+)", request):
+                return 200, self._reconstruction(match[2], asked, match[1] or "v1")
         except Refusal as error:
             return error.status, {"error": str(error)}
         return 404, {"error": f"no such route {request}"}
