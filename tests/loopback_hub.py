@@ -150,6 +150,10 @@ def _git_oid(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
+def _oid(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest() if len(data) >= LFS_FROM else _git_oid(data)
+
+
 REPO = r"([\w.-]+/[\w.-]+)"
 
 
@@ -308,8 +312,15 @@ class _Handler(BaseHTTPRequestHandler):
             ]
             return self._json({"discussions": entries, "count": len(entries), "start": 0, "numClosedDiscussions": 0})
         if action == "preupload":
+            at = repo.at(str(rest))
+            there = at.files if at else {}
             files = [
-                {"path": f["path"], "uploadMode": "lfs" if f["size"] >= LFS_FROM else "regular", "shouldIgnore": False}
+                {
+                    "path": f["path"],
+                    "uploadMode": "lfs" if f["size"] >= LFS_FROM else "regular",
+                    "shouldIgnore": False,
+                    "oid": _oid(there[f["path"]]) if f["path"] in there else None,
+                }
                 for f in json.loads(body)["files"]
             ]
             return self._json({"files": files})
