@@ -1,8 +1,8 @@
 """A small server that speaks the Hub's HTTP protocol to the real clients, and fails where a test asks for it.
 
 Models and datasets, branches and pull requests, private and gated repositories, tokens. Large files go over plain LFS
-(batch, PUT, verify), so clients run with HF_HUB_DISABLE_XET=1, and come from a storage under another host name, as the
-Hub's do.
+(batch, PUT, verify), or over Xet where a client is not told HF_HUB_DISABLE_XET=1, and come from a storage under another
+host name, as the Hub's do.
 """
 
 import base64
@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import yaml
+from loopback_xet import XetStorage
 
 LFS_FROM = 100_000
 """Bytes from which a file counts as large."""
@@ -69,7 +70,7 @@ class Fault:
     pattern: str
     """Regular expression on `METHOD path`."""
     kind: str
-    """503, 429, 507, reset, slow, truncated, wrong bytes; lost reply: the work is done, but no answer comes."""
+    """A status such as 503; reset, slow, truncated, wrong bytes; lost reply: the work is done, but no answer comes."""
     times: int = 1
 
 
@@ -89,6 +90,7 @@ class LoopbackHub:
         """Name and role by token."""
         self.organisations = {"club": {"me"}}
         self.endpoint = self.storage = ""
+        self.xet = XetStorage(self.blobs)
         self.lock = threading.Lock()
 
     def create(self, kind: str, repo_id: str, private: bool = False) -> Repo:
@@ -97,12 +99,14 @@ class LoopbackHub:
         repo.commit("initial commit", {})
         return repo
 
-    def environment(self, token: str = TOKEN) -> dict[str, str]:
-        """Variables under which a client in another process talks to this server."""
+    def environment(self, token: str = TOKEN, xet: bool = False) -> dict[str, str]:
+        """Variables under which a client in another process talks to this server, over Xet or over plain LFS."""
         return {
             "HF_ENDPOINT": self.endpoint,
             "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_XET": "0" if xet else "1",
+            "HF_XET_CLIENT_RETRY_BASE_DELAY": "2ms",
+            "HF_XET_TELEMETRY_ENABLED": "0",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_TOKEN": token,
             "NO_PROXY": "127.0.0.1,localhost",
@@ -131,7 +135,7 @@ def serve() -> Iterator[LoopbackHub]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     hub.endpoint = f"http://127.0.0.1:{server.server_port}"
-    hub.storage = f"http://localhost:{server.server_port}"
+    hub.storage = hub.xet.address = f"http://localhost:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
@@ -146,11 +150,16 @@ def _git_oid(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
+def _oid(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest() if len(data) >= LFS_FROM else _git_oid(data)
+
+
 REPO = r"([\w.-]+/[\w.-]+)"
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and body go one after the other, and would wait 40 ms for each other
     hub: LoopbackHub
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -161,7 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
         request = f"{self.command} {unquote(self.path)}"
         self.hub.requests.append(request)
         self.fault = self.hub.fault_of(request)
-        if self.fault in ("503", "429", "507"):
+        if self.fault and self.fault.isdigit():
             headers = {"Retry-After": "1"} if self.fault == "429" else {}
             return self._json({"error": f"asked to fail with {self.fault}"}, int(self.fault), headers)
         if self.fault == "reset":
@@ -181,6 +190,16 @@ class _Handler(BaseHTTPRequestHandler):
         return self.hub.users.get(token, (None, "none"))
 
     def _route(self, path: str, body: bytes) -> None:
+        if path.startswith("/cas/"):
+            token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+            request = f"{self.command} {path.removeprefix('/cas')}"
+            status, content = self.hub.xet.answer(request, token, self.headers.get("Range", ""), body)
+            return self._json(content, status)
+        if match := re.fullmatch(r"/xorb-uploads/(\w+)", path):
+            status, content = self.hub.xet.upload(match[1], body)
+            return self._json(content, status)
+        if match := re.fullmatch(r"/xorbs/(\w+)", path):
+            return self._send_range(self.hub.xet.xorbs[match[1]], {})
         if self.headers.get("Authorization") and self._user()[0] is None:
             return self._json({"error": "Invalid user token."}, 401)
         if path == "/api/whoami-v2":
@@ -207,7 +226,9 @@ class _Handler(BaseHTTPRequestHandler):
         if match := re.fullmatch(r"/cdn/(\w+)", path):
             return self._send_range(self.hub.blobs[match[1]], {"ETag": f'"{match[1]}"'})
         if match := re.fullmatch(rf"/(?:(datasets)/)?{REPO}\.git/info/lfs/objects/batch", path):
-            return self._json({"transfer": "basic", "objects": [self._upload(o) for o in json.loads(body)["objects"]]})
+            asked = json.loads(body)
+            transfer = "xet" if "xet" in asked.get("transfers", ()) else "basic"
+            return self._json({"transfer": transfer, "objects": [self._upload(o) for o in asked["objects"]]})
         if path == "/lfs-verify":
             verified = json.loads(body)
             blob = self.hub.blobs.get(verified["oid"], b"")
@@ -255,7 +276,7 @@ class _Handler(BaseHTTPRequestHandler):
         }
 
     def _api(self, kind: str, repo_id: str, action: str | None, rest: str | None, body: bytes) -> None:
-        repo = self._find(kind, repo_id, write=action in ("preupload", "commit", "branch"))
+        repo = self._find(kind, repo_id, write=action in ("preupload", "commit", "branch", "xet-write-token"))
         if repo is None:
             return None
         if action == "branch":
@@ -272,6 +293,10 @@ class _Handler(BaseHTTPRequestHandler):
                 if not name.startswith("refs/")
             ]
             return self._json({"branches": listed, "converts": [], "tags": []})
+        if action == "discussions" and self.command == "POST":
+            repo.pulls.append(json.loads(body)["title"])
+            repo.branches[f"refs/pr/{len(repo.pulls)}"] = repo.commits[-1:]
+            return self._json({"num": len(repo.pulls)})
         if action == "discussions":
             entries = [
                 {
@@ -287,11 +312,22 @@ class _Handler(BaseHTTPRequestHandler):
             ]
             return self._json({"discussions": entries, "count": len(entries), "start": 0, "numClosedDiscussions": 0})
         if action == "preupload":
+            at = repo.at(str(rest))
+            there = at.files if at else {}
             files = [
-                {"path": f["path"], "uploadMode": "lfs" if f["size"] >= LFS_FROM else "regular", "shouldIgnore": False}
+                {
+                    "path": f["path"],
+                    "uploadMode": "lfs" if f["size"] >= LFS_FROM else "regular",
+                    "shouldIgnore": False,
+                    "oid": _oid(there[f["path"]]) if f["path"] in there else None,
+                }
                 for f in json.loads(body)["files"]
             ]
             return self._json({"files": files})
+        if action in ("xet-read-token", "xet-write-token"):
+            token = self.hub.xet.token(action.split("-")[1])
+            names = {"casUrl": "X-Xet-Cas-Url", "accessToken": "X-Xet-Access-Token", "exp": "X-Xet-Token-Expiration"}
+            return self._json(token, headers={names[key]: str(value) for key, value in token.items()})
         if action == "commit":
             return self._commit(repo, repo_id, str(rest), body)
         match = re.fullmatch(r"(refs/pr/\d+|[^/]+)(?:/(.*))?", rest or "main")
@@ -309,11 +345,11 @@ class _Handler(BaseHTTPRequestHandler):
                 info | {"siblings": [_sibling(name, data) for name, data in sorted(commit.files.items())]}
             )
         if action == "tree":
-            return self._json(_tree(commit, match[2] or ""))
+            return self._json(_tree(commit, match[2] or "", self.hub.xet.hashes))
         if action == "paths-info":
             text = body.decode()
             paths = json.loads(text)["paths"] if text.startswith("{") else re.findall(r"paths=([^&]+)", unquote(text))
-            entries = {entry["path"]: entry for entry in _tree(commit, "")}
+            entries = {entry["path"]: entry for entry in _tree(commit, "", self.hub.xet.hashes)}
             return self._json([entries[path] for path in paths if path in entries])
         return self._json({"error": f"no such action {action}"}, 404)
 
@@ -333,6 +369,8 @@ class _Handler(BaseHTTPRequestHandler):
             elif line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
+                if value["oid"] not in self.hub.blobs:
+                    return self._json({"error": f"the content of {value['path']} was not uploaded"}, 422)
                 files[value["path"]] = self.hub.blobs[value["oid"]]
             elif line["key"] == "deletedFile":
                 files.pop(value["path"])
@@ -369,6 +407,9 @@ class _Handler(BaseHTTPRequestHandler):
         digest = hashlib.sha256(data).hexdigest()
         self.hub.blobs[digest] = data
         headers |= {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(data))}
+        if digest in self.hub.xet.hashes:
+            token = f"{self.hub.endpoint}/api/{kind}/{repo_id}/xet-read-token/{commit.oid}"
+            headers |= {"X-Xet-Hash": self.hub.xet.hashes[digest], "Link": f'<{token}>; rel="xet-auth"'}
         return self._send(b"", 302, headers | {"Location": f"{self.hub.storage}/cdn/{digest}"})
 
     def _send_range(self, data: bytes, headers: dict[str, str]) -> None:
@@ -409,7 +450,7 @@ def _sibling(name: str, data: bytes) -> dict[str, Any]:
     return entry
 
 
-def _tree(commit: Commit, under: str) -> list[dict[str, Any]]:
+def _tree(commit: Commit, under: str, xet_hashes: dict[str, str]) -> list[dict[str, Any]]:
     entries: dict[str, dict[str, Any]] = {}
     for name, data in sorted(commit.files.items()):
         if under and not name.startswith(f"{under}/"):
@@ -422,6 +463,8 @@ def _tree(commit: Commit, under: str) -> list[dict[str, Any]]:
         if len(data) >= LFS_FROM:
             digest = hashlib.sha256(data).hexdigest()
             entries[name]["lfs"] = {"oid": digest, "size": len(data), "pointerSize": 130}
+            if digest in xet_hashes:
+                entries[name]["xetHash"] = xet_hashes[digest]
     return list(entries.values())
 
 

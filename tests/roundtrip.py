@@ -1,14 +1,15 @@
 """Publish a run of every variant to a loopback Hub, and load each in other environments, to the bit.
 
-    python tests/roundtrip.py --timm PYTHON --transformers PYTHON [NAME ...]
+    python tests/roundtrip.py --timm PYTHON --transformers PYTHON [--xet] [NAME ...]
 
-The first is the Python of an environment that has only timm, the second of one that has transformers beside it. The
-table says for each variant what loaded where. Variants that stock timm cannot build are loaded after
-`import resnext_hub`, from this checkout.
+The first is the Python of an environment that has only timm, the second of one that has transformers beside it. With
+--xet the weights go and come over Xet, else over plain LFS. The table says for each variant what loaded where. Variants
+that stock timm cannot build are loaded after `import resnext_hub`, from this checkout.
 """
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -47,7 +48,7 @@ assert {plugin} or "resnext_hub" not in sys.modules
 """
 
 
-def check(name: str, python: dict[str, str], scratch: Path) -> str:
+def check(name: str, python: dict[str, str], scratch: Path, xet: bool) -> str:
     """Take one variant the whole way; give a row of the table."""
     variant = VARIANTS[name]
     plugin = stock_architecture(variant) is None
@@ -64,7 +65,7 @@ def check(name: str, python: dict[str, str], scratch: Path) -> str:
     Image.new("RGB", (40, 40), (90, 30, 200)).save(scratch / "picture.png")
     cells = [name, "resnext_hub" if plugin else "stock timm"]
     with serve() as hub:
-        environment = os.environ | hub.environment() | {"HF_HOME": str(scratch / f"home-{name}")}
+        environment = os.environ | hub.environment(xet=xet) | {"HF_HOME": str(scratch / f"home-{name}")}
         push = ["scripts/push.py", str(run), "--repo-id", "me/model", "--license", "mit"]
         done = subprocess.run([sys.executable, *push], cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
@@ -82,7 +83,12 @@ def check(name: str, python: dict[str, str], scratch: Path) -> str:
             where = environment | {"HF_HOME": str(scratch / f"home-{name}-{kind}")}
             where |= {"PYTHONPATH": str(ROOT)} if plugin else {}
             done = subprocess.run([executable, "-c", code], cwd=scratch, env=where, capture_output=True, text=True)
-            cells.append("bit-equal" if done.returncode == 0 else done.stderr.strip().splitlines()[-1])
+            ways = {request.split("/")[1] for request in hub.requests if re.match(r"GET /(xorbs|cdn)/", request)}
+            hub.requests.clear()
+            if done.returncode:
+                cells.append(done.stderr.strip().splitlines()[-1])
+            else:
+                cells.append("bit-equal" if ways == {"xorbs" if xet else "cdn"} else f"came by way of {ways}")
     return f"| {' | '.join(cells)} |"
 
 
@@ -91,13 +97,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--timm", required=True, metavar="PYTHON")
     parser.add_argument("--transformers", required=True, metavar="PYTHON")
+    parser.add_argument("--xet", action="store_true")
     parser.add_argument("name", nargs="*", default=list(VARIANTS))
     options = parser.parse_args()
     wrong = 0
     print("| variant | built by | timm alone | with transformers |\n|---|---|---|---|")
+    python = {"timm": options.timm, "transformers": options.transformers}
     for name in options.name:
         with tempfile.TemporaryDirectory() as scratch:
-            row = check(name, {"timm": options.timm, "transformers": options.transformers}, Path(scratch))
+            row = check(name, python, Path(scratch), options.xet)
         print(row, flush=True)
         wrong += row.count("bit-equal") < 2 and "not promised" not in row
     return 1 if wrong else 0

@@ -184,6 +184,8 @@ def load_from_hub(
             f"{name} is no local folder, and the Hub could not be reached for it: {one_line(error)}. "
             "Try again later, or name a local folder"
         ) from error
+    except RuntimeError as error:  # from Xet, over which large files come, or of a dataset that is a script
+        raise RunError(f"{name} could not be loaded from the Hub: {one_line(error)}") from error
     except (ValueError, HFValidationError) as error:
         hint = "; name one with --dataset-config" if "config" in str(error).lower() else ""
         raise RequestError(f"{name} cannot be opened: {one_line(error)}{hint}") from error

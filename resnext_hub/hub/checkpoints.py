@@ -6,9 +6,8 @@ import shutil
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
+from huggingface_hub import CommitOperationDelete, HfApi, snapshot_download
 from huggingface_hub.errors import (
     HFValidationError,
     OfflineModeIsEnabled,
@@ -19,7 +18,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from resnext_hub.errors import RequestError, RunError, one_line
 from resnext_hub.files import new_folder
-from resnext_hub.hub.remote import HUB_ERRORS, differing_files, persist
+from resnext_hub.hub.remote import HUB_ERRORS, commit_folder, differing_files, forget_wrong, no_bars, persist
 
 _logger = logging.getLogger(__name__)
 
@@ -80,8 +79,9 @@ class CheckpointPusher:
                     return
             with taken as folder:
                 try:
-                    persist(lambda folder=folder: self._upload(Path(folder)), self.repo_id)  # type: ignore[misc]
-                except (*HUB_ERRORS, RuntimeError) as error:  # the client wraps some failures in the latter
+                    with no_bars():  # the run has one of its own
+                        persist(lambda folder=folder: self._upload(Path(folder)), self.repo_id)  # type: ignore[misc]
+                except HUB_ERRORS as error:
                     _logger.warning("a checkpoint did not reach %s: %s; the run goes on", self.repo_id, one_line(error))
 
     def _upload(self, folder: Path) -> None:
@@ -92,20 +92,15 @@ class CheckpointPusher:
             return  # it landed, though the answer was lost
         head = api.repo_info(self.repo_id, revision=BRANCH).sha
         (step,) = (path.name for path in folder.glob("step-*"))
-        operations: list[Any] = [
-            CommitOperationAdd(path.relative_to(folder).as_posix(), path)
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        ]
         listed = api.list_repo_tree(self.repo_id, revision=head, recursive=True)
         old = {entry.path.partition("/")[0] for entry in listed if isinstance(entry, RepoFile)}
-        operations += [
+        deletions = [
             CommitOperationDelete(f"{name}/", is_folder=True)
             for name in sorted(old)
             if name.startswith("step-") and name != step
         ]
-        api.create_commit(
-            self.repo_id, operations, commit_message=f"checkpoint {step}", revision=BRANCH, parent_commit=head
+        commit_folder(
+            api, self.repo_id, folder, f"checkpoint {step}", revision=BRANCH, parent=head, deletions=deletions
         )
 
 
@@ -117,7 +112,7 @@ def fetch_run(where: str) -> Path:
 
     Raises:
         RequestError: If it is of another form, or the repository holds no checkpoints.
-        RunError: If the Hub cannot be reached.
+        RunError: If the Hub cannot be reached, or the bytes are not those that it lists.
     """
     kind, colon, repo_id = where.partition(":")
     if kind != "hub" or not colon:
@@ -128,6 +123,8 @@ def fetch_run(where: str) -> Path:
                 repo_id, revision=BRANCH, allow_patterns=["config.yaml", "step-*/*", *LOGS], library_name="resnext-hub"
             )
         )
+        # a snapshot folder of the cache is named after its commit
+        listed = list(HfApi(library_name="resnext-hub").list_repo_tree(repo_id, revision=folder.name, recursive=True))
     except (RevisionNotFoundError, RepositoryNotFoundError) as error:
         raise RequestError(
             f"--resume-from {where}: there is no such repository with a branch {BRANCH} that you may read; a run makes "
@@ -137,6 +134,14 @@ def fetch_run(where: str) -> Path:
         raise RequestError(f"--resume-from {where}: {repo_id} is not of the form owner/name") from error
     except (OfflineModeIsEnabled, *HUB_ERRORS) as error:
         raise RunError(f"--resume-from {where}: the Hub could not be reached: {one_line(error)}") from error
+    for entry in listed:
+        path = folder / entry.path
+        if isinstance(entry, RepoFile) and entry.lfs and path.is_file() and forget_wrong(path, entry.lfs.sha256, None):
+            # passed over as damaged, it would be replaced on the Hub by the first checkpoint of a run from the start
+            raise RunError(
+                f"--resume-from {where}: {entry.path} has other bytes than the Hub lists; it was removed from the "
+                "cache, so that it is fetched anew"
+            )
     if not (folder / "config.yaml").is_file():
         raise RequestError(f"--resume-from {where}: its branch {BRANCH} holds no run")
     return folder

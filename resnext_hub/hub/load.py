@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 from torch import nn
 
 from resnext_hub.errors import RequestError, RunError, one_line
-from resnext_hub.hub.remote import HUB_ERRORS, same_content
+from resnext_hub.hub.remote import HUB_ERRORS, forget_wrong
 from resnext_hub.models.source import WEIGHTS
 
 if TYPE_CHECKING:
@@ -78,9 +78,7 @@ def from_hub(repo_id: str, *, revision: str | None = None, verify: bool = True) 
         raise RunError(f"{repo_id} could not be loaded from the Hub: {one_line(error)}{hint}") from error
     for name, path in paths.items():
         entry = listed.get(name)
-        if entry is not None and not same_content(path, entry.lfs.sha256 if entry.lfs else None, entry.blob_id):
-            path.resolve().unlink()  # so that the next attempt fetches it anew
-            path.unlink(missing_ok=True)
+        if entry is not None and forget_wrong(path, entry.lfs.sha256 if entry.lfs else None, entry.blob_id):
             raise RunError(
                 f"{name} of {repo_id} has other bytes than the Hub lists; it was removed from the cache, so that it is "
                 "fetched anew"

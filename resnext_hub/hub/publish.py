@@ -4,7 +4,9 @@ import json
 import logging
 import re
 import shutil
+import sys
 import tempfile
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 from resnext_hub.errors import RequestError, RunError, one_line
 from resnext_hub.files import write_json
 from resnext_hub.hub.card import license_conflict, render_card
-from resnext_hub.hub.remote import HUB_ERRORS, differing_files, persist, status_of
+from resnext_hub.hub.remote import HUB_ERRORS, commit_folder, differing_files, no_bars, persist, status_of
 from resnext_hub.models.source import WEIGHTS
 from resnext_hub.record import RunRecord
 
@@ -164,19 +166,10 @@ class _Upload:
         if self.create_pr and (pull := self._open_pull()):
             return pull
         self.sent = True
-        try:
-            commit = api.upload_folder(
-                repo_id=repo_id,
-                folder_path=self.staged,
-                commit_message=self.message,
-                create_pr=self.create_pr,
-                revision=self.revision,
-                parent_commit=head,  # so that an attempt whose answer was lost and this one cannot both land
+        with nullcontext() if sys.stderr.isatty() else no_bars():
+            commit = commit_folder(
+                api, repo_id, self.staged, self.message, revision=self.revision, parent=head, create_pr=self.create_pr
             )
-        except RuntimeError as error:  # in which the client wraps what goes wrong with a large file
-            if isinstance(error.__cause__, HUB_ERRORS):
-                raise error.__cause__ from error
-            raise
         if self.create_pr:
             return str(commit.pr_url), str(commit.pr_revision)
         return commit.commit_url, commit.oid

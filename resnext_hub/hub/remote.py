@@ -4,13 +4,16 @@ import hashlib
 import logging
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
+from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from resnext_hub.errors import one_line
 from resnext_hub.files import sha256_of
@@ -25,8 +28,9 @@ PAUSE = 1.0
 TRANSIENT = frozenset((408, 409, 412, 429, 500, 502, 503, 504))
 """Answers after which the same request may succeed; 409 and 412 mean that somebody else was quicker."""
 
-HUB_ERRORS = (HTTPError, OSError)
-"""What the Hub's client raises: the first is the base of what its HTTP library does."""
+HUB_ERRORS = (HTTPError, OSError, RuntimeError)
+"""What the Hub's client raises: the first is the base of what its HTTP library does; the last comes from
+Xet, over which large files go, and wraps what goes wrong with one that goes over plain LFS."""
 
 Result = TypeVar("Result")
 
@@ -42,6 +46,7 @@ def persist(work: Callable[[], Result], what: str) -> Result:
     Raises:
         HTTPError: What the last attempt raised, or the first that no further attempt would mend.
         OSError: The same, from a connection.
+        RuntimeError: The same, from Xet.
     """
     for attempt in range(1, ATTEMPTS):
         try:
@@ -61,6 +66,65 @@ def _wait_asked_for(error: Exception) -> float | None:
         return None
     asked = error.response.headers.get("Retry-After", "")
     return min(float(asked), 60.0) if asked.isdigit() else None
+
+
+def commit_folder(
+    api: HfApi,
+    repo_id: str,
+    folder: Path,
+    message: str,
+    *,
+    revision: str,
+    parent: str | None,
+    create_pr: bool = False,
+    deletions: Sequence[CommitOperationDelete] = (),
+) -> CommitInfo:
+    """Upload a folder in one commit, or none.
+
+    Not by the client's `upload_folder`: over Xet that may make several commits, leaves an empty pull request where the
+    commit to it fails, and repeats a commit whose answer was lost.
+
+    Args:
+        api: The client.
+        repo_id: The repository.
+        folder: All of its files are sent.
+        message: Of the commit.
+        revision: The branch.
+        parent: Its head, so that an attempt whose answer was lost and a second one cannot both land.
+        create_pr: Open a pull request instead.
+        deletions: What goes in the same commit.
+    """
+    additions = [
+        CommitOperationAdd(path.relative_to(folder).as_posix(), path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    ]
+    try:
+        return api.create_commit(
+            repo_id,
+            [*additions, *deletions],
+            commit_message=message,
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=parent,
+        )
+    except RuntimeError as error:
+        if isinstance(error.__cause__, HUB_ERRORS):
+            raise error.__cause__ from None
+        raise
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Silence the client's progress bars, which it draws in a log as on a terminal, unless they were asked for."""
+    if HF_HUB_DISABLE_PROGRESS_BARS is not None or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def differing_files(api: HfApi, repo_id: str, revision: str, folder: Path, read_back: bool = False) -> list[str]:
@@ -99,3 +163,15 @@ def same_content(path: Path, sha256: str | None, blob_id: str | None) -> bool:
         return sha256_of(path) == sha256
     data = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == blob_id
+
+
+def forget_wrong(path: Path, sha256: str | None, blob_id: str | None) -> bool:
+    """Say whether a file in the cache is not what the Hub lists; then remove it, so that it is fetched anew.
+
+    The client does not compare what comes over Xet with anything but its length.
+    """
+    if same_content(path, sha256, blob_id):
+        return False
+    path.resolve().unlink()
+    path.unlink(missing_ok=True)
+    return True

@@ -12,6 +12,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,
     LocalEntryNotFoundError,
 )
 from timm.models import (
@@ -22,7 +23,7 @@ from timm.models import (
 from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from torch import nn
 
-from resnext_hub.errors import RequestError, RunError
+from resnext_hub.errors import RequestError, RunError, one_line
 from resnext_hub.models.resnext import VARIANTS, Variant, stock_architecture
 
 WEIGHTS = "model.safetensors"
@@ -157,6 +158,8 @@ def _require_hub_file(requested: str, repo: str, filename: str) -> None:
     except HfHubHTTPError as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise RequestError(f"--model {requested}: {repo_id} cannot be read from the Hub: {reason}") from error
+    except (HTTPError, OSError, RuntimeError) as error:  # the last comes from Xet, over which large files go
+        raise RunError(f"{filename} of {repo_id} could not be fetched from the Hub: {one_line(error)}") from error
 
 
 def build_model(

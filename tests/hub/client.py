@@ -40,8 +40,8 @@ for line in sys.stdin:
 class Client:
     """Runs commands and code of this package against a Hub."""
 
-    def __init__(self, hub: LoopbackHub, home: Path, token: str = TOKEN) -> None:
-        environment = os.environ | hub.environment(token) | {"HF_HOME": str(home)}
+    def __init__(self, hub: LoopbackHub, home: Path, token: str = TOKEN, xet: bool = False) -> None:
+        environment = os.environ | hub.environment(token, xet) | {"HF_HOME": str(home)}
         self._process = subprocess.Popen(
             [sys.executable, "-c", SERVE],
             cwd=ROOT,
