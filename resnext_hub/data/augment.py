@@ -5,10 +5,10 @@ bytes: what is cheaper for a batch (normalising) or has to come after that (eras
 """
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 
 from resnext_hub.data.decode import opened, read_bytes, upright
 from resnext_hub.data.jpeg import RESAMPLING, Rectangle, decode_part, read_header, to_image, to_tensor
@@ -96,28 +96,22 @@ class Augmentation:
 
     def _cropped(self, data: bytes) -> torch.Tensor:
         """Give a random part of a picture at the size of the input."""
-        with opened(data) as image:
-            header = read_header(image) if self.fast else None
-            if header is None:
-                whole = upright(image, self.mode)
-        if header is None:
-            return self._crop_slowly(whole, self._draw_part(whole.height, whole.width))
-        part = self._draw_part(*header.upright)
-        pixels = decode_part(data, header, part, self.crop.size, self.interpolation, self.mode)
-        if pixels is not None:
-            return pixels
-        with opened(data) as image:
-            whole = upright(image, self.mode)
-        return self._crop_slowly(whole, part)
-
-    def _draw_part(self, height: int, width: int) -> Rectangle:
-        stub = torch.empty((1, height, width), device="meta")  # timm asks a picture for its size and for nothing else
-        return Rectangle(*self.crop.get_params(stub, self.crop.scale, self.crop.ratio))
-
-    def _crop_slowly(self, image: Image.Image, part: Rectangle) -> torch.Tensor:
         from torchvision.transforms.functional import resized_crop
 
-        return to_tensor(resized_crop(image, *part, self.crop.size, self.crop.interpolation))
+        header = read_header(data) if self.fast else None
+        if header is not None:
+            part = self._draw_part(*header.upright)
+            pixels = decode_part(data, header, part, self.crop.size, self.interpolation, self.mode)
+            if pixels is not None:
+                return pixels
+        with opened(data) as image:
+            whole = upright(image, self.mode)
+        if header is None:
+            part = self._draw_part(whole.height, whole.width)
+        return to_tensor(resized_crop(whole, *part, self.crop.size, self.crop.interpolation))
+
+    def _draw_part(self, height: int, width: int) -> Rectangle:
+        return Rectangle(*self.crop.get_params(_sized(height, width), self.crop.scale, self.crop.ratio))
 
     def _draw_erased(self, pixels: torch.Tensor) -> Edges:
         if self.erasing is None:
@@ -125,6 +119,12 @@ class Augmentation:
         taken = _Taken(pixels.shape)
         self.erasing(taken)
         return taken.edges
+
+
+@lru_cache(maxsize=64)
+def _sized(height: int, width: int) -> torch.Tensor:
+    """Stand for a picture that timm asks for its size, and for nothing else."""
+    return torch.empty((1, height, width), device="meta")
 
 
 class _Taken:

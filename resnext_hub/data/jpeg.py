@@ -1,8 +1,8 @@
 """The fast decoder: a rectangle of a JPEG, resized, with pixels like those of Pillow.
 
 simplejpeg (libjpeg-turbo) decodes, at a half, a quarter or an eighth of the size where that leaves enough pixels; torch
-resizes by the filters of Pillow, with the vector instructions that Pillow does not use. Pillow reads every header, so
-that size, orientation and what is unreadable are its judgement, and decodes what simplejpeg refuses.
+resizes by the filters of Pillow, with the vector instructions that Pillow does not use. Pillow reads every header but
+the plainest and decodes what simplejpeg refuses, so that orientation and what is unreadable are its judgement.
 """
 
 import importlib.util
@@ -34,6 +34,10 @@ _TURNS = {
 """By EXIF orientation: whether rows and columns change places; then, whether rows and whether columns turn round."""
 
 
+_USUAL = frozenset({0xE0, 0xDB, 0xC4, 0xDD, 0xFE})
+"""Markers of JFIF, quantisation, Huffman codes, restarts and comments."""
+
+
 class Rectangle(NamedTuple):
     """A part of a picture in pixels of the upright original."""
 
@@ -63,8 +67,40 @@ class Header:
         return self.stored[::-1] if self.turn[0] else self.stored
 
 
-def read_header(image: Image.Image) -> Header | None:
-    """Give the header of a picture that Pillow has opened; None for what is no JPEG in colour or grey."""
+def read_header(data: bytes) -> Header | None:
+    """Give the header of a picture; None for what is no JPEG in colour or grey.
+
+    Raises:
+        UnreadablePictureError: If Pillow does not read it.
+    """
+    size = _plain_size(data)
+    if size is not None:
+        return Header(size, _TURNS[1])
+    with opened(data) as image:
+        return _pillows_header(image)
+
+
+def _plain_size(data: bytes) -> tuple[int, int] | None:
+    """Give height and width of a JPEG of the usual parts alone, in a tenth of the time that Pillow takes.
+
+    None for whatever could mean more: with APP1 there may be an orientation, and anything unknown is Pillow's to judge.
+    """
+    place = 2
+    if data[:2] != b"\xff\xd8":
+        return None
+    while place + 10 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker in (0xC0, 0xC2):  # a frame: its length, 8 bits, height, width, one or three components
+            height, width = data[place + 5] << 8 | data[place + 6], data[place + 7] << 8 | data[place + 8]
+            plain = data[place + 4] == 8 and data[place + 9] in (1, 3)
+            return (height, width) if plain and 0 < height * width <= (Image.MAX_IMAGE_PIXELS or 0) else None
+        if marker not in _USUAL:
+            return None
+        place += 2 + (data[place + 2] << 8 | data[place + 3])
+    return None
+
+
+def _pillows_header(image: Image.Image) -> Header | None:
     if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
         return None
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -151,8 +187,7 @@ class FastTransform:
         """
         data = read_bytes(row)
         pixels = None
-        with opened(data) as image:
-            header = read_header(image) if self.fast else None
+        header = read_header(data) if self.fast else None
         if header is not None:
             part = Rectangle(0, 0, *header.upright)
             pixels = decode_part(data, header, part, self._resized(header.upright), self.interpolation, self.mode)
