@@ -145,7 +145,7 @@ def decode_part(
     pixels = pixels[:: -1 if rows_turned else 1, :: -1 if columns_turned else 1]
     if factor == 1:
         own = pixels[part.top : part.top + part.height, part.left : part.left + part.width]
-        return _resize(np.ascontiguousarray(own), size, interpolation)
+        return _resize(own if header.turn == _TURNS[1] else np.ascontiguousarray(own), size, interpolation)
     # decoded smaller, a side is rounded up at its stored end, which is its first one where it is turned round
     (height, width), (all_rows, all_columns) = pixels.shape[:2], header.upright
     top = part.top / factor + (height - all_rows / factor if rows_turned else 0.0)
