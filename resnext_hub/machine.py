@@ -1,5 +1,6 @@
 """What this process runs on: device, precision, threads, processes, versions."""
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -118,11 +119,10 @@ def cores() -> int:
 def versions() -> dict[str, str]:
     """Give the versions of what computes a run."""
     packages = ("torch", "timm", "accelerate", "datasets", "numpy", "pillow", "safetensors")
-    return {
-        "resnext-hub": resnext_hub.__version__,
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in packages},
-    }
+    found = {name: metadata.version(name) for name in packages}
+    with contextlib.suppress(metadata.PackageNotFoundError):  # runs go without it, by another decoder
+        found["simplejpeg"] = metadata.version("simplejpeg")
+    return {"resnext-hub": resnext_hub.__version__, "python": platform.python_version(), **found}
 
 
 def processor_name(device: torch.device) -> str:

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 import yaml
 
+from resnext_hub.data.augment import Augmentation
 from resnext_hub.data.columns import listing
 from resnext_hub.data.dataset import Splits, check_source, load_splits
+from resnext_hub.data.jpeg import is_installed
 from resnext_hub.data.loaders import PICTURE_MODES, derive_workers
-from resnext_hub.data.transforms import build_train_transform, published_input
+from resnext_hub.data.transforms import published_input
 from resnext_hub.errors import RequestError, one_line
 from resnext_hub.hub.publish import check_request
 from resnext_hub.machine import check_launcher, device_type, local_processes, processes, resolve_precision
@@ -120,15 +122,21 @@ def prepare(
     if not resume and before:
         raise RequestError(f"--no-resume: {folder} holds a run already; give another --output-dir, or remove it")
 
+    config = _choose_decoder(config, folder, before or (read_config(resume_from) if resume_from else {}), asked)
     splits = load_splits(config.data)
     data_config = published_input(config.transform, source.pretrained_cfg)
     if data_config["input_size"][0] not in PICTURE_MODES:
         raise RequestError(f"--model {config.model} takes {data_config['input_size'][0]} channels; expected 1 or 3")
     config = _resolve(config, source, splits, data_config, device)
-    build_train_transform(config.transform, data_config)
+    Augmentation(config.transform, data_config)
     plan_schedule(config, splits.train.count)
     _check_network(config, source, splits, data_config)
     finished = _check_folder(folder, before, config.to_flat(), splits) if before else False
+    if config.loader.decoder == "simplejpeg" and not finished and not is_installed():
+        raise RequestError(
+            f"{folder if before else '--decoder simplejpeg'} needs simplejpeg, which is not installed: "
+            'pip install "resnext-hub[train]", or --decoder pil, whose pixels differ a little'
+        )
     if resume_from is not None and not before:
         _check_folder(folder, read_config(resume_from), public_settings(config, splits), splits)
     return Plan(
@@ -185,6 +193,26 @@ def _check_pairs(config: TrainConfig) -> None:
             f"--batch-size {config.batch_size} gives each process {part} pictures, but --mixup and --cutmix take them "
             f"in pairs; nearest: {' or '.join(str(n * processes()) for n in (part - 1, part + 1) if n)}"
         )
+
+
+def _choose_decoder(
+    config: TrainConfig, folder: Path, before: Mapping[str, Any], asked: Mapping[str, Any]
+) -> TrainConfig:
+    """Take the decoder that a run began with, else the fast one where it is installed; a flag goes over both.
+
+    Raises:
+        RequestError: If the run would go on with another one without being asked to by the flag.
+    """
+    own = before.get("decoder", "pil") if before else None
+    decoder = config.loader.decoder
+    if decoder == "auto":
+        decoder = own or ("simplejpeg" if is_installed() else "pil")
+    if own not in (None, decoder) and "decoder" not in asked:
+        raise RequestError(
+            f"{folder} was decoded with {own} and would go on with {decoder}, whose pixels differ a little; if that is "
+            f"meant, type --decoder {decoder}"
+        )
+    return dataclasses.replace(config, loader=dataclasses.replace(config.loader, decoder=decoder))
 
 
 def _replace_data(config: TrainConfig, **values: Any) -> TrainConfig:

@@ -125,6 +125,8 @@ class RunRecord:
     resumes: int
     skipped_steps: int
     """Steps whose gradients overflowed in fp16, so that the weights were left as they were."""
+    decoders: list[str] = field(default_factory=list)
+    """What decoded the pictures to train on, in the order of use: several if a run was told to go on with another."""
     broken_pictures: list[dict[str, str]] = field(default_factory=list)
 
     def save(self, path: Path) -> None:

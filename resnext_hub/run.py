@@ -348,6 +348,7 @@ def _write_results(plan: Plan, outcome: Outcome, accelerator: "Accelerator", pre
         wall_seconds=outcome.wall_seconds,
         resumes=outcome.resumes,
         skipped_steps=outcome.skipped_steps,
+        decoders=outcome.decoders,
         broken_pictures=outcome.unreadable,
     )
     with new_folder(folder / "plots") as aside:

@@ -1,8 +1,40 @@
 """Pictures from encoded bytes to training batches, beside their peers."""
 
+import dataclasses
+import io
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from resnext_hub.benchmark.contest import Contest
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from resnext_hub.benchmark.contest import Contender, Contest, hold_contest
+from resnext_hub.data.augment import Augmentation
+from resnext_hub.data.dataset import Pictures
+from resnext_hub.data.jpeg import is_installed
+from resnext_hub.data.loaders import StepSampler, TrainingSamples, build_train_loader, read_batches, seed_sample
+from resnext_hub.data.sources import list_pictures
+from resnext_hub.data.transforms import TransformConfig, normalize
+from resnext_hub.errors import RequestError
+
+if TYPE_CHECKING:
+    import datasets
+
+SIZES = {"500x375": (500, 375), "12mp": (4000, 3000)}
+"""Width and height of the pictures by the name of their size."""
+
+COUNTS = {"500x375": (96, 768), "12mp": (8, 32)}
+"""How many of them there are, and how many are read in a round."""
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+DRAWS = 4
+"""Random crops of each picture by which pixels are compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,8 +45,181 @@ class Settings:
     """Height and width of the network's input in pixels."""
     workers: int = 1
     """Reading processes."""
+    batch_size: int = 16
+    """Pictures of a batch."""
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    """Interpolation of resizing; bicubic is that of resnext_g32."""
+    photo_size: Literal["500x375", "12mp"] = "500x375"
+    """Size of the pictures: as in ImageNet, or of a telephone's camera; made of scikit-learn's two photographs."""
+    pictures: str | None = None
+    """A folder of pictures of one's own, in place of those."""
 
 
 def measure(settings: Settings, rounds: int) -> Contest:
-    """Let all contenders do the work by turns."""
-    raise NotImplementedError
+    """Let all contenders do the work by turns.
+
+    This process computes on one thread: it normalises our batches, and threads of its own would take the cores of the
+    readers.
+    """
+    torch.set_num_threads(1)
+    stored, count = _stored_pictures(settings)
+    rows = _table(stored, count)
+    data_config = {
+        "input_size": (3, settings.image_size, settings.image_size),
+        "interpolation": settings.interpolation,
+        "mean": MEAN,
+        "std": STD,
+    }
+    transform = _timm_transform(data_config)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+
+    def ours(decoder: str) -> Contender:
+        augment = Augmentation(TransformConfig(), data_config, decoder)
+
+        def batches() -> Iterable[torch.Tensor]:
+            loader = _our_loader(settings, rows, augment)
+            return (normalize(batch.images, mean, std) for batch in read_batches(loader))
+
+        def pixels(row: dict[str, Any]) -> torch.Tensor:
+            return normalize(augment(row).image[None], mean, std)[0]
+
+        return Contender(
+            name=f"resnext-hub, {decoder}",
+            run=lambda: _rate(batches(), settings.batch_size),
+            quality=_compare(stored, pixels, lambda row: _reference(row, transform), std),
+            ours=True,
+        )
+
+    peer = Contender(
+        name="datasets, PIL, timm's transform",
+        run=lambda: _rate(_peer_batches(settings, rows, transform), settings.batch_size),
+        quality="the reference",
+    )
+    decoders = ["simplejpeg", "pil"] if is_installed() else ["pil"]
+    size = sum(map(len, stored)) / len(stored) / 1e6
+    return hold_contest(
+        "loader",
+        dataclasses.asdict(settings),
+        [*map(ours, decoders), peer],
+        rounds,
+        torch.device("cpu"),
+        notes=(f"{len(stored)} pictures of {size:.2f} MB on average, {count} read a round.",),
+    )
+
+
+def _stored_pictures(settings: Settings) -> tuple[list[bytes], int]:
+    """Give pictures as they are stored, and how many to read in a round."""
+    if settings.pictures is None:
+        number, count = COUNTS[settings.photo_size]
+        return _photographs(SIZES[settings.photo_size], number), count
+    folder = Path(settings.pictures)
+    paths = list_pictures(folder) if folder.is_dir() else []
+    if not paths:
+        raise RequestError(f"--pictures {folder}: expected a folder with pictures")
+    stored = [path.read_bytes() for path in paths]
+    with Image.open(io.BytesIO(stored[0])) as first:
+        return stored, COUNTS["12mp" if first.width * first.height > 2e6 else "500x375"][1]
+
+
+def _photographs(size: tuple[int, int], number: int) -> list[bytes]:
+    """Cut parts out of two photographs, enlarge them, and store them as JPEG of several qualities."""
+    from sklearn.datasets import load_sample_images
+
+    rng = np.random.default_rng(0)
+    originals = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    stored = []
+    for index in range(number):
+        whole = originals[index % len(originals)]
+        width, height = 500, 375
+        left, top = (int(rng.integers(0, room + 1)) for room in (whole.width - width, whole.height - height))
+        part = whole.crop((left, top, left + width, top + height)).resize(size, Image.Resampling.LANCZOS)
+        if size != (width, height):  # what is enlarged is smoother than a camera's picture, and cheaper to decode
+            grain = rng.integers(-4, 5, (size[1], size[0], 1), dtype=np.int16)
+            part = Image.fromarray(np.clip(np.asarray(part) + grain, 0, 255).astype(np.uint8))
+        buffer = io.BytesIO()
+        part.save(buffer, "JPEG", quality=int(rng.integers(80, 96)))
+        stored.append(buffer.getvalue())
+    return stored
+
+
+def _table(stored: list[bytes], count: int) -> "datasets.Dataset":
+    """Give an Arrow table of at least `count` rows."""
+    import datasets
+
+    repeated = [{"bytes": stored[i % len(stored)], "path": None} for i in range(max(count, len(stored)))]
+    return datasets.Dataset.from_dict({"image": repeated}, features=datasets.Features({"image": datasets.Image()}))
+
+
+def _timm_transform(data_config: dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
+    from timm.data import create_transform
+
+    transform: Callable[[Image.Image], torch.Tensor] = create_transform(
+        **data_config, is_training=True, color_jitter=None
+    )
+    return transform
+
+
+def _our_loader(settings: Settings, rows: "datasets.Dataset", augment: Augmentation) -> DataLoader[Any]:
+    import datasets
+
+    count = len(rows)
+    undecoded = rows.cast_column("image", datasets.Image(decode=False))
+    pictures = Pictures(undecoded, "image", np.arange(count), np.zeros(count, dtype=np.int64))
+    sampler = StepSampler(count, settings.batch_size, 0, 0, _steps(settings, count))
+    return build_train_loader(TrainingSamples(pictures, augment, 0), sampler, settings.workers)
+
+
+def _peer_batches(
+    settings: Settings, rows: "datasets.Dataset", transform: Callable[[Image.Image], torch.Tensor]
+) -> Iterable[torch.Tensor]:
+    def transformed(batch: dict[str, list[Image.Image]]) -> dict[str, list[torch.Tensor]]:
+        return {"image": [transform(image.convert("RGB")) for image in batch["image"]]}
+
+    count = _steps(settings, len(rows)) * settings.batch_size
+    sampler = torch.utils.data.RandomSampler(rows, num_samples=count, generator=torch.Generator().manual_seed(0))
+    loader = DataLoader(
+        rows.with_transform(transformed),
+        batch_size=settings.batch_size,
+        sampler=sampler,
+        num_workers=settings.workers,
+    )
+    return (batch["image"] for batch in loader)
+
+
+def _steps(settings: Settings, count: int) -> int:
+    return max(count // settings.batch_size, 1) + 1  # the first batch starts the clock
+
+
+def _rate(batches: Iterable[torch.Tensor], batch_size: int) -> float:
+    """Give images per second from the first batch on, so that the start of the readers does not count."""
+    steps, begin = -1, 0.0
+    for steps, _ in enumerate(batches):  # noqa: B007 - the last one counts them
+        begin = begin or time.perf_counter()
+    return steps * batch_size / (time.perf_counter() - begin)
+
+
+def _reference(row: dict[str, Any], transform: Callable[[Image.Image], torch.Tensor]) -> torch.Tensor:
+    with Image.open(io.BytesIO(row["bytes"])) as image:
+        return transform(image.convert("RGB"))
+
+
+def _compare(
+    stored: list[bytes],
+    pixels: Callable[[dict[str, Any]], torch.Tensor],
+    reference: Callable[[dict[str, Any]], torch.Tensor],
+    std: torch.Tensor,
+) -> str:
+    """Say how far pixels are from the reference's for the same random numbers, in steps of 1/255."""
+    means, greatest = [], 0.0
+    for index, data in enumerate(stored[:16]):
+        for draw in range(DRAWS):
+            found = []
+            for make in (pixels, reference):
+                seed_sample(0, draw, index)
+                found.append(make({"bytes": data, "path": None}))
+            error = (found[0] - found[1]).abs() * std * 255
+            means.append(float(error.mean()))
+            greatest = max(greatest, float(error.max()))
+    if greatest == 0.0:
+        return "pixels equal to the bit"
+    return f"pixels differ by {np.mean(means):.2f}/255 in the mean, {greatest:.0f}/255 at most"

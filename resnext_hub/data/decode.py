@@ -5,9 +5,11 @@ channels, sixteen bits are scaled to eight, CMYK is converted. Transparency is d
 readers do, so that a published network sees the same pixels there.
 """
 
+import contextlib
 import io
-import os
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,25 +31,56 @@ def decode(row: dict[str, Any], mode: str = "RGB") -> Image.Image:
         UnreadablePictureError: If there is nothing to read, it is no picture, it is cut off, or it has more pixels than
             `PIL.Image.MAX_IMAGE_PIXELS`, as a decompression bomb would.
     """
-    data, path = row["bytes"], row["path"]
-    if data is None and path is None:
+    with opened(read_bytes(row)) as image:
+        return upright(image, mode)
+
+
+def read_bytes(row: dict[str, Any]) -> bytes:
+    """Give the bytes of a picture as it is stored.
+
+    Raises:
+        UnreadablePictureError: If there are none.
+    """
+    data: bytes | None = row["bytes"]
+    if data is None and row["path"] is None:
         raise UnreadablePictureError("neither bytes nor a path")
     try:
-        if (len(data) if data is not None else os.path.getsize(path)) == 0:
-            raise UnreadablePictureError("zero bytes")
+        data = Path(row["path"]).read_bytes() if data is None else data
+    except FileNotFoundError as error:
+        raise UnreadablePictureError("the file is gone") from error
+    except OSError as error:
+        raise UnreadablePictureError(error.strerror or type(error).__name__) from error
+    if not data:
+        raise UnreadablePictureError("zero bytes")
+    return data
+
+
+@contextlib.contextmanager
+def opened(data: bytes) -> Iterator[Image.Image]:
+    """Read the header of a picture; what then fails in decoding it says why in the same words.
+
+    Raises:
+        UnreadablePictureError: If it cannot be read.
+    """
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data) if data is not None else path) as image:
-                return _to_mode(ImageOps.exif_transpose(image), mode)
+            with Image.open(io.BytesIO(data)) as image:
+                yield image
     except UnidentifiedImageError as error:
         raise UnreadablePictureError("not an image") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise UnreadablePictureError(f"more than {Image.MAX_IMAGE_PIXELS} pixels") from error
-    except FileNotFoundError as error:
-        raise UnreadablePictureError("the file is gone") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise for damaged files
         reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
         raise UnreadablePictureError(reason[:200] or type(error).__name__) from error
+
+
+def upright(image: Image.Image, mode: str) -> Image.Image:
+    """Decode a picture whose header was read, turned as its EXIF orientation says."""
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)  # as it copies what need not be turned otherwise
+    return _to_mode(image, mode)
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:
@@ -57,4 +90,4 @@ def _to_mode(image: Image.Image, mode: str) -> Image.Image:
         image = Image.fromarray(np.clip(values // 257 if wide else values, 0, 255).astype(np.uint8))
     elif image.mode == "P":
         image = image.convert("RGBA")  # palettes carry transparency in ways that only this conversion understands
-    return image.convert(mode)
+    return image if image.mode == mode else image.convert(mode)

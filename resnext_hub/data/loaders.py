@@ -10,13 +10,14 @@ import signal
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from resnext_hub.data.augment import NOTHING, Augment, Edges
 from resnext_hub.data.dataset import Pictures
 from resnext_hub.data.decode import UnreadablePictureError
 from resnext_hub.data.transforms import Transform
@@ -36,6 +37,9 @@ class LoaderConfig:
 
     workers: int | None = None
     """Reading processes beside each training process; derived from device and cores if not given."""
+    decoder: Literal["auto", "simplejpeg", "pil"] = "auto"
+    """What decodes JPEGs to train on: simplejpeg is fast, pil the reference; auto is a run's own one, else simplejpeg
+    where it is installed."""
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 0:
@@ -67,6 +71,7 @@ class Sample:
     label: int
     index: int
     unreadable: list[Unreadable]
+    erased: Edges = NOTHING
 
 
 class Position(NamedTuple):
@@ -77,15 +82,18 @@ class Position(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Pictures `(N, C, H, W)` float32, labels and indices `(N,)` int64, what was unreadable.
+    """Pictures `(N, C, H, W)`, labels and indices `(N,)` int64, what was unreadable.
 
-    `end` is where the sequence stands after the global batch; None if that follows from the step.
+    Pictures to train on are uint8 and channels last in memory, `erased` `(N, 4)` int64 has the edges of what is to be
+    erased of each; those to evaluate on are float32 and normalised. `end` is where the sequence stands after the global
+    batch; None if that follows from the step.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     indices: torch.Tensor
     unreadable: list[Unreadable]
+    erased: torch.Tensor
     end: Position | None = None
 
 
@@ -114,18 +122,18 @@ def seed_sample(seed: int, epoch: int, index: int, repeat: int = 0) -> None:
 class TrainingSamples(Dataset[Sample]):
     """Augmented samples by place. One that cannot be read is replaced by another, a function of its index alone."""
 
-    def __init__(self, pictures: Pictures, transform: Transform, seed: int, mode: str = "RGB") -> None:
+    def __init__(self, pictures: Pictures, augment: Augment, seed: int) -> None:
         self.pictures = pictures
-        self.transform = transform
+        self.augment = augment
         self.seed = seed
-        self.mode = mode
 
     def __getitem__(self, place: Place) -> Sample:
         unreadable: list[Unreadable] = []
         index = place.sample
         while True:
+            seed_sample(self.seed, place.epoch, place.sample)
             try:
-                image = self.pictures.image(index, self.mode)
+                image, erased = self.augment(self.pictures.row(index))
                 break
             except UnreadablePictureError as error:
                 unreadable.append(Unreadable(index, self.pictures.name(index), str(error)))
@@ -133,8 +141,7 @@ class TrainingSamples(Dataset[Sample]):
                     raise RunError(f"100 pictures drawn after each other cannot be read; the last: {error}") from None
                 draw = np.random.SeedSequence((place.sample, len(unreadable))).generate_state(1, np.uint64)[0]
                 index = int(draw % len(self.pictures))
-        seed_sample(self.seed, place.epoch, place.sample)
-        return Sample(self.transform(image), int(self.pictures.labels[index]), place.sample, unreadable)
+        return Sample(image, int(self.pictures.labels[index]), place.sample, unreadable, erased)
 
 
 class EvaluationSamples(Dataset[Sample]):
@@ -237,12 +244,17 @@ def read_batches(loader: DataLoader[Batch]) -> Generator[Batch, None, None]:
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Stack samples to a batch."""
+    """Stack samples to a batch, pixels in the order that they have in memory."""
+    images = [sample.image for sample in samples]
+    channels_last = images[0].dtype == torch.uint8
     return Batch(
-        images=torch.stack([sample.image for sample in samples]),
+        images=torch.stack([i.permute(1, 2, 0) for i in images]).permute(0, 3, 1, 2)
+        if channels_last
+        else torch.stack(images),
         labels=torch.tensor([sample.label for sample in samples]),
         indices=torch.tensor([sample.index for sample in samples]),
         unreadable=[entry for sample in samples for entry in sample.unreadable],
+        erased=torch.tensor([sample.erased for sample in samples]),
     )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from resnext_hub.data.augment import Augment
 from resnext_hub.data.dataset import Record, StreamedPictures
 from resnext_hub.data.decode import UnreadablePictureError
 from resnext_hub.data.loaders import (
@@ -48,9 +49,8 @@ class StreamBatches(IterableDataset[Batch]):
 
     Args:
         pictures: The stream.
-        transform: Maps a picture to a tensor.
+        augment: Maps a stored picture to an augmented one.
         seed: Seed of order and augmentation.
-        mode: Pillow's mode of the pictures.
         batch_size: Samples of a global batch.
         block_size: Consecutive samples that are shuffled among themselves.
         start: Where the first step begins.
@@ -62,10 +62,9 @@ class StreamBatches(IterableDataset[Batch]):
     def __init__(
         self,
         pictures: StreamedPictures,
-        transform: Transform,
+        augment: Augment,
         *,
         seed: int,
-        mode: str,
         batch_size: int,
         block_size: int,
         start: Position,
@@ -73,7 +72,7 @@ class StreamBatches(IterableDataset[Batch]):
         process: int = 0,
         processes: int = 1,
     ) -> None:
-        self.pictures, self.transform, self.seed, self.mode = pictures, transform, seed, mode
+        self.pictures, self.augment, self.seed = pictures, augment, seed
         self.batch_size, self.block_size = batch_size, block_size
         self.start, self.steps = start, steps
         self.process, self.processes = process, processes
@@ -128,13 +127,13 @@ class StreamBatches(IterableDataset[Batch]):
         unreadable = []
         for offset in range(len(place.block)):
             record = place.block[(place.within + offset) % len(place.block)]
+            seed_sample(self.seed, place.epoch, own.key)
             try:
-                image = self.pictures.image(record, self.mode)
+                image, erased = self.augment(self.pictures.row(record))
             except UnreadablePictureError as error:
                 unreadable.append(Unreadable(record.key, record.name, str(error)))
                 continue
-            seed_sample(self.seed, place.epoch, own.key)
-            return Sample(self.transform(image), record.label, own.key, unreadable)
+            return Sample(image, record.label, own.key, unreadable, erased)
         raise RunError(
             f"none of {len(place.block)} consecutive records can be read; the last: {unreadable[-1].name} "
             f"({unreadable[-1].reason})"

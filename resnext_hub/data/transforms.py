@@ -1,4 +1,4 @@
-"""From a decoded picture to a normalised tensor, with timm's own transforms; and the mixing of pairs of them.
+"""What is done to pictures: its configuration, timm's evaluation transform, and the part of it that a device does.
 
 Mixing is not left to timm's Mixup, which pairs within the batch of one process: here the pairs and their parameters
 belong to the global batch.
@@ -114,31 +114,6 @@ def build_eval_transform(data_config: Mapping[str, Any]) -> Transform:
     return transform
 
 
-def build_train_transform(config: TransformConfig, data_config: Mapping[str, Any]) -> Transform:
-    """Give timm's training transform: random resized crop, flip, and what else the configuration asks for."""
-    from timm.data import create_transform
-
-    try:
-        transform: Transform = create_transform(
-            input_size=data_config["input_size"],
-            is_training=True,
-            scale=config.scale,
-            ratio=config.ratio,
-            hflip=config.hflip,
-            color_jitter=config.color_jitter or None,
-            auto_augment=config.auto_augment,
-            re_prob=config.random_erasing,
-            interpolation=data_config["interpolation"],
-            mean=data_config["mean"],
-            std=data_config["std"],
-        )
-    except (AssertionError, KeyError, ValueError) as error:
-        raise RequestError(
-            f"--auto-augment {config.auto_augment}: no policy of timm's, such as rand-m7-mstd0.5, augmix-m3, 3a"
-        ) from error
-    return transform
-
-
 class Mix(NamedTuple):
     """How the pairs of a batch are mixed, one entry per pair.
 
@@ -186,19 +161,49 @@ def _draw_box(rng: np.random.Generator, share: float, size: tuple[int, int]) -> 
     return edges[0], edges[1], edges[2], edges[3]
 
 
+def normalize(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """Turn pixels `(N, C, H, W)` uint8 into float32 by the arithmetic of timm's transforms, to the bit on a CPU.
+
+    Args:
+        images: The pixels.
+        mean: Mean of values from 0 to 1, `(C, 1, 1)`.
+        std: Standard deviation of such values, `(C, 1, 1)`.
+    """
+    pixels = images.permute(0, 2, 3, 1).contiguous()  # no copy of what is channels last
+    rows = pixels.to(torch.float32).div_(255).flatten(2)
+    # over whole rows, as a CPU has no fast way to take three values in turn
+    rows.sub_(mean.flatten().repeat(images.shape[3])).div_(std.flatten().repeat(images.shape[3]))
+    return rows.view_as(pixels).permute(0, 3, 1, 2)
+
+
+def erase(images: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
+    """Set a rectangle of each of normalised pictures `(N, C, H, W)` to zero, in place.
+
+    Args:
+        images: The pictures.
+        edges: Top, bottom, left, right of the rectangles, `(N, 4)` int64; empty ones leave a picture as it is.
+    """
+    return images.masked_fill_(_inside(edges, images), 0.0)
+
+
+def _inside(edges: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """Say which pixels of `images` `(N, C, H, W)` are within rectangles `(N, 4)`: `(N, 1, H, W)` bool."""
+    top, bottom, left, right = (edge.view(-1, 1, 1, 1) for edge in edges.to(images.device).unbind(1))
+    rows = torch.arange(images.shape[2], device=images.device).view(1, 1, -1, 1)
+    columns = torch.arange(images.shape[3], device=images.device).view(1, 1, 1, -1)
+    return (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
+
+
 def mix_pairs(images: torch.Tensor, labels: torch.Tensor, mix: Mix, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Mix the pictures `(N, C, H, W)` 2j and 2j+1 with each other; give them and their targets `(N, classes)`."""
     share = mix.share.to(images.device).repeat_interleave(2)
     boxes = mix.boxes.to(images.device).repeat_interleave(2, dim=0)
     partner = torch.arange(len(images), device=images.device) ^ 1
     others = images[partner]
-    top, bottom, left, right = (edge.view(-1, 1, 1, 1) for edge in boxes.unbind(1))
-    rows = torch.arange(images.shape[2], device=images.device).view(1, 1, -1, 1)
-    columns = torch.arange(images.shape[3], device=images.device).view(1, 1, 1, -1)
-    inside = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
+    cut = (boxes[:, 1] > boxes[:, 0]).view(-1, 1, 1, 1)
     own = share.view(-1, 1, 1, 1)
     blended = images * own + others * (1.0 - own)
-    mixed = torch.where(bottom > top, torch.where(inside, others, images), blended)
+    mixed = torch.where(cut, torch.where(_inside(boxes, images), others, images), blended)
     one_hot = torch.nn.functional.one_hot(labels, classes).to(images.dtype)
     targets = one_hot * share.view(-1, 1) + one_hot[partner] * (1.0 - share.view(-1, 1))
     return mixed, targets

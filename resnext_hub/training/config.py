@@ -155,6 +155,7 @@ MACHINE_FIELDS = frozenset(
     {
         "threads",
         "workers",
+        "decoder",
         "deterministic",
         "log_every",
         "log_samples",
@@ -168,7 +169,10 @@ MACHINE_FIELDS = frozenset(
         "private",
     }
 )
-"""Fields that may differ when a run is resumed: they say how the machine does the work, not what work it is."""
+"""Fields that may differ when a run is resumed: they say how the machine does the work, not what work it is.
+
+Another decoder gives slightly other pixels, so it has to be asked for by its flag.
+"""
 
 GROWING_FIELDS = frozenset({"epochs", "max_steps"})
 """Fields that may grow when a run is resumed."""

@@ -19,6 +19,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader
 
+from resnext_hub.data.augment import Augmentation
 from resnext_hub.data.dataset import Pictures, Splits, StreamedPictures
 from resnext_hub.data.loaders import (
     PICTURE_MODES,
@@ -30,7 +31,7 @@ from resnext_hub.data.loaders import (
     build_train_loader,
 )
 from resnext_hub.data.stream import StreamBatches, StreamedEvaluation, build_stream_loader
-from resnext_hub.data.transforms import build_eval_transform, build_train_transform, draw_mix, mix_pairs
+from resnext_hub.data.transforms import build_eval_transform, draw_mix, erase, mix_pairs, normalize
 from resnext_hub.errors import RequestError, RunError, StoppedRun, one_line
 from resnext_hub.machine import WAIT
 from resnext_hub.training.checkpoint import latest_checkpoint, save_checkpoint
@@ -66,6 +67,8 @@ class Outcome:
     resumes: int
     skipped_steps: int
     """Steps whose gradients overflowed in fp16, so that the weights were left as they were."""
+    decoders: list[str]
+    """What decoded the pictures to train on, in the order of use."""
     unreadable: list[dict[str, str]]
     """Pictures that could not be read: split, picture, reason."""
 
@@ -100,10 +103,12 @@ class RunState:
     ) -> None:
         self.config, self.splits, self.folder, self.accelerator = config, splits, folder, accelerator
         self.data_config, self.on_checkpoint = data_config, on_checkpoint
-        self.mode = PICTURE_MODES[data_config["input_size"][0]]
         self.schedule = plan_schedule(config, splits.train.count)
         # the unwrapped network: what evaluates, and what is saved
         self.network = network.to(accelerator.device).to(memory_format=torch.channels_last)
+        self.mean, self.std = (
+            torch.tensor(data_config[name], device=accelerator.device).view(-1, 1, 1) for name in ("mean", "std")
+        )
         self.ema = ModelEmaV3(self.network, decay=config.ema, use_warmup=True) if config.ema else None
         self.optimizer = build_optimizer(self.network, config.optim)
         self.stop = StopSignal(accelerator.num_processes, WAIT)
@@ -113,7 +118,9 @@ class RunState:
             "threads": torch.get_num_threads(),
             "precision": precision,
             "device": accelerator.device.type,
+            "decoder": config.loader.decoder,
         }
+        self.decoders: list[str] = [config.loader.decoder]
         self.step = self.resumes = self.skipped_steps = 0
         self.position = Position(0, 0)
         """Where a stream stands; of other data it follows from the step."""
@@ -187,13 +194,17 @@ class RunState:
         self.position = Position(*facts["position"])
         self.timer = Timer(facts["wall_seconds"], self.step)
         _logger.info("going on from %s", checkpoint.path.name)
+        decoders = facts.get("decoders", ["pil"])
+        self.decoders = decoders if decoders[-1] == self.how["decoder"] else [*decoders, self.how["decoder"]]
         for name, before in facts["how"].items():
             if self.how[name] != before:
+                pixels = "in their last bits" if name != "decoder" else "as the pixels of JPEGs do by a little"
                 _logger.warning(
-                    "%s: %s before, %s now; data and schedule stay the same, the weights can differ in their last bits",
+                    "%s: %s before, %s now; data and schedule stay the same, the weights can differ %s",
                     name,
                     before,
                     self.how[name],
+                    pixels,
                 )
 
     def open_logs(self, stack: contextlib.ExitStack) -> None:
@@ -208,13 +219,12 @@ class RunState:
         """Give this process's part of every step that is left."""
         config, pictures, pin_memory = self.config, self.splits.train, self.accelerator.device.type == "cuda"
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
-        transform = build_train_transform(config.transform, self.data_config)
+        augment = Augmentation(config.transform, self.data_config, config.loader.decoder)
         if isinstance(pictures, StreamedPictures):
             batches = StreamBatches(
                 pictures,
-                transform,
+                augment,
                 seed=config.seed,
-                mode=self.mode,
                 batch_size=config.batch_size,
                 block_size=config.data.shuffle_block,
                 start=self.position,
@@ -223,7 +233,7 @@ class RunState:
                 processes=processes,
             )
             return build_stream_loader(batches, self.workers, pin_memory)
-        samples = TrainingSamples(pictures, transform, config.seed, self.mode)
+        samples = TrainingSamples(pictures, augment, config.seed)
         sampler = StepSampler(
             len(pictures), config.batch_size, config.seed, self.step, self.schedule.steps, process, processes
         )
@@ -231,8 +241,11 @@ class RunState:
 
     def inputs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Give pictures `(N, C, H, W)` and labels `(N,)`, or mixed targets `(N, classes)`, on the device."""
-        images = batch.images.to(self.accelerator.device, non_blocking=True)
-        labels = batch.labels.to(self.accelerator.device, non_blocking=True)
+        device = self.accelerator.device
+        labels = batch.labels.to(device, non_blocking=True)
+        images = normalize(batch.images.to(device, non_blocking=True), self.mean, self.std)
+        if self.config.transform.random_erasing:
+            images = erase(images, batch.erased)
         if self.config.transform.mixes:
             first = self.accelerator.process_index * len(labels) // 2
             pairs = range(first, first + len(labels) // 2)
@@ -389,6 +402,7 @@ class RunState:
             "scaler": None if scaler is None else scaler.state_dict(),
             "best": None if best is None else {"step": best.step, "correct": best.correct, "loss": best.loss},
             "how": self.how,
+            "decoders": self.decoders,
             "wall_seconds": self.timer.wall_seconds,
             "resumes": self.resumes,
             "skipped_steps": self.skipped_steps,
@@ -445,6 +459,7 @@ class RunState:
             wall_seconds=self.timer.wall_seconds,
             resumes=self.resumes,
             skipped_steps=self.skipped_steps,
+            decoders=self.decoders,
             unreadable=read_unreadable(self.folder),
         )
 

@@ -7,7 +7,9 @@ import torch
 from conftest import write_pictures
 from pytest import TempPathFactory, fixture, mark
 
+from resnext_hub.data.augment import Augmentation, Augmented
 from resnext_hub.data.dataset import DataConfig, load_splits
+from resnext_hub.data.decode import decode
 from resnext_hub.data.loaders import (
     Place,
     StepSampler,
@@ -19,9 +21,10 @@ from resnext_hub.data.loaders import (
 from resnext_hub.data.transforms import (
     TransformConfig,
     build_eval_transform,
-    build_train_transform,
     draw_mix,
+    erase,
     mix_pairs,
+    normalize,
     published_input,
 )
 
@@ -31,7 +34,7 @@ AUGMENTED = TransformConfig(auto_augment="rand-m7-mstd0.5", random_erasing=0.5, 
 
 def samples() -> TrainingSamples:
     pictures = load_splits(DataConfig()).train
-    return TrainingSamples(pictures, build_train_transform(AUGMENTED, published_input(AUGMENTED, CFG)), seed=3)
+    return TrainingSamples(pictures, Augmentation(AUGMENTED, published_input(AUGMENTED, CFG)), seed=3)
 
 
 def test_every_sample_comes_once_per_epoch_and_every_batch_is_full() -> None:
@@ -69,7 +72,7 @@ def fifty(tmp_path_factory: TempPathFactory) -> TrainingSamples:
     for name, shade in (("a", 60), ("b", 180)):
         write_pictures(root / name, 25, shade)
     pictures = load_splits(DataConfig(dataset=str(root), eval_fraction=0.04)).train
-    return TrainingSamples(pictures, build_train_transform(AUGMENTED, published_input(AUGMENTED, CFG)), seed=3)
+    return TrainingSamples(pictures, Augmentation(AUGMENTED, published_input(AUGMENTED, CFG)), seed=3)
 
 
 BATCH, STEPS = 24, 4
@@ -84,7 +87,10 @@ def hashes(samples: TrainingSamples, processes: int, workers: int) -> list[str]:
         sampler = StepSampler(len(samples.pictures), BATCH, 3, 0, STEPS, process, processes)
         for step, batch in enumerate(build_train_loader(samples, sampler, workers)):
             mix = draw_mix(AUGMENTED, 3, step, range(process * part // 2, (process + 1) * part // 2), (32, 32))
-            images, targets = mix_pairs(batch.images, batch.labels, mix, 2)
+            images = erase(
+                normalize(batch.images, torch.full((3, 1, 1), 0.5), torch.full((3, 1, 1), 0.25)), batch.erased
+            )
+            images, targets = mix_pairs(images, batch.labels, mix, 2)
             assert len(images) == part
             for image, target in zip(images, targets, strict=True):
                 found[step].update(image.numpy().tobytes() + target.numpy().tobytes())
@@ -123,7 +129,8 @@ def test_an_unreadable_sample_is_replaced_by_the_same_other_one_every_time(tmp_p
     splits = load_splits(DataConfig(dataset=str(tmp_path)))
     bad = 3
     Path(splits.train.rows[int(splits.train.indices[bad])]["image"]["path"]).write_bytes(b"")
-    data = TrainingSamples(splits.train, build_eval_transform(CFG), seed=0)
+    transform = build_eval_transform(CFG)
+    data = TrainingSamples(splits.train, lambda row: Augmented(transform(decode(row))), seed=0)
     first, again = data[Place(0, bad)], data[Place(5, bad)]
     assert first.unreadable == again.unreadable == [Unreadable(bad, splits.train.name(bad), "zero bytes")]
     assert first.index == bad

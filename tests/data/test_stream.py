@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 from pytest import LogCaptureFixture, fixture, mark, raises
 
+from resnext_hub.data.augment import Augmentation
 from resnext_hub.data.dataset import DataConfig, StreamedPictures, load_splits
 from resnext_hub.data.loaders import Batch, Position, read_batches
 from resnext_hub.data.stream import StreamBatches, StreamedEvaluation, build_stream_loader
-from resnext_hub.data.transforms import TransformConfig, build_eval_transform, build_train_transform, published_input
+from resnext_hub.data.transforms import TransformConfig, build_eval_transform, published_input
 from resnext_hub.errors import RequestError, RunError
 
 CFG = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.25,) * 3, "interpolation": "bilinear", "crop_pct": 1.0}
@@ -68,13 +69,13 @@ def batches(
     batch: int = 12,
 ) -> list[list[Batch]]:
     """Give the batches of each process."""
-    transform = build_train_transform(AUGMENTED, published_input(AUGMENTED, CFG))
+    augment = Augmentation(AUGMENTED, published_input(AUGMENTED, CFG))
     return [
         list(
             read_batches(
                 build_stream_loader(
                     StreamBatches(
-                        stream, transform, seed=3, mode="RGB", batch_size=batch, block_size=block, start=start,
+                        stream, augment, seed=3, batch_size=batch, block_size=block, start=start,
                         steps=steps, process=process, processes=processes,
                     ),
                     workers,
@@ -90,8 +91,9 @@ def hashes(parts: list[list[Batch]]) -> list[str]:
     found = []
     for same_step in zip(*parts, strict=True):
         assert len({batch.end for batch in same_step}) == 1
-        pixels = torch.cat([batch.images for batch in same_step]).numpy().tobytes()
-        found.append(hashlib.sha256(pixels).hexdigest())
+        digest = hashlib.sha256(torch.cat([batch.images for batch in same_step]).numpy().tobytes())
+        digest.update(torch.cat([batch.erased for batch in same_step]).numpy().tobytes())
+        found.append(digest.hexdigest())
     return found
 
 

@@ -1,0 +1,143 @@
+"""From a stored picture to the small one that training takes: timm's training transform up to its pixels.
+
+timm draws every random number, in its own order, whichever decoder is used, so both cut the same rectangle. Pixels stay
+bytes: what is cheaper for a batch (normalising) or has to come after that (erasing) is left to the device.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+
+from resnext_hub.data.decode import opened, read_bytes, upright
+from resnext_hub.data.jpeg import RESAMPLING, Rectangle, decode_part, read_header, to_image, to_tensor
+from resnext_hub.data.transforms import TransformConfig
+from resnext_hub.errors import RequestError
+
+
+class Edges(NamedTuple):
+    """A rectangle of pixels, from top to before bottom and from left to before right; empty if they are equal."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+
+NOTHING = Edges(0, 0, 0, 0)
+
+
+class Augmented(NamedTuple):
+    """A picture `(C, H, W)` uint8, and which part of it is to be erased once it is normalised."""
+
+    image: torch.Tensor
+    erased: Edges = NOTHING
+
+
+Augment = Callable[[dict[str, Any]], Augmented]
+"""Maps a stored picture (`bytes`, or a `path`) to an augmented one; raises UnreadablePictureError."""
+
+
+class Augmentation:
+    """timm's training transform: random resized crop, flip, and what else the configuration asks for.
+
+    Args:
+        config: What is drawn at random.
+        data_config: input_size, interpolation, mean and std in timm's keys.
+        decoder: `simplejpeg`, or `pil`, which the pixels of the other are near to.
+
+    Raises:
+        RequestError: If timm has no such policy of augmentation.
+    """
+
+    def __init__(self, config: TransformConfig, data_config: Mapping[str, Any], decoder: str = "pil") -> None:
+        from timm.data import create_transform
+        from timm.data.random_erasing import RandomErasing
+
+        try:
+            first, second, _ = create_transform(
+                input_size=data_config["input_size"],
+                is_training=True,
+                scale=config.scale,
+                ratio=config.ratio,
+                hflip=config.hflip,
+                color_jitter=config.color_jitter or None,
+                auto_augment=config.auto_augment,
+                interpolation=data_config["interpolation"],
+                mean=data_config["mean"],
+                std=data_config["std"],
+                normalize=False,
+                separate=True,
+            )
+        except (AssertionError, KeyError, ValueError) as error:
+            raise RequestError(
+                f"--auto-augment {config.auto_augment}: no policy of timm's, such as rand-m7-mstd0.5, augmix-m3, 3a"
+            ) from error
+        self.crop, *self.flips = first.transforms
+        self.colours = second if second.transforms else None
+        self.erasing = RandomErasing(config.random_erasing, device="cpu") if config.random_erasing else None
+        self.mode = "RGB" if data_config["input_size"][0] == 3 else "L"
+        self.interpolation: str = data_config["interpolation"]
+        self.fast = decoder == "simplejpeg" and self.interpolation in RESAMPLING
+
+    def __call__(self, row: dict[str, Any]) -> Augmented:
+        """Decode a stored picture and augment it, with random numbers from the generators as they stand.
+
+        Raises:
+            UnreadablePictureError: If it cannot be decoded.
+        """
+        pixels = self._cropped(read_bytes(row))
+        for flip in self.flips:
+            pixels = flip(pixels)
+        if self.colours is not None:
+            pixels = to_tensor(self.colours(to_image(pixels)))
+        return Augmented(pixels, self._draw_erased(pixels))
+
+    def _cropped(self, data: bytes) -> torch.Tensor:
+        """Give a random part of a picture at the size of the input."""
+        from torchvision.transforms.functional import resized_crop
+
+        header = read_header(data) if self.fast else None
+        if header is not None:
+            part = self._draw_part(*header.upright)
+            pixels = decode_part(data, header, part, self.crop.size, self.interpolation, self.mode)
+            if pixels is not None:
+                return pixels
+        with opened(data) as image:
+            whole = upright(image, self.mode)
+        if header is None:
+            part = self._draw_part(whole.height, whole.width)
+        return to_tensor(resized_crop(whole, *part, self.crop.size, self.crop.interpolation))
+
+    def _draw_part(self, height: int, width: int) -> Rectangle:
+        return Rectangle(*self.crop.get_params(_sized(height, width), self.crop.scale, self.crop.ratio))
+
+    def _draw_erased(self, pixels: torch.Tensor) -> Edges:
+        if self.erasing is None:
+            return NOTHING
+        taken = _Taken(pixels.shape)
+        self.erasing(taken)
+        return taken.edges
+
+
+@lru_cache(maxsize=64)
+def _sized(height: int, width: int) -> torch.Tensor:
+    """Stand for a picture that timm asks for its size, and for nothing else."""
+    return torch.empty((1, height, width), device="meta")
+
+
+class _Taken:
+    """Stands for a picture that timm's random erasing writes to, and notes where."""
+
+    dtype = torch.float32
+
+    def __init__(self, shape: torch.Size) -> None:
+        self.shape, self.edges = shape, NOTHING
+
+    def size(self) -> torch.Size:
+        return self.shape
+
+    def __setitem__(self, place: tuple[slice, slice, slice], value: object) -> None:
+        _, rows, columns = place
+        self.edges = Edges(rows.start, rows.stop, columns.start, columns.stop)

@@ -1,0 +1,374 @@
+"""The fast decoder cuts the same rectangles as Pillow, to nearly the same pixels, and calls the same files broken."""
+
+import hashlib
+import io
+import itertools
+import json
+import random
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from conftest import TINY
+from PIL import Image
+from pytest import MonkeyPatch, fixture, mark, raises
+from sklearn.datasets import load_sample_images
+from timm.data import create_transform
+
+from resnext_hub.data.augment import Augmentation
+from resnext_hub.data.dataset import DataConfig, load_splits
+from resnext_hub.data.decode import UnreadablePictureError, decode
+from resnext_hub.data.jpeg import FastTransform, Rectangle, decode_part, read_header, reduction
+from resnext_hub.data.loaders import StepSampler, TrainingSamples, build_train_loader, seed_sample
+from resnext_hub.data.transforms import TransformConfig, build_eval_transform, erase, normalize
+from resnext_hub.record import RunRecord
+
+Command = Callable[..., tuple[int, str, str]]
+
+CFG = {"input_size": (3, 64, 64), "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "crop_pct": 0.9}
+MEAN, STD = (torch.tensor(CFG[name]).view(3, 1, 1) for name in ("mean", "std"))
+PHOTOGRAPHS = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+"""A temple and a flower, 640x427."""
+
+SEEDS = range(25)
+
+TOLERANCE = {"bilinear": (0.5, 2), "bicubic": (0.5, 16)}
+"""Mean and greatest difference in steps of 1/255, decoded at full size: both round, and in bicubic clip, between two
+passes, which Pillow takes in the other order where that is faster."""
+
+REDUCED_MEAN = 5.0
+"""Mean difference in steps of 1/255, decoded smaller: its filter is a little sharper than that of the first pass."""
+
+
+def stored(image: Image.Image, kind: str = "JPEG", **options: object) -> dict[str, object]:
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def turned(orientation: int, image: Image.Image = PHOTOGRAPHS[1]) -> dict[str, object]:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return stored(image, exif=exif, quality=90)
+
+
+def augmentation(decoder: str, interpolation: str = "bilinear", **options: object) -> Augmentation:
+    return Augmentation(TransformConfig(**options), CFG | {"interpolation": interpolation}, decoder)
+
+
+def difference(row: dict[str, object], seed: int, interpolation: str, size: int = 224) -> torch.Tensor:
+    """Give how far the pixels of the decoders are from each other for the same random numbers."""
+    found = []
+    for decoder in ("simplejpeg", "pil"):
+        config = CFG | {"input_size": (3, size, size), "interpolation": interpolation}
+        seed_sample(0, 0, seed)
+        found.append(Augmentation(TransformConfig(), config, decoder)(row).image.int())
+    return (found[0] - found[1]).abs().float()
+
+
+@mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@mark.parametrize("subsampling", [0, 2])
+@mark.parametrize("photograph", PHOTOGRAPHS)
+def test_at_full_size_pixels_are_within_the_stated_tolerance(
+    photograph: Image.Image, subsampling: int, interpolation: str
+) -> None:
+    row = stored(photograph, subsampling=subsampling, quality=90)
+    mean, most = TOLERANCE[interpolation]
+    for seed in SEEDS:
+        error = difference(row, seed, interpolation)
+        assert error.mean() <= mean, seed
+        assert error.max() <= most, seed
+
+
+@mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@mark.parametrize("photograph", PHOTOGRAPHS)
+def test_decoded_smaller_pixels_are_within_the_stated_tolerance(photograph: Image.Image, interpolation: str) -> None:
+    large = photograph.resize((1931, 1283), Image.Resampling.LANCZOS)  # sides that no factor divides
+    row = stored(large, quality=90)
+    errors = [float(difference(row, seed, interpolation, size=96).mean()) for seed in SEEDS]
+    assert max(errors) <= REDUCED_MEAN
+    assert np.mean(errors) <= REDUCED_MEAN / 3
+
+
+def test_the_smaller_sizes_of_a_jpeg_are_used_where_enough_pixels_are_left() -> None:
+    for side, factor in ((223, 1), (447, 1), (448, 2), (895, 2), (896, 4), (1791, 4), (1792, 8), (9000, 8)):
+        assert reduction((side, side), (224, 224)) == factor
+        assert reduction((side, 9000), (224, 224)) == reduction((9000, side), (224, 224)) == factor
+
+
+@mark.parametrize("orientation", range(1, 9))
+@mark.parametrize("size", [224, 64])  # decoded whole, and smaller
+def test_every_exif_orientation_is_applied(orientation: int, size: int) -> None:
+    row = turned(orientation, PHOTOGRAPHS[1].crop((0, 0, 637, 421)))
+    for seed in SEEDS[:6]:
+        error = difference(row, seed, "bilinear", size)
+        assert error.mean() <= (TOLERANCE["bilinear"][0] if size == 224 else REDUCED_MEAN), seed
+
+
+@mark.parametrize("orientation", range(1, 9))
+def test_a_turned_part_decoded_smaller_is_where_it_is_in_the_whole(orientation: int) -> None:
+    """On a ramp a shift by a pixel shows: a side of 8n + 1 pixels is rounded up by seven eighths of a pixel."""
+    ramp = np.zeros((641, 641, 3), np.uint8)
+    ramp[..., 0], ramp[..., 1] = np.linspace(0, 250, 641)[:, None], np.linspace(0, 250, 641)[None]
+    row = turned(orientation, Image.fromarray(ramp))
+    part = Rectangle(64, 128, 512, 512)
+    header = read_header(row["bytes"])
+    fast = decode_part(row["bytes"], header, part, (64, 64), "bilinear", "RGB")
+    whole = decode(row).resize((64, 64), Image.Resampling.BILINEAR, box=(128, 64, 640, 576))
+    error = np.asarray(whole).astype(int) - fast.permute(1, 2, 0).numpy()
+    assert np.abs(error).mean(axis=(0, 1)).max() < 0.8  # seven eighths of eight pixels would be 2.7
+
+
+KINDS = {
+    "png": stored(PHOTOGRAPHS[0].crop((0, 0, 200, 150)), "PNG"),
+    "webp": stored(PHOTOGRAPHS[0].crop((0, 0, 200, 150)), "WEBP"),
+    "gif": stored(PHOTOGRAPHS[0].crop((0, 0, 200, 150)), "GIF"),
+    "cmyk jpeg": stored(PHOTOGRAPHS[0].convert("CMYK")),
+    "sixteen bits": stored(Image.fromarray(np.arange(40000, dtype=np.uint16).reshape(200, 200)), "PNG"),
+}
+
+
+@mark.parametrize("kind", KINDS)
+def test_what_is_no_jpeg_in_colour_or_grey_is_decoded_by_pillow_alone(kind: str) -> None:
+    for seed in SEEDS[:4]:
+        assert difference(KINDS[kind], seed, "bicubic").max() == 0.0
+
+
+@mark.parametrize("interpolation", ["nearest", "box", "hamming", "lanczos"])
+def test_other_interpolations_are_pillows_alone(interpolation: str) -> None:
+    assert difference(stored(PHOTOGRAPHS[0]), 0, interpolation).max() == 0.0
+
+
+def test_a_grey_jpeg_has_three_equal_channels_or_one() -> None:
+    row = stored(PHOTOGRAPHS[0].convert("L"), quality=90)
+    for seed in SEEDS[:6]:
+        assert difference(row, seed, "bilinear").max() <= 1
+    three = augmentation("simplejpeg")(row).image
+    assert torch.equal(three[0], three[1])
+    assert torch.equal(three[0], three[2])
+    for picture in (row, stored(PHOTOGRAPHS[0], quality=90)):  # a network of one channel takes colour as well
+        found = []
+        for decoder in ("simplejpeg", "pil"):
+            config = CFG | {"input_size": (1, 64, 64), "interpolation": "bilinear", "mean": (0.5,), "std": (0.5,)}
+            seed_sample(0, 0, 1)
+            found.append(Augmentation(TransformConfig(scale=(0.01, 0.02)), config, decoder)(picture).image.int())
+        assert found[0].shape == (1, 64, 64)
+        assert (found[0] - found[1]).abs().max() <= 2
+
+
+def outcome(decoder: str, row: dict[str, object]) -> str | torch.Tensor:
+    seed_sample(0, 0, 0)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of odd metadata in what it can still read
+            return augmentation(decoder)(row).image.int()
+    except UnreadablePictureError as error:
+        return str(error)
+
+
+WHOLE = stored(PHOTOGRAPHS[1].crop((0, 0, 320, 240)), quality=85)["bytes"]
+PROGRESSIVE = stored(PHOTOGRAPHS[1].crop((0, 0, 320, 240)), quality=85, progressive=True)["bytes"]
+
+
+@mark.parametrize("whole", [WHOLE, PROGRESSIVE])
+def test_cut_off_files_are_unreadable_to_both_for_the_same_reason(whole: bytes) -> None:
+    for length in (0, 1, 2, 300, 700, len(whole) // 2, len(whole) - 900, len(whole) - 3):
+        row = {"bytes": whole[:length], "path": None}
+        reason = outcome("pil", row)
+        assert isinstance(reason, str) or length == len(whole) - 3, length
+        found = outcome("simplejpeg", row)
+        assert type(found) is type(reason), length
+        assert found == reason if isinstance(reason, str) else torch.equal(found, reason)
+
+
+@mark.parametrize("whole", [WHOLE, PROGRESSIVE])
+def test_damaged_files_are_judged_alike_and_have_pixels_alike(whole: bytes) -> None:
+    draw = random.Random(0)
+    readable = 0
+    for _ in range(120):
+        damaged = bytearray(whole)
+        for _ in range(draw.randint(1, 4)):
+            damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+        row = {"bytes": bytes(damaged[: draw.choice([None, None, draw.randrange(len(damaged))])]), "path": None}
+        fast, slow = outcome("simplejpeg", row), outcome("pil", row)
+        if isinstance(slow, str):
+            assert fast == slow
+        else:
+            readable += 1
+            assert (fast - slow).abs().float().mean() <= REDUCED_MEAN
+    assert 20 < readable < 120
+
+
+def test_bombs_missing_files_and_nothing_at_all_are_unreadable_to_both(
+    monkeypatch: MonkeyPatch, tmp_path: Path
+) -> None:
+    rows = [{"bytes": None, "path": None}, {"bytes": None, "path": str(tmp_path / "nowhere.jpg")}]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    for row in [*rows, {"bytes": b"no picture", "path": None}, {"bytes": WHOLE, "path": None}]:
+        assert outcome("simplejpeg", row) == outcome("pil", row)
+        assert isinstance(outcome("pil", row), str)
+
+
+def test_a_file_gives_the_pixels_of_its_bytes(tmp_path: Path) -> None:
+    (tmp_path / "picture.jpg").write_bytes(WHOLE)
+    for decoder in ("simplejpeg", "pil"):
+        by_path = outcome(decoder, {"bytes": None, "path": str(tmp_path / "picture.jpg")})
+        assert torch.equal(by_path, outcome(decoder, {"bytes": WHOLE, "path": None}))
+
+
+AUGMENTATIONS = {
+    "nothing more": {},
+    "randaugment": {"auto_augment": "rand-m7-mstd0.5"},
+    "trivialaugment": {"auto_augment": "rand-n1-m10-mstd101-inc1"},
+    "augmix": {"auto_augment": "augmix-m3-w2"},
+    "three-augment": {"auto_augment": "3a", "color_jitter": 0.3},
+    "autoaugment": {"auto_augment": "original"},
+    "color jitter": {"color_jitter": 0.4},
+    "erasing": {"random_erasing": 0.8},
+    "everything": {"auto_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.6, "color_jitter": 0.2, "hflip": 0.3},
+}
+
+
+@mark.parametrize("name", AUGMENTATIONS)
+@mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_pillows_path_normalised_and_erased_is_timms_transform_to_the_bit(name: str, interpolation: str) -> None:
+    options = AUGMENTATIONS[name]
+    timms = create_transform(
+        CFG["input_size"], is_training=True, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), interpolation=interpolation,
+        mean=CFG["mean"], std=CFG["std"], hflip=options.get("hflip", 0.5), auto_augment=options.get("auto_augment"),
+        color_jitter=options.get("color_jitter"), re_prob=options.get("random_erasing", 0.0),
+    )  # fmt: skip
+    ours = augmentation("pil", interpolation, **options)
+    row = stored(PHOTOGRAPHS[0].crop((0, 0, 300, 200)), "PNG")
+    for seed in SEEDS[:12]:
+        seed_sample(3, 1, seed)
+        expected = timms(decode(row))
+        seed_sample(3, 1, seed)
+        image, erased = ours(row)
+        assert image.dtype == torch.uint8
+        batch = erase(normalize(image[None], MEAN, STD), torch.tensor([erased]))
+        assert torch.equal(batch[0], expected), seed
+
+
+@mark.parametrize("name", AUGMENTATIONS)
+def test_both_decoders_draw_the_same_numbers_in_the_same_order(name: str) -> None:
+    """What the generators give next shows how much was drawn from them; the crop and the erased part are equal."""
+    row = stored(PHOTOGRAPHS[1], quality=90)
+    for seed in SEEDS[:8]:
+        found = []
+        for decoder in ("simplejpeg", "pil"):
+            augment = augmentation(decoder, **AUGMENTATIONS[name])
+            seed_sample(0, 0, seed)
+            erased = augment(row).erased
+            found.append((erased, random.random(), float(np.random.random()), float(torch.rand(1))))
+        assert found[0] == found[1]
+
+
+@fixture(scope="module")
+def photographs(tmp_path_factory) -> Path:
+    """Two classes of fourteen JPEGs each, larger than the input, and one PNG."""
+    root = tmp_path_factory.mktemp("photographs")
+    rng = np.random.default_rng(0)
+    for name, photograph in zip(("temple", "flower"), PHOTOGRAPHS, strict=True):
+        (root / name).mkdir()
+        for index in range(14):
+            left, top = (int(edge) for edge in rng.integers(0, 120, 2))
+            photograph.crop((left, top, left + 400, top + 300)).save(root / name / f"{index:02d}.jpg", quality=88)
+    PHOTOGRAPHS[0].crop((0, 0, 90, 80)).save(root / "temple" / "99.png")
+    return root
+
+
+@mark.filterwarnings("ignore:This DataLoader will create")  # more workers than some machines have cores
+def test_fast_pixels_are_equal_at_any_number_of_processes_and_workers(photographs: Path) -> None:
+    pictures = load_splits(DataConfig(dataset=str(photographs), eval_fraction=0.1)).train
+    augment = augmentation("simplejpeg", "bicubic", random_erasing=0.5, color_jitter=0.2)
+    found = set()
+    for processes, workers in itertools.product((1, 2), (0, 2)):
+        digests = [hashlib.sha256() for _ in range(4)]
+        for process in range(processes):
+            sampler = StepSampler(len(pictures), 12, 3, 0, 4, process, processes)
+            loader = build_train_loader(TrainingSamples(pictures, augment, seed=3), sampler, workers)
+            for digest, batch in zip(digests, loader, strict=True):
+                assert batch.images.dtype == torch.uint8
+                assert batch.images.is_contiguous(memory_format=torch.channels_last)
+                for image, erased in zip(batch.images, batch.erased, strict=True):
+                    digest.update(image.numpy().tobytes() + erased.numpy().tobytes())
+        found.add(tuple(digest.hexdigest() for digest in digests))
+    assert len(found) == 1
+
+
+def pixels_of(run: Path) -> list[str]:
+    return [json.loads(line)["pixels"] for line in (run / "samples-0.jsonl").read_text().splitlines()]
+
+
+@fixture
+def flags(photographs: Path) -> tuple[object, ...]:
+    return (
+        "train", *TINY, "--dataset", photographs, "--image-size", 64, "--batch-size", 6, "--lr", 1e-3, "--log-samples",
+    )  # fmt: skip
+
+
+def test_the_decoder_is_recorded_kept_on_a_resume_and_changed_when_asked(
+    flags: tuple[object, ...], tmp_path: Path, command: Command
+) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert command(*flags, "--max-steps", 6, "--output-dir", whole)[0] == 0
+    record = RunRecord.load(whole / "record.json")
+    assert record.config["decoder"] == "simplejpeg"  # auto, where it is installed
+    assert record.decoders == ["simplejpeg"]
+    assert "simplejpeg" in record.versions
+    assert "| decoder | simplejpeg |" in (whole / "model" / "README.md").read_text()
+
+    assert command(*flags, "--max-steps", 3, "--output-dir", run)[0] == 0
+    code, _, err = command(*flags, "--max-steps", 6, "--output-dir", run)
+    assert code == 0, err
+    assert "decoder:" not in err
+    assert pixels_of(run) == pixels_of(whole)
+
+    (tmp_path / "pil.yaml").write_text("decoder: pil\n")
+    code, _, err = command(*flags, "--max-steps", 9, "--output-dir", run, "--config", tmp_path / "pil.yaml")
+    assert code == 2
+    assert "run was decoded with simplejpeg and would go on with pil" in err
+    assert "type --decoder pil" in err
+    assert err.count("\n") == 1
+
+    code, _, err = command(*flags, "--max-steps", 9, "--output-dir", run, "--decoder", "pil")
+    assert code == 0, err
+    assert "decoder: simplejpeg before, pil now" in err
+    record = RunRecord.load(run / "record.json")
+    assert record.decoders == ["simplejpeg", "pil"]
+    assert record.config["decoder"] == "pil"
+    assert "were decoded by simplejpeg, then by pil." in (run / "model" / "README.md").read_text()
+
+
+def test_without_the_fast_decoder_runs_use_pillow_and_a_run_of_the_other_one_says_what_to_do(
+    flags: tuple[object, ...], tmp_path: Path, command: Command, monkeypatch: MonkeyPatch
+) -> None:
+    assert command(*flags, "--max-steps", 1, "--output-dir", tmp_path / "fast")[0] == 0
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)  # importing it now says that there is no such module
+    assert command(*flags, "--max-steps", 1, "--output-dir", tmp_path / "slow")[0] == 0
+    assert RunRecord.load(tmp_path / "slow" / "record.json").decoders == ["pil"]
+    code, out, err = command(*flags, "--max-steps", 1, "--output-dir", tmp_path / "fast")
+    assert (code, "is finished already" in out) == (0, True), err
+    for words in (("--output-dir", tmp_path / "fast"), ("--output-dir", tmp_path / "new", "--decoder", "simplejpeg")):
+        code, _, err = command(*flags, "--max-steps", 2, *words)
+        assert code == 2
+        assert "needs simplejpeg, which is not installed" in err
+        assert "--decoder pil" in err
+        assert err.count("\n") == 1
+
+
+@mark.parametrize("crop_mode", ["center", "squash", "border"])
+def test_prediction_may_use_the_fast_decoder_within_the_same_tolerance(crop_mode: str) -> None:
+    config = CFG | {"input_size": (3, 128, 128), "interpolation": "bicubic", "crop_mode": crop_mode}
+    fast, slow = FastTransform(config), build_eval_transform(config)
+    for row in (stored(PHOTOGRAPHS[0], quality=90), turned(6), stored(PHOTOGRAPHS[1].convert("L")), KINDS["png"]):
+        error = (fast(row) - slow(decode(row))).abs() * STD * 255
+        assert error.mean() <= REDUCED_MEAN
+        if crop_mode == "border" or row is KINDS["png"]:
+            assert error.max() == 0.0
+    with raises(UnreadablePictureError, match="not an image"):
+        fast({"bytes": b"no picture", "path": None})
