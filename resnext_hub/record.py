@@ -126,6 +126,8 @@ class RunRecord:
     skipped_steps: int
     """Steps whose gradients overflowed in fp16, so that the weights were left as they were."""
     broken_pictures: list[dict[str, str]] = field(default_factory=list)
+    merged_groups: dict[str, int] = field(default_factory=dict)
+    """How many neighbouring groups of a grouped convolution were computed as one in training, by the layer's name."""
 
     def save(self, path: Path) -> None:
         """Write the record as JSON, atomically."""

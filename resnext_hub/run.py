@@ -25,6 +25,7 @@ from resnext_hub.machine import (
     build_accelerator,
     device_type,
     git_commit,
+    keep_memory,
     processor_name,
     resolve_precision,
     set_threads,
@@ -76,6 +77,7 @@ def execute(plan: Plan) -> RunRecord:
     deterministic = bool(config.deterministic)
     accelerator = build_accelerator(precision, deterministic)
     set_threads(config.threads, accelerator.device.type)
+    keep_memory(accelerator.device.type)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, CUDA's matrix products are refused
     torch.use_deterministic_algorithms(deterministic)
@@ -304,6 +306,7 @@ def _write_results(plan: Plan, outcome: Outcome, accelerator: "Accelerator", pre
         wall_seconds=outcome.wall_seconds,
         resumes=outcome.resumes,
         skipped_steps=outcome.skipped_steps,
+        merged_groups=outcome.merged_groups,
         broken_pictures=outcome.unreadable,
     )
     with new_folder(folder / "plots") as aside:

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from resnext_hub.data.dataset import Pictures, Splits, StreamedPictures
@@ -36,9 +37,10 @@ from resnext_hub.machine import WAIT
 from resnext_hub.training.checkpoint import latest_checkpoint, save_checkpoint
 from resnext_hub.training.config import TrainConfig
 from resnext_hub.training.evaluate import Evaluation, EvaluationStoppedError, evaluate
+from resnext_hub.training.form import choose_factors, training_form
 from resnext_hub.training.metrics import LineLog, Timer, UnreadableLog, read_lines, read_unreadable
 from resnext_hub.training.optim import build_optimizer, optimizer_state, restore_optimizer
-from resnext_hub.training.schedule import plan_schedule
+from resnext_hub.training.schedule import plan_schedule, size_at
 from resnext_hub.training.stop import StopSignal
 
 if TYPE_CHECKING:
@@ -68,6 +70,8 @@ class Outcome:
     """Steps whose gradients overflowed in fp16, so that the weights were left as they were."""
     unreadable: list[dict[str, str]]
     """Pictures that could not be read: split, picture, reason."""
+    merged_groups: dict[str, int]
+    """How many neighbouring groups were computed as one in training, by the layer's name."""
 
 
 @dataclass(kw_only=True)
@@ -105,7 +109,7 @@ class RunState:
         # the unwrapped network: what evaluates, and what is saved
         self.network = network.to(accelerator.device).to(memory_format=torch.channels_last)
         self.ema = ModelEmaV3(self.network, decay=config.ema, use_warmup=True) if config.ema else None
-        self.optimizer = build_optimizer(self.network, config.optim)
+        self.optimizer = build_optimizer(self.network, config.optim, scaled=accelerator.scaler is not None)
         self.stop = StopSignal(accelerator.num_processes, WAIT)
         self.eval_samples = evaluation_samples(splits.eval, data_config)
         self.how = {
@@ -113,7 +117,10 @@ class RunState:
             "threads": torch.get_num_threads(),
             "precision": precision,
             "device": accelerator.device.type,
+            "compile": config.compile,
         }
+        self.merged_groups: dict[str, int] | None = None
+        """How many neighbouring groups are computed as one, by the layer's name; None until it is chosen."""
         self.step = self.resumes = self.skipped_steps = 0
         self.position = Position(0, 0)
         """Where a stream stands; of other data it follows from the step."""
@@ -187,6 +194,7 @@ class RunState:
         self.position = Position(*facts["position"])
         self.timer = Timer(facts["wall_seconds"], self.step)
         _logger.info("going on from %s", checkpoint.path.name)
+        self.merged_groups = facts.get("merged_groups", {})
         for name, before in facts["how"].items():
             if self.how[name] != before:
                 _logger.warning(
@@ -195,6 +203,29 @@ class RunState:
                     before,
                     self.how[name],
                 )
+
+    def build_form(self) -> nn.Module:
+        """Give the form in which the network is trained; the main process chooses it, once for all of the run."""
+        from accelerate.utils import broadcast_object_list
+
+        config, before = self.config, self.merged_groups
+        if before is None or config.merge_groups != "auto":
+            part = config.batch_size // self.accelerator.num_processes
+            shape = (min(config.micro_batch_size or part, part), *self.data_config["input_size"])
+            example = torch.zeros(shape, device=self.accelerator.device).contiguous(memory_format=torch.channels_last)
+            chosen: list[dict[str, int]] = [{}]
+            if self.accelerator.is_main_process:
+                chosen = [choose_factors(self.network, example, config.merge_groups, self.how["precision"])]
+            if self.accelerator.num_processes > 1:
+                broadcast_object_list(chosen)
+            self.merged_groups = chosen[0]
+        assert self.merged_groups is not None
+        if before is not None and before != self.merged_groups:
+            _logger.warning("groups are merged in another way than before; the weights can differ in their last bits")
+        if self.merged_groups:
+            listed = ", ".join(f"{name} {factor}" for name, factor in self.merged_groups.items())
+            _logger.info("groups computed as one: %s", listed)
+        return training_form(self.network, self.merged_groups)
 
     def open_logs(self, stack: contextlib.ExitStack) -> None:
         """Open the logs of this process, without the lines of steps that are to be taken again."""
@@ -240,6 +271,10 @@ class RunState:
                 self.config.transform, self.config.seed, self.step, pairs, (images.shape[2], images.shape[3])
             )
             images, labels = mix_pairs(images, labels, mix, len(self.splits.label_names))
+        full = self.data_config["input_size"][-1]
+        size = size_at(self.step, self.schedule.steps, self.config.progressive_size, full)
+        if size != full:
+            images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
         return images.contiguous(memory_format=torch.channels_last), labels
 
     def stepped(self, batch: Batch, loss: torch.Tensor, skipped: bool) -> None:
@@ -278,6 +313,10 @@ class RunState:
         if not math.isfinite(mean):
             self._stop_not_finite(f"loss is {mean}", int(self.accelerator.gather(self.first_bad_step).min()))
         return mean
+
+    def say_compiled(self) -> None:
+        """Say what compiling cost, which the first step did, and leave it out of the training speed."""
+        _logger.info("compiled in the first step, which took %.0f s", self.timer.restart(self.step))
 
     def log_due(self) -> bool:
         """Say whether this step has a log line."""
@@ -392,6 +431,7 @@ class RunState:
             "wall_seconds": self.timer.wall_seconds,
             "resumes": self.resumes,
             "skipped_steps": self.skipped_steps,
+            "merged_groups": self.merged_groups,
             "evaluated": self.evaluated,
             "position": self.position,
             "fingerprint": self.splits.fingerprint,
@@ -446,6 +486,7 @@ class RunState:
             resumes=self.resumes,
             skipped_steps=self.skipped_steps,
             unreadable=read_unreadable(self.folder),
+            merged_groups=self.merged_groups or {},
         )
 
     def _last_good(self) -> str:
