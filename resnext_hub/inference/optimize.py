@@ -64,9 +64,13 @@ class OptimizedModel(nn.Module):
         self.report: OptimizationReport | None = None
         """What was done; set by `optimize`."""
 
-    @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Map pictures `(N, C, H, W)` to logits `(N, classes)`."""
+        # a compiled network is compiled anew for inference mode, and then not with its weights frozen
+        with torch.inference_mode(False), torch.no_grad():
+            return self._logits(images.clone() if images.is_inference() else images)
+
+    def _logits(self, images: torch.Tensor) -> torch.Tensor:
         parts = []
         for part in torch.split(images, self._batch_size):
             missing = self._batch_size - len(part)
@@ -164,7 +168,7 @@ def _build_torch(
 
     fast.to(dtype).to(memory_format=torch.channels_last)
     layers = merge_layers(fast, cast(example), merge)
-    network, compiled = _compile(fast, cast(example)) if compile else (fast, False)
+    network, compiled = compile_frozen(fast, cast(example)) if compile else (fast, False)
     return lambda images: network(cast(images)), layers, "torch.compile" if compiled else "torch eager"
 
 
@@ -232,12 +236,18 @@ def fold_batch_norms(model: nn.Module) -> int:
     return folded
 
 
-def _compile(model: nn.Module, example: torch.Tensor) -> tuple[Callable[[torch.Tensor], torch.Tensor], bool]:
+def compile_frozen(model: nn.Module, example: torch.Tensor) -> tuple[Callable[[torch.Tensor], torch.Tensor], bool]:
     """Compile with frozen weights, which only the global setting does; it is put back, and holds for the first call."""
     from torch._dynamo.exc import BackendCompilerFailed
     from torch._inductor import config
 
-    compiled = torch.compile(model, dynamic=False)
+    def run(images: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = model(images)
+        return found
+
+    # the compiler keeps what it made by code object, and only a few for each: networks must not share one
+    run.__code__ = run.__code__.replace(co_name=f"run_{id(model)}")
+    compiled = torch.compile(run, dynamic=False)
     with config.patch(freezing=True), _quiet_freezing():
         try:
             compiled(example)

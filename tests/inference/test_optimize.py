@@ -190,6 +190,27 @@ def test_what_is_asked_of_the_wrong_engine_is_refused() -> None:
         optimize(network(), pictures(), engine="openvino", calibration=pictures(2))
 
 
+def test_the_tenth_network_is_compiled_like_the_first() -> None:
+    torch.manual_seed(0)
+    for classes in range(2, 12):  # the compiler stops silently after eight networks that share their code
+        model = timm.create_model("test_resnet", num_classes=classes).eval()
+        fast = optimize(model, pictures(2, 32), dtype=torch.float32, merge="off")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        fast(pictures(2, 32))
+    assert any("CompiledFxGraph" in entry.key for entry in profile.key_averages())
+
+
+def test_inference_mode_uses_the_network_that_was_compiled(compiled: tuple[nn.Module, OptimizedModel]) -> None:
+    from torch._dynamo.utils import counters
+
+    _, fast = compiled
+    expected = fast(pictures())
+    before = counters["frames"]["total"]
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(pictures().clone()), expected, rtol=0, atol=0)
+    assert counters["frames"]["total"] == before
+
+
 def test_every_batch_norm_after_a_convolution_is_folded() -> None:
     model = network()
     with torch.no_grad():
