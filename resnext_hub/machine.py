@@ -1,6 +1,7 @@
 """What this process runs on: device, precision, threads, processes, versions."""
 
 import contextlib
+import ctypes
 import os
 import platform
 import subprocess
@@ -99,6 +100,22 @@ def set_threads(asked: str, device: str) -> None:
     """Set the computing threads of a CPU process; `auto` shares the cores among the processes of this machine."""
     if device == "cpu":
         torch.set_num_threads(max(cores() // local_processes(), 1) if asked == "auto" else int(asked))
+
+
+def keep_memory(device: str) -> None:
+    """Let a CPU process keep the memory that it frees, for what it allocates next; the C library of GNU is asked.
+
+    It would give each large tensor's pages back, and fetch them again, cleared, at the next step: a tenth of the time
+    of training. The greatest amount in use stays the same. Other C libraries go on as they do.
+    """
+    if device == "cpu" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+_M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1
+"""How many blocks may be mapped apart, and how much free memory is given back; -1 is never. From malloc.h."""
 
 
 def processes() -> int:

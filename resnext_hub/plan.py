@@ -265,17 +265,22 @@ def _check_network(config: TrainConfig, source: ModelSource, splits: Splits, dat
             config.drop_rate,
             config.drop_path,
         )
-    size = data_config["input_size"][-1]
+    full = data_config["input_size"][-1]
+    size = config.progressive_size or full
+    if size > full:
+        raise RequestError(f"--progressive-size {size}: expected less than --image-size, which is {full}")
+    flag = "--progressive-size" if size < full else "--image-size"
     info: Any = getattr(network, "feature_info", None)
     reduction = max((stage["reduction"] for stage in info), default=1) if info else 1
     if size < reduction:
-        raise RequestError(f"--image-size {size} is smaller than the stride of {config.model}, {reduction} pixels")
+        raise RequestError(f"{flag} {size} is smaller than the stride of {config.model}, {reduction} pixels")
     try:
         # what goes wrong in other ways is no judgement on the size: some networks cannot be run without values
         with contextlib.suppress(RuntimeError):
-            network.eval()(torch.empty(2, *data_config["input_size"], device="meta"))
+            for side in {size, full}:
+                network.eval()(torch.empty(2, data_config["input_size"][0], side, side, device="meta"))
     except AssertionError as error:
-        raise RequestError(f"--model {config.model} does not take --image-size {size}: {one_line(error)}") from error
+        raise RequestError(f"--model {config.model} does not take {flag} {side}: {one_line(error)}") from error
     part = config.batch_size // processes()
     micro = config.micro_batch_size or part
     smallest = part % micro or min(micro, part)
@@ -283,7 +288,7 @@ def _check_network(config: TrainConfig, source: ModelSource, splits: Splits, dat
     if smallest == 1 and size <= reduction and has_batch_norm:
         raise RequestError(
             f"--batch-size {config.batch_size} leaves a pass of one picture of {size} px, over whose single last pixel "
-            f"batch norm has nothing to average; take at least 2 pictures a pass, or --image-size {size + 1}"
+            f"batch norm has nothing to average; take at least 2 pictures a pass, or {flag} {size + 1}"
         )
 
 

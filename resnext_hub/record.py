@@ -128,6 +128,8 @@ class RunRecord:
     decoders: list[str] = field(default_factory=list)
     """What decoded the pictures to train on, in the order of use: several if a run was told to go on with another."""
     broken_pictures: list[dict[str, str]] = field(default_factory=list)
+    merged_groups: dict[str, int] = field(default_factory=dict)
+    """How many neighbouring groups of a grouped convolution were computed as one in training, by the layer's name."""
 
     def save(self, path: Path) -> None:
         """Write the record as JSON, atomically."""

@@ -28,6 +28,7 @@ from resnext_hub.machine import (
     build_accelerator,
     device_type,
     git_commit,
+    keep_memory,
     processor_name,
     resolve_precision,
     set_threads,
@@ -79,6 +80,7 @@ def execute(plan: Plan) -> RunRecord:
     deterministic = bool(config.deterministic)
     accelerator = build_accelerator(precision, deterministic)
     set_threads(config.threads, accelerator.device.type)
+    keep_memory(accelerator.device.type)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, CUDA's matrix products are refused
     torch.use_deterministic_algorithms(deterministic)
@@ -349,6 +351,7 @@ def _write_results(plan: Plan, outcome: Outcome, accelerator: "Accelerator", pre
         resumes=outcome.resumes,
         skipped_steps=outcome.skipped_steps,
         decoders=outcome.decoders,
+        merged_groups=outcome.merged_groups,
         broken_pictures=outcome.unreadable,
     )
     with new_folder(folder / "plots") as aside:

@@ -50,7 +50,7 @@ class MergedConv2d(nn.Conv2d):
     """
 
     def __init__(self, conv: nn.Conv2d, factor: int) -> None:
-        super().__init__(**_arguments(conv))
+        super().__init__(**conv_arguments(conv))
         self.weight, self.bias = conv.weight, conv.bias
         self.merge_factor = factor
         self.train(conv.training)
@@ -70,7 +70,7 @@ def dense_form(conv: nn.Conv2d, factor: int) -> nn.Conv2d:
         factor: How many neighbouring groups become one.
     """
     weight = merge_weight(conv.weight.detach(), conv.groups, factor)
-    merged = nn.Conv2d(**_arguments(conv) | {"groups": conv.groups // factor})
+    merged = nn.Conv2d(**conv_arguments(conv) | {"groups": conv.groups // factor})
     merged.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last), requires_grad=False)
     merged.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone(), requires_grad=False)
     return merged.train(conv.training)
@@ -140,7 +140,8 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), last, module)
 
 
-def _arguments(conv: nn.Conv2d) -> dict[str, Any]:
+def conv_arguments(conv: nn.Conv2d) -> dict[str, Any]:
+    """Give the arguments that build a convolution of the same shape, on the meta device."""
     return dict(
         in_channels=conv.in_channels,
         out_channels=conv.out_channels,

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from resnext_hub.data.dataset import Splits
 from resnext_hub.data.loaders import (
     read_batches,
 )
+from resnext_hub.errors import RunError, one_line
 from resnext_hub.training.config import TrainConfig
 from resnext_hub.training.optim import lr_at, set_lr
 from resnext_hub.training.state import Outcome, RunState
@@ -67,17 +68,22 @@ def train(
     """
     run = RunState(config, splits, network, data_config, folder, accelerator, precision, on_checkpoint)
     run.restore()
-    objective, optimizer = accelerator.prepare(Objective(run.network, config.label_smoothing), run.optimizer)
+    form = run.build_form()
+    if config.compile:
+        form.compile(dynamic=False)
+    objective, optimizer = accelerator.prepare(Objective(form, config.label_smoothing), run.optimizer)
     with contextlib.ExitStack() as stack:
         stack.enter_context(run.stop)
         run.open_logs(stack)
         if not run.evaluated and not run.evaluate_step():
             run.say_stopped()
         batches = stack.enter_context(contextlib.closing(read_batches(run.build_loader())))
-        network.train()
+        objective.train()
+        compiling = config.compile
         bar = stack.enter_context(
             tqdm(total=run.schedule.steps, initial=run.step, unit="step", disable=None if run.metrics else True)
         )
+        run.timer.restart(run.step)  # what came before is no training
         while run.step < run.schedule.steps:
             with run.timer.waiting():
                 batch = next(batches)
@@ -85,8 +91,12 @@ def train(
             set_lr(run.optimizer, lr)
             _seed_step(config.seed, run.step, accelerator.process_index)
             images, targets = run.inputs(batch)
-            loss = _optimizer_step(objective, optimizer, images, targets, config, accelerator)
+            with _said_compiler_failures() if config.compile else contextlib.nullcontext():
+                loss = _optimizer_step(objective, optimizer, images, targets, config, accelerator)
             run.stepped(batch, loss, optimizer.step_was_skipped)
+            if compiling:
+                run.say_compiled()
+                compiling = False
             bar.update()
             run.log_samples(batch, images)
 
@@ -130,6 +140,19 @@ def _optimizer_step(
         accelerator.clip_grad_norm_(objective.parameters(), config.optim.clip_grad)
     optimizer.step()
     return total
+
+
+@contextlib.contextmanager
+def _said_compiler_failures() -> Iterator[None]:
+    """Say in a line that the compiler failed, and what to do."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        raise RunError(
+            f"the network cannot be compiled here ({one_line(error)[:200]}); without --compile the run goes on"
+        ) from error
 
 
 def _seed_step(seed: int, step: int, process: int) -> None:

@@ -146,6 +146,12 @@ class Timer:
         yield
         self._apart += time.monotonic() - begin
 
+    def restart(self, step: int) -> float:
+        """Begin the lap anew, at a step; give the seconds that are left out so."""
+        before = self._lap + self._apart
+        self.lap(step, 0)
+        return self._lap - before
+
     def lap(self, step: int, batch_size: int) -> tuple[float, float]:
         """Give images per second, and the fraction of the time spent waiting for data, since the last lap."""
         now = time.monotonic()

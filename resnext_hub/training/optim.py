@@ -1,6 +1,7 @@
 """The optimizer, built by timm, and the learning rate as a pure function of the step."""
 
 import difflib
+import inspect
 import json
 import math
 from dataclasses import dataclass
@@ -65,14 +66,33 @@ def lr_at(step: int, total_steps: int, warmup_steps: int, lr: float) -> float:
     return lr * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Build timm's optimizer over the parameters of a model, with weight decay on matrices and filters only."""
-    from timm.optim import create_optimizer_v2
+def build_optimizer(model: nn.Module, config: OptimConfig, scaled: bool = False) -> torch.optim.Optimizer:
+    """Build timm's optimizer over the parameters of a model, with weight decay on matrices and filters only.
 
+    torch's own optimizers take their step in one pass over the parameters, where they can.
+
+    Args:
+        model: The network, on its device.
+        config: Which optimizer, and its settings.
+        scaled: Whether gradients are scaled for fp16: a step that overflows has to be left out, which an optimizer that
+            does all in one pass does by itself, where nobody sees and counts it.
+    """
+    from timm.optim import create_optimizer_v2, get_optimizer_class
+
+    fuses = "fused" in inspect.signature(get_optimizer_class(config.optimizer, bind_defaults=False)).parameters
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
-        model, opt=config.optimizer, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
+        model,
+        opt=config.optimizer,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        **({"fused": True} if fuses and not scaled and _can_fuse(model) else {}),
     )
     return optimizer
+
+
+def _can_fuse(model: nn.Module) -> bool:
+    return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in model.parameters())
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

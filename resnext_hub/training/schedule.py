@@ -16,6 +16,28 @@ class Schedule:
     evaluations: frozenset[int]
 
 
+GROWTH = 0.75
+"""Part of a run in which the pictures grow, where they do; in the rest they have their full size."""
+
+STAGES = 4
+"""Sizes below the full one: few, as some devices and compilers prepare anew for each."""
+
+
+def size_at(step: int, steps: int, first: int | None, full: int) -> int:
+    """Give the size in pixels at which a step trains: it grows from `first` to `full`, in stages of equal length.
+
+    Args:
+        step: The step, counted from 0.
+        steps: Steps of the run.
+        first: Size of the first stage; None if all steps have the full size.
+        full: Size of the last part of the run.
+    """
+    stage = STAGES * step / (GROWTH * steps)
+    if first is None or stage >= STAGES:
+        return full
+    return first + round((full - first) * int(stage) / STAGES / 8) * 8
+
+
 def plan_schedule(config: TrainConfig, count: int | None) -> Schedule:
     """Give the schedule of a run over `count` training samples.
 

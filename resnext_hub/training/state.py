@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from resnext_hub.data.augment import Augmentation
@@ -37,9 +38,10 @@ from resnext_hub.machine import WAIT
 from resnext_hub.training.checkpoint import latest_checkpoint, save_checkpoint
 from resnext_hub.training.config import TrainConfig
 from resnext_hub.training.evaluate import Evaluation, EvaluationStoppedError, evaluate
+from resnext_hub.training.form import choose_factors, training_form
 from resnext_hub.training.metrics import LineLog, Timer, UnreadableLog, read_lines, read_unreadable
 from resnext_hub.training.optim import build_optimizer, optimizer_state, restore_optimizer
-from resnext_hub.training.schedule import plan_schedule
+from resnext_hub.training.schedule import plan_schedule, size_at
 from resnext_hub.training.stop import StopSignal
 
 if TYPE_CHECKING:
@@ -71,6 +73,8 @@ class Outcome:
     """What decoded the pictures to train on, in the order of use."""
     unreadable: list[dict[str, str]]
     """Pictures that could not be read: split, picture, reason."""
+    merged_groups: dict[str, int]
+    """How many neighbouring groups were computed as one in training, by the layer's name."""
 
 
 @dataclass(kw_only=True)
@@ -110,7 +114,7 @@ class RunState:
             torch.tensor(data_config[name], device=accelerator.device).view(-1, 1, 1) for name in ("mean", "std")
         )
         self.ema = ModelEmaV3(self.network, decay=config.ema, use_warmup=True) if config.ema else None
-        self.optimizer = build_optimizer(self.network, config.optim)
+        self.optimizer = build_optimizer(self.network, config.optim, scaled=accelerator.scaler is not None)
         self.stop = StopSignal(accelerator.num_processes, WAIT)
         self.eval_samples = evaluation_samples(splits.eval, data_config)
         self.how = {
@@ -119,8 +123,11 @@ class RunState:
             "precision": precision,
             "device": accelerator.device.type,
             "decoder": config.loader.decoder,
+            "compile": config.compile,
         }
         self.decoders: list[str] = [config.loader.decoder]
+        self.merged_groups: dict[str, int] | None = None
+        """How many neighbouring groups are computed as one, by the layer's name; None until it is chosen."""
         self.step = self.resumes = self.skipped_steps = 0
         self.position = Position(0, 0)
         """Where a stream stands; of other data it follows from the step."""
@@ -196,6 +203,7 @@ class RunState:
         _logger.info("going on from %s", checkpoint.path.name)
         decoders = facts.get("decoders", ["pil"])
         self.decoders = decoders if decoders[-1] == self.how["decoder"] else [*decoders, self.how["decoder"]]
+        self.merged_groups = facts.get("merged_groups", {})
         for name, before in facts["how"].items():
             if self.how[name] != before:
                 pixels = "in their last bits" if name != "decoder" else "as the pixels of JPEGs do by a little"
@@ -206,6 +214,29 @@ class RunState:
                     self.how[name],
                     pixels,
                 )
+
+    def build_form(self) -> nn.Module:
+        """Give the form in which the network is trained; the main process chooses it, once for all of the run."""
+        from accelerate.utils import broadcast_object_list
+
+        config, before = self.config, self.merged_groups
+        if before is None or config.merge_groups != "auto":
+            part = config.batch_size // self.accelerator.num_processes
+            shape = (min(config.micro_batch_size or part, part), *self.data_config["input_size"])
+            example = torch.zeros(shape, device=self.accelerator.device).contiguous(memory_format=torch.channels_last)
+            chosen: list[dict[str, int]] = [{}]
+            if self.accelerator.is_main_process:
+                chosen = [choose_factors(self.network, example, config.merge_groups, self.how["precision"])]
+            if self.accelerator.num_processes > 1:
+                broadcast_object_list(chosen)
+            self.merged_groups = chosen[0]
+        assert self.merged_groups is not None
+        if before is not None and before != self.merged_groups:
+            _logger.warning("groups are merged in another way than before; the weights can differ in their last bits")
+        if self.merged_groups:
+            listed = ", ".join(f"{name} {factor}" for name, factor in self.merged_groups.items())
+            _logger.info("groups computed as one: %s", listed)
+        return training_form(self.network, self.merged_groups)
 
     def open_logs(self, stack: contextlib.ExitStack) -> None:
         """Open the logs of this process, without the lines of steps that are to be taken again."""
@@ -253,6 +284,10 @@ class RunState:
                 self.config.transform, self.config.seed, self.step, pairs, (images.shape[2], images.shape[3])
             )
             images, labels = mix_pairs(images, labels, mix, len(self.splits.label_names))
+        full = self.data_config["input_size"][-1]
+        size = size_at(self.step, self.schedule.steps, self.config.progressive_size, full)
+        if size != full:
+            images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
         return images.contiguous(memory_format=torch.channels_last), labels
 
     def stepped(self, batch: Batch, loss: torch.Tensor, skipped: bool) -> None:
@@ -291,6 +326,10 @@ class RunState:
         if not math.isfinite(mean):
             self._stop_not_finite(f"loss is {mean}", int(self.accelerator.gather(self.first_bad_step).min()))
         return mean
+
+    def say_compiled(self) -> None:
+        """Say what compiling cost, which the first step did, and leave it out of the training speed."""
+        _logger.info("compiled in the first step, which took %.0f s", self.timer.restart(self.step))
 
     def log_due(self) -> bool:
         """Say whether this step has a log line."""
@@ -406,6 +445,7 @@ class RunState:
             "wall_seconds": self.timer.wall_seconds,
             "resumes": self.resumes,
             "skipped_steps": self.skipped_steps,
+            "merged_groups": self.merged_groups,
             "evaluated": self.evaluated,
             "position": self.position,
             "fingerprint": self.splits.fingerprint,
@@ -461,6 +501,7 @@ class RunState:
             skipped_steps=self.skipped_steps,
             decoders=self.decoders,
             unreadable=read_unreadable(self.folder),
+            merged_groups=self.merged_groups or {},
         )
 
     def _last_good(self) -> str:

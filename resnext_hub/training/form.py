@@ -1,0 +1,50 @@
+"""The form in which a network is trained: other modules over the same parameters, which compute the same in less time.
+
+The network itself stays as it is. It is what evaluates, is saved and published, so that nothing there depends on what
+was fastest on the machine that trained it.
+"""
+
+import copy
+import itertools
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from resnext_hub.models.merged import merge_groups
+from resnext_hub.models.pointwise import compute_pointwise_as_products
+from resnext_hub.models.widths import TrainingTiming, choose_widths, factors_of
+
+AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Type of a forward pass by its precision."""
+
+
+def choose_factors(network: nn.Module, example: torch.Tensor, asked: str, precision: str) -> dict[str, int]:
+    """Choose how many neighbouring groups of each grouped convolution become one; layers that stay are left out.
+
+    Args:
+        network: The network, on its device and in its memory format.
+        example: Pictures `(N, C, H, W)` as a pass takes them.
+        asked: `auto` measures forward and backward pass of each kind of layer, or remembers what was measured on this
+            machine; `off` merges nothing; a number is the width for all layers.
+        precision: Resolved mixed precision.
+    """
+    timing = TrainingTiming(AUTOCAST[precision])
+    if asked == "off":
+        return {}
+    return factors_of(choose_widths(network, example, "measure" if asked == "auto" else int(asked), timing=timing))
+
+
+def training_form(network: nn.Module, factors: Mapping[str, int]) -> nn.Module:
+    """Give the form in which a network is trained; its parameters and buffers are the network's own.
+
+    Args:
+        network: The network; it is not changed.
+        factors: By the name of a grouped convolution, how many neighbouring groups become one.
+    """
+    tensors = itertools.chain(network.parameters(), network.buffers())
+    form = copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
+    merge_groups(form, factors)
+    if next(network.parameters()).device.type == "cpu":  # cuDNN computes them well as they are
+        compute_pointwise_as_products(form)
+    return form

@@ -1,0 +1,19 @@
+"""What happens at a step is a function of the step."""
+
+from pytest import mark
+
+from resnext_hub.training.schedule import size_at
+
+
+@mark.parametrize(("first", "full"), [(32, 64), (128, 224), (16, 32), (40, 45)])
+def test_pictures_grow_in_few_stages_from_the_first_size_to_the_full_one(first: int, full: int) -> None:
+    sizes = [size_at(step, 80, first, full) for step in range(80)]
+    assert (sizes[0], sizes[14], sizes[-1]) == (first, first, full)
+    assert sizes == sorted(sizes)
+    assert sizes[60:] == [full] * 20  # the last quarter
+    assert len(set(sizes)) <= 5
+    assert all(first <= size <= full for size in sizes)
+
+
+def test_pictures_have_one_size_if_nothing_is_asked_for() -> None:
+    assert {size_at(step, 10, None, 224) for step in range(10)} == {224}
