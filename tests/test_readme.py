@@ -78,3 +78,16 @@ def test_every_test_that_the_promises_name_is_there() -> None:
             assert (ROOT / name).is_file(), name
         else:
             assert re.search(rf"def \w*{name.strip('…')}\w*\(", sources), name
+
+
+def test_what_the_page_on_speed_shows_runs() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "speed.md").read_text(), re.DOTALL)
+    # smaller pictures, and eager: the same lines in less time
+    code = block.replace("224, 224", "64, 64").replace(
+        "optimize(model, pictures)", "optimize(model, pictures, compile=False)"
+    )
+    done = run_process("-c", code)
+    assert done.returncode == 0, done.stderr
+    speedup, error = map(float, done.stdout.split())
+    assert speedup > 0
+    assert error < 0.05
