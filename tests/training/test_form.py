@@ -1,7 +1,7 @@
 """A network is trained in another form: the same function of the same tensors, chosen once for all of a run."""
 
 import json
-import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,9 +68,9 @@ def test_the_network_itself_stays_as_it_is_and_holds_what_the_form_learns(exampl
     assert model.bn1.num_batches_tracked == 1
 
 
-def remember(fastest: int) -> None:
-    """Let the machine remember other times than it has: one width is the fastest wherever it is possible."""
-    (path,) = Path(os.environ["RESNEXT_HUB_CACHE"]).glob("widths-*.json")
+def remember(cache: Path, fastest: int) -> None:
+    """Let a cache hold other times than were measured: one width is the fastest wherever it is possible."""
+    (path,) = cache.glob("widths-*.json")
     kinds = json.loads(path.read_text())
     path.write_text(json.dumps({k: {w: 1.0 if w == str(fastest) else 9.0 for w in t} for k, t in kinds.items()}))
 
@@ -81,11 +81,11 @@ def test_a_run_keeps_the_widths_that_it_began_with_whatever_is_fastest_later(
     monkeypatch.setenv("RESNEXT_HUB_CACHE", str(tmp_path / "cache"))
     flags = ("train", *GROUPED, "--output-dir")
     assert command(*flags, tmp_path / "measured", "--max-steps", 1)[0] == 0
-    remember(fastest=16)
+    remember(tmp_path / "cache", fastest=16)
     assert command(*flags, tmp_path / "run", "--max-steps", 2)[0] == 0
     first = RunRecord.load(tmp_path / "run" / "record.json").merged_groups
     assert set(first.values()) == {2}
-    remember(fastest=32)
+    remember(tmp_path / "cache", fastest=32)
     assert command(*flags, tmp_path / "run", "--max-steps", 3)[0] == 0
     assert RunRecord.load(tmp_path / "run" / "record.json").merged_groups == first
     for path in (tmp_path / "cache").iterdir():
@@ -97,6 +97,51 @@ def test_a_run_keeps_the_widths_that_it_began_with_whatever_is_fastest_later(
     assert code == 0
     assert "groups are merged in another way than before; the weights can differ in their last bits" in err
     assert RunRecord.load(tmp_path / "run" / "record.json").merged_groups == {}
+
+
+BOTH = """
+import json, os, sys
+from pathlib import Path
+os.environ["RESNEXT_HUB_CACHE"] = sys.argv[1 + int(os.environ["RANK"])]  # as on two machines
+import torch
+torch.set_num_threads(1)
+from resnext_hub.machine import build_accelerator
+from resnext_hub.models.source import build_model
+from resnext_hub.plan import merge_settings, prepare
+from resnext_hub.training.state import RunState
+folder, flags = Path(sys.argv[3]), json.loads(sys.argv[4])
+plan = prepare(merge_settings(flags)[0], asked={}, output_dir=folder)
+accelerator = build_accelerator("no", True)
+network = build_model(plan.source, len(plan.splits.label_names), 0.0, 0.0)
+run = RunState(plan.config, plan.splits, network, plan.data_config, folder, accelerator, "no", print)
+found = {name: m.merge_factor for name, m in run.build_form().named_modules() if hasattr(m, "merge_factor")}
+(folder / f"{accelerator.process_index}.json").write_text(json.dumps(found))
+"""
+
+
+def test_two_processes_take_the_widths_of_the_first_though_each_remembers_others(
+    tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
+    caches = tmp_path / "first", tmp_path / "second"
+    monkeypatch.setenv("RESNEXT_HUB_CACHE", str(caches[0]))
+    torch.set_num_threads(1)
+    model = timm.create_model("regnetx_002", num_classes=10).to(memory_format=torch.channels_last)
+    example = torch.zeros(8, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    choose_factors(model, example, "auto", "no")
+    shutil.copytree(*caches)
+    remember(caches[0], fastest=16)
+    remember(caches[1], fastest=24)
+    wanted = choose_factors(model, example, "auto", "no")
+    (tmp_path / "both.py").write_text(BOTH)
+    (tmp_path / "run").mkdir()
+    words = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 0, "--rdzv_backend", "c10d"]
+    words += ["--rdzv_endpoint", "localhost:0", tmp_path / "both.py", *caches, tmp_path / "run"]
+    flags = {"model": "regnetx_002", "image_size": 32, "batch_size": 16, "threads": "1"}
+    done = run_process(*words, json.dumps(flags))
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((tmp_path / "run" / f"{process}.json").read_text()) for process in (0, 1))
+    assert first == second == wanted
+    assert set(wanted.values()) == {2}
 
 
 def test_a_killed_run_with_merged_groups_and_growing_pictures_goes_on_to_the_same_bits(

@@ -80,6 +80,31 @@ def test_an_optimizer_restored_from_bytes_takes_the_same_steps(name: str) -> Non
         assert torch.equal(a, b)
 
 
+@mark.parametrize("name", ["sgd", "adamw"])
+def test_a_step_in_one_pass_is_that_of_timms_optimizer_and_is_not_taken_on_scaled_gradients(name: str) -> None:
+    """In memory format channels_last, whose gradients and moments have to be laid out as the parameters are."""
+    from timm.optim import create_optimizer_v2
+
+    found = []
+    for fused in (True, False):
+        model = network().to(memory_format=torch.channels_last)
+        model[0].bias = None  # batch norm takes it away, so that its gradient is noise, which adamw would scale up
+        if fused:
+            optimizer = build_optimizer(model, OptimConfig(optimizer=name, lr=0.01, weight_decay=0.02))
+        else:
+            optimizer = create_optimizer_v2(model, opt=name, lr=0.01, weight_decay=0.02, momentum=0.9)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))).square().sum().backward()
+            optimizer.step()
+        assert bool(optimizer.param_groups[0].get("fused")) is fused
+        found.append(list(model.parameters()))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)  # rounded at other places
+    scaled = build_optimizer(network(), OptimConfig(optimizer=name, lr=0.01), scaled=True)
+    assert not scaled.param_groups[0].get("fused")  # a step left out for an overflow is counted by others
+
+
 def test_an_unknown_optimizer_is_refused_with_close_names() -> None:
     with raises(RequestError, match=r"--optimizer adamv: timm has no such optimizer; close: .*adam"):
         OptimConfig(optimizer="adamv")
