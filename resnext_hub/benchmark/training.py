@@ -74,7 +74,7 @@ def measure(settings: Settings, rounds: int) -> Contest:
         contenders += _timm_scripts(settings, folder, device, fast)
         notes = (
             "Error: of the first step's gradient, all parameters together, relative to eager float32 in contiguous "
-            "format. Loss: of the last step of a round.",
+            "format.",
         )
         shown = {name: value for name, value in vars(settings).items() if name != "timm_checkout"}
         return hold_contest("training", shown, contenders, rounds, device, notes)
