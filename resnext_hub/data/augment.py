@@ -136,6 +136,7 @@ class _Taken:
         self.shape, self.edges = shape, NOTHING
 
     def size(self) -> torch.Size:
+        """Give the shape, as a tensor does."""
         return self.shape
 
     def __setitem__(self, place: tuple[slice, slice, slice], value: object) -> None:
