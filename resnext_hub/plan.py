@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -258,13 +258,11 @@ def _three(values: Any) -> tuple[float, float, float]:
 
 def _check_network(config: TrainConfig, source: ModelSource, splits: Splits, data_config: Mapping[str, Any]) -> None:
     """Refuse pictures that the network does not take, and a batch norm over a single value; nothing is computed."""
-    with torch.device("meta"):
-        network = build_model(
-            dataclasses.replace(source, pretrained=False),
-            len(splits.label_names),
-            config.drop_rate,
-            config.drop_path,
+    network = _without_values(
+        lambda: build_model(
+            dataclasses.replace(source, pretrained=False), len(splits.label_names), config.drop_rate, config.drop_path
         )
+    )
     full = data_config["input_size"][-1]
     size = config.progressive_size or full
     if size > full:
@@ -290,6 +288,15 @@ def _check_network(config: TrainConfig, source: ModelSource, splits: Splits, dat
             f"--batch-size {config.batch_size} leaves a pass of one picture of {size} px, over whose single last pixel "
             f"batch norm has nothing to average; take at least 2 pictures a pass, or {flag} {size + 1}"
         )
+
+
+def _without_values(build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+    """Build a network that has shapes and no values."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except NotImplementedError:  # with some versions, some networks compute their own widths with torch
+        return build().to("meta")
 
 
 def _check_usable(folder: Path) -> None:

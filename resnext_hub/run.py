@@ -49,9 +49,10 @@ from resnext_hub.record import (
 from resnext_hub.training.checkpoint import RunLock
 from resnext_hub.training.config import TrainConfig, flag_of
 from resnext_hub.training.evaluate import Evaluation, evaluate
+from resnext_hub.training.feed import evaluation_samples
 from resnext_hub.training.loop import train
 from resnext_hub.training.schedule import plan_schedule
-from resnext_hub.training.state import Outcome, evaluation_samples
+from resnext_hub.training.state import Outcome
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

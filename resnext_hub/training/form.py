@@ -7,6 +7,7 @@ was fastest on the machine that trained it.
 import copy
 import itertools
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -14,6 +15,9 @@ from torch import nn
 from resnext_hub.models.merged import merge_groups
 from resnext_hub.models.pointwise import compute_pointwise_as_products
 from resnext_hub.models.widths import TrainingTiming, choose_widths, factors_of
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Type of a forward pass by its precision."""
@@ -33,6 +37,21 @@ def choose_factors(network: nn.Module, example: torch.Tensor, asked: str, precis
     if asked == "off":
         return {}
     return factors_of(choose_widths(network, example, "measure" if asked == "auto" else int(asked), timing=timing))
+
+
+def agree_on_factors(
+    network: nn.Module, shape: tuple[int, ...], asked: str, precision: str, accelerator: "Accelerator"
+) -> dict[str, int]:
+    """Let the main process choose as `choose_factors` does, for pictures of a shape `(N, C, H, W)`, and tell all."""
+    from accelerate.utils import broadcast_object_list
+
+    chosen: list[dict[str, int]] = [{}]
+    if accelerator.is_main_process:
+        example = torch.zeros(shape, device=accelerator.device).contiguous(memory_format=torch.channels_last)
+        chosen = [choose_factors(network, example, asked, precision)]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(chosen)
+    return chosen[0]
 
 
 def training_form(network: nn.Module, factors: Mapping[str, int]) -> nn.Module:

@@ -13,9 +13,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from resnext_hub.data.dataset import Splits
-from resnext_hub.data.loaders import (
-    read_batches,
-)
+from resnext_hub.data.loaders import read_batches
 from resnext_hub.errors import RunError, one_line
 from resnext_hub.training.config import TrainConfig
 from resnext_hub.training.optim import lr_at, set_lr
@@ -90,7 +88,7 @@ def train(
             lr = lr_at(run.step, run.schedule.steps, run.schedule.warmup_steps, config.optim.lr or 0.0)
             set_lr(run.optimizer, lr)
             _seed_step(config.seed, run.step, accelerator.process_index)
-            images, targets = run.inputs(batch)
+            images, targets = run.inputs(batch, run.step)
             with _said_compiler_failures() if config.compile else contextlib.nullcontext():
                 loss = _optimizer_step(objective, optimizer, images, targets, config, accelerator)
             run.stepped(batch, loss, optimizer.step_was_skipped)

@@ -17,31 +17,20 @@ import torch
 from safetensors import SafetensorError
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from resnext_hub.data.augment import Augmentation
-from resnext_hub.data.dataset import Pictures, Splits, StreamedPictures
-from resnext_hub.data.loaders import (
-    PICTURE_MODES,
-    Batch,
-    EvaluationSamples,
-    Position,
-    StepSampler,
-    TrainingSamples,
-    build_train_loader,
-)
-from resnext_hub.data.stream import StreamBatches, StreamedEvaluation, build_stream_loader
-from resnext_hub.data.transforms import build_eval_transform, draw_mix, erase, mix_pairs, normalize
+from resnext_hub.data.dataset import Splits, StreamedPictures
+from resnext_hub.data.loaders import Batch, Position
 from resnext_hub.errors import RequestError, RunError, StoppedRun, one_line
 from resnext_hub.machine import WAIT
 from resnext_hub.training.checkpoint import latest_checkpoint, save_checkpoint
 from resnext_hub.training.config import TrainConfig
 from resnext_hub.training.evaluate import Evaluation, EvaluationStoppedError, evaluate
-from resnext_hub.training.form import choose_factors, training_form
+from resnext_hub.training.feed import StepInputs, evaluation_samples, training_loader
+from resnext_hub.training.form import agree_on_factors, training_form
 from resnext_hub.training.metrics import LineLog, Timer, UnreadableLog, read_lines, read_unreadable
 from resnext_hub.training.optim import build_optimizer, optimizer_state, restore_optimizer
-from resnext_hub.training.schedule import plan_schedule, size_at
+from resnext_hub.training.schedule import plan_schedule
 from resnext_hub.training.stop import StopSignal
 
 if TYPE_CHECKING:
@@ -110,12 +99,17 @@ class RunState:
         self.schedule = plan_schedule(config, splits.train.count)
         # the unwrapped network: what evaluates, and what is saved
         self.network = network.to(accelerator.device).to(memory_format=torch.channels_last)
-        self.mean, self.std = (
-            torch.tensor(data_config[name], device=accelerator.device).view(-1, 1, 1) for name in ("mean", "std")
-        )
         self.ema = ModelEmaV3(self.network, decay=config.ema, use_warmup=True) if config.ema else None
         self.optimizer = build_optimizer(self.network, config.optim, scaled=accelerator.scaler is not None)
         self.stop = StopSignal(accelerator.num_processes, WAIT)
+        self.inputs = StepInputs(
+            config,
+            data_config,
+            classes=len(splits.label_names),
+            steps=self.schedule.steps,
+            device=accelerator.device,
+            process=accelerator.process_index,
+        )
         self.eval_samples = evaluation_samples(splits.eval, data_config)
         self.how = {
             "processes": accelerator.num_processes,
@@ -217,19 +211,13 @@ class RunState:
 
     def build_form(self) -> nn.Module:
         """Give the form in which the network is trained; the main process chooses it, once for all of the run."""
-        from accelerate.utils import broadcast_object_list
-
         config, before = self.config, self.merged_groups
         if before is None or config.merge_groups != "auto":
             part = config.batch_size // self.accelerator.num_processes
             shape = (min(config.micro_batch_size or part, part), *self.data_config["input_size"])
-            example = torch.zeros(shape, device=self.accelerator.device).contiguous(memory_format=torch.channels_last)
-            chosen: list[dict[str, int]] = [{}]
-            if self.accelerator.is_main_process:
-                chosen = [choose_factors(self.network, example, config.merge_groups, self.how["precision"])]
-            if self.accelerator.num_processes > 1:
-                broadcast_object_list(chosen)
-            self.merged_groups = chosen[0]
+            self.merged_groups = agree_on_factors(
+                self.network, shape, config.merge_groups, self.how["precision"], self.accelerator
+            )
         assert self.merged_groups is not None
         if before is not None and before != self.merged_groups:
             _logger.warning("groups are merged in another way than before; the weights can differ in their last bits")
@@ -248,47 +236,17 @@ class RunState:
 
     def build_loader(self) -> DataLoader[Batch]:
         """Give this process's part of every step that is left."""
-        config, pictures, pin_memory = self.config, self.splits.train, self.accelerator.device.type == "cuda"
-        process, processes = self.accelerator.process_index, self.accelerator.num_processes
-        augment = Augmentation(config.transform, self.data_config, config.loader.decoder)
-        if isinstance(pictures, StreamedPictures):
-            batches = StreamBatches(
-                pictures,
-                augment,
-                seed=config.seed,
-                batch_size=config.batch_size,
-                block_size=config.data.shuffle_block,
-                start=self.position,
-                steps=self.schedule.steps - self.step,
-                process=process,
-                processes=processes,
-            )
-            return build_stream_loader(batches, self.workers, pin_memory)
-        samples = TrainingSamples(pictures, augment, config.seed)
-        sampler = StepSampler(
-            len(pictures), config.batch_size, config.seed, self.step, self.schedule.steps, process, processes
+        return training_loader(
+            self.config,
+            self.splits.train,
+            self.data_config,
+            start=self.step,
+            stop=self.schedule.steps,
+            position=self.position,
+            process=self.accelerator.process_index,
+            processes=self.accelerator.num_processes,
+            pin_memory=self.accelerator.device.type == "cuda",
         )
-        return build_train_loader(samples, sampler, self.workers, pin_memory)
-
-    def inputs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give pictures `(N, C, H, W)` and labels `(N,)`, or mixed targets `(N, classes)`, on the device."""
-        device = self.accelerator.device
-        labels = batch.labels.to(device, non_blocking=True)
-        images = normalize(batch.images.to(device, non_blocking=True), self.mean, self.std)
-        if self.config.transform.random_erasing:
-            images = erase(images, batch.erased)
-        if self.config.transform.mixes:
-            first = self.accelerator.process_index * len(labels) // 2
-            pairs = range(first, first + len(labels) // 2)
-            mix = draw_mix(
-                self.config.transform, self.config.seed, self.step, pairs, (images.shape[2], images.shape[3])
-            )
-            images, labels = mix_pairs(images, labels, mix, len(self.splits.label_names))
-        full = self.data_config["input_size"][-1]
-        size = size_at(self.step, self.schedule.steps, self.config.progressive_size, full)
-        if size != full:
-            images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-        return images.contiguous(memory_format=torch.channels_last), labels
 
     def stepped(self, batch: Batch, loss: torch.Tensor, skipped: bool) -> None:
         """Count a step that was taken; nothing here waits for the device.
@@ -522,13 +480,3 @@ class RunState:
             return values
         total: torch.Tensor = self.accelerator.reduce(values.to(self.accelerator.device), "sum")
         return total.cpu()
-
-
-def evaluation_samples(
-    pictures: Pictures | StreamedPictures, data_config: dict[str, Any]
-) -> EvaluationSamples | StreamedEvaluation:
-    """Give the samples of an evaluation split as timm's evaluation transform makes them."""
-    transform, mode = build_eval_transform(data_config), PICTURE_MODES[data_config["input_size"][0]]
-    if isinstance(pictures, StreamedPictures):
-        return StreamedEvaluation(pictures, transform, mode)
-    return EvaluationSamples(pictures, transform, mode)
