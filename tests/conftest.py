@@ -39,12 +39,6 @@ TINY = ("--model", "test_resnet", "--mixed-precision", "no", "--warmup-epochs", 
 """Flags of a real but tiny network of timm, for tests of what is around the network."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let tests that load other runtimes, with thread pools of their own, into this process come after all others."""
-    last = ("benchmark", "test_export_onnx", "test_export_openvino", "test_optimize")
-    items.sort(key=lambda item: any(word in item.nodeid for word in last))
-
-
 @pytest.fixture(autouse=True)
 def _fresh_process_state() -> Iterator[None]:
     """Put back what a training run in this process sets for the whole process."""

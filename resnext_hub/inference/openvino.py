@@ -6,6 +6,7 @@ place in the network, with the layouts that it has there: so widths are measured
 
 import contextlib
 import copy
+import functools
 import io
 import logging
 import statistics
@@ -25,19 +26,29 @@ if TYPE_CHECKING:
     import openvino
 
 
+@functools.cache
+def _core() -> "openvino.Core":
+    """Give the one core of this process, which stays to its end.
+
+    A core brings a stack for signal handlers. When several end in the order in which they were made, the process is
+    left with a stack that is gone, and the next signal that it handles (a reader's end, Ctrl-C) kills it.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 class OpenVinoNetwork:
     """A compiled network: float32 pictures `(N, C, H, W)` of the N it was compiled for to float32 logits."""
 
     def __init__(self, model: "openvino.Model", dtype: torch.dtype, *, timed: bool = False) -> None:
-        import openvino
-
         settings: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": {torch.bfloat16: "bf16", torch.float32: "f32"}[dtype],
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "PERFORMANCE_HINT": "LATENCY",
             "PERF_COUNT": timed,
         }
-        self._compiled = openvino.Core().compile_model(model, "CPU", settings)
+        self._compiled = _core().compile_model(model, "CPU", settings)
         self._request = self._compiled.create_infer_request()
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -133,6 +144,7 @@ def calibrate(model: Any, inputs: Sequence[Any]) -> Any:
     with _quiet():
         import nncf
 
+        _core()  # before the one that is made in there
         return nncf.quantize(model, nncf.Dataset(inputs), subset_size=len(inputs))
 
 

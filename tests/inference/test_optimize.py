@@ -5,6 +5,7 @@ from pathlib import Path
 
 import timm
 import torch
+from conftest import run_process
 from pytest import MonkeyPatch, approx, fixture, importorskip, mark, raises
 from torch import nn
 
@@ -227,3 +228,26 @@ def test_what_is_no_example_is_refused() -> None:
         optimize(network(), torch.randn(3, 64, 64))
     with raises(ValueError, match=r"torch.float64: expected"):
         optimize(network(), torch.randn(1, 3, 64, 64, dtype=torch.float64))
+
+
+DROPPED_IN_THE_ORDER_OF_MAKING = """
+import signal
+import timm, torch
+import resnext_hub
+
+handled = []
+signal.signal(signal.SIGUSR1, lambda number, frame: handled.append(number))
+network, pictures = timm.create_model("test_resnet").eval(), torch.zeros(1, 3, 32, 32)
+first, second = (resnext_hub.optimize(network, pictures, engine="openvino") for _ in range(2))
+del first
+del second
+signal.raise_signal(signal.SIGUSR1)
+print(len(handled))
+"""
+
+
+def test_a_process_without_its_openvino_networks_lives_on_when_a_signal_comes() -> None:
+    importorskip("openvino")
+    # the signal's handler then runs on a stack of its own, as in any process that shows where it crashes
+    done = run_process("-X", "faulthandler", "-c", DROPPED_IN_THE_ORDER_OF_MAKING)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
