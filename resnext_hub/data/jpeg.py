@@ -5,8 +5,9 @@ resizes by the filters of Pillow, with the vector instructions that Pillow does 
 the plainest and decodes what simplejpeg refuses, so that orientation and what is unreadable are its judgement.
 """
 
+import dataclasses
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import ceil, floor
 from typing import Any, NamedTuple
@@ -34,8 +35,14 @@ _TURNS = {
 """By EXIF orientation: whether rows and columns change places; then, whether rows and whether columns turn round."""
 
 
+_MARGIN = 8
+"""Rows, of the decoded size, that are decoded below what is needed."""
+
 _USUAL = frozenset({0xE0, 0xDB, 0xC4, 0xDD, 0xFE})
 """Markers of JFIF, quantisation, Huffman codes, restarts and comments."""
+
+_APPLICATION = range(0xE0, 0xF0)
+"""Markers of what programs have to say."""
 
 
 class Rectangle(NamedTuple):
@@ -60,6 +67,8 @@ class Header:
     """Height and width of the pixels as they are stored."""
     turn: tuple[bool, bool, bool]
     """As in `_TURNS`."""
+    rows_at: int | None = None
+    """Place of the height in the file, if its rows are upright and stored in their order."""
 
     @property
     def upright(self) -> tuple[int, int]:
@@ -73,31 +82,52 @@ def read_header(data: bytes) -> Header | None:
     Raises:
         UnreadablePictureError: If Pillow does not read it.
     """
-    size = _plain_size(data)
-    if size is not None:
-        return Header(size, _TURNS[1])
+    frame = _find_frame(data)
+    rows_at = frame.place if frame and frame.sequential else None
+    if frame and frame.plain:
+        return Header(frame.size, _TURNS[1], rows_at)
     with opened(data) as image:
-        return _pillows_header(image)
+        header = _pillows_header(image)
+    if header is None or frame is None or header.stored != frame.size or header.turn != _TURNS[1]:
+        return header
+    return dataclasses.replace(header, rows_at=rows_at)
 
 
-def _plain_size(data: bytes) -> tuple[int, int] | None:
-    """Give height and width of a JPEG of the usual parts alone, in a tenth of the time that Pillow takes.
+class _Frame(NamedTuple):
+    """What stands in a JPEG's frame header, and where."""
 
-    None for whatever could mean more: with APP1 there may be an orientation, and anything unknown is Pillow's to judge.
-    """
+    place: int
+    """Of its height, in the file; the width follows."""
+    size: tuple[int, int]
+    """Height and width."""
+    sequential: bool
+    plain: bool
+    """Whether the file cannot mean more: APP1 can hold an orientation, and anything unknown is Pillow's to judge."""
+
+
+def _find_frame(data: bytes) -> _Frame | None:
+    """Find the frame header of a JPEG, in a tenth of the time that Pillow takes for it; None where that is not easy."""
+    usual = True
+    for marker, place in _segments(data):
+        if marker in (0xC0, 0xC2) and place + 8 <= len(data):  # 8 bits, height, width, one or three components
+            height, width = data[place + 3] << 8 | data[place + 4], data[place + 5] << 8 | data[place + 6]
+            plain = usual and data[place + 2] == 8 and data[place + 7] in (1, 3)
+            plain = plain and 0 < height * width <= (Image.MAX_IMAGE_PIXELS or 0)
+            return _Frame(place + 3, (height, width), marker == 0xC0, plain)
+        if marker not in _USUAL and marker not in _APPLICATION:
+            return None
+        usual = usual and marker in _USUAL
+    return None
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """Give the parts of a JPEG from its first: the marker of each, and the place of what follows that, its length."""
     place = 2
     if data[:2] != b"\xff\xd8":
-        return None
-    while place + 10 <= len(data) and data[place] == 0xFF:
-        marker = data[place + 1]
-        if marker in (0xC0, 0xC2):  # a frame: its length, 8 bits, height, width, one or three components
-            height, width = data[place + 5] << 8 | data[place + 6], data[place + 7] << 8 | data[place + 8]
-            plain = data[place + 4] == 8 and data[place + 9] in (1, 3)
-            return (height, width) if plain and 0 < height * width <= (Image.MAX_IMAGE_PIXELS or 0) else None
-        if marker not in _USUAL:
-            return None
+        return
+    while place + 4 <= len(data) and data[place] == 0xFF:
+        yield data[place + 1], place + 2
         place += 2 + (data[place + 2] << 8 | data[place + 3])
-    return None
 
 
 def _pillows_header(image: Image.Image) -> Header | None:
@@ -131,10 +161,17 @@ def decode_part(
     import simplejpeg
 
     factor = reduction((part.height, part.width), size)
-    height, width = (ceil(length / factor) for length in header.stored)
+    rows, columns = header.stored
+    # rows below the part need not be decoded; a few more than its own decide how colours run out at its edge
+    needed = part.top + part.height + _MARGIN * factor
+    cut = needed < rows and header.rows_at is not None and _is_one_scan(data)
+    if cut:
+        rows, data = needed, _with_rows(data, header, needed)
+    height, width = ceil(rows / factor), ceil(columns / factor)
     colours = "RGB" if mode == "RGB" else "GRAY"
     try:
-        pixels = simplejpeg.decode_jpeg(data, colours, min_height=height, min_width=width)
+        # it warns of the rows that are left over, and not to be strict is to pass over warnings, as Pillow does
+        pixels = simplejpeg.decode_jpeg(data, colours, min_height=height, min_width=width, strict=not cut)
     except ValueError:  # of damage that Pillow may pass over, too: it decides
         return None
     if pixels.shape[:2] != (height, width):
@@ -156,6 +193,25 @@ def decode_part(
     box = (left % 1, top % 1, min(right - floor(left), own.shape[1]), min(bottom - floor(top), own.shape[0]))
     small = Image.fromarray(own if mode == "RGB" else own[:, :, 0])
     return to_tensor(small.resize(size[::-1], RESAMPLING[interpolation], box=box))
+
+
+def _is_one_scan(data: bytes) -> bool:
+    """Say whether a JPEG has one scan of its pixels, without a marker in it, and ends with the last marker.
+
+    Then there is nothing in rows that are not decoded for which Pillow would refuse the file.
+    """
+    for marker, place in _segments(data):
+        if marker == 0xDA:
+            scan = np.frombuffer(data, np.uint8, offset=place)
+            following = scan[np.flatnonzero(scan[:-1] == 0xFF) + 1]  # by a zero, what is before it is no marker
+            return data.endswith(b"\xff\xd9") and np.count_nonzero(following) == 1
+    return False
+
+
+def _with_rows(data: bytes, header: Header, rows: int) -> bytes:
+    """Let a JPEG say that it has only so many rows."""
+    assert header.rows_at is not None
+    return data[: header.rows_at] + rows.to_bytes(2, "big") + data[header.rows_at + 2 :]
 
 
 class FastTransform:

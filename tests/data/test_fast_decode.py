@@ -1,5 +1,6 @@
 """The fast decoder cuts the same rectangles as Pillow, to nearly the same pixels, and calls the same files broken."""
 
+import dataclasses
 import hashlib
 import io
 import itertools
@@ -122,6 +123,44 @@ def test_a_turned_part_decoded_smaller_is_where_it_is_in_the_whole(orientation: 
     assert np.abs(error).mean(axis=(0, 1)).max() < 0.8  # seven eighths of eight pixels would be 2.7
 
 
+@mark.parametrize("size", [(64, 64), (16, 16)])  # decoded whole, and smaller
+@mark.parametrize(
+    "options",
+    [{"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"progressive": True}, {"restart_marker_blocks": 7}],
+    ids=str,
+)
+@mark.parametrize("mode", ["RGB", "L"])
+def test_a_part_has_the_pixels_that_it_has_in_the_whole(mode: str, options: dict, size: tuple[int, int]) -> None:
+    data = stored(PHOTOGRAPHS[0].crop((0, 0, 333, 251)).convert(mode), quality=90, **options)["bytes"]
+    header = read_header(data)
+    whole = dataclasses.replace(header, rows_at=None)
+    for top, height in itertools.product((0, 3, 90), (65, 66, 67, 129, 150, 161)):
+        part = Rectangle(top, 11, height, 130)
+        found, expected = (decode_part(data, h, part, size, "bicubic", "RGB") for h in (header, whole))
+        assert torch.equal(found, expected), part
+
+
+@mark.parametrize("size", [(64, 64), (16, 16)])
+@mark.parametrize("subsampling", [0, 2])
+def test_rows_below_a_part_are_not_decoded(subsampling: int, size: tuple[int, int]) -> None:
+    for exif in (b"", turned(1)["bytes"]):
+        options = {"exif": Image.open(io.BytesIO(exif)).getexif()} if exif else {}
+        data = stored(PHOTOGRAPHS[0], quality=90, subsampling=subsampling, **options)["bytes"]
+        damaged = bytearray(data)
+        damaged[len(data) * 3 // 4 : -2] = b"\x55" * (len(data) - 2 - len(data) * 3 // 4)
+        part = Rectangle(0, 50, 130, 150)
+        found, expected = (
+            decode_part(bytes(d), read_header(bytes(d)), part, size, "bicubic", "RGB") for d in (damaged, data)
+        )
+        assert torch.equal(found, expected)
+        low = Rectangle(270, 50, 130, 150)
+        with raises(AssertionError):
+            torch.testing.assert_close(
+                decode_part(bytes(damaged), read_header(bytes(damaged)), low, size, "bicubic", "RGB"),
+                decode_part(data, read_header(data), low, size, "bicubic", "RGB"),
+            )
+
+
 KINDS = {
     "png": stored(PHOTOGRAPHS[0].crop((0, 0, 200, 150)), "PNG"),
     "webp": stored(PHOTOGRAPHS[0].crop((0, 0, 200, 150)), "WEBP"),
@@ -159,12 +198,12 @@ def test_a_grey_jpeg_has_three_equal_channels_or_one() -> None:
         assert (found[0] - found[1]).abs().max() <= 2
 
 
-def outcome(decoder: str, row: dict[str, object]) -> str | torch.Tensor:
-    seed_sample(0, 0, 0)
+def outcome(decoder: str, row: dict[str, object], seed: int = 0, **options: object) -> str | torch.Tensor:
+    seed_sample(0, 0, seed)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata in what it can still read
-            return augmentation(decoder)(row).image.int()
+            return augmentation(decoder, **options)(row).image.int()
     except UnreadablePictureError as error:
         return str(error)
 
@@ -200,6 +239,25 @@ def test_damaged_files_are_judged_alike_and_have_pixels_alike(whole: bytes) -> N
             readable += 1
             assert (fast - slow).abs().float().mean() <= REDUCED_MEAN
     assert 20 < readable < 120
+
+
+def test_files_damaged_below_the_part_are_judged_alike() -> None:
+    """Markers above all: at one that has no place there, Pillow refuses the file, wherever it is."""
+    draw = random.Random(0)
+    markers = [0xC0, 0xC4, 0xD0, 0xD3, 0xD8, 0xD9, 0xDA, 0xDB, 0xDC, 0xDD, 0xE1, 0xFE, 0xFF]
+    verdicts = []
+    for seed in range(150):
+        damaged = bytearray(WHOLE)
+        place = draw.randrange(len(WHOLE) // 2, len(WHOLE) - 2)
+        if seed % 3:
+            damaged[place : place + 2] = 0xFF, draw.choice(markers)
+        else:
+            del damaged[place : draw.randrange(place, len(WHOLE) - 2)]
+        row = {"bytes": bytes(damaged), "path": None}
+        fast, slow = (outcome(decoder, row, seed, scale=(0.05, 0.3)) for decoder in ("simplejpeg", "pil"))
+        assert fast == slow if isinstance(slow, str) else isinstance(fast, torch.Tensor), seed
+        verdicts.append(isinstance(slow, str))
+    assert 20 < sum(verdicts) < 130
 
 
 def test_bombs_missing_files_and_nothing_at_all_are_unreadable_to_both(
