@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader
 
 from resnext_hub.benchmark.contest import Contender, Contest, hold_contest
 from resnext_hub.data.augment import Augmentation
+from resnext_hub.data.batches import read_batches
 from resnext_hub.data.dataset import Pictures
 from resnext_hub.data.jpeg import is_installed
-from resnext_hub.data.loaders import StepSampler, TrainingSamples, build_train_loader, read_batches, seed_sample
+from resnext_hub.data.loaders import StepSampler, TrainingSamples, build_train_loader, seed_sample
 from resnext_hub.data.sources import list_pictures
 from resnext_hub.data.transforms import TransformConfig, normalize
 from resnext_hub.errors import RequestError

@@ -6,7 +6,6 @@ at any number of processes. Resuming is starting at another step.
 """
 
 import random
-import signal
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,7 +16,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from resnext_hub.data.augment import NOTHING, Augment, Edges
+from resnext_hub.data.augment import Augment
+from resnext_hub.data.batches import Batch, Parcel, Sample, Unreadable, build_loader, read_batches
 from resnext_hub.data.dataset import Pictures
 from resnext_hub.data.decode import UnreadablePictureError
 from resnext_hub.data.transforms import Transform
@@ -26,9 +26,6 @@ from resnext_hub.machine import cores
 
 PICTURE_MODES = {1: "L", 3: "RGB"}
 """Pillow's mode for a number of input channels."""
-
-GRACE = 25
-"""Seconds that a reading process outlives SIGTERM; launchers give the whole run 30."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,50 +48,6 @@ class Place(NamedTuple):
 
     epoch: int
     sample: int
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """A picture that cannot be decoded."""
-
-    index: int
-    name: str
-    """What people know it by."""
-    reason: str
-
-
-@dataclass(frozen=True, eq=False)
-class Sample:
-    """A picture `(C, H, W)` with its label and index, and what could not be read on the way."""
-
-    image: torch.Tensor
-    label: int
-    index: int
-    unreadable: list[Unreadable]
-    erased: Edges = NOTHING
-
-
-class Position(NamedTuple):
-    """Where the endless sequence of samples stands: in which epoch, and how many of its samples are done."""
-
-    epoch: int
-    place: int
-
-
-class Batch(NamedTuple):
-    """Pictures `(N, C, H, W)`, labels and indices `(N,)` int64, what was unreadable.
-
-    Pictures to train on are uint8 and channels last in memory, `erased` `(N, 4)` int64 has the edges of what is to be
-    erased of each; those to evaluate on are float32 and normalised. `end` is where the sequence stands after the global
-    batch; None if that follows from the step.
-    """
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    indices: torch.Tensor
-    unreadable: list[Unreadable]
-    erased: torch.Tensor
-    end: Position | None = None
 
 
 @lru_cache(maxsize=2)
@@ -174,7 +127,7 @@ class EvaluationSamples(Dataset[Sample]):
     ) -> Generator[Batch, None, None]:
         """Give every so many-th batch, one of which a process computes whole."""
         cuts = [list(range(i, min(i + batch_size, len(self)))) for i in range(0, len(self), batch_size)]
-        return read_batches(_build_loader(self, cuts[process::processes], workers, pin_memory))
+        return read_batches(build_loader(self, cuts[process::processes], workers, pin_memory))
 
 
 class StepSampler(Sampler[list[Place]]):
@@ -208,54 +161,9 @@ class StepSampler(Sampler[list[Place]]):
 
 def build_train_loader(
     samples: TrainingSamples, sampler: StepSampler, workers: int, pin_memory: bool = False
-) -> DataLoader[Batch]:
+) -> DataLoader[Parcel]:
     """Give one batch of this process for each step."""
-    return _build_loader(samples, sampler, workers, pin_memory)
-
-
-def _build_loader(dataset: Dataset, batches: object, workers: int, pin_memory: bool) -> DataLoader[Batch]:  # type: ignore[type-arg]
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,  # type: ignore[arg-type]
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=pin_memory,
-        worker_init_fn=leave_stopping_to_the_parent,
-    )
-
-
-def leave_stopping_to_the_parent(worker: int) -> None:
-    """Read on when a signal reaches the whole process group: the training process ends its step, and its readers then.
-
-    After `GRACE` seconds a reader goes in any case, so that nobody who wants it gone waits for ever.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
-
-
-def read_batches(loader: DataLoader[Batch]) -> Generator[Batch, None, None]:
-    """Give the batches of a loader; closing this generator ends the loader's workers."""
-    try:
-        yield from loader
-    except RunError as error:  # from a worker it comes with that one's traceback in its text
-        error.__traceback__ = None  # its frames hold the workers
-        raise RunError(str(error).rpartition(f"{RunError.__name__}: ")[2].strip()) from None
-
-
-def collate(samples: list[Sample]) -> Batch:
-    """Stack samples to a batch, pixels in the order that they have in memory."""
-    images = [sample.image for sample in samples]
-    channels_last = images[0].dtype == torch.uint8
-    return Batch(
-        images=torch.stack([i.permute(1, 2, 0) for i in images]).permute(0, 3, 1, 2)
-        if channels_last
-        else torch.stack(images),
-        labels=torch.tensor([sample.label for sample in samples]),
-        indices=torch.tensor([sample.index for sample in samples]),
-        unreadable=[entry for sample in samples for entry in sample.unreadable],
-        erased=torch.tensor([sample.erased for sample in samples]),
-    )
+    return build_loader(samples, sampler, workers, pin_memory)
 
 
 def derive_workers(device: str, local_processes: int) -> int:

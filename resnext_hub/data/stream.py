@@ -18,17 +18,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from resnext_hub.data.augment import Augment
+from resnext_hub.data.batches import Batch, Packer, Parcel, Position, Sample, Unreadable, build_loader
 from resnext_hub.data.dataset import Record, StreamedPictures
 from resnext_hub.data.decode import UnreadablePictureError
-from resnext_hub.data.loaders import (
-    Batch,
-    Position,
-    Sample,
-    Unreadable,
-    collate,
-    leave_stopping_to_the_parent,
-    seed_sample,
-)
+from resnext_hub.data.loaders import seed_sample
 from resnext_hub.data.transforms import Transform
 from resnext_hub.errors import RunError
 
@@ -44,7 +37,7 @@ class _Place(NamedTuple):
     after: Position
 
 
-class StreamBatches(IterableDataset[Batch]):
+class StreamBatches(IterableDataset[Parcel]):
     """This process's part of each step, augmented: a contiguous part of the global batch.
 
     Args:
@@ -77,16 +70,17 @@ class StreamBatches(IterableDataset[Batch]):
         self.start, self.steps = start, steps
         self.process, self.processes = process, processes
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Parcel]:
         reader = get_worker_info()
         number, readers = (0, 1) if reader is None else (reader.id, reader.num_workers)
+        pack = Packer()
         part = self.batch_size // self.processes
         places = self._places(speaks=self.process == 0 and number == 0)
         for step in range(self.steps):
             taken = [next(places) for _ in range(self.batch_size)]
             if step % readers == number:
                 mine = taken[self.process * part : (self.process + 1) * part]
-                yield collate([self._sample(place) for place in mine])._replace(end=taken[-1].after)
+                yield pack([self._sample(place) for place in mine], end=taken[-1].after)
 
     def _places(self, speaks: bool) -> Iterator[_Place]:
         epoch, done = self.start
@@ -156,11 +150,11 @@ class StreamedEvaluation:
     ) -> Generator[Batch, None, None]:
         """Give every so many-th batch, one of which a process computes whole."""
         parts = _EvaluationParts(self, batch_size, process, processes)
-        for item in _build_loader(parts, workers, pin_memory):
+        for item in build_loader(parts, None, workers, pin_memory):
             if isinstance(item, int):
                 self.count = item
             else:
-                yield item
+                yield item.open()
 
     def sample(self, index: int, record: Record) -> Sample:
         """Decode and transform a sample."""
@@ -173,15 +167,16 @@ class StreamedEvaluation:
         return Sample(self.transform(image), record.label, index, unreadable)
 
 
-class _EvaluationParts(IterableDataset[Batch | int]):
+class _EvaluationParts(IterableDataset[Parcel | int]):
     """The batches of one process, and at the end of each reader the number of all samples."""
 
     def __init__(self, samples: StreamedEvaluation, batch_size: int, process: int, processes: int) -> None:
         self.samples, self.batch_size = samples, batch_size
         self.process, self.processes = process, processes
 
-    def __iter__(self) -> Iterator[Batch | int]:
+    def __iter__(self) -> Iterator[Parcel | int]:
         reader = get_worker_info()
+        pack = Packer()
         number, readers = (0, 1) if reader is None else (reader.id, reader.num_workers)
         pictures = self.samples.pictures
         count = 0
@@ -191,28 +186,13 @@ class _EvaluationParts(IterableDataset[Batch | int]):
             if turn % self.processes == self.process and turn // self.processes % readers == number:
                 batch.append(self.samples.sample(count - 1, record))
             if batch and count % self.batch_size == 0:
-                yield collate(batch)
+                yield pack(batch)
                 batch = []
         if batch:
-            yield collate(batch)
+            yield pack(batch)
         yield count
 
 
-def build_stream_loader(batches: StreamBatches, workers: int, pin_memory: bool = False) -> DataLoader[Batch]:
+def build_stream_loader(batches: StreamBatches, workers: int, pin_memory: bool = False) -> DataLoader[Parcel]:
     """Give one batch of this process for each step; every reader takes its turn."""
-    return _build_loader(batches, workers, pin_memory)
-
-
-def _build_loader(dataset: IterableDataset, workers: int, pin_memory: bool) -> DataLoader:  # type: ignore[type-arg]
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        num_workers=workers,
-        collate_fn=_as_it_is,  # type: ignore[arg-type]  # what the dataset gives is a batch already
-        pin_memory=pin_memory,
-        worker_init_fn=leave_stopping_to_the_parent,
-    )
-
-
-def _as_it_is(item: Batch | int) -> Batch | int:
-    return item
+    return build_loader(batches, None, workers, pin_memory)

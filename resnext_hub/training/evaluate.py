@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from resnext_hub.data.loaders import EvaluationSamples, Unreadable
+from resnext_hub.data.batches import Unreadable
+from resnext_hub.data.loaders import EvaluationSamples
 from resnext_hub.data.stream import StreamedEvaluation
 
 

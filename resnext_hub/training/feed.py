@@ -7,12 +7,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from resnext_hub.data.augment import Augmentation
+from resnext_hub.data.batches import Batch, Parcel, Position
 from resnext_hub.data.dataset import Pictures, StreamedPictures
 from resnext_hub.data.loaders import (
     PICTURE_MODES,
-    Batch,
     EvaluationSamples,
-    Position,
     StepSampler,
     TrainingSamples,
     build_train_loader,
@@ -44,7 +43,7 @@ def training_loader(
     process: int,
     processes: int,
     pin_memory: bool,
-) -> DataLoader[Batch]:
+) -> DataLoader[Parcel]:
     """Give one process's part of every step from `start` to before `stop`.
 
     Args:

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from resnext_hub.data.batches import read_batches
 from resnext_hub.data.dataset import Splits
-from resnext_hub.data.loaders import read_batches
 from resnext_hub.errors import RunError, one_line
 from resnext_hub.training.config import TrainConfig
 from resnext_hub.training.optim import lr_at, set_lr

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from resnext_hub.data.batches import Unreadable
 from resnext_hub.data.columns import listing
-from resnext_hub.data.loaders import Unreadable
 from resnext_hub.errors import RunError
 from resnext_hub.files import write_atomic
 

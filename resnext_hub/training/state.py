@@ -19,8 +19,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader
 
+from resnext_hub.data.batches import Batch, Parcel, Position
 from resnext_hub.data.dataset import Splits, StreamedPictures
-from resnext_hub.data.loaders import Batch, Position
 from resnext_hub.errors import RequestError, RunError, StoppedRun, one_line
 from resnext_hub.machine import WAIT
 from resnext_hub.training.checkpoint import latest_checkpoint, save_checkpoint
@@ -234,7 +234,7 @@ class RunState:
         if self.config.log_samples:
             self.samples = stack.enter_context(LineLog(self.folder / f"samples-{process}.jsonl", self.step))
 
-    def build_loader(self) -> DataLoader[Batch]:
+    def build_loader(self) -> DataLoader[Parcel]:
         """Give this process's part of every step that is left."""
         return training_loader(
             self.config,

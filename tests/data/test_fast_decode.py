@@ -20,6 +20,7 @@ from sklearn.datasets import load_sample_images
 from timm.data import create_transform
 
 from resnext_hub.data.augment import Augmentation
+from resnext_hub.data.batches import read_batches
 from resnext_hub.data.dataset import DataConfig, load_splits
 from resnext_hub.data.decode import UnreadablePictureError, decode
 from resnext_hub.data.jpeg import FastTransform, Rectangle, decode_part, read_header, reduction
@@ -349,7 +350,7 @@ def test_fast_pixels_are_equal_at_any_number_of_processes_and_workers(photograph
         for process in range(processes):
             sampler = StepSampler(len(pictures), 12, 3, 0, 4, process, processes)
             loader = build_train_loader(TrainingSamples(pictures, augment, seed=3), sampler, workers)
-            for digest, batch in zip(digests, loader, strict=True):
+            for digest, batch in zip(digests, read_batches(loader), strict=True):
                 assert batch.images.dtype == torch.uint8
                 assert batch.images.is_contiguous(memory_format=torch.channels_last)
                 for image, erased in zip(batch.images, batch.erased, strict=True):

@@ -8,13 +8,13 @@ from conftest import write_pictures
 from pytest import TempPathFactory, fixture, mark
 
 from resnext_hub.data.augment import Augmentation, Augmented
+from resnext_hub.data.batches import Unreadable, read_batches
 from resnext_hub.data.dataset import DataConfig, load_splits
 from resnext_hub.data.decode import decode
 from resnext_hub.data.loaders import (
     Place,
     StepSampler,
     TrainingSamples,
-    Unreadable,
     build_train_loader,
     places_of_step,
 )
@@ -85,7 +85,7 @@ def hashes(samples: TrainingSamples, processes: int, workers: int) -> list[str]:
     found = [hashlib.sha256() for _ in range(STEPS)]
     for process in range(processes):
         sampler = StepSampler(len(samples.pictures), BATCH, 3, 0, STEPS, process, processes)
-        for step, batch in enumerate(build_train_loader(samples, sampler, workers)):
+        for step, batch in enumerate(read_batches(build_train_loader(samples, sampler, workers))):
             mix = draw_mix(AUGMENTED, 3, step, range(process * part // 2, (process + 1) * part // 2), (32, 32))
             images = erase(
                 normalize(batch.images, torch.full((3, 1, 1), 0.5), torch.full((3, 1, 1), 0.25)), batch.erased

@@ -12,8 +12,8 @@ from PIL import Image
 from pytest import LogCaptureFixture, fixture, mark, raises
 
 from resnext_hub.data.augment import Augmentation
+from resnext_hub.data.batches import Batch, Position, read_batches
 from resnext_hub.data.dataset import DataConfig, StreamedPictures, load_splits
-from resnext_hub.data.loaders import Batch, Position, read_batches
 from resnext_hub.data.stream import StreamBatches, StreamedEvaluation, build_stream_loader
 from resnext_hub.data.transforms import TransformConfig, build_eval_transform, published_input
 from resnext_hub.errors import RequestError, RunError

@@ -1,0 +1,89 @@
+"""What a reading process sends is what its samples are, although it writes over memory that it has sent before."""
+
+import time
+
+import numpy as np
+import torch
+from pytest import mark
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from resnext_hub.data.augment import Edges
+from resnext_hub.data.batches import (
+    PREFETCH,
+    Batch,
+    Packer,
+    Parcel,
+    Position,
+    Sample,
+    Unreadable,
+    build_loader,
+    read_batches,
+)
+
+COUNT, SIZE = 20, 3
+"""Batches, and samples of each."""
+
+
+def sample(index: int, dtype: torch.dtype = torch.uint8) -> Sample:
+    unreadable = [Unreadable(index, f"picture {index}", "cut off")] if index == 7 else []
+    return Sample(torch.full((3, 4, 5), index, dtype=dtype), index % 10, index, unreadable, Edges(0, index % 4, 1, 2))
+
+
+class Samples(Dataset[Sample]):
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def __getitem__(self, index: int) -> Sample:
+        return sample(index, self.dtype)
+
+
+class Parcels(IterableDataset[Parcel]):
+    def __iter__(self):
+        reader, pack = get_worker_info(), Packer()
+        number, readers = (reader.id, reader.num_workers) if reader else (0, 1)
+        for batch in range(number, COUNT, readers):
+            yield pack([sample(batch * SIZE + i) for i in range(SIZE)], end=Position(0, (batch + 1) * SIZE))
+
+
+def loader(workers: int, dtype: torch.dtype = torch.uint8, *, in_order: bool = False):
+    places = [list(range(start, start + SIZE)) for start in range(0, COUNT * SIZE, SIZE)]
+    places[-1] = places[-1][:1]  # the last batch is smaller
+    return build_loader(Parcels() if in_order else Samples(dtype), None if in_order else places, workers, False)
+
+
+def check(found: list[Batch], expected: list[Batch]) -> None:
+    assert len(found) == len(expected) == COUNT
+    for mine, theirs in zip(found, expected, strict=True):
+        for name in ("images", "labels", "indices", "erased"):
+            left, right = getattr(mine, name), getattr(theirs, name)
+            assert left.dtype == right.dtype
+            assert torch.equal(left, right)
+        assert (mine.unreadable, mine.end) == (theirs.unreadable, theirs.end)
+        assert not mine.images.is_shared()
+
+
+@mark.filterwarnings("ignore:This DataLoader will create")  # more workers than some machines have cores
+@mark.parametrize("in_order", [False, True])
+@mark.parametrize("workers", [1, 3])
+@mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_batches_stay_as_they_are_while_later_ones_are_read(dtype: torch.dtype, workers: int, in_order: bool) -> None:
+    expected = list(read_batches(loader(0, dtype, in_order=in_order)))
+    assert [float(batch.images[0, 0, 0, 0]) for batch in expected] == list(range(0, COUNT * SIZE, SIZE))
+    check(list(read_batches(loader(workers, dtype, in_order=in_order))), expected)
+
+
+@mark.parametrize("in_order", [False, True])
+def test_a_parcel_stays_as_it_is_until_the_next_is_taken_however_fast_its_reader(in_order: bool) -> None:
+    expected = iter(read_batches(loader(0, in_order=in_order)))
+    for number, parcel in enumerate(loader(1, in_order=in_order)):
+        if number in (0, PREFETCH, PREFETCH + 1, 8):
+            time.sleep(0.3)  # the reader has written all that it may write by now
+        assert torch.equal(parcel.open().images, next(expected).images), number
+
+
+def test_pixels_to_train_on_are_channels_last_in_memory() -> None:
+    for workers in (0, 1):
+        batch = next(read_batches(loader(workers)))
+        assert batch.images.shape == (SIZE, 3, 4, 5)
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        assert np.array_equal(batch.erased[2].numpy(), sample(2).erased)
