@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 from PIL import Image
 from timm.optim import create_optimizer_v2
@@ -24,6 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from resnext_hub.benchmark.contest import Contender, Contest, hold_contest, images_per_second
+from resnext_hub.benchmark.inference import drawn_network
 from resnext_hub.errors import RequestError, RunError
 from resnext_hub.machine import device_type, resolve_precision
 from resnext_hub.models.resnext import VARIANTS, stock_architecture
@@ -231,10 +231,7 @@ def _run(words: Sequence[object], cwd: Path) -> str:
 
 
 def _network(model: str, device: torch.device, channels_last: bool) -> nn.Module:
-
-    torch.manual_seed(0)
-    network: nn.Module = timm.create_model(model, num_classes=CLASSES)
-    network = network.to(device)
+    network = drawn_network(model, CLASSES).train().requires_grad_(True).to(device)
     return network.to(memory_format=torch.channels_last) if channels_last else network
 
 

@@ -2,8 +2,8 @@
 
 What is done keeps the function: batch norm is folded into the convolution before it, neighbouring groups are merged
 to the width that is fastest here for each layer's shape, weights and activations take the asked precision and memory
-format, and the whole is compiled with its weights frozen. What it costs in accuracy is measured in the same call,
-against the network as it was given, in float32.
+format, the whole is compiled with its weights frozen, and as many pictures are computed at once as is fastest. What it
+costs in accuracy is measured in the same call, against the network as it was given, in float32.
 """
 
 import contextlib
@@ -12,7 +12,9 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from math import ceil
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -20,7 +22,16 @@ from torch import nn
 from resnext_hub.inference.fold import fold_batch_norms
 from resnext_hub.machine import resolve_precision
 from resnext_hub.models.merged import dense_form, grouped_convolutions, replace_module
-from resnext_hub.models.widths import LayerChoice, Merge, Timing, choose_widths, factors_of, median_seconds
+from resnext_hub.models.widths import (
+    MARGIN,
+    ForwardTiming,
+    LayerChoice,
+    Merge,
+    Timing,
+    choose_widths,
+    factors_of,
+    median_seconds,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -36,6 +47,11 @@ class OptimizationReport:
     dtype: str
     """bfloat16, float32 or int8."""
     compiled: bool
+    at_once: int
+    """Pictures that are computed at once."""
+    milliseconds_at_once: dict[int, float]
+    """Median time of the fast network on the example by the number that is computed at once; empty where no other
+    number was tried."""
     speedup: float
     """Time of the given network on the example, eager in float32, over that of the fast one."""
     milliseconds: float
@@ -54,13 +70,13 @@ class OptimizationReport:
 class OptimizedModel(nn.Module):
     """A fast network: float32 pictures `(N, C, H, W)` of any N to float32 logits `(N, classes)`.
 
-    It computes batches of the example's size: fewer pictures are filled up, more are cut.
+    It computes a fixed number of pictures at once: fewer are filled up, more are cut.
     """
 
-    def __init__(self, network: Callable[[torch.Tensor], torch.Tensor], batch_size: int) -> None:
+    def __init__(self, network: Callable[[torch.Tensor], torch.Tensor], at_once: int) -> None:
         super().__init__()
         self._network = network
-        self._batch_size = batch_size
+        self._at_once = at_once
         self.report: OptimizationReport | None = None
         """What was done; set by `optimize`."""
 
@@ -72,8 +88,8 @@ class OptimizedModel(nn.Module):
 
     def _logits(self, images: torch.Tensor) -> torch.Tensor:
         parts = []
-        for part in torch.split(images, self._batch_size):
-            missing = self._batch_size - len(part)
+        for part in torch.split(images, self._at_once):
+            missing = self._at_once - len(part)
             filled = nn.functional.pad(part, (0,) * 7 + (missing,)) if missing else part
             parts.append(self._network(filled)[: len(part)].float())
         return torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -86,6 +102,7 @@ def optimize(
     engine: Literal["torch", "openvino"] = "torch",
     dtype: torch.dtype | None = None,
     merge: Merge = "measure",
+    at_once: int | Literal["measure"] = "measure",
     compile: bool = True,
     calibration: torch.Tensor | None = None,
 ) -> OptimizedModel:
@@ -93,13 +110,15 @@ def optimize(
 
     Args:
         model: Any timm network; it is not changed.
-        example: Pictures `(N, C, H, W)` float32 as they will come, on the network's device: N is the batch computed at
-            once, and the error is measured on them.
+        example: Pictures `(N, C, H, W)` float32 as they will come, on the network's device: what is measured is the
+            time and the error on them.
         engine: `torch`, or `openvino` on a CPU, which the extra of that name installs.
         dtype: bfloat16 or float32; None takes bfloat16 where the device computes it fast.
         merge: `measure` merges the groups of each layer to the width that is fastest here, as measured now or
             remembered; `table` to what was fastest on another machine; `off` merges none; a number is a width for all
             layers; a mapping gives the factor for layers by name.
+        at_once: Pictures computed at once, at most N. `measure` tries N and, on a CPU, a half, a quarter and an eighth
+            of that, as the activations of fewer stay in the caches.
         compile: With torch, compile the network with its weights frozen. Where that fails, as without a C++ compiler,
             it stays eager and says so.
         calibration: With OpenVINO, normalised pictures `(M, C, H, W)` float32, M at least N: convolutions are computed
@@ -110,7 +129,8 @@ def optimize(
         The fast network, with its `report`.
 
     Raises:
-        ValueError: If the example is no batch of pictures, a merge cannot be done, or the engine cannot do it.
+        ValueError: If the example is no batch of pictures, a merge cannot be done, the engine cannot do it, or more are
+            to be computed at once than there are.
     """
     if example.ndim != 4 or example.dtype != torch.float32:
         raise ValueError(f"example of shape {tuple(example.shape)} and {example.dtype}: expected (N, C, H, W), float32")
@@ -123,15 +143,20 @@ def optimize(
             f"calibration of shape {tuple(calibration.shape)}: expected at least {len(example)} pictures of the "
             f"example's shape, {tuple(example.shape[1:])}"
         )
+    if at_once != "measure" and not 1 <= at_once <= len(example):
+        raise ValueError(f"at_once={at_once}: expected 1 to {len(example)}, the example's pictures, or 'measure'")
     if dtype is None:
         dtype = torch.bfloat16 if resolve_precision("auto", example.device.type) == "bf16" else torch.float32
     reference = copy.deepcopy(model).eval()
     fast = copy.deepcopy(model).eval().requires_grad_(False)
     folded = fold_batch_norms(fast)
     with torch.no_grad():
-        build = _build_openvino if engine == "openvino" else _build_torch
-        network, layers, did = build(fast, example, dtype, merge, compile, calibration)
-        optimized = OptimizedModel(network, len(example))
+        if engine == "openvino":
+            layers, build = _prepare_openvino(fast, example, dtype, merge, calibration)
+        else:
+            layers, build = _prepare_torch(fast, example, dtype, merge, compile)
+        built, at_once_seconds = _build_fastest(build, example) if at_once == "measure" else (build(at_once), {})
+        optimized = OptimizedModel(built.network, built.at_once)
         times = median_seconds(
             {"reference": lambda: reference(example), "fast": lambda: optimized(example)}, example.device, rounds=3
         )
@@ -139,9 +164,11 @@ def optimize(
     optimized.report = OptimizationReport(
         layers=layers,
         folded_batch_norms=folded,
-        engine=did,
+        engine=built.engine,
         dtype="int8" if calibration is not None else str(dtype).removeprefix("torch."),
-        compiled=did != "torch eager",
+        compiled=built.engine != "torch eager",
+        at_once=built.at_once,
+        milliseconds_at_once={size: round(1000 * value, 4) for size, value in at_once_seconds.items()},
         speedup=times["reference"] / times["fast"],
         milliseconds=1000 * times["fast"],
         weight_bytes=(_weight_bytes(reference), _weight_bytes(fast, 1 if calibration is not None else dtype.itemsize)),
@@ -152,39 +179,61 @@ def optimize(
     return optimized
 
 
-Built = tuple[Callable[[torch.Tensor], torch.Tensor], tuple[LayerChoice, ...], str]
+class _Built(NamedTuple):
+    network: Callable[[torch.Tensor], torch.Tensor]
+    """Maps `at_once` pictures to logits."""
+    at_once: int
+    engine: str
 
 
-def _build_torch(
-    fast: nn.Module,
-    example: torch.Tensor,
-    dtype: torch.dtype,
-    merge: Merge,
-    compile: bool,
-    calibration: torch.Tensor | None,
-) -> Built:
+_Build = Callable[[int], _Built]
+"""Builds the network that computes so many pictures at once."""
+
+
+def _build_fastest(build: _Build, example: torch.Tensor) -> tuple[_Built, dict[int, float]]:
+    """Build for the number of pictures at once with which the example takes least time; give the seconds by number."""
+    count = len(example)
+    parts = (1, 2, 4, 8) if example.device.type == "cpu" else (1,)
+    sizes = dict.fromkeys(ceil(count / part) for part in parts)
+    built = {size: build(size) for size in sizes if size > 1 or size == count}  # one by one is hardly ever fastest
+    if len(built) == 1:
+        return built[count], {}
+    runs = {str(size): partial(OptimizedModel(found.network, size), example) for size, found in built.items()}
+    seconds = {int(size): value for size, value in median_seconds(runs, example.device, rounds=5).items()}
+    best = min(seconds, key=seconds.__getitem__)
+    return built[best if seconds[best] < MARGIN * seconds[count] else count], seconds
+
+
+def _prepare_torch(
+    fast: nn.Module, example: torch.Tensor, dtype: torch.dtype, merge: Merge, compile: bool
+) -> tuple[tuple[LayerChoice, ...], _Build]:
     def cast(images: torch.Tensor) -> torch.Tensor:
         return images.to(dtype, memory_format=torch.channels_last)
 
+    def build(at_once: int) -> _Built:
+        network, compiled = compile_frozen(fast, cast(example[:at_once])) if compile else (fast, False)
+        engine = "torch.compile" if compiled else "torch eager"
+        return _Built(lambda images: network(cast(images)), at_once, engine)
+
     fast.to(dtype).to(memory_format=torch.channels_last)
-    layers = merge_layers(fast, cast(example), merge)
-    network, compiled = compile_frozen(fast, cast(example)) if compile else (fast, False)
-    return lambda images: network(cast(images)), layers, "torch.compile" if compiled else "torch eager"
+    return merge_layers(fast, cast(example), merge, ForwardTiming(packed=compile)), build
 
 
-def _build_openvino(
-    fast: nn.Module,
-    example: torch.Tensor,
-    dtype: torch.dtype,
-    merge: Merge,
-    compile: bool,
-    calibration: torch.Tensor | None,
-) -> Built:
+def _prepare_openvino(
+    fast: nn.Module, example: torch.Tensor, dtype: torch.dtype, merge: Merge, calibration: torch.Tensor | None
+) -> tuple[tuple[LayerChoice, ...], _Build]:
     from resnext_hub.inference.openvino import OpenVinoNetwork, OpenVinoTiming, convert
 
     fast.float()
     layers = merge_layers(fast, example, merge, OpenVinoTiming(fast, example, dtype, calibration))
-    return OpenVinoNetwork(convert(fast, example, calibration), dtype), layers, "OpenVINO"
+    converted = convert(fast, example, calibration)
+
+    def build(at_once: int) -> _Built:
+        part = converted.clone()
+        part.reshape([at_once, *example.shape[1:]])
+        return _Built(OpenVinoNetwork(part, dtype), at_once, "OpenVINO")
+
+    return layers, build
 
 
 def merge_layers(
@@ -211,8 +260,8 @@ def compile_frozen(model: nn.Module, example: torch.Tensor) -> tuple[Callable[[t
         found: torch.Tensor = model(images)
         return found
 
-    # the compiler keeps what it made by code object, and only a few for each: networks must not share one
-    run.__code__ = run.__code__.replace(co_name=f"run_{id(model)}")
+    # the compiler keeps what it made by code object, and only a few for each: networks and batches must not share one
+    run.__code__ = run.__code__.replace(co_name=f"run_{id(model)}_{len(example)}")
     compiled = torch.compile(run, dynamic=False)
     with config.patch(freezing=True), _quiet_freezing():
         try:

@@ -1,6 +1,7 @@
 """The fast network computes what the given one does, for any number of pictures, and says what it costs."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import timm
@@ -12,7 +13,7 @@ from torch import nn
 from resnext_hub.inference.fold import fold_batch_norms
 from resnext_hub.inference.optimize import OptimizedModel, optimize
 from resnext_hub.models.merged import grouped_convolutions
-from resnext_hub.models.widths import TrainingTiming, choose_widths
+from resnext_hub.models.widths import Packed, TrainingTiming, choose_widths
 
 
 def network(name: str = "resnext26_g32") -> nn.Module:
@@ -69,6 +70,34 @@ def test_the_report_says_what_was_done_and_measures_the_error(compiled: tuple[nn
     assert report.same_predictions == 1.0
     assert report.speedup > 0
     assert report.dtype == "float32"
+
+
+def test_as_many_pictures_are_computed_at_once_as_is_fastest_as_measured() -> None:
+    model, images = network("test_resnet"), pictures(12, 32)
+    with torch.no_grad():
+        expected = model(images)
+    for engine in ("torch", "openvino") if find_spec("openvino") else ("torch",):
+        fast = optimize(model, images, dtype=torch.float32, engine=engine)
+        report = fast.report
+        assert report is not None
+        times = report.milliseconds_at_once
+        assert list(times) == [12, 6, 3, 2]
+        assert report.at_once == 12 or times[report.at_once] == min(times.values()) < times[12]
+        torch.testing.assert_close(fast(images), expected, rtol=1e-3, atol=1e-4)  # other kernels, other sums
+        asked = optimize(model, images, dtype=torch.float32, engine=engine, at_once=5)
+        assert asked.report is not None
+        assert (asked.report.at_once, asked.report.milliseconds_at_once) == (5, {})
+        torch.testing.assert_close(asked(images), expected, rtol=1e-3, atol=1e-4)
+
+
+@mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_widths_for_a_compiled_network_are_timed_on_the_function_that_it_computes(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(64, 64, 3, stride=2, padding=1, groups=16).to(dtype).to(memory_format=torch.channels_last)
+    x = torch.randn(3, 64, 14, 14).to(dtype, memory_format=torch.channels_last)
+    error = 1e-5 if dtype == torch.float32 else 2e-2
+    with torch.no_grad():
+        torch.testing.assert_close(Packed(conv, x)(x), conv(x), rtol=error, atol=error)
 
 
 @mark.parametrize("name", ["resnext26_g32", "seresnext26d_32x4d", "regnety_002"])
@@ -226,6 +255,9 @@ def test_every_batch_norm_after_a_convolution_is_folded() -> None:
 def test_what_is_no_example_is_refused() -> None:
     with raises(ValueError, match=r"example of shape \(3, 64, 64\)"):
         optimize(network(), torch.randn(3, 64, 64))
+    for at_once in (0, 3):
+        with raises(ValueError, match=f"at_once={at_once}: expected 1 to 2"):
+            optimize(network(), pictures(2), at_once=at_once)
     with raises(ValueError, match=r"torch.float64: expected"):
         optimize(network(), torch.randn(1, 3, 64, 64, dtype=torch.float64))
 
