@@ -1,16 +1,20 @@
 """Contenders that do the same work by turns, and the table of how they did."""
 
+import contextlib
 import json
 import logging
+import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
+from resnext_hub.errors import RequestError, RunError, one_line
 from resnext_hub.machine import cores, processor_name, versions
 
 _logger = logging.getLogger(__name__)
@@ -126,6 +130,68 @@ def hold_contest(
         Row(name=c.name, ours=c.ours, quality=c.quality, images_per_second=tuple(rates[c.name])) for c in contenders
     )
     return Contest(kind=kind, settings=dict(settings), machine=machine_facts(device), rows=rows, notes=tuple(notes))
+
+
+@contextlib.contextmanager
+def in_its_own_process(title: str, build: Callable[..., Contender], *arguments: object) -> Iterator[Contender]:
+    """Build a contender in a process of its own, so that its memory, caches and threads are nobody else's.
+
+    Args:
+        title: What an error calls it.
+        build: A function at the top of a module.
+        arguments: Its arguments, which are pickled.
+
+    Raises:
+        RequestError: If it does.
+        RunError: If the process fails or dies.
+    """
+    # a server that has imported what all need, and computed nothing, makes them
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([build.__module__])
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(there, torch.get_num_threads(), build, arguments), daemon=True)
+    process.start()
+    there.close()
+
+    def ask() -> Any:
+        try:
+            answer = here.recv()
+        except EOFError:
+            raise RunError(f"the process of a contender has died: {title}") from None
+        if isinstance(answer, RunError):
+            raise RunError(f"a contender has failed: {title}: {answer}") from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def run() -> float:
+        here.send(None)
+        rate: float = ask()
+        return rate
+
+    try:
+        name, quality, ours = ask()
+        yield Contender(name=name, run=run, quality=quality, ours=ours)
+    finally:
+        here.close()
+        process.join(timeout=10)
+        process.kill()
+
+
+def _serve(pipe: Connection, threads: int, build: Callable[..., Contender], arguments: tuple[object, ...]) -> None:
+    """Build a contender, and do a round whenever asked to, until nobody can ask any more."""
+    torch.set_num_threads(threads)
+    try:
+        contender = build(*arguments)
+        pipe.send((contender.name, contender.quality, contender.ours))
+        with contextlib.suppress(EOFError):
+            while True:
+                pipe.recv()
+                pipe.send(contender.run())
+    except RequestError as error:
+        pipe.send(error)
+    except (RuntimeError, ValueError, ImportError, OSError) as error:
+        pipe.send(RunError(one_line(error)))
 
 
 def images_per_second(work: Callable[[], object], images: int, device: torch.device) -> float:

@@ -1,16 +1,18 @@
 """A network's forward pass, beside its peers: float32 pictures in, float32 logits out, the same for all."""
 
-import copy
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
+from typing import Literal
 
 import timm
 import torch
 from torch import nn
 
-from resnext_hub.benchmark.contest import Contender, Contest, hold_contest, images_per_second
+from resnext_hub.benchmark.contest import Contender, Contest, hold_contest, images_per_second, in_its_own_process
 from resnext_hub.errors import RequestError
 from resnext_hub.inference.optimize import compile_frozen, optimize
 from resnext_hub.machine import device_type, resolve_precision
@@ -21,6 +23,9 @@ Network = Callable[[torch.Tensor], torch.Tensor]
 
 PASSES = 3
 """Batches that a contender computes in a round."""
+
+TWINS = {"resnext_g32": "resnext50_32x4d", "resnext101_g32_w8": "resnext101_32x8d", "resnet50": "resnet50"}
+"""torchvision's own networks, by timm's names of the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,15 +50,35 @@ class Settings:
 
 
 def measure(settings: Settings, rounds: int) -> Contest:
-    """Let all contenders compute the same pictures by turns.
+    """Let all contenders compute the same pictures by turns, each in a process of its own.
+
+    Raises:
+        RequestError: If the network does not take such pictures.
+    """
+    device = torch.device(device_type())
+    with contextlib.ExitStack() as stack:
+        found = []
+        for title in _entries(settings, device.type):
+            found.append(stack.enter_context(in_its_own_process(title, build_contender, settings, title)))
+            _logger.info("ready: %s", title)
+        notes = (
+            "Error: norm of the difference from timm's float32 logits over the norm of those, on "
+            f"{settings.batch_size} pictures of noise. {settings.equal_flops} is another network, so it has none. "
+            "Each computes in a process of its own.",
+        )
+        return hold_contest("inference", vars(settings), found, rounds, device, notes)
+
+
+def build_contender(settings: Settings, title: str) -> Contender:
+    """Build one of the contenders.
 
     Raises:
         RequestError: If the network does not take such pictures.
     """
     device = torch.device(device_type())
     torch.backends.cudnn.benchmark = True
+    entry = _entries(settings, device.type)[title]
     model = drawn_network(settings.model).to(device)
-    other = drawn_network(settings.equal_flops).to(device)
     shape = (settings.batch_size, 3, settings.image_size, settings.image_size)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device)
     with torch.no_grad():
@@ -61,36 +86,51 @@ def measure(settings: Settings, rounds: int) -> Contest:
             expected = model(images)
         except (RuntimeError, AssertionError) as error:
             raise RequestError(f"--model {settings.model} does not take --image-size {settings.image_size}") from error
-    low = torch.bfloat16 if resolve_precision("auto", device.type) == "bf16" else torch.float32
+    return _contender(title, entry.build(model, images), images, None if entry.another else expected, entry.ours)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    build: Callable[[nn.Module, torch.Tensor], Network]
+    """Gives what computes pictures as a network, in float32 in evaluation mode, does."""
+    ours: bool = False
+    another: bool = False
+    """Whether it computes another network than the one that it is given."""
+
+
+def _entries(settings: Settings, device: str) -> dict[str, _Entry]:
+    """Give what can take part on a kind of device, with what is installed."""
+    low = torch.bfloat16 if resolve_precision("auto", device) == "bf16" else torch.float32
     name = str(low).removeprefix("torch.")
+    openvino = device == "cpu" and find_spec("openvino") and find_spec("nncf")
+    frozen = partial(_frozen, dtype=low)
 
-    found: list[Contender] = []
+    def other(model: nn.Module, images: torch.Tensor) -> Network:
+        return frozen(drawn_network(settings.equal_flops).to(images.device), images)
 
-    def enter(title: str, network: Network, reference: torch.Tensor | None = expected, ours: bool = False) -> None:
-        _logger.info("ready: %s", title)
-        found.append(_contender(title, network, images, reference, ours))
-
-    enter("timm, as it comes (eager, float32)", model)
-    enter(f"timm, eager, {name}, channels last", _cast(copy.deepcopy(model), low))
-    enter(f"timm, torch.compile and freezing, {name}, channels last", _frozen(model, images, low))
-    enter(f"{settings.equal_flops}, the same", _frozen(other, images, low), reference=None)
-    if twin := _torchvision_twin(settings.model, model):
-        enter("torchvision, as it comes (eager, float32)", twin.to(device))
-    if device.type == "cpu":
-        for title, build in _runtimes(name, low).items():
-            enter(title, build(model, images))
-    enter(f"resnext_hub.optimize, {name}", optimize(model, images, dtype=low), ours=True)
-    if device.type == "cpu" and find_spec("openvino") and find_spec("nncf"):
-        enter(
-            f"resnext_hub.optimize, OpenVINO, {name}", optimize(model, images, dtype=low, engine="openvino"), ours=True
+    entries = {
+        "timm, as it comes (eager, float32)": _Entry(build=lambda model, images: model),
+        f"timm, eager, {name}, channels last": _Entry(build=partial(_cast, dtype=low)),
+        f"timm, torch.compile and freezing, {name}, channels last": _Entry(build=frozen),
+        f"{settings.equal_flops}, the same": _Entry(build=other, another=True),
+    }
+    if settings.model in TWINS and find_spec("torchvision"):
+        twin = partial(_torchvision_twin, TWINS[settings.model])
+        entries["torchvision, as it comes (eager, float32)"] = _Entry(build=twin)
+    if device == "cpu" and find_spec("onnxruntime") and find_spec("onnxscript"):
+        entries["ONNX Runtime, float32"] = _Entry(build=_onnxruntime)
+    if openvino:
+        entries[f"OpenVINO, {name}"] = _Entry(build=partial(_openvino, dtype=low, int8=False))
+        entries["OpenVINO, int8 (NNCF)"] = _Entry(build=partial(_openvino, dtype=low, int8=True))
+    entries[f"resnext_hub.optimize, {name}"] = _Entry(build=partial(_optimized, dtype=low), ours=True)
+    if openvino:
+        entries[f"resnext_hub.optimize, OpenVINO, {name}"] = _Entry(
+            build=partial(_optimized, dtype=low, engine="openvino"), ours=True
         )
-        fast = optimize(model, images, dtype=low, engine="openvino", calibration=images)
-        enter("resnext_hub.optimize, OpenVINO, int8", fast, ours=True)
-    notes = (
-        f"Error: norm of the difference from timm's float32 logits over the norm of those, on {len(images)} pictures "
-        f"of noise. {settings.equal_flops} is another network, so it has none.",
-    )
-    return hold_contest("inference", vars(settings), found, rounds, device, notes)
+        entries["resnext_hub.optimize, OpenVINO, int8"] = _Entry(
+            build=partial(_optimized, dtype=low, engine="openvino", int8=True), ours=True
+        )
+    return entries
 
 
 def drawn_network(name: str, classes: int = 1000) -> nn.Module:
@@ -135,41 +175,32 @@ def _contender(
     return Contender(name=title, run=run, quality=", ".join(facts), ours=ours)
 
 
-def _cast(network: nn.Module, dtype: torch.dtype) -> Network:
+def _cast(network: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> Network:
     network = network.to(dtype).to(memory_format=torch.channels_last)
     return lambda images: network(images.to(dtype, memory_format=torch.channels_last)).float()
 
 
-def _frozen(model: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> Network:
-    network = copy.deepcopy(model).to(dtype).to(memory_format=torch.channels_last)
+def _frozen(network: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> Network:
+    network = network.to(dtype).to(memory_format=torch.channels_last)
     with torch.no_grad():
         compiled, _ = compile_frozen(network, images.to(dtype, memory_format=torch.channels_last))
     return lambda images: compiled(images.to(dtype, memory_format=torch.channels_last)).float()
 
 
-def _torchvision_twin(name: str, model: nn.Module) -> nn.Module | None:
-    """Give torchvision's own network for the variants that it has, with the same weights."""
-    twins = {"resnext_g32": "resnext50_32x4d", "resnext101_g32_w8": "resnext101_32x8d", "resnet50": "resnet50"}
-    if name not in twins or not find_spec("torchvision"):
-        return None
+def _torchvision_twin(name: str, model: nn.Module, images: torch.Tensor) -> Network:
+    """Give torchvision's own network with the same weights."""
     import torchvision
 
-    twin: nn.Module = torchvision.models.get_model(twins[name])
+    twin: nn.Module = torchvision.models.get_model(name)
     twin.load_state_dict(model.state_dict())
-    return twin.eval().requires_grad_(False)
+    return twin.eval().requires_grad_(False).to(images.device)
 
 
-def _runtimes(name: str, dtype: torch.dtype) -> dict[str, Callable[[nn.Module, torch.Tensor], Network]]:
-    """Give the runtimes that are installed, with the network as it is."""
-    runtimes: dict[str, Callable[[nn.Module, torch.Tensor], Network]] = {}
-    if find_spec("onnxruntime") and find_spec("onnxscript"):
-        runtimes["ONNX Runtime, float32"] = _onnxruntime
-    if find_spec("openvino") and find_spec("nncf"):
-        from resnext_hub.inference.openvino import OpenVinoNetwork, convert
+def _openvino(model: nn.Module, images: torch.Tensor, dtype: torch.dtype, int8: bool) -> Network:
+    """Give OpenVINO with the network as it is."""
+    from resnext_hub.inference.openvino import OpenVinoNetwork, convert
 
-        runtimes[f"OpenVINO, {name}"] = lambda model, images: OpenVinoNetwork(convert(model, images), dtype)
-        runtimes["OpenVINO, int8 (NNCF)"] = lambda model, images: OpenVinoNetwork(convert(model, images, images), dtype)
-    return runtimes
+    return OpenVinoNetwork(convert(model, images, images if int8 else None), dtype)
 
 
 def _onnxruntime(model: nn.Module, images: torch.Tensor) -> Network:
@@ -183,3 +214,13 @@ def _onnxruntime(model: nn.Module, images: torch.Tensor) -> Network:
         program.model_proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def _optimized(
+    model: nn.Module,
+    images: torch.Tensor,
+    dtype: torch.dtype,
+    engine: Literal["torch", "openvino"] = "torch",
+    int8: bool = False,
+) -> Network:
+    return optimize(model, images, dtype=dtype, engine=engine, calibration=images if int8 else None)

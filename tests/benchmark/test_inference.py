@@ -1,14 +1,16 @@
 """The benchmark lets real contenders compute the same, and tells of each how fast and how far off it is."""
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from pytest import approx
+from pytest import approx, raises
 
-from resnext_hub.benchmark.contest import Contest, Row
+from resnext_hub.benchmark.contest import Contender, Contest, Row, in_its_own_process
+from resnext_hub.errors import RequestError, RunError
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -44,6 +46,39 @@ def test_ratios_are_medians_of_the_rounds_ratios() -> None:
     table = Contest(kind="k", settings={"size": 1}, machine=machine, rows=(slow, fast)).table()
     assert "| slow | 20.0 | 2.00 |  |" in table
     assert "| fast | 30.0 |  | error 1e-3 |" in table
+
+
+def build_what_works(rate: float) -> Contender:
+    return Contender(name=f"process {os.getpid()}", run=lambda: rate, quality="exact", ours=True)
+
+
+def build_what_dies() -> Contender:
+    os._exit(1)
+
+
+def build_what_fails(error: Exception) -> Contender:
+    raise error
+
+
+def test_a_contender_has_a_process_of_its_own_that_ends_with_the_contest() -> None:
+    with in_its_own_process("one", build_what_works, 3.5) as contender:
+        assert (contender.run(), contender.run()) == (3.5, 3.5)
+        process = int(contender.name.split()[1])
+        assert process != os.getpid()
+        os.kill(process, 0)
+    with raises(ProcessLookupError):
+        os.kill(process, 0)
+
+
+def test_a_contender_that_fails_or_dies_is_said_in_a_line() -> None:
+    with raises(RunError, match="process of a contender has died: one"), in_its_own_process("one", build_what_dies):
+        pass
+    for error, said in (
+        (RequestError("no such network"), raises(RequestError, match=r"^no such network$")),
+        (RuntimeError("out of\nmemory"), raises(RunError, match=r"^a contender has failed: one: out of memory$")),
+    ):
+        with said, in_its_own_process("one", build_what_fails, error):
+            pass
 
 
 def test_what_cannot_be_measured_is_refused_in_a_line(command: Command) -> None:

@@ -1,5 +1,6 @@
 """The fast network computes what the given one does, for any number of pictures, and says what it costs."""
 
+import platform
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -250,6 +251,32 @@ def test_every_batch_norm_after_a_convolution_is_folded() -> None:
         assert fold_batch_norms(model) == norms
         assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
         torch.testing.assert_close(model(pictures()), expected, rtol=1e-4, atol=1e-5)
+
+
+FAULTS = """
+import resource
+import timm, torch
+import resnext_hub
+
+model, pictures = timm.create_model("resnet18").eval(), torch.zeros(12, 3, 224, 224)
+for keep in (False, True):
+    fast = resnext_hub.optimize(
+        model, pictures, dtype=torch.float32, compile=False, at_once=12, keep_memory=keep
+    )
+    fast(pictures)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    fast(pictures)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are not asked")
+def test_memory_that_is_kept_is_not_fetched_again() -> None:
+    done = run_process("-c", FAULTS)
+    assert done.returncode == 0, done.stderr
+    without, kept = map(int, done.stdout.split())
+    assert without > 9000  # a single activation has 38 MB, in pages of 4 kB
+    assert kept < 1000
 
 
 def test_what_is_no_example_is_refused() -> None:
