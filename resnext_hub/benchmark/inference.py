@@ -133,10 +133,10 @@ def _entries(settings: Settings, device: str) -> dict[str, _Entry]:
     return entries
 
 
-def drawn_network(name: str, classes: int = 1000) -> nn.Module:
+def drawn_network(name: str) -> nn.Module:
     """Build a network with weights from a seed, in which every branch counts: fresh ones have branches of zeros."""
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=classes)
+    model = timm.create_model(name)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
             assert module.running_var is not None

@@ -172,9 +172,18 @@ class ForwardTiming:
 
         def form(layer: Layer, conv: nn.Conv2d, factor: int) -> nn.Module:
             dense = dense_form(conv, factor)
-            return Packed(dense, layer.input) if self.packed and layer.input.device.type == "cpu" else dense
+            return Packed(dense, layer.input) if self.packed and _can_be_packed(layer) else dense
 
         return [_times_by_width(layer, partial(form, layer), _forward) for layer in layers]
+
+
+def _can_be_packed(layer: Layer) -> bool:
+    """Say whether torch.compile would pack a layer's weights."""
+    if layer.input.device.type != "cpu" or isinstance(layer.conv.padding, str):
+        return False
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    return layer.input.dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class Packed(nn.Module):

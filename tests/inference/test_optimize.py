@@ -101,6 +101,15 @@ def test_widths_for_a_compiled_network_are_timed_on_the_function_that_it_compute
         torch.testing.assert_close(Packed(conv, x)(x), conv(x), rtol=error, atol=error)
 
 
+def test_a_convolution_that_pads_by_a_word_is_merged_as_well() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 32, 1), nn.Conv2d(32, 32, 3, padding="same", groups=8), nn.Flatten()).eval()
+    report = optimize(model, pictures(2, 16), dtype=torch.float32).report
+    assert report is not None
+    assert [sorted(layer.milliseconds) for layer in report.layers] == [[4, 8, 16, 32]]
+    assert report.relative_error < 1e-5
+
+
 @mark.parametrize("name", ["resnext26_g32", "seresnext26d_32x4d", "regnety_002"])
 def test_merging_and_folding_leave_the_given_network_alone(name: str) -> None:
     model = network(name)
