@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import multiprocessing
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -149,14 +150,16 @@ def in_its_own_process(title: str, build: Callable[..., Contender], *arguments: 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([build.__module__])
     here, there = context.Pipe()
-    process = context.Process(target=_serve, args=(there, torch.get_num_threads(), build, arguments), daemon=True)
+    process = context.Process(target=_serve, args=(there, torch.get_num_threads(), build, arguments))
     process.start()
     there.close()
 
-    def ask() -> Any:
+    def answer_to(*question: object) -> Any:
         try:
+            for part in question:
+                here.send(part)
             answer = here.recv()
-        except EOFError:
+        except (EOFError, OSError):
             raise RunError(f"the process of a contender has died: {title}") from None
         if isinstance(answer, RunError):
             raise RunError(f"a contender has failed: {title}: {answer}") from None
@@ -164,22 +167,18 @@ def in_its_own_process(title: str, build: Callable[..., Contender], *arguments: 
             raise answer
         return answer
 
-    def run() -> float:
-        here.send(None)
-        rate: float = ask()
-        return rate
-
     try:
-        name, quality, ours = ask()
-        yield Contender(name=name, run=run, quality=quality, ours=ours)
+        name, quality, ours = answer_to()
+        yield Contender(name=name, run=lambda: answer_to("a round"), quality=quality, ours=ours)
     finally:
-        here.close()
-        process.join(timeout=10)
+        here.close()  # at which it ends, unless it is in the middle of something
+        process.join(timeout=2)
         process.kill()
 
 
 def _serve(pipe: Connection, threads: int, build: Callable[..., Contender], arguments: tuple[object, ...]) -> None:
     """Build a contender, and do a round whenever asked to, until nobody can ask any more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asks ends at Ctrl-C, and then this does
     torch.set_num_threads(threads)
     try:
         contender = build(*arguments)

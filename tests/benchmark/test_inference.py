@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -73,6 +74,10 @@ def test_a_contender_has_a_process_of_its_own_that_ends_with_the_contest() -> No
 def test_a_contender_that_fails_or_dies_is_said_in_a_line() -> None:
     with raises(RunError, match="process of a contender has died: one"), in_its_own_process("one", build_what_dies):
         pass
+    with in_its_own_process("one", build_what_works, 3.5) as contender:
+        os.kill(int(contender.name.split()[1]), signal.SIGKILL)
+        with raises(RunError, match="process of a contender has died: one"):
+            contender.run()
     for error, said in (
         (RequestError("no such network"), raises(RequestError, match=r"^no such network$")),
         (RuntimeError("out of\nmemory"), raises(RunError, match=r"^a contender has failed: one: out of memory$")),
