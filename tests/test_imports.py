@@ -20,6 +20,7 @@ ORDER = (
     {"plan"},
     {"run"},
     {"benchmark"},
+    {"flags"},
     {"cli"},
     {"__main__"},
 )

@@ -11,7 +11,8 @@ from loopback_hub import LoopbackHub, serve
 from pytest import fixture, mark
 from safetensors.torch import save
 
-from resnext_hub.cli import _build_parser, main
+from resnext_hub.cli import main
+from resnext_hub.flags import build_parser
 from resnext_hub.models import VARIANTS
 
 README = (ROOT / "README.md").read_text()
@@ -43,7 +44,7 @@ def test_every_command_is_one_that_the_command_line_takes(line: str) -> None:
     script = next(word for word in words if word.startswith("scripts/"))
     assert (ROOT / script).is_file()
     name = script.removeprefix("scripts/").removesuffix(".py")
-    _build_parser().parse_args([name, *words[words.index(script) + 1 :]])
+    build_parser().parse_args([name, *words[words.index(script) + 1 :]])
 
 
 @mark.parametrize("command", re.findall(r"`resnext-hub (info[^`]*)`", README))
