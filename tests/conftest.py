@@ -118,3 +118,17 @@ def vehicles_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = run_process("scripts/train.py", *flags)
     assert done.returncode == 0, done.stderr
     return root / "run"
+
+
+@pytest.fixture(scope="session")
+def _digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("digits-run") / "published"
+    done = run_process("scripts/train.py", *TINY, "--max-steps", 30, "--lr", 0.01, "--output-dir", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(_digits_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of 30 steps on the digits, which the tests of a module may publish."""
+    return Path(shutil.copytree(_digits_run, tmp_path_factory.mktemp("runs") / "published"))

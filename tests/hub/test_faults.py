@@ -6,19 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from client import Client
-from conftest import TINY, run_process
+from conftest import run_process
 from loopback_hub import Fault, LoopbackHub, serve
 from pytest import fixture, mark
 
 WORDS = ("--license", "mit")
-
-
-@fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "published"
-    done = run_process("scripts/train.py", *TINY, "--max-steps", 30, "--lr", 0.01, "--output-dir", folder)
-    assert done.returncode == 0, done.stderr
-    return folder
 
 
 @fixture(scope="module")

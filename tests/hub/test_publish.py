@@ -28,14 +28,6 @@ INPUT = dict(
 )
 
 
-@fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "published"
-    done = run_process("scripts/train.py", *TINY, "--max-steps", 30, "--lr", 0.01, "--output-dir", folder)
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
 @fixture
 def hub() -> Iterator[LoopbackHub]:
     with serve() as server:
