@@ -209,6 +209,8 @@ def _predict(options: argparse.Namespace) -> None:
         if isinstance(result, Unread):
             unread += 1
             _logger.warning("%s: cannot be read: %s", result.path, result.reason)
+            if options.json:
+                _print(json.dumps({"path": str(result.path), "error": result.reason}) + "\n")
         elif options.json:
             guesses = [dataclasses.asdict(guess) for guess in result.guesses]
             _print(json.dumps({"path": str(result.path), "predictions": guesses}) + "\n")
@@ -228,22 +230,30 @@ def _export(options: argparse.Namespace) -> None:
 
     if not options.int8 and (options.calibration is not None or options.max_drop is not None):
         raise RequestError("--calibration and --max-drop go with --int8")
+    max_drop = MAX_DROP if options.max_drop is None else options.max_drop
+    if not 0 <= max_drop <= 100:
+        raise RequestError(f"--max-drop {max_drop:g}: expected points of top-1, 0 to 100")
     model = load_trained(options.model)
     set_threads(options.threads, "cpu")
     int8 = None
     if options.int8:
         from resnext_hub.run import prepare_int8
 
-        int8 = prepare_int8(model, options.calibration, MAX_DROP if options.max_drop is None else options.max_drop)
+        int8 = prepare_int8(model, options.calibration, max_drop)
     done = export(model, options.format, options.output, merge=options.merge_groups, int8=int8)
-    files = [file for file in (done.path, done.path.with_suffix(".bin")) if file.is_file()]
+    widths: dict[str, list[str]] = {}
+    for layer in done.layers:
+        if layer.merged_width != layer.width:
+            widths.setdefault(f"{layer.width} -> {layer.merged_width}", []).append(layer.name)
+    merged = "; ".join(f"{change}: {', '.join(names)}" for change, names in widths.items())
     size = ", ".join(map(str, model.data_config["input_size"]))
-    tolerated = "" if done.int8 else f" (tolerated: {TOLERANCE:.0e})"
     _print(
-        f"{done.path}: {sum(file.stat().st_size for file in files) / 1e6:.1f} MB, images (N, {size}) float32 to logits "
+        f"{done.path}: {done.size / 1e6:.1f} MB, images (N, {size}) float32, normalised as its metadata say, to logits "
         f"(N, {len(model.label_names)})\n"
-        f"{done.runtime} against torch, at {', '.join(map(str, BATCH_SIZES))} pictures: greatest error "
-        f"{done.absolute_error:.1e} absolute, {done.relative_error:.1e} relative{tolerated}\n"
+        + (f"channels of merged groups: {merged or 'as before'}\n" if done.layers else "")
+        + f"{done.runtime} against torch{', before int8' if done.int8 else ''}, at "
+        f"{', '.join(map(str, BATCH_SIZES))} pictures: greatest error {done.absolute_error:.1e} absolute, "
+        f"{done.relative_error:.1e} relative (tolerated: {TOLERANCE:.0e})\n"
         + (f"int8 on the held-out pictures: {done.int8}\n" if done.int8 else "")
     )
 

@@ -69,7 +69,11 @@ def build_parser() -> argparse.ArgumentParser:
     predict.add_argument(
         "--top", type=_positive, default=1, metavar="N", help="classes to give for each picture (default: 1)"
     )
-    predict.add_argument("--json", action="store_true", help="print a JSON object for each picture, one a line")
+    predict.add_argument(
+        "--json",
+        action="store_true",
+        help="print a JSON object for each picture, one a line; one that cannot be read has an error",
+    )
     predict.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="pictures at once (default: 32)")
     predict.add_argument(
         "--decoder",
@@ -86,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         metavar="FILE",
-        help="the file (default: model.onnx or model.xml in the run folder, or beside the model)",
+        help="the file (default: beside the model: model.onnx or model.xml, in int8 model-int8.onnx or model-int8.xml)",
     )
     export.add_argument(
         "--merge-groups",

@@ -2,9 +2,12 @@
 
 import contextlib
 import ctypes
+import logging
 import os
 import platform
 import subprocess
+import warnings
+from collections.abc import Iterator
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
@@ -116,6 +119,22 @@ def keep_memory(device: str) -> None:
 
 _M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1
 """How many blocks may be mapped apart, and how much free memory is given back; -1 is never. From malloc.h."""
+
+
+@contextlib.contextmanager
+def quiet_compilers() -> Iterator[None]:
+    """Keep from the screen what compilers and converters say of their internals, and of a CUDA that is not there."""
+    loggers = [logging.getLogger(name) for name in ("nncf", "torch.utils.cpp_extension")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 def processes() -> int:

@@ -8,6 +8,7 @@ import copy
 import importlib
 import json
 import logging
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from resnext_hub.errors import RequestError, RunError
 from resnext_hub.inference.optimize import merge_layers
 from resnext_hub.inference.trained import TrainedModel
 from resnext_hub.machine import resolve_precision
+from resnext_hub.models.widths import LayerChoice
 
 _logger = logging.getLogger(__name__)
 
@@ -70,8 +72,8 @@ class Format(Protocol):
     def open(self, content: Any) -> Run:
         """Give what computes from a content."""
 
-    def write(self, content: Any, path: Path) -> None:
-        """Write a content, whole or not at all."""
+    def write(self, content: Any, path: Path) -> tuple[Path, ...]:
+        """Write a content, whole or not at all; give the files."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -91,12 +93,16 @@ class ExportedFile:
     """A written file, and how far the runtime's logits are from torch's, over all batch sizes."""
 
     path: Path
+    size: int
+    """Bytes of it, and of what lies beside it."""
     runtime: str
     absolute_error: float
     relative_error: float
-    """Relative to the greatest logit of the same picture."""
+    """Relative to the greatest logit of the same picture; before int8, if it is in int8."""
+    layers: tuple[LayerChoice, ...]
+    """How wide groups are, by grouped convolution; empty if none were to be merged."""
     int8: "Accuracy | None" = None
-    """In int8, how many held-out pictures are right."""
+    """What int8 costs on the held-out pictures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +114,8 @@ class Accuracy:
     after: int
     """Right from the file."""
     count: int
+    relative_error: float
+    """Norm of the difference of all logits over their norm in float32."""
 
     @property
     def drop(self) -> float:
@@ -117,7 +125,8 @@ class Accuracy:
     def __str__(self) -> str:
         return (
             f"{self.before} of {self.count} right before, {self.after} after "
-            f"({100 * self.before / self.count:.2f} % and {100 * self.after / self.count:.2f} %)"
+            f"({100 * self.before / self.count:.2f} % and {100 * self.after / self.count:.2f} %); "
+            f"logits differ by {self.relative_error:.1e} (norm over norm)"
         )
 
 
@@ -139,8 +148,8 @@ def export(
     Args:
         model: The network, on the CPU.
         format: `onnx`, one file; `openvino`, an XML file with its weights in a BIN file beside it.
-        path: The file; if not given, it is named after the model folder and stands beside it (`RUN/model.onnx`), or
-            after the Hub's repository, in the working directory.
+        path: The file; if not given, it is named after the model folder and stands beside it (`RUN/model.onnx`,
+            `RUN/model-int8.onnx`), or after the Hub's repository, in the working directory.
         merge: A width to which neighbouring groups of grouped convolutions are merged, in the file; with OpenVINO
             `measure` takes for each layer what is fastest here.
         int8: Compute convolutions in int8.
@@ -152,10 +161,10 @@ def export(
             accuracy than it may; no file is left.
     """
     files: Format = importlib.import_module(f"resnext_hub.inference.export_{format}").FORMAT
-    path = _default_path(model, files.suffix) if path is None else path
+    path = _default_path(model, files.suffix if int8 is None else f"-int8{files.suffix}") if path is None else path
     _check_place(path, files.suffix)
     files.check(model)
-    network = _merged(model, format, merge, None if int8 is None else int8.calibration)
+    network, layers = _merged(model, format, merge, None if int8 is None else int8.calibration)
     content = files.build(network, *_example_and_facts(model))
     absolute, relative = _errors(model, files.open(content))
     if not relative <= tolerance:  # NaN is refused as well
@@ -166,9 +175,7 @@ def export(
     accuracy = None
     if int8 is not None:
         content = files.quantize(content, int8.calibration)
-        run = files.open(content)
-        absolute, relative = _errors(model, run)
-        accuracy = _compare(model.network, run, int8)
+        accuracy = _compare(model.network, files.open(content), int8)
         if accuracy.drop > int8.max_drop:
             raise RunError(
                 f"int8 costs {accuracy.drop:.2f} points of top-1 where --max-drop allows {int8.max_drop:g}: "
@@ -176,42 +183,47 @@ def export(
             )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write(content, path)
+        written = files.write(content, path)
     except OSError as error:
         raise RunError(f"{path} could not be written: {error.strerror or error}") from error
     return ExportedFile(
-        path=path, runtime=files.runtime, absolute_error=absolute, relative_error=relative, int8=accuracy
+        path=path,
+        size=sum(file.stat().st_size for file in written),
+        runtime=files.runtime,
+        absolute_error=absolute,
+        relative_error=relative,
+        layers=layers,
+        int8=accuracy,
     )
 
 
-def count_correct(run: Run, samples: EvaluationSamples | StreamedEvaluation) -> tuple[int, int]:
-    """Count the pictures that get their own class, and all that can be read."""
-    correct = count = 0
-    for batch in samples.batches(32, 0, 1, 0, False):
+@torch.inference_mode()
+def _compare(network: nn.Module, run: Run, int8: Int8) -> Accuracy:
+    """Classify the held-out pictures that can be read as torch does and as a file does."""
+    before = after = count = 0
+    difference = norm = 0.0
+    for batch in int8.samples.batches(32, 0, 1, 0, False):
         broken = {entry.index for entry in batch.unreadable}
         readable = torch.tensor([index not in broken for index in batch.indices.tolist()])
-        right = run(batch.images).argmax(1) == batch.labels
-        correct += int((right & readable).sum())
-        count += int(readable.sum())
-    return correct, count
-
-
-def _compare(network: nn.Module, run: Run, int8: Int8) -> Accuracy:
-    with torch.inference_mode():
-        before, count = count_correct(network, int8.samples)
-    after, _ = count_correct(run, int8.samples)
+        expected, found = network(batch.images)[readable], run(batch.images)[readable]
+        labels = batch.labels[readable]
+        before += int((expected.argmax(1) == labels).sum())
+        after += int((found.argmax(1) == labels).sum())
+        count += len(labels)
+        difference += float((found - expected).double().square().sum())
+        norm += float(expected.double().square().sum())
     if count == 0:
         raise RunError(
             "none of the held-out pictures can be read, so nothing says what int8 costs; no file was written"
         )
-    return Accuracy(before=before, after=after, count=count)
+    return Accuracy(before=before, after=after, count=count, relative_error=math.sqrt(difference / norm))
 
 
 def _merged(
     model: TrainedModel, format: FormatName, merge: Literal["measure", "off"] | int, calibration: torch.Tensor | None
-) -> nn.Module:
+) -> tuple[nn.Module, tuple[LayerChoice, ...]]:
     if merge == "off":
-        return model.network
+        return model.network, ()
     network = copy.deepcopy(model.network)
     example = torch.zeros(16, *model.data_config["input_size"])
     timing = None
@@ -223,15 +235,14 @@ def _merged(
         # the types that OpenVINO chooses by itself on this machine
         dtype = torch.bfloat16 if resolve_precision("auto", "cpu") == "bf16" else torch.float32
         timing = OpenVinoTiming(network, example, dtype, calibration)
-    merge_layers(network, example, merge, timing)
-    return network
+    return network, merge_layers(network, example, merge, timing)
 
 
-def _default_path(model: TrainedModel, suffix: str) -> Path:
+def _default_path(model: TrainedModel, ending: str) -> Path:
     if model.folder is not None:
-        return model.folder.with_name(f"{model.folder.name}{suffix}")
+        return model.folder.with_name(f"{model.folder.name}{ending}")
     repository = str(model.source.base_id).partition("@")[0]
-    return Path(f"{repository.rpartition('/')[2]}{suffix}")
+    return Path(f"{repository.rpartition('/')[2]}{ending}")
 
 
 def _check_place(path: Path, suffix: str) -> None:

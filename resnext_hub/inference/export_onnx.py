@@ -96,9 +96,10 @@ class OnnxFormat:
 
         return run
 
-    def write(self, content: onnx.ModelProto, path: Path) -> None:
-        """Write a content, whole or not at all."""
+    def write(self, content: onnx.ModelProto, path: Path) -> tuple[Path, ...]:
+        """Write a content, whole or not at all; give the files."""
         write_atomic(path, content.SerializeToString())
+        return (path,)
 
 
 FORMAT = OnnxFormat()

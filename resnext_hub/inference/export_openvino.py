@@ -46,13 +46,14 @@ class OpenVinoFormat:
         """Give what computes from a content."""
         return OpenVinoNetwork(content, torch.float32)
 
-    def write(self, content: openvino.Model, path: Path) -> None:
+    def write(self, content: openvino.Model, path: Path) -> tuple[Path, ...]:
         """Write both files aside and rename them, the weights first: the XML file says that both are there."""
         with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as aside:
             written = Path(aside, path.name)
             openvino.save_model(content, written, compress_to_fp16=False)
             for file in (written.with_suffix(".bin"), written):
                 os.replace(file, path.with_name(file.name))
+        return path, path.with_suffix(".bin")
 
 
 FORMAT = OpenVinoFormat()

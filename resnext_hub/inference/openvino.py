@@ -8,10 +8,8 @@ import contextlib
 import copy
 import functools
 import io
-import logging
 import statistics
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +17,7 @@ import torch
 from torch import nn
 
 from resnext_hub.inference.fold import fold_batch_norms
+from resnext_hub.machine import quiet_compilers
 from resnext_hub.models.merged import dense_form, merge_factors, replace_module
 from resnext_hub.models.widths import ROUNDS, Layer
 
@@ -130,7 +129,7 @@ def convert(
     """
     import openvino
 
-    with _quiet():
+    with quiet_compilers(), contextlib.redirect_stdout(io.StringIO()):
         converted = openvino.convert_model(model, example_input=example[:2])
     converted.reshape([-1 if dynamic else len(example), *example.shape[1:]])
     if calibration is None:
@@ -141,24 +140,8 @@ def convert(
 
 def calibrate(model: Any, inputs: Sequence[Any]) -> Any:
     """Give a network of OpenVINO or ONNX in int8, with the ranges that its activations have on some inputs."""
-    with _quiet():
+    with quiet_compilers(), contextlib.redirect_stdout(io.StringIO()):
         import nncf
 
         _core()  # before the one that is made in there
         return nncf.quantize(model, nncf.Dataset(inputs), subset_size=len(inputs))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what the converters say of tracing, and their progress, from whoever cannot change it."""
-    loggers = [logging.getLogger(name) for name in ("nncf", "torch.utils.cpp_extension")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

@@ -6,13 +6,12 @@ format, the whole is compiled with its weights frozen, and as many pictures are 
 costs in accuracy is measured in the same call, against the network as it was given, in float32.
 """
 
-import contextlib
 import copy
 import logging
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from math import ceil
 from typing import Literal, NamedTuple
 
@@ -66,22 +65,53 @@ class OptimizationReport:
     same_predictions: float
     """Part of the example's pictures that get the same class, 0 to 1."""
 
+    def __str__(self) -> str:
+        """Give what a person wants to know, a line for each kind of layer."""
+        before, after = self.weight_bytes
+        lines = [
+            f"{self.engine}, {self.dtype}, {self.at_once} pictures at once: {self.milliseconds:.1f} ms, "
+            f"{self.speedup:.2f} times as fast as the given network, eager in float32",
+            f"error {self.relative_error:.1e} of its logits (norm over norm), {self.max_error:.1e} at most; "
+            f"{self.same_predictions:.1%} of the pictures get the same class",
+            f"{self.folded_batch_norms} batch norms folded; weights {after / 1e6:.1f} MB, before {before / 1e6:.1f}",
+        ]
+        kinds: dict[str, list[str]] = {}
+        for layer in self.layers:
+            times = ", ".join(f"{width}: {time:.2f} ms" for width, time in layer.milliseconds.items())
+            text = f"{layer.width} -> {layer.merged_width} channels at {layer.input_shape} ({times or layer.source})"
+            kinds.setdefault(text, []).append(layer.name)
+        lines += [f"groups of {text}: {', '.join(names)}" for text, names in kinds.items()]
+        return "\n".join(lines)
+
 
 class OptimizedModel(nn.Module):
     """A fast network: float32 pictures `(N, C, H, W)` of any N to float32 logits `(N, classes)`.
 
-    It computes a fixed number of pictures at once: fewer are filled up, more are cut.
+    It computes a fixed number of pictures at once, of one shape: fewer are filled up, more are cut.
     """
 
-    def __init__(self, network: Callable[[torch.Tensor], torch.Tensor], at_once: int) -> None:
+    def __init__(
+        self, network: Callable[[torch.Tensor], torch.Tensor], at_once: int, picture_shape: tuple[int, ...]
+    ) -> None:
         super().__init__()
         self._network = network
         self._at_once = at_once
+        self._picture_shape = picture_shape
         self.report: OptimizationReport | None = None
         """What was done; set by `optimize`."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Map pictures `(N, C, H, W)` to logits `(N, classes)`."""
+        """Map pictures `(N, C, H, W)` to logits `(N, classes)`.
+
+        Raises:
+            ValueError: If they have another shape or type than those that it was built for.
+        """
+        if images.shape[1:] != self._picture_shape or images.dtype != torch.float32:
+            expected = ", ".join(map(str, self._picture_shape))
+            raise ValueError(
+                f"pictures of shape {tuple(images.shape)} and {images.dtype}: expected (N, {expected}), float32, as in "
+                "the example"
+            )
         # a compiled network is compiled anew for inference mode, and then not with its weights frozen
         with torch.inference_mode(False), torch.no_grad():
             return self._logits(images.clone() if images.is_inference() else images)
@@ -134,9 +164,16 @@ def optimize(
     Raises:
         ValueError: If the example is no batch of pictures, a merge cannot be done, the engine cannot do it, or more are
             to be computed at once than there are.
+        ModuleNotFoundError: If the engine is not installed.
     """
-    if example.ndim != 4 or example.dtype != torch.float32:
+    if example.ndim != 4 or example.dtype != torch.float32 or len(example) == 0:
         raise ValueError(f"example of shape {tuple(example.shape)} and {example.dtype}: expected (N, C, H, W), float32")
+    if engine not in ("torch", "openvino"):
+        raise ValueError(f"engine={engine!r}: expected 'torch' or 'openvino'")
+    if dtype not in (None, torch.bfloat16, torch.float32) and (dtype != torch.float16 or example.device.type == "cpu"):
+        raise ValueError(f"dtype={dtype!r}: expected torch.bfloat16, torch.float32, None, or on a GPU torch.float16")
+    if isinstance(merge, str) and merge not in ("measure", "table", "off"):
+        raise ValueError(f"merge={merge!r}: expected 'measure', 'table', 'off', a width, or factors by layer")
     if engine == "openvino" and example.device.type != "cpu":
         raise ValueError(f"engine='openvino' computes on a CPU, and the example is on {example.device}")
     if calibration is not None and engine != "openvino":
@@ -161,10 +198,9 @@ def optimize(
         else:
             layers, build = _prepare_torch(fast, example, dtype, merge, compile)
         built, at_once_seconds = _build_fastest(build, example) if at_once == "measure" else (build(at_once), {})
-        optimized = OptimizedModel(built.network, built.at_once)
-        times = median_seconds(
-            {"reference": lambda: reference(example), "fast": lambda: optimized(example)}, example.device, rounds=3
-        )
+        optimized = OptimizedModel(built.network, built.at_once, tuple(example.shape[1:]))
+        runs = {"reference": lambda: reference(example), "fast": lambda: optimized(example)}
+        times = median_seconds(runs, example.device, rounds=3, warm=True)
         expected, found = reference(example), optimized(example)
     optimized.report = OptimizationReport(
         layers=layers,
@@ -203,7 +239,10 @@ def _build_fastest(build: _Build, example: torch.Tensor) -> tuple[_Built, dict[i
     built = {size: build(size) for size in sizes if size > 1 or size == count}  # one by one is hardly ever fastest
     if len(built) == 1:
         return built[count], {}
-    runs = {str(size): partial(OptimizedModel(found.network, size), example) for size, found in built.items()}
+    runs = {
+        str(size): partial(OptimizedModel(found.network, size, tuple(example.shape[1:])), example)
+        for size, found in built.items()
+    }
     seconds = {int(size): value for size, value in median_seconds(runs, example.device, rounds=5).items()}
     best = min(seconds, key=seconds.__getitem__)
     return built[best if seconds[best] < MARGIN * seconds[count] else count], seconds
@@ -227,6 +266,8 @@ def _prepare_torch(
 def _prepare_openvino(
     fast: nn.Module, example: torch.Tensor, dtype: torch.dtype, merge: Merge, calibration: torch.Tensor | None
 ) -> tuple[tuple[LayerChoice, ...], _Build]:
+    if find_spec("openvino") is None or find_spec("nncf") is None:
+        raise ModuleNotFoundError('openvino is not installed; pip install "resnext-hub[openvino]"', name="openvino")
     from resnext_hub.inference.openvino import OpenVinoNetwork, OpenVinoTiming, convert
 
     fast.float()
@@ -268,17 +309,10 @@ def compile_frozen(model: nn.Module, example: torch.Tensor) -> tuple[Callable[[t
     # the compiler keeps what it made by code object, and only a few for each: networks and batches must not share one
     run.__code__ = run.__code__.replace(co_name=f"run_{id(model)}_{len(example)}")
     compiled = torch.compile(run, dynamic=False)
-    with config.patch(freezing=True), _quiet_freezing():
+    with config.patch(freezing=True), machine.quiet_compilers():
         try:
             compiled(example)
         except (BackendCompilerFailed, RuntimeError) as error:
             _logger.warning("the network stays eager, as it could not be compiled: %s", str(error).splitlines()[0])
             return model, False
     return compiled, True
-
-
-@contextlib.contextmanager
-def _quiet_freezing() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the compiler speaks of its own internals, which no caller can change
-        yield

@@ -76,6 +76,11 @@ def _model_words(where: str) -> str:
     for candidate in (folder / "model", folder):
         if (candidate / "config.json").is_file():
             return f"local-dir:{candidate}"
+    if folder.suffix in (".onnx", ".xml", ".bin") and folder.is_file():
+        raise RequestError(
+            f"{where} is a file for another runtime: expected the folder that it was exported from; docs/exporting.md "
+            "says how it is used"
+        )
     raise RequestError(
         f"{where} holds no trained model: expected the folder of a finished run, a folder with config.json and "
         f"{WEIGHTS}, or hf-hub:owner/repo"

@@ -235,12 +235,21 @@ class TrainingTiming:
 
 
 def median_seconds(
-    work: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = ROUNDS
+    work: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = ROUNDS, *, warm: bool = False
 ) -> dict[str, float]:
-    """Time pieces of work by turns, after a run that does not count; give the median seconds of each."""
+    """Time pieces of work by turns, after a run that does not count; give the median seconds of each.
+
+    Args:
+        work: What is timed, by name.
+        device: What it is done on.
+        rounds: Turns that count.
+        warm: Let each run once more before each of its turns: another engine leaves its threads spinning.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for turn in range(rounds + 1):
         for name, run in work.items():
+            if warm:
+                run()
             _synchronize(device)
             begin = time.perf_counter()
             run()

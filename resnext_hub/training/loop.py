@@ -15,6 +15,7 @@ from tqdm import tqdm
 from resnext_hub.data.batches import read_batches
 from resnext_hub.data.dataset import Splits
 from resnext_hub.errors import RunError, one_line
+from resnext_hub.machine import quiet_compilers
 from resnext_hub.training.config import TrainConfig
 from resnext_hub.training.optim import lr_at, set_lr
 from resnext_hub.training.state import Outcome, RunState
@@ -89,7 +90,7 @@ def train(
             set_lr(run.optimizer, lr)
             _seed_step(config.seed, run.step, accelerator.process_index)
             images, targets = run.inputs(batch, run.step)
-            with _said_compiler_failures() if config.compile else contextlib.nullcontext():
+            with _compiling() if config.compile else contextlib.nullcontext():
                 loss = _optimizer_step(objective, optimizer, images, targets, config, accelerator)
             run.stepped(batch, loss, optimizer.step_was_skipped)
             if compiling:
@@ -141,12 +142,13 @@ def _optimizer_step(
 
 
 @contextlib.contextmanager
-def _said_compiler_failures() -> Iterator[None]:
+def _compiling() -> Iterator[None]:
     """Say in a line that the compiler failed, and what to do."""
     from torch._dynamo.exc import TorchDynamoException
 
     try:
-        yield
+        with quiet_compilers():
+            yield
     except TorchDynamoException as error:
         raise RunError(
             f"the network cannot be compiled here ({one_line(error)[:200]}); without --compile the run goes on"

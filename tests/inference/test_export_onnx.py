@@ -1,6 +1,7 @@
 """An exported file gives torch's logits in ONNX Runtime, and suffices by itself to classify a picture."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +12,7 @@ import onnx
 import onnxruntime
 import torch
 from conftest import ROOT, run_process, save_with_timm
-from pytest import MonkeyPatch, fixture, mark, raises
+from pytest import MonkeyPatch, fixture, importorskip, mark, raises
 from torch import nn
 
 from resnext_hub.errors import RequestError, RunError
@@ -21,35 +22,23 @@ from resnext_hub.inference.trained import load_trained
 
 Command = Callable[..., tuple[int, str, str]]
 
-CLASSIFY = """
-import json, math, sys
+PREPARE, WITH_ONNX, WITH_OPENVINO = re.findall(
+    r"```python\n(.*?)```", (ROOT / "docs/exporting.md").read_text(), re.DOTALL
+)
+"""What somebody writes who has a file and its metadata, as the documentation shows it."""
+
+ALONE = """
+import sys
 for name in ("torch", "torchvision", "timm", "resnext_hub"):
     sys.modules[name] = None  # importing it says that there is no such module
-import numpy as np
-import onnxruntime
-from PIL import Image
+"""
 
-file, *pictures = sys.argv[1:]
-session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-facts = session.get_modelmeta().custom_metadata_map
-how = json.loads(facts["preprocessing"])
-names = json.loads(facts["label_names"])
-_, height, width = how["input_size"]
-assert height == width and how["crop_mode"] == "center"
-edge = math.floor(height / how["crop_pct"])
-for path in pictures:
-    picture = Image.open(path).convert("RGB")
-    shorter = min(picture.size)
-    size = [int(edge * length / shorter) for length in picture.size]
-    picture = picture.resize(size, Image.Resampling[how["interpolation"].upper()])
-    left, top = round((picture.width - width) / 2), round((picture.height - height) / 2)
-    picture = picture.crop((left, top, left + width, top + height))
-    pixels = (np.float32(picture) / np.float32(255) - np.float32(how["mean"])) / np.float32(how["std"])
-    (logits,) = session.run(["logits"], {"images": pixels.transpose(2, 0, 1)[None]})
+EACH = """
+for path in sys.argv[1:]:
+    (logits,) = session.run(["logits"], {"images": prepare(path, how)})
     powers = np.exp(logits[0] - logits[0].max())
     print(json.dumps([names[int(powers.argmax())], float(powers.max() / powers.sum())]))
 """
-"""What somebody would write who has the file and its metadata, and none of our libraries."""
 
 
 @fixture(scope="module")
@@ -58,7 +47,7 @@ def exported(vehicles_run: Path) -> Path:
     assert (done.returncode, done.stderr) == (0, "")
     file = vehicles_run / "model.onnx"
     assert done.stdout.startswith(f"{file}: ")
-    assert "images (N, 3, 32, 32) float32 to logits (N, 3)" in done.stdout
+    assert "images (N, 3, 32, 32) float32, normalised as its metadata say, to logits (N, 3)" in done.stdout
     assert "ONNX Runtime against torch, at 1, 2, 7 pictures: greatest error" in done.stdout
     return file
 
@@ -79,14 +68,26 @@ def test_the_file_alone_classifies_pictures_as_predict_does(
     validation = vehicles_run.parent / "vehicles" / "validation"
     pictures = [validation / kind / f"{index:03d}.png" for kind in ("bus", "car", "train") for index in range(7)]
     # of seven widths, so that resizing and cropping matter
-    done = run_process("-c", CLASSIFY, exported, *pictures)
+    shown = WITH_ONNX.replace("runs/NAME/model.onnx", str(exported)).replace("picture.jpg", str(pictures[0]))
+    done = run_process("-c", ALONE + PREPARE + shown + EACH, *pictures)
     assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    first, *lines = done.stdout.splitlines()
+    found = [json.loads(line) for line in lines]
+    assert first == found[0][0]
     _, out, _ = command("predict", vehicles_run, *pictures, "--json")
     expected = [json.loads(line)["predictions"][0] for line in out.splitlines()]
     assert [label for label, _ in found] == [guess["label"] for guess in expected]
     # other sums of float32, of the same pixels
     np.testing.assert_allclose([p for _, p in found], [guess["probability"] for guess in expected], rtol=1e-5)
+
+
+def test_what_the_page_on_exported_files_shows_of_openvino_runs(vehicles_run: Path, tmp_path: Path) -> None:
+    importorskip("openvino")
+    file = export(load_trained(str(vehicles_run)), "openvino", tmp_path / "model.xml").path
+    picture = vehicles_run.parent / "vehicles" / "validation" / "bus" / "000.png"
+    shown = WITH_OPENVINO.replace("runs/NAME/model.xml", str(file)).replace("picture.jpg", str(picture))
+    done = run_process("-c", ALONE + PREPARE + shown)
+    assert (done.returncode, done.stdout) == (0, "bus\n"), done.stderr
 
 
 def test_the_metadata_names_labels_preprocessing_licence_and_source(exported: Path) -> None:

@@ -1,7 +1,9 @@
 """OpenVINO's files give torch's logits, and int8 is written only where the held-out pictures bear it."""
 
 import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from conftest import ROOT, run_process, save_with_timm
 from pytest import TempPathFactory, fixture, importorskip, mark, raises
 
 from resnext_hub.errors import RequestError, RunError
-from resnext_hub.inference.export import Int8, count_correct, export
+from resnext_hub.inference.export import Int8, export
 from resnext_hub.inference.trained import TrainedModel, load_trained
 from resnext_hub.models.merged import grouped_convolutions
 from resnext_hub.run import prepare_int8
@@ -69,8 +71,14 @@ def test_a_merged_file_computes_the_same_in_wider_groups(format: str, grouped: T
     suffix = {"onnx": ".onnx", "openvino": ".xml"}[format]
     done = export(grouped, format, tmp_path / f"merged{suffix}", merge=16)  # type: ignore[arg-type]
     export(grouped, format, tmp_path / f"plain{suffix}")  # type: ignore[arg-type]
+    (tmp_path / "merged.bin" if format == "onnx" else tmp_path / "merged.onnx").write_bytes(b"of another export")
     assert done.relative_error < 1e-5
-    sizes = [sum(file.stat().st_size for file in tmp_path.glob(f"{name}.*")) for name in ("merged", "plain")]
+    assert {layer.merged_width for layer in done.layers} == {16, 32}
+    sizes = [
+        sum(path.stat().st_size for path in tmp_path.glob(f"{name}.*") if path.read_bytes() != b"of another export")
+        for name in ("merged", "plain")
+    ]
+    assert sizes[0] == done.size
     assert sizes[0] > sizes[1]  # by the zeros of the block-diagonal weights
     assert {conv.groups for conv in grouped_convolutions(grouped.network).values()} == {32}
 
@@ -88,7 +96,8 @@ def test_int8_tells_exact_counts_before_and_after(format: str, vehicles_run: Pat
     held_out = json.loads((vehicles_run / "record.json").read_text())["evaluation"]
     before = f"{held_out['correct']} of {held_out['count']} right before, "
     assert f"int8 on the held-out pictures: {before}" in out
-    file = vehicles_run / {"onnx": "model.onnx", "openvino": "model.xml"}[format]
+    assert 1e-4 < float(re.search(r"logits differ by (\S+) \(norm over norm\)", out)[1]) < 0.5
+    file = vehicles_run / {"onnx": "model-int8.onnx", "openvino": "model-int8.xml"}[format]
     content = file.read_bytes()
     assert b"QuantizeLinear" in content or b"FakeQuantize" in content
     assert str(ROOT).encode() not in content
@@ -100,7 +109,8 @@ def test_int8_that_costs_too_much_is_refused_with_the_figures_and_leaves_no_file
 ) -> None:
     model = load_trained(str(vehicles_run))
     asked = prepare_int8(model, None, 0.5)
-    correct, count = count_correct(model.network, asked.samples)
+    held_out = json.loads((vehicles_run / "record.json").read_text())["evaluation"]
+    correct, count = held_out["correct"], held_out["count"]
     # ranges from pictures without any contrast tell nothing of real ones
     spoilt = Int8(calibration=torch.zeros_like(asked.calibration), samples=asked.samples, max_drop=0.5)
     with raises(RunError, match=rf"int8 costs \S+ points of top-1 .*: {correct} of {count} right before, \d+ after"):
@@ -108,15 +118,20 @@ def test_int8_that_costs_too_much_is_refused_with_the_figures_and_leaves_no_file
     assert list(tmp_path.iterdir()) == []
 
 
-def test_int8_calibrates_on_training_pictures_and_counts_the_readable_held_out_ones(vehicles_run: Path) -> None:
+def test_int8_calibrates_on_training_pictures_and_counts_the_readable_held_out_ones(
+    vehicles_run: Path, tmp_path: Path
+) -> None:
     model = load_trained(str(vehicles_run))
     asked = prepare_int8(model, None, 0.5)
     assert asked.calibration.shape == (60, 3, 32, 32)
-    assert count_correct(model.network, asked.samples)[1] == 36  # of 37, of which one is broken
+    done = export(model, "openvino", tmp_path / "model.xml", int8=replace(asked, max_drop=100))
+    assert done.int8 is not None
+    assert done.int8.count == 36  # of 37, of which one is broken
 
 
 def test_requests_that_cannot_be_are_refused_in_a_line(vehicles_run: Path, command: Command, tmp_path: Path) -> None:
     for arguments, part in (
+        ((vehicles_run, "--int8", "--max-drop", -1), "--max-drop -1: expected points of top-1, 0 to 100"),
         ((vehicles_run, "--max-drop", 1), "--calibration and --max-drop go with --int8"),
         ((vehicles_run, "--merge-groups", "wide"), "wide: expected off, auto or a number of channels"),
         ((vehicles_run, "--int8", "--calibration", "digits"), "--calibration digits has the classes 0, 1, 2"),

@@ -1,6 +1,7 @@
 """The fast network computes what the given one does, for any number of pictures, and says what it costs."""
 
 import platform
+import re
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -296,6 +297,32 @@ def test_what_is_no_example_is_refused() -> None:
             optimize(network(), pictures(2), at_once=at_once)
     with raises(ValueError, match=r"torch.float64: expected"):
         optimize(network(), torch.randn(1, 3, 64, 64, dtype=torch.float64))
+    with raises(ValueError, match=r"example of shape \(0, 3, 64, 64\)"):
+        optimize(network(), pictures(0))
+
+
+def test_a_word_that_is_none_of_those_is_refused() -> None:
+    for words, said in (
+        ({"engine": "onnx"}, "engine='onnx': expected 'torch' or 'openvino'"),
+        ({"dtype": "bf16"}, "dtype='bf16': expected torch.bfloat16"),
+        ({"dtype": torch.float16}, "dtype=torch.float16: expected torch.bfloat16"),
+        ({"merge": "auto"}, "merge='auto': expected 'measure', 'table', 'off'"),
+    ):
+        with raises(ValueError, match=said):
+            optimize(network(), pictures(), **words)
+
+
+def test_pictures_of_another_shape_or_type_are_refused(compiled: tuple[nn.Module, OptimizedModel]) -> None:
+    for images in (pictures(2, 96), pictures()[:, :1], pictures().double(), pictures()[0]):
+        with raises(ValueError, match=r"expected \(N, 3, 64, 64\), float32, as in the example"):
+            compiled[1](images)
+    assert compiled[1](pictures(0)).shape == (0, 7)
+
+
+def test_the_report_is_readable(compiled: tuple[nn.Module, OptimizedModel]) -> None:
+    text = str(compiled[1].report)
+    assert re.match(r"torch.compile, float32, 4 pictures at once: \S+ ms, \S+ times as fast as the given network", text)
+    assert "groups of 4 -> 8 channels at (4, 128, 16, 16) (asked): layer1.0.conv2, layer1.1.conv2\n" in text
 
 
 DROPPED_IN_THE_ORDER_OF_MAKING = """
