@@ -33,6 +33,24 @@ def write_json(path: Path, content: Any) -> None:
 
 
 @contextmanager
+def new_files(*paths: Path) -> Iterator[Path]:
+    """Write several files of one folder in a folder aside, then put them in place in their order.
+
+    The last one stands for all: the old one goes first and the new one comes last, so that it is never seen among files
+    that are not its own. If writing fails, the old ones stay.
+    """
+    *_, last = paths
+    aside = last.with_name(f"{_PARTIAL}files-of-{last.name}")
+    with new_folder(aside) as filling:
+        yield filling
+    last.unlink(missing_ok=True)
+    for path in paths:
+        os.replace(aside / path.name, path)
+    aside.rmdir()
+    _sync_folder(last.parent)
+
+
+@contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Fill a folder under another name, then put it in place of the old one, whole; if that fails, keep the old one."""
     aside = path.with_name(f"{_PARTIAL}{path.name}")

@@ -7,13 +7,14 @@ readers do, so that a published network sees the same pixels there.
 
 import contextlib
 import io
+import struct
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 
 class UnreadablePictureError(Exception):
@@ -55,6 +56,32 @@ def read_bytes(row: dict[str, Any]) -> bytes:
     return data
 
 
+_DAMAGED = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    RuntimeError,
+    struct.error,
+)
+"""What Pillow's readers of the many formats raise for damaged files."""
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""How a picture is turned to stand upright, by EXIF orientation."""
+
+
 @contextlib.contextmanager
 def opened(data: bytes) -> Iterator[Image.Image]:
     """Read the header of a picture; what then fails in decoding it says why in the same words.
@@ -71,7 +98,7 @@ def opened(data: bytes) -> Iterator[Image.Image]:
         raise UnreadablePictureError("not an image") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise UnreadablePictureError(f"more than {Image.MAX_IMAGE_PIXELS} pixels") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise for damaged files
+    except _DAMAGED as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
         raise UnreadablePictureError(reason[:200] or type(error).__name__) from error
 
@@ -79,8 +106,9 @@ def opened(data: bytes) -> Iterator[Image.Image]:
 def upright(image: Image.Image, mode: str) -> Image.Image:
     """Decode a picture whose header was read, turned as its EXIF orientation says."""
     image.load()
-    ImageOps.exif_transpose(image, in_place=True)  # as it copies what need not be turned otherwise
-    return _to_mode(image, mode)
+    # Pillow's own exif_transpose writes the rest of the EXIF anew, and fails where that is odd
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return _to_mode(image if turn is None else image.transpose(turn), mode)
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:

@@ -176,7 +176,7 @@ def export(
     if int8 is not None:
         content = files.quantize(content, int8.calibration)
         accuracy = _compare(model.network, files.open(content), int8)
-        if accuracy.drop > int8.max_drop:
+        if not accuracy.drop <= int8.max_drop:  # NaN is refused as well
             raise RunError(
                 f"int8 costs {accuracy.drop:.2f} points of top-1 where --max-drop allows {int8.max_drop:g}: "
                 f"{accuracy}; no file was written"

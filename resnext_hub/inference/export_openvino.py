@@ -1,7 +1,5 @@
 """A network as OpenVINO has it: an XML file with its weights in a BIN file beside it."""
 
-import os
-import tempfile
 from pathlib import Path
 
 import openvino
@@ -9,6 +7,7 @@ import torch
 from torch import nn
 
 from resnext_hub.errors import RunError, one_line
+from resnext_hub.files import new_files
 from resnext_hub.inference.export import Run
 from resnext_hub.inference.openvino import OpenVinoNetwork, calibrate, convert
 from resnext_hub.inference.trained import TrainedModel
@@ -47,12 +46,9 @@ class OpenVinoFormat:
         return OpenVinoNetwork(content, torch.float32)
 
     def write(self, content: openvino.Model, path: Path) -> tuple[Path, ...]:
-        """Write both files aside and rename them, the weights first: the XML file says that both are there."""
-        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as aside:
-            written = Path(aside, path.name)
-            openvino.save_model(content, written, compress_to_fp16=False)
-            for file in (written.with_suffix(".bin"), written):
-                os.replace(file, path.with_name(file.name))
+        """Write both files, whole or not at all: the XML file says that both are there."""
+        with new_files(path.with_suffix(".bin"), path) as aside:
+            openvino.save_model(content, aside / path.name, compress_to_fp16=False)
         return path, path.with_suffix(".bin")
 
 

@@ -8,7 +8,9 @@ import contextlib
 import copy
 import functools
 import io
+import random
 import statistics
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -49,11 +51,13 @@ class OpenVinoNetwork:
         }
         self._compiled = _core().compile_model(model, "CPU", settings)
         self._request = self._compiled.create_infer_request()
+        self._turn = threading.Lock()  # a request takes one call at a time
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Map pictures to logits."""
-        found = self._request.infer({0: images.contiguous().numpy()}, share_inputs=True)
-        return torch.from_numpy(np.array(found[0]))  # the request uses its own memory again
+        with self._turn:
+            found = self._request.infer({0: images.contiguous().numpy()}, share_inputs=True)
+            return torch.from_numpy(np.array(found[0]))  # the request uses its own memory again
 
     def layer_milliseconds(self, names: Sequence[str]) -> dict[str, float]:
         """Give how long the layers of these names, as torch has them, took in the last pass."""
@@ -140,8 +144,13 @@ def convert(
 
 def calibrate(model: Any, inputs: Sequence[Any]) -> Any:
     """Give a network of OpenVINO or ONNX in int8, with the ranges that its activations have on some inputs."""
-    with quiet_compilers(), contextlib.redirect_stdout(io.StringIO()):
-        import nncf
+    state = random.getstate()
+    try:
+        # NNCF seeds both generators, Python's already when it is imported
+        with quiet_compilers(), contextlib.redirect_stdout(io.StringIO()), torch.random.fork_rng(devices=[]):
+            import nncf
 
-        _core()  # before the one that is made in there
-        return nncf.quantize(model, nncf.Dataset(inputs), subset_size=len(inputs))
+            _core()  # before the one that is made in there
+            return nncf.quantize(model, nncf.Dataset(inputs), subset_size=len(inputs))
+    finally:
+        random.setstate(state)

@@ -34,6 +34,9 @@ from resnext_hub.models.widths import (
 
 _logger = logging.getLogger(__name__)
 
+TOLERANCE = 1e-3
+"""Relative error up to which a network in float32 is the given one: other kernels and orders of sums make less."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizationReport:
@@ -113,7 +116,7 @@ class OptimizedModel(nn.Module):
                 "the example"
             )
         # a compiled network is compiled anew for inference mode, and then not with its weights frozen
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             return self._logits(images.clone() if images.is_inference() else images)
 
     def _logits(self, images: torch.Tensor) -> torch.Tensor:
@@ -162,10 +165,64 @@ def optimize(
         The fast network, with its `report`.
 
     Raises:
-        ValueError: If the example is no batch of pictures, a merge cannot be done, the engine cannot do it, or more are
-            to be computed at once than there are.
+        ValueError: If the example is no batch of pictures, the network gives no logits, a merge cannot be done, the
+            engine cannot do it, or more are to be computed at once than there are.
         ModuleNotFoundError: If the engine is not installed.
     """
+    _check_request(example, engine, dtype, merge, at_once, calibration)
+    if dtype is None:
+        dtype = torch.bfloat16 if machine.resolve_precision("auto", example.device.type) == "bf16" else torch.float32
+    if keep_memory:
+        machine.keep_memory(example.device.type)
+    reference = copy.deepcopy(model).eval().float()
+    fast = copy.deepcopy(reference).requires_grad_(False)
+    with torch.no_grad(), torch.autocast(example.device.type, enabled=False):
+        expected = reference(example)
+        if not isinstance(expected, torch.Tensor):
+            raise ValueError(f"the network gives a {type(expected).__name__}: expected one tensor, such as logits")
+        folded = fold_batch_norms(fast)
+        if engine == "openvino":
+            layers, build = _prepare_openvino(fast, example, dtype, merge, calibration)
+        else:
+            layers, build = _prepare_torch(fast, example, dtype, merge, compile)
+        built, at_once_seconds = _build_fastest(build, example) if at_once == "measure" else (build(at_once), {})
+        optimized = OptimizedModel(built.network, built.at_once, tuple(example.shape[1:]))
+        runs = {"reference": lambda: reference(example), "fast": lambda: optimized(example)}
+        times = median_seconds(runs, example.device, rounds=3, warm=True)
+        found = optimized(example)
+    optimized.report = OptimizationReport(
+        layers=layers,
+        folded_batch_norms=folded,
+        engine=built.engine,
+        dtype="int8" if calibration is not None else str(dtype).removeprefix("torch."),
+        compiled=built.engine != "torch eager",
+        at_once=built.at_once,
+        milliseconds_at_once={size: round(1000 * value, 4) for size, value in at_once_seconds.items()},
+        speedup=times["reference"] / times["fast"],
+        milliseconds=1000 * times["fast"],
+        weight_bytes=(_weight_bytes(model), _weight_bytes(fast, 1 if calibration is not None else dtype.itemsize)),
+        max_error=float((found - expected).abs().max()),
+        relative_error=float((found - expected).norm() / expected.norm()),
+        same_predictions=float((found.argmax(1) == expected.argmax(1)).float().mean()),
+    )
+    if dtype == torch.float32 and calibration is None and not optimized.report.relative_error < TOLERANCE:
+        _logger.warning(
+            "the fast network's logits are off by %.1e, and in float32 rounding makes less than %.0e: it computes "
+            "something else than the given one",
+            optimized.report.relative_error,
+            TOLERANCE,
+        )
+    return optimized
+
+
+def _check_request(
+    example: torch.Tensor,
+    engine: str,
+    dtype: torch.dtype | None,
+    merge: Merge,
+    at_once: int | Literal["measure"],
+    calibration: torch.Tensor | None,
+) -> None:
     if example.ndim != 4 or example.dtype != torch.float32 or len(example) == 0:
         raise ValueError(f"example of shape {tuple(example.shape)} and {example.dtype}: expected (N, C, H, W), float32")
     if engine not in ("torch", "openvino"):
@@ -185,39 +242,6 @@ def optimize(
         )
     if at_once != "measure" and not 1 <= at_once <= len(example):
         raise ValueError(f"at_once={at_once}: expected 1 to {len(example)}, the example's pictures, or 'measure'")
-    if dtype is None:
-        dtype = torch.bfloat16 if machine.resolve_precision("auto", example.device.type) == "bf16" else torch.float32
-    if keep_memory:
-        machine.keep_memory(example.device.type)
-    reference = copy.deepcopy(model).eval()
-    fast = copy.deepcopy(model).eval().requires_grad_(False)
-    folded = fold_batch_norms(fast)
-    with torch.no_grad():
-        if engine == "openvino":
-            layers, build = _prepare_openvino(fast, example, dtype, merge, calibration)
-        else:
-            layers, build = _prepare_torch(fast, example, dtype, merge, compile)
-        built, at_once_seconds = _build_fastest(build, example) if at_once == "measure" else (build(at_once), {})
-        optimized = OptimizedModel(built.network, built.at_once, tuple(example.shape[1:]))
-        runs = {"reference": lambda: reference(example), "fast": lambda: optimized(example)}
-        times = median_seconds(runs, example.device, rounds=3, warm=True)
-        expected, found = reference(example), optimized(example)
-    optimized.report = OptimizationReport(
-        layers=layers,
-        folded_batch_norms=folded,
-        engine=built.engine,
-        dtype="int8" if calibration is not None else str(dtype).removeprefix("torch."),
-        compiled=built.engine != "torch eager",
-        at_once=built.at_once,
-        milliseconds_at_once={size: round(1000 * value, 4) for size, value in at_once_seconds.items()},
-        speedup=times["reference"] / times["fast"],
-        milliseconds=1000 * times["fast"],
-        weight_bytes=(_weight_bytes(reference), _weight_bytes(fast, 1 if calibration is not None else dtype.itemsize)),
-        max_error=float((found - expected).abs().max()),
-        relative_error=float((found - expected).norm() / expected.norm()),
-        same_predictions=float((found.argmax(1) == expected.argmax(1)).float().mean()),
-    )
-    return optimized
 
 
 class _Built(NamedTuple):

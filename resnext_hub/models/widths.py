@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
+from filelock import FileLock
 from torch import nn
 
 from resnext_hub.files import write_atomic
@@ -261,9 +262,9 @@ def median_seconds(
 
 def cache_file(device: torch.device) -> Path:
     """Give the file that remembers what was measured on a device with as many threads and this torch."""
-    root = os.environ.get("RESNEXT_HUB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "resnext_hub")
+    root = os.environ.get("RESNEXT_HUB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "resnext_hub")
     machine = f"{processor_name(device)}-{torch.get_num_threads()}-threads-torch-{torch.__version__}"
-    return Path(root).expanduser() / f"widths-{re.sub(r'[^A-Za-z0-9.]+', '-', machine)}.json"
+    return Path(os.path.expanduser(root)) / f"widths-{re.sub(r'[^A-Za-z0-9.]+', '-', machine)}.json"
 
 
 def _times_of_kinds(layers: Sequence[Layer], timing: Timing) -> tuple[dict[str, dict[int, float]], set[str]]:
@@ -271,7 +272,13 @@ def _times_of_kinds(layers: Sequence[Layer], timing: Timing) -> tuple[dict[str, 
     if not layers:
         return {}, set()
     path = cache_file(layers[0].input.device)
-    times = _remembered(path)
+    possible = {_kind(layer, timing): {k * layer.width for k in merge_factors(layer.conv)} for layer in layers}
+    own = {_kind(layer, timing): layer.width for layer in layers}
+    times = {
+        kind: found
+        for kind, found in _remembered(path).items()
+        if kind in possible and own[kind] in found and found.keys() <= possible[kind]
+    }
     known = set(times)
     new = {_kind(layer, timing): layer for layer in layers if _kind(layer, timing) not in known}
     if new:
@@ -313,9 +320,14 @@ def _layer_inputs(
     """Give what comes to each layer, in evaluation mode, so that nothing in the network changes."""
     inputs: dict[str, torch.Tensor] = {}
     alike: dict[tuple[object, ...], torch.Tensor] = {}  # one of a sort is enough to hold
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     with contextlib.ExitStack() as stack:
-        stack.callback(model.train, training)
+
+        def set_back() -> None:
+            for module, training in modes.items():
+                module.training = training
+
+        stack.callback(set_back)
         for name, module in modules.items():
 
             def note(module: nn.Module, arguments: tuple[torch.Tensor, ...], name: str = name) -> None:
@@ -360,6 +372,7 @@ def _remembered(path: Path) -> dict[str, dict[int, float]]:
 def _remember(path: Path, times: Mapping[str, Mapping[int, float]]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps({**_remembered(path), **times}, indent=1))
+        with FileLock(path.with_suffix(".lock"), timeout=10):  # other processes remember theirs
+            write_atomic(path, json.dumps({**_remembered(path), **times}, indent=1))
     except OSError as error:
         _logger.info("what was measured cannot be kept (%s); it will be measured again", error.strerror or error)

@@ -3,12 +3,13 @@
 import contextlib
 import io
 import random
+import struct
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from pytest import MonkeyPatch, mark, raises
 
 from resnext_hub.data.decode import UnreadablePictureError, decode
@@ -75,6 +76,24 @@ def test_odd_pictures_decode_to_stated_pixels(kind: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert pixels(make()) == expected
+
+
+@mark.parametrize("orientation", range(10))
+@mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
+def test_a_picture_is_turned_as_pillow_turns_it(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    row = encoded(Image.effect_noise((7, 5), 90).convert("RGB"), kind, exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(row["bytes"])))
+    assert pixels(row) == np.asarray(expected).tolist()
+
+
+def test_exif_that_pillow_reads_but_cannot_write_leaves_a_picture_readable() -> None:
+    """The resolution is text where a fraction belongs; the picture is to be turned, so that it counts."""
+    entries = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack(">HHI4s", 0x011A, 2, 3, b"72")
+    exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2) + entries + bytes(4)
+    row = encoded(Image.effect_noise((8, 16), 50).convert("RGB"), "JPEG", exif=exif)
+    assert decode(row).size == (16, 8)
 
 
 def test_a_file_is_read_as_its_bytes_are(tmp_path: Path) -> None:

@@ -1,7 +1,11 @@
 """The fast network computes what the given one does, for any number of pictures, and says what it costs."""
 
+import json
+import os
 import platform
+import random
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +19,7 @@ from torch import nn
 from resnext_hub.inference.fold import fold_batch_norms
 from resnext_hub.inference.optimize import OptimizedModel, optimize
 from resnext_hub.models.merged import grouped_convolutions
-from resnext_hub.models.widths import Packed, TrainingTiming, choose_widths
+from resnext_hub.models.widths import Packed, TrainingTiming, _remember, _remembered, cache_file, choose_widths
 
 
 def network(name: str = "resnext26_g32") -> nn.Module:
@@ -150,8 +154,28 @@ def test_what_was_measured_is_remembered_and_chosen_again(monkeypatch: MonkeyPat
     assert {choice.source for choice in first} == {"measured"}
     assert [replace(choice, source="measured") for choice in again] == list(first)
     assert {choice.source for choice in again} == {"remembered"}
-    (file,) = (tmp_path / "cache").iterdir()
-    file.write_text("no JSON")
+    (file,) = (tmp_path / "cache").glob("*.json")
+    content = json.loads(file.read_text())
+    spoilt = ({kind: {"3": 0.1} for kind in content}, {kind: times | {"4096": 0.01} for kind, times in content.items()})
+    for text in ("no JSON", *map(json.dumps, spoilt)):
+        file.write_text(text)
+        assert {choice.source for choice in choose_widths(network(), pictures(2), "measure")} == {"measured"}
+
+
+def test_processes_that_remember_at_once_keep_what_each_has_measured(tmp_path: Path) -> None:
+    path = tmp_path / "widths.json"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: _remember(path, {f"kind {number}": {4: float(number)}}), range(40)))
+    assert len(_remembered(path)) == 40
+
+
+def test_without_a_home_folder_widths_are_measured_all_the_same(monkeypatch: MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("RESNEXT_HUB_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_file(torch.device("cpu")).parent == tmp_path / ".cache" / "resnext_hub"
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # what it gives to a user without a home
+    monkeypatch.chdir(tmp_path)
     assert {choice.source for choice in choose_widths(network(), pictures(2), "measure")} == {"measured"}
 
 
@@ -172,11 +196,12 @@ def test_the_table_stands_in_for_measuring() -> None:
 
 def test_choosing_changes_neither_network_nor_random_numbers() -> None:
     model = network().train()
+    model.bn1.eval()  # frozen
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
     choose_widths(model, pictures(2, 32), "measure", timing=TrainingTiming(torch.bfloat16))
     assert torch.equal(torch.get_rng_state(), state)
-    assert model.training
+    assert [name for name, module in model.named_modules() if not module.training] == ["bn1"]
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[key]), key
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -225,6 +250,24 @@ def test_int8_is_calibrated_and_its_error_reported() -> None:
     assert 1e-4 < report.relative_error < 0.3
 
 
+def test_openvino_computes_for_several_threads(openvino_network: tuple[nn.Module, OptimizedModel]) -> None:
+    model, fast = openvino_network
+    batches = [pictures(4) + number for number in range(4)]
+    with torch.no_grad():
+        expected = [model(batch) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        for number, found in enumerate(pool.map(fast, 10 * batches)):
+            torch.testing.assert_close(found, expected[number % 4], rtol=1e-3, atol=1e-4)
+
+
+def test_calibrating_leaves_the_random_numbers_of_the_process_alone() -> None:
+    importorskip("openvino")
+    model = network("test_resnet")
+    before = random.getstate(), torch.get_rng_state().tolist()
+    optimize(model, pictures(), engine="openvino", calibration=pictures(8))
+    assert (random.getstate(), torch.get_rng_state().tolist()) == before
+
+
 def test_what_is_asked_of_the_wrong_engine_is_refused() -> None:
     with raises(ValueError, match="calibration goes with engine='openvino'"):
         optimize(network(), pictures(), calibration=pictures())
@@ -261,6 +304,84 @@ def test_every_batch_norm_after_a_convolution_is_folded() -> None:
         assert fold_batch_norms(model) == norms
         assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
         torch.testing.assert_close(model(pictures()), expected, rtol=1e-4, atol=1e-5)
+
+
+class Odd(nn.Module):
+    """Networks in which a batch norm after a convolution cannot be folded into it, or not as a plain one."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.conv, self.other = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.norm = Doubled(8) if kind == "a subclass" else nn.BatchNorm2d(8)
+        self.alias = self.conv
+        for norm in (self.norm, self.other):
+            nn.init.uniform_(norm.running_mean, -1, 1)
+            nn.init.uniform_(norm.running_var, 0.5, 2)
+        if kind == "a hook":
+            self.norm.register_forward_hook(lambda module, arguments, output: 3 * output)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind == "a convolution with two norms":
+            return self.norm(self.conv(x)) + self.other(self.conv(2 * x))
+        if self.kind == "a norm used again":
+            return self.norm(self.norm(self.conv(x)).relu())
+        if self.kind == "a weight that is read":
+            return self.norm(self.conv(x)) + self.conv.weight.sum()
+        return self.norm((self.alias if self.kind == "another name" else self.conv)(x))
+
+
+class Doubled(nn.BatchNorm2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+@mark.parametrize(
+    "kind",
+    [
+        "a convolution with two norms",
+        "a norm used again",
+        "a weight that is read",
+        "another name",
+        "a subclass",
+        "a hook",
+    ],
+)
+def test_a_batch_norm_that_cannot_be_folded_stays(kind: str) -> None:
+    torch.manual_seed(0)
+    model = Odd(kind).eval()
+    with torch.no_grad():
+        expected = model(pictures())
+        assert fold_batch_norms(model) == 0
+        torch.testing.assert_close(model(pictures()), expected, rtol=0, atol=0)
+
+
+def test_hooks_are_called_with_pictures_alone() -> None:
+    model, seen = network("test_resnet"), []
+    model.layer1.register_forward_hook(lambda module, arguments, output: seen.append(type(output)))
+    assert fold_batch_norms(model) > 0
+    assert seen == []
+    model(pictures())
+    assert seen == [torch.Tensor]
+
+
+def test_a_network_of_another_type_or_under_autocast_is_computed_in_the_type_that_was_asked() -> None:
+    model, images = network("test_resnet"), pictures(2)
+    with torch.no_grad():
+        expected = model(images)
+    half = optimize(network("test_resnet").bfloat16(), images, dtype=torch.float32, compile=False)
+    assert half.report is not None
+    assert half.report.relative_error < 1e-5  # from the rounded weights, in float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fast = optimize(model, images, dtype=torch.float32, compile=False)
+        torch.testing.assert_close(fast(images), expected, rtol=1e-4, atol=1e-5)
+    assert fast.report is not None
+    assert fast.report.relative_error < 1e-5
+
+
+def test_a_network_that_gives_several_tensors_is_refused() -> None:
+    with raises(ValueError, match="the network gives a list: expected one tensor"):
+        optimize(timm.create_model("test_resnet", features_only=True), pictures())
 
 
 FAULTS = """
