@@ -301,9 +301,16 @@ def _push(options: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def _one_line_failures(folder: Path) -> Iterator[None]:
-    """Say in a line what the operating system refused."""
+    """Say in a line what the operating system refused, or whom it killed."""
+    from resnext_hub.data.batches import lost_reader
+
     try:
         yield
+    except RuntimeError as error:
+        lost = lost_reader(error)
+        if lost is None:
+            raise
+        raise lost from None
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise RunError(

@@ -4,7 +4,6 @@ Everything here happens in every process alike and before any process group exis
 them instead of leaving some to wait. Nothing is computed.
 """
 
-import contextlib
 import dataclasses
 import os
 import re
@@ -30,7 +29,7 @@ from resnext_hub.recipes import QUICKSTART, RECIPES
 from resnext_hub.record import RunRecord
 from resnext_hub.training.config import GROWING_FIELDS, MACHINE_FIELDS, TrainConfig, flag_of
 from resnext_hub.training.optim import derive_lr
-from resnext_hub.training.schedule import plan_schedule
+from resnext_hub.training.schedule import plan_schedule, sizes_of
 
 RUNS = Path("runs")
 
@@ -267,18 +266,20 @@ def _check_network(config: TrainConfig, source: ModelSource, splits: Splits, dat
     size = config.progressive_size or full
     if size > full:
         raise RequestError(f"--progressive-size {size}: expected less than --image-size, which is {full}")
+    steps = plan_schedule(config, splits.train.count).steps
     flag = "--progressive-size" if size < full else "--image-size"
     info: Any = getattr(network, "feature_info", None)
     reduction = max((stage["reduction"] for stage in info), default=1) if info else 1
     if size < reduction:
         raise RequestError(f"{flag} {size} is smaller than the stride of {config.model}, {reduction} pixels")
-    try:
-        # what goes wrong in other ways is no judgement on the size: some networks cannot be run without values
-        with contextlib.suppress(RuntimeError):
-            for side in {size, full}:
-                network.eval()(torch.empty(2, data_config["input_size"][0], side, side, device="meta"))
-    except AssertionError as error:
-        raise RequestError(f"--model {config.model} does not take {flag} {side}: {one_line(error)}") from error
+    for side in reversed(sizes_of(steps, config.progressive_size, full)):
+        try:
+            network.eval()(torch.empty(2, data_config["input_size"][0], side, side, device="meta"))
+        except (AssertionError, RuntimeError) as error:
+            if side == full and isinstance(error, RuntimeError):  # some networks cannot be run without values
+                break
+            what = f"--image-size {full}" if side == full else f"{side} px on the way from --progressive-size {size}"
+            raise RequestError(f"--model {config.model} does not take {what}: {one_line(error)}") from error
     part = config.batch_size // processes()
     micro = config.micro_batch_size or part
     smallest = part % micro or min(micro, part)

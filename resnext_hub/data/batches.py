@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from resnext_hub.data.augment import NOTHING, Edges
-from resnext_hub.errors import RunError
+from resnext_hub.errors import RunError, one_line
 
 GRACE = 25
 """Seconds that a reading process outlives SIGTERM; launchers give the whole run 30."""
@@ -120,7 +120,13 @@ class Packer:
         kept = self._kept.pop(0) if len(self._kept) > PREFETCH else None
         if kept is None or kept.dtype != dtype or kept.shape[1:] != shape or len(kept) < len(images):
             kept = torch.empty((len(images), *shape), dtype=dtype)
-            kept.share_memory_()  # type: ignore[no-untyped-call]
+            try:
+                kept.share_memory_()  # type: ignore[no-untyped-call]
+            except RuntimeError as error:
+                raise RunError(
+                    f"a reader has no shared memory for its {(PREFETCH + 1) * kept.nbytes / 1e6:.0f} MB of batches "
+                    f"({one_line(error)[:120]}); give more to /dev/shm (docker run --shm-size), or take fewer --workers"
+                ) from error
         self._kept.append(kept)
         return kept[: len(images)]
 
@@ -164,9 +170,39 @@ def leave_stopping_to_the_parent(worker: int) -> None:
 
 def read_batches(loader: DataLoader[Parcel]) -> Generator[Batch, None, None]:
     """Give the batches of a loader; closing this generator ends the loader's workers."""
+    for parcel in read_items(loader):
+        yield parcel.open()
+
+
+def read_items(loader: DataLoader[Any]) -> Generator[Any, None, None]:
+    """Give what a loader gives; closing this generator ends the loader's workers.
+
+    Raises:
+        RunError: If reading fails, or a reader does not live on.
+    """
     try:
-        for parcel in loader:
-            yield parcel.open()
+        yield from loader
     except RunError as error:  # from a worker it comes with that one's traceback in its text
         error.__traceback__ = None  # its frames hold the workers
         raise RunError(str(error).rpartition(f"{RunError.__name__}: ")[2].strip()) from None
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        lost = lost_reader(error)
+        if lost is None:
+            raise
+        error.__traceback__ = None
+        raise lost from None
+
+
+def lost_reader(error: Exception) -> RunError | None:
+    """Give the error of a reader that is gone, if that is what torch says of it.
+
+    Torch says so in whatever the computing process is at when the reader ends, or finds what it sent broken off.
+    """
+    text = str(error)
+    broken_off = isinstance(error, (ConnectionError, EOFError)) and not text.startswith("Caught ")
+    if not broken_off and not text.startswith("DataLoader worker"):
+        return None
+    return RunError(
+        f"a reading process is gone ({one_line(error)[:100]}); where memory is short, as of /dev/shm in a container, "
+        "fewer --workers or a smaller --batch-size help"
+    )

@@ -18,7 +18,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from resnext_hub.data.augment import Augment
-from resnext_hub.data.batches import Batch, Packer, Parcel, Position, Sample, Unreadable, build_loader
+from resnext_hub.data.batches import Batch, Packer, Parcel, Position, Sample, Unreadable, build_loader, read_items
 from resnext_hub.data.dataset import Record, StreamedPictures
 from resnext_hub.data.decode import UnreadablePictureError
 from resnext_hub.data.loaders import seed_sample
@@ -150,7 +150,7 @@ class StreamedEvaluation:
     ) -> Generator[Batch, None, None]:
         """Give every so many-th batch, one of which a process computes whole."""
         parts = _EvaluationParts(self, batch_size, process, processes)
-        for item in build_loader(parts, None, workers, pin_memory):
+        for item in read_items(build_loader(parts, None, workers, pin_memory)):
             if isinstance(item, int):
                 self.count = item
             else:

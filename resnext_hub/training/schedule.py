@@ -35,7 +35,13 @@ def size_at(step: int, steps: int, first: int | None, full: int) -> int:
     stage = STAGES * step / (GROWTH * steps)
     if first is None or stage >= STAGES:
         return full
-    return first + round((full - first) * int(stage) / STAGES / 8) * 8
+    return min(first + round((full - first) * int(stage) / STAGES / 8) * 8, full)
+
+
+def sizes_of(steps: int, first: int | None, full: int) -> list[int]:
+    """Give the sizes in pixels at which the steps of a run train, as `size_at` has them, each once, small to large."""
+    begins = (min(math.ceil(stage * GROWTH * steps / STAGES), steps - 1) for stage in range(STAGES + 1))
+    return sorted({size_at(step, steps, first, full) for step in begins})
 
 
 def plan_schedule(config: TrainConfig, count: int | None) -> Schedule:

@@ -1,10 +1,18 @@
 """What a reading process sends is what its samples are, although it writes over memory that it has sent before."""
 
+import os
+import re
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
+from shutil import which
 
 import numpy as np
 import torch
-from pytest import mark
+from conftest import ROOT
+from pytest import mark, raises
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from resnext_hub.data.augment import Edges
@@ -19,6 +27,7 @@ from resnext_hub.data.batches import (
     build_loader,
     read_batches,
 )
+from resnext_hub.errors import RunError
 
 COUNT, SIZE = 20, 3
 """Batches, and samples of each."""
@@ -87,3 +96,39 @@ def test_pixels_to_train_on_are_channels_last_in_memory() -> None:
         assert batch.images.shape == (SIZE, 3, 4, 5)
         assert batch.images.is_contiguous(memory_format=torch.channels_last)
         assert np.array_equal(batch.erased[2].numpy(), sample(2).erased)
+
+
+class Deadly(Samples):
+    """Samples whose reader is killed at one of them, as for want of memory."""
+
+    def __getitem__(self, index: int) -> Sample:
+        if index == 30:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def test_a_reader_that_is_killed_is_said_in_a_line() -> None:
+    places = [[place] for place in range(40)]
+    batches = read_batches(build_loader(Deadly(torch.uint8), places, 1, False))
+    with raises(RunError, match=r"^a reading process is gone \(.*\); where memory is short, .* help$"):
+        list(batches)
+
+
+SHORT = """
+mount -t tmpfs -o size=200k tmpfs /dev/shm && exec "$0" -m resnext_hub train --model test_resnet --max-steps 3 \
+    --batch-size 200 --workers 1 --threads 1 --output-dir "$1"
+"""
+
+ALONE = ("unshare", "--map-root-user", "--mount")
+
+
+@mark.skipif(
+    not which("unshare") or subprocess.run([*ALONE, "true"], capture_output=True, check=False).returncode != 0,
+    reason="a place of its own for its mounts is not given to a process here",
+)
+def test_too_little_shared_memory_is_said_in_a_line(tmp_path: Path) -> None:
+    words = [*ALONE, "sh", "-c", SHORT, sys.executable, str(tmp_path / "run")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 1
+    assert re.search(r"^error: a reader has no shared memory for its \d+ MB of batches", done.stderr, re.MULTILINE)
+    assert "Traceback" not in done.stderr

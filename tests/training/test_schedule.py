@@ -2,10 +2,10 @@
 
 from pytest import mark
 
-from resnext_hub.training.schedule import size_at
+from resnext_hub.training.schedule import size_at, sizes_of
 
 
-@mark.parametrize(("first", "full"), [(32, 64), (128, 224), (16, 32), (40, 45)])
+@mark.parametrize(("first", "full"), [(32, 64), (128, 224), (16, 32), (40, 45), (58, 64), (90, 96)])
 def test_pictures_grow_in_few_stages_from_the_first_size_to_the_full_one(first: int, full: int) -> None:
     sizes = [size_at(step, 80, first, full) for step in range(80)]
     assert (sizes[0], sizes[14], sizes[-1]) == (first, first, full)
@@ -17,3 +17,9 @@ def test_pictures_grow_in_few_stages_from_the_first_size_to_the_full_one(first: 
 
 def test_pictures_have_one_size_if_nothing_is_asked_for() -> None:
     assert {size_at(step, 10, None, 224) for step in range(10)} == {224}
+
+
+@mark.parametrize("steps", [1, 2, 3, 5, 7, 16, 80])
+def test_the_sizes_of_a_run_are_those_of_its_steps(steps: int) -> None:
+    for first, full in ((32, 64), (58, 64), (None, 64), (128, 224)):
+        assert sizes_of(steps, first, full) == sorted({size_at(step, steps, first, full) for step in range(steps)})
