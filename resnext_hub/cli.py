@@ -46,7 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from resnext_hub.flags import build_parser  # which needs what the extra `train` brings
 
-        options = build_parser().parse_args(arguments)
+        options, unknown = build_parser().parse_known_args(arguments)
+        if unknown:
+            command = " ".join(filter(None, (options.command, getattr(options, "kind", None))))
+            raise RequestError(f"unrecognized arguments: {' '.join(unknown)} (see resnext-hub {command} --help)")
         COMMANDS[options.command](options)
     except RequestError as error:
         return _say(error, 2, is_main)
@@ -268,10 +271,15 @@ def _benchmark(options: argparse.Namespace) -> None:
     known = fields_of(module.Settings)
     given = {name: value for name, value in vars(options).items() if name in known}
     settings = module.Settings(**{name: check_value(name, value, known[name].type) for name, value in given.items()})
+    if options.json is not None and not os.access(options.json.absolute().parent, os.W_OK | os.X_OK):
+        raise RequestError(f"--json {options.json}: expected a file in a folder that is there and can be written")
     contest = module.measure(settings, options.rounds)
-    if options.json is not None:
-        write_atomic(options.json, contest.to_json().encode())
     _print(contest.table())
+    if options.json is not None:
+        try:
+            write_atomic(options.json, contest.to_json())
+        except OSError as error:
+            raise RunError(f"{options.json} could not be written: {error.strerror or error}") from error
 
 
 def _push(options: argparse.Namespace) -> None:

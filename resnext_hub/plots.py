@@ -49,7 +49,7 @@ def plot_curves(record: RunRecord) -> "Figure":
     loss.plot(at, [e["eval_loss"] for e in evaluations], "o-", color="C1", markersize=3, label="evaluation")
     loss.set(title="Loss (nats)", xlabel="epoch")
     loss.set_ylim(bottom=0.0)
-    loss.legend(frameon=False)
+    loss.legend(frameon=False, loc="upper right", fontsize=8)
 
     accuracy.plot(at, [100 * e["eval_top1"] for e in evaluations], "o-", color="C1", markersize=3)
     best = record.evaluation
@@ -91,6 +91,8 @@ def plot_samples(
         text = f"{is_} as {taken}" if wrong[entry] else is_
         color = "C3" if wrong[entry] else "black"
         axes.set_title(f"{text}\n{100 * evaluation.probabilities[entry]:.0f} %", fontsize=8, color=color)
+    if len(sure):
+        figure.suptitle("red: true class as predicted, surest first; black: right; with its probability", fontsize=9)
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 

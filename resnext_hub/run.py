@@ -256,12 +256,12 @@ def _log_plan(plan: Plan, accelerator: "Accelerator", precision: str) -> None:
         {"no": "float32"}.get(precision, precision),
         torch.get_num_threads(),
     )
-    _log_doubts(schedule.steps, splits)
+    _log_doubts(None if config.max_steps else schedule.steps, splits)
 
 
-def _log_doubts(steps: int, splits: Splits) -> None:
-    """Say what is likely not meant, though it can be done."""
-    if steps < 20:
+def _log_doubts(steps: int | None, splits: Splits) -> None:
+    """Say what is likely not meant, though it can be done; steps are those that nobody asked for by their number."""
+    if steps is not None and steps < 20:
         _logger.warning("only %d steps: a smaller --batch-size or more --epochs give more", steps)
     if isinstance(splits.eval, Pictures):
         counts = _class_counts(splits.eval, len(splits.label_names)) or []

@@ -1,6 +1,7 @@
 """Contenders that do the same work by turns, and the table of how they did."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 import multiprocessing
@@ -13,15 +14,34 @@ from importlib import metadata
 from multiprocessing.connection import Connection
 from typing import Any
 
+import timm
 import torch
 
 from resnext_hub.errors import RequestError, RunError, one_line
 from resnext_hub.machine import cores, processor_name, versions
+from resnext_hub.models.complexity import complexity_of
+from resnext_hub.models.resnext import VARIANTS
 
 _logger = logging.getLogger(__name__)
 
 PEER_PACKAGES = ("torchvision", "onnxruntime", "openvino", "nncf", "simplejpeg")
 """Packages beyond those of every run whose version decides a figure."""
+
+
+STEADY = 1.5
+"""How many times as fast as another a round of the same contender may be before the table warns."""
+
+
+def equal_in_flops(model: str) -> str | None:
+    """Name a network without groups whose FLOPs are within a tenth of a variant's, if there is one."""
+    variant = VARIANTS.get(model)
+    if variant is None or variant.small_stem:
+        return None
+    resnet = dataclasses.replace(variant, name=f"resnet{variant.depth}", cardinality=1, base_width=64)
+    plain = [resnet, *(other for other in VARIANTS.values() if other.cardinality == 1)]
+    macs = complexity_of(variant).macs
+    close = [other.name for other in plain if abs(complexity_of(other).macs / macs - 1) < 0.1]
+    return next((name for name in close if name in timm.list_models()), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +106,11 @@ class Contest:
             "rounds' ratios.",
             *self.notes,
         ]
+        spread = max((max(row.images_per_second) / min(row.images_per_second) for row in self.rows), default=1.0)
+        if spread > STEADY:
+            foot.append(
+                f"The rounds of one contender differ by up to {spread:.1f} times: the machine did other work beside."
+            )
         return text + "\n\n" + "\n".join(foot) + "\n"
 
     def to_json(self) -> str:

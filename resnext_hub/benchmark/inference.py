@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from typing import Literal
@@ -12,7 +12,14 @@ import timm
 import torch
 from torch import nn
 
-from resnext_hub.benchmark.contest import Contender, Contest, hold_contest, images_per_second, in_its_own_process
+from resnext_hub.benchmark.contest import (
+    Contender,
+    Contest,
+    equal_in_flops,
+    hold_contest,
+    images_per_second,
+    in_its_own_process,
+)
 from resnext_hub.errors import RequestError
 from resnext_hub.inference.optimize import compile_frozen, optimize
 from resnext_hub.machine import device_type, resolve_precision
@@ -34,8 +41,8 @@ class Settings:
 
     model: str = "resnext_g32"
     """A name that timm knows; its weights are drawn from a seed, as no speed depends on them."""
-    equal_flops: str = "resnet50"
-    """An ordinary network of as many FLOPs, compiled beside it."""
+    equal_flops: str | None = None
+    """A network without groups, compiled beside it; if not given, one with about as many FLOPs, where there is one."""
     image_size: int = 224
     """Height and width of the pictures in pixels."""
     batch_size: int = 16
@@ -44,7 +51,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.image_size < 1:
             raise RequestError(f"--batch-size {self.batch_size} --image-size {self.image_size}: expected at least 1")
-        for name in (self.model, self.equal_flops):
+        for name in filter(None, (self.model, self.equal_flops)):
             if name.partition(".")[0] not in timm.list_models():
                 raise RequestError(f"{name}: timm knows no such network")
 
@@ -56,6 +63,7 @@ def measure(settings: Settings, rounds: int) -> Contest:
         RequestError: If the network does not take such pictures.
     """
     device = torch.device(device_type())
+    settings = replace(settings, equal_flops=settings.equal_flops or equal_in_flops(settings.model))
     with contextlib.ExitStack() as stack:
         found = []
         for title in _entries(settings, device.type):
@@ -63,8 +71,9 @@ def measure(settings: Settings, rounds: int) -> Contest:
             _logger.info("ready: %s", title)
         notes = (
             "Error: norm of the difference from timm's float32 logits over the norm of those, on "
-            f"{settings.batch_size} pictures of noise. {settings.equal_flops} is another network, so it has none. "
-            "Each computes in a process of its own.",
+            f"{settings.batch_size} pictures of noise"
+            + (f". {settings.equal_flops} is another network, so it has none" if settings.equal_flops else "")
+            + ". Each computes in a process of its own.",
         )
         return hold_contest("inference", vars(settings), found, rounds, device, notes)
 
@@ -106,14 +115,16 @@ def _entries(settings: Settings, device: str) -> dict[str, _Entry]:
     frozen = partial(_frozen, dtype=low)
 
     def other(model: nn.Module, images: torch.Tensor) -> Network:
+        assert settings.equal_flops is not None
         return frozen(drawn_network(settings.equal_flops).to(images.device), images)
 
     entries = {
         "timm, as it comes (eager, float32)": _Entry(build=lambda model, images: model),
         f"timm, eager, {name}, channels last": _Entry(build=partial(_cast, dtype=low)),
         f"timm, torch.compile and freezing, {name}, channels last": _Entry(build=frozen),
-        f"{settings.equal_flops}, the same": _Entry(build=other, another=True),
     }
+    if settings.equal_flops is not None:
+        entries[f"{settings.equal_flops}, the same"] = _Entry(build=other, another=True)
     if settings.model in TWINS and find_spec("torchvision"):
         twin = partial(_torchvision_twin, TWINS[settings.model])
         entries["torchvision, as it comes (eager, float32)"] = _Entry(build=twin)

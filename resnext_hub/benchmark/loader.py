@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from resnext_hub.benchmark.contest import Contender, Contest, hold_contest
 from resnext_hub.data.augment import Augmentation
 from resnext_hub.data.batches import read_batches
 from resnext_hub.data.dataset import Pictures
+from resnext_hub.data.decode import UnreadablePictureError, decode, read_bytes
 from resnext_hub.data.jpeg import is_installed
 from resnext_hub.data.loaders import StepSampler, TrainingSamples, build_train_loader, seed_sample
 from resnext_hub.data.sources import list_pictures
@@ -25,6 +27,8 @@ from resnext_hub.errors import RequestError
 
 if TYPE_CHECKING:
     import datasets
+
+_logger = logging.getLogger(__name__)
 
 SIZES = {"500x375": (500, 375), "12mp": (4000, 3000)}
 """Width and height of the pictures by the name of their size."""
@@ -53,7 +57,14 @@ class Settings:
     photo_size: Literal["500x375", "12mp"] = "500x375"
     """Size of the pictures: as in ImageNet, or of a telephone's camera; made of scikit-learn's two photographs."""
     pictures: str | None = None
-    """A folder of pictures of one's own, in place of those."""
+    """A folder of pictures of one's own, in place of those; what cannot be read is left out."""
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1 or self.batch_size < 1 or self.workers < 0:
+            raise RequestError(
+                f"--image-size {self.image_size} --batch-size {self.batch_size} --workers {self.workers}: expected at "
+                "least 1, 1 and 0"
+            )
 
 
 def measure(settings: Settings, rounds: int) -> Contest:
@@ -117,7 +128,17 @@ def _stored_pictures(settings: Settings) -> tuple[list[bytes], int]:
     paths = list_pictures(folder) if folder.is_dir() else []
     if not paths:
         raise RequestError(f"--pictures {folder}: expected a folder with pictures")
-    stored = [path.read_bytes() for path in paths]
+    stored = []
+    for path in paths:
+        try:
+            data = read_bytes({"bytes": None, "path": path})
+            decode({"bytes": data, "path": None})
+        except UnreadablePictureError as error:
+            _logger.warning("%s is left out, as it cannot be read: %s", path, error)
+        else:
+            stored.append(data)
+    if not stored:
+        raise RequestError(f"--pictures {folder}: none of its {len(paths)} pictures can be read")
     with Image.open(io.BytesIO(stored[0])) as first:
         return stored, COUNTS["12mp" if first.width * first.height > 2e6 else "500x375"][1]
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +23,8 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.nn import functional as F
 
-from resnext_hub.benchmark.contest import Contender, Contest, hold_contest, images_per_second
-from resnext_hub.errors import RequestError, RunError
+from resnext_hub.benchmark.contest import Contender, Contest, equal_in_flops, hold_contest, images_per_second
+from resnext_hub.errors import RequestError, RunError, one_line
 from resnext_hub.machine import device_type, resolve_precision
 from resnext_hub.models.resnext import VARIANTS, stock_architecture
 from resnext_hub.training.form import AUTOCAST, choose_factors, training_form
@@ -38,8 +38,8 @@ class Settings:
 
     model: str = "resnext_g32"
     """A variant of this package; its weights are seeded, as no figure depends on them."""
-    equal_flops: str = "resnext_g1"
-    """A network of as many FLOPs and without groups, in a bare loop beside it."""
+    equal_flops: str | None = None
+    """A network without groups, in a bare loop beside it; if not given, one of about as many FLOPs, if there is one."""
     image_size: int = 64
     """Height and width of the pictures in pixels."""
     batch_size: int = 64
@@ -52,9 +52,10 @@ class Settings:
     """Checkout of pytorch-image-models at the installed version, whose train.py is measured as well."""
 
     def __post_init__(self) -> None:
-        for name in (self.model, self.equal_flops):
-            if name not in VARIANTS:
-                raise RequestError(f"{name}: there is no such variant; there are {', '.join(VARIANTS)}")
+        if self.model not in VARIANTS:
+            raise RequestError(f"{self.model}: there is no such variant; there are {', '.join(VARIANTS)}")
+        if self.equal_flops is not None and self.equal_flops.partition(".")[0] not in timm.list_models():
+            raise RequestError(f"{self.equal_flops}: timm knows no such network")
         if min(self.image_size, self.batch_size) < 2 or self.steps < 4:
             raise RequestError("expected --image-size and --batch-size of at least 2, and --steps of at least 4")
         if self.timm_checkout is not None and not Path(self.timm_checkout, "train.py").is_file():
@@ -62,9 +63,15 @@ class Settings:
 
 
 def measure(settings: Settings, rounds: int) -> Contest:
-    """Let all contenders do the work by turns."""
+    """Let all contenders do the work by turns.
 
+    Raises:
+        RequestError: If a network does not take such pictures.
+    """
     device = torch.device(device_type())
+    settings = replace(settings, equal_flops=settings.equal_flops or equal_in_flops(settings.model))
+    for name in filter(None, (settings.model, settings.equal_flops)):
+        _check_size(name, settings.image_size)
     fast = resolve_precision("auto", device.type)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -78,6 +85,15 @@ def measure(settings: Settings, rounds: int) -> Contest:
         )
         shown = {name: value for name, value in vars(settings).items() if name != "timm_checkout"}
         return hold_contest("training", shown, contenders, rounds, device, notes)
+
+
+def _check_size(model: str, image_size: int) -> None:
+    with torch.device("meta"):
+        network = timm.create_model(model).eval()
+        try:
+            network(torch.empty(2, 3, image_size, image_size))
+        except (AssertionError, RuntimeError) as error:
+            raise RequestError(f"{model} does not take --image-size {image_size}: {one_line(error)}") from error
 
 
 def _write_pictures(folder: Path, settings: Settings) -> None:
@@ -134,8 +150,9 @@ def _bare_loops(settings: Settings, device: torch.device, fast: str) -> list[Con
     rows = [
         ("bare loop, eager float32", settings.model, "no", False),
         (f"bare loop, {fast}, channels_last", settings.model, fast, False),
-        (f"bare loop, {fast}, channels_last, {settings.equal_flops}", settings.equal_flops, fast, False),
     ]
+    if settings.equal_flops is not None:
+        rows.append((f"bare loop, {fast}, channels_last, {settings.equal_flops}", settings.equal_flops, fast, False))
     if settings.compile:
         rows.insert(2, (f"bare loop, {fast}, channels_last, compiled", settings.model, fast, True))
     contenders = []

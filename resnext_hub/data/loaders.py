@@ -91,7 +91,10 @@ class TrainingSamples(Dataset[Sample]):
             except UnreadablePictureError as error:
                 unreadable.append(Unreadable(index, self.pictures.name(index), str(error)))
                 if len(unreadable) == 100:
-                    raise RunError(f"100 pictures drawn after each other cannot be read; the last: {error}") from None
+                    raise RunError(
+                        "100 pictures drawn after each other cannot be read; the last: "
+                        f"{self.pictures.name(index)} ({error})"
+                    ) from None
                 draw = np.random.SeedSequence((place.sample, len(unreadable))).generate_state(1, np.uint64)[0]
                 index = int(draw % len(self.pictures))
         return Sample(image, int(self.pictures.labels[index]), place.sample, unreadable, erased)

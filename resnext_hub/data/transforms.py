@@ -62,6 +62,8 @@ class TransformConfig:
             raise RequestError(f"--interpolation {self.interpolation}: expected one of {', '.join(INTERPOLATIONS)}")
         if self.crop_pct is not None and not 0.0 < self.crop_pct <= 1.0:
             raise RequestError(f"--crop-pct {self.crop_pct} is not above 0 and at most 1")
+        if self.std is not None and not all(0.0 < value < float("inf") for value in self.std):
+            raise RequestError(f"--std {' '.join(map(str, self.std))}: expected positive numbers")
         for flag, (low, high), most in (("--scale", self.scale, 1.0), ("--ratio", self.ratio, float("inf"))):
             if not 0.0 < low <= high <= most:
                 raise RequestError(f"{flag} {low} {high}: expected 0 < low <= high{' <= 1' if most == 1.0 else ''}")

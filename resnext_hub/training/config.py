@@ -83,7 +83,7 @@ class TrainConfig:
     merge_groups: str = "auto"
     """Compute neighbouring groups of a grouped convolution as one wider group, which gives the same with fewer, larger
     products: `auto` where forward and backward pass are measured to be faster so, `off` nowhere, a number merges all to
-    that width."""
+    that width in channels, or the greatest below it."""
     compile: bool = False
     """Compile forward and backward pass with torch.compile, which takes a minute or more at the start."""
     progressive_size: int | None = None

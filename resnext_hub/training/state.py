@@ -222,9 +222,23 @@ class RunState:
         if before is not None and before != self.merged_groups:
             _logger.warning("groups are merged in another way than before; the weights can differ in their last bits")
         if self.merged_groups:
-            listed = ", ".join(f"{name} {factor}" for name, factor in self.merged_groups.items())
-            _logger.info("groups computed as one: %s", listed)
+            _logger.info("channels of merged groups: %s", self._merged_widths())
+        elif config.merge_groups not in ("auto", "off"):
+            _logger.warning(
+                "no groups are merged: none of the network's can be made wider within %s channels, "
+                "the width that --merge-groups gives",
+                config.merge_groups,
+            )
         return training_form(self.network, self.merged_groups)
+
+    def _merged_widths(self) -> str:
+        """Give the width of groups before and after merging, and of which layers."""
+        changes: dict[str, list[str]] = {}
+        for name, factor in (self.merged_groups or {}).items():
+            conv: Any = self.network.get_submodule(name)
+            width = conv.in_channels // conv.groups
+            changes.setdefault(f"{width} -> {factor * width}", []).append(name)
+        return "; ".join(f"{change}: {', '.join(names)}" for change, names in changes.items())
 
     def open_logs(self, stack: contextlib.ExitStack) -> None:
         """Open the logs of this process, without the lines of steps that are to be taken again."""

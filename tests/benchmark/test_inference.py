@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from pytest import approx, raises
+from pytest import approx, mark, raises
 
-from resnext_hub.benchmark.contest import Contender, Contest, Row, in_its_own_process
+from resnext_hub.benchmark.contest import Contender, Contest, Row, equal_in_flops, in_its_own_process
 from resnext_hub.errors import RequestError, RunError
 
 Command = Callable[..., tuple[int, str, str]]
@@ -86,13 +86,54 @@ def test_a_contender_that_fails_or_dies_is_said_in_a_line() -> None:
             pass
 
 
-def test_what_cannot_be_measured_is_refused_in_a_line(command: Command) -> None:
+def test_what_cannot_be_measured_is_refused_in_a_line(command: Command, tmp_path: Path) -> None:
     for arguments, part in (
         (("inference", "--model", "resnext_g33"), "resnext_g33: timm knows no such network"),
         (("inference", "--batch-size", 0), "expected at least 1"),
         (("speed",), "invalid choice: 'speed'"),
+        (("loader", "--batch-size", 0), "--batch-size 0 --workers"),
+        (("loader", "--image-size", -3), "--image-size -3 --batch-size"),
+        (("loader", "--workers", -1), "--workers -1: expected at least 1, 1 and 0"),
+        (("loader", "--pictures", tmp_path), "expected a folder with pictures"),
+        (("loader", "--json", tmp_path / "no" / "x.json"), "x.json: expected a file in a folder that is there"),
+        (("training", "--image-size", 16), "resnext_g32 does not take --image-size 16"),
+        (("training", "--equal-flops", "resnext_g33"), "resnext_g33: timm knows no such network"),
     ):
         code, _, err = command("benchmark", *arguments)
         assert code == 2
         assert part in err
         assert err.count("\n") == 1
+
+
+@mark.parametrize(
+    ("model", "plain"),
+    [
+        ("resnext_g32", "resnet50"),
+        ("resnext26_g32", "resnet26"),
+        ("resnext101_g64_w4", "resnext101_g1_w100"),
+        ("resnext101_g32_w8", "resnext101_g1_w100"),
+        ("resnext29_g8_w64", None),
+        ("regnety_002", None),
+    ],
+)
+def test_the_network_without_groups_costs_as_many_flops(model: str, plain: str | None) -> None:
+    assert equal_in_flops(model) == plain
+
+
+def test_pictures_that_cannot_be_read_are_left_out_of_the_loaders_benchmark(
+    command: Command, folder_of_classes: Path
+) -> None:
+    (folder_of_classes / "bus" / "broken.png").write_bytes(b"no picture")
+    flags = ("--image-size", 32, "--workers", 0, "--batch-size", 4, "--rounds", 1, "--pictures", folder_of_classes)
+    code, out, err = command("benchmark", "loader", *flags)
+    assert code == 0, err
+    assert "broken.png is left out, as it cannot be read: not an image" in err
+    assert "30 pictures of" in out
+
+
+def test_a_machine_that_did_other_work_is_told_of() -> None:
+    machine = {"processor": "P", "threads": 1, "versions": {"torch": "2"}}
+    for last, said in ((14.0, False), (16.0, True)):
+        row = Row(name="one", ours=True, quality="", images_per_second=(10.0, last))
+        table = Contest(kind="k", settings={}, machine=machine, rows=(row,)).table()
+        assert ("differ by up to 1.6 times: the machine did other work beside" in table) == said

@@ -172,6 +172,10 @@ def test_a_killed_run_with_merged_groups_and_growing_pictures_goes_on_to_the_sam
         (("--merge-groups", "wide"), "--merge-groups wide: expected auto, off or a width, such as 32"),
         (("--merge-groups", "0"), "--merge-groups 0: expected auto, off or a width, such as 32"),
         (("--progressive-size", "64"), "--progressive-size 64: expected less than --image-size, which is 32"),
+        (
+            ("--model", "test_vit", "--image-size", "160", "--progressive-size", "128"),
+            "--model test_vit does not take 152 px on the way from --progressive-size 128",
+        ),
         (("--progressive-size", "16"), "--progressive-size 16 is smaller than the stride of test_resnet, 32 pixels"),
     ],
 )
