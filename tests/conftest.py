@@ -35,7 +35,7 @@ for _variable in ("HF_HOME", "RESNEXT_HUB_CACHE"):
 
 ROOT = Path(__file__).resolve().parent.parent
 
-TINY = ("--model", "test_resnet", "--mixed-precision", "no", "--warmup-epochs", "0")
+TINY = ("--model", "test_resnet", "--mixed-precision", "no", "--warmup-epochs", "0", "--threads", "1")
 """Flags of a real but tiny network of timm, for tests of what is around the network."""
 
 

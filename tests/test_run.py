@@ -357,10 +357,12 @@ def test_weights_that_are_not_finite_are_no_checkpoint(tmp_path: Path, command: 
         assert all(tensor.isfinite().all() for tensor in load_file(path / "model.safetensors").values())
 
 
-def test_a_full_disk_stops_with_the_last_good_checkpoint_and_the_run_goes_on_later(tmp_path: Path) -> None:
+def test_a_full_disk_stops_with_the_last_good_checkpoint_and_the_run_goes_on_later(
+    tmp_path: Path, command: Command
+) -> None:
     """The kernel refuses files as large as a checkpoint, as it does where there is no room for them."""
     flags = [*TINY, "--max-steps", 30, "--lr", 0.01, "--checkpoint-every", 10, "--output-dir", tmp_path / "run"]
-    assert run_process("scripts/train.py", *flags).returncode == 0
+    assert command("train", *flags)[0] == 0
     small = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)); "
     small += "from resnext_hub.cli import main; sys.exit(main(sys.argv[1:]))"
     flags[flags.index(30)] = 50
@@ -369,9 +371,9 @@ def test_a_full_disk_stops_with_the_last_good_checkpoint_and_the_run_goes_on_lat
     assert "the checkpoint of step 40 could not be written" in done.stderr
     assert "the last good checkpoint is step-00000030" in done.stderr
     assert len(re.findall(r"^error: ", done.stderr, re.MULTILINE)) == 1
-    done = run_process("scripts/train.py", *flags)
-    assert done.returncode == 0
-    assert "going on from step-00000030" in done.stderr
+    code, _, err = command("train", *flags)
+    assert code == 0
+    assert "going on from step-00000030" in err
 
 
 def start(folder: Path, *flags: object) -> "subprocess.Popen[str]":

@@ -1,5 +1,6 @@
 """A run outlives its machine: its newest checkpoint is on the Hub, from which any machine goes on to the same bits."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -7,17 +8,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import yaml
+from client import Client
 from conftest import ROOT, TINY, run_process, write_pictures
 from loopback_hub import Fault, LoopbackHub, serve
 from pytest import fixture
 from safetensors.torch import load_file
 
 from resnext_hub.record import RunRecord
+
+Command = Callable[..., tuple[int, str, str]]
 
 PUSHED = ("--push-checkpoints", "--repo-id", "me/run", "--private")
 
@@ -98,51 +102,49 @@ def test_a_run_whose_machine_is_lost_goes_on_from_the_hub_to_the_same_bits(hub: 
 
 
 def test_another_command_does_not_go_on_from_a_run(hub: LoopbackHub, tmp_path: Path) -> None:
-    environment = hub.environment() | {"HF_HOME": str(tmp_path / "home")}
-    words = ("scripts/train.py", *TINY, "--max-steps", 4, "--lr", 0.01, *PUSHED, "--output-dir", tmp_path / "run")
-    assert run_process(*words, **environment).returncode == 0
-    changed = ("--lr", 0.02, "--seed", 3, "--output-dir", tmp_path / "other")
-    other = run_process("scripts/train.py", "--resume-from", "hub:me/run", *changed, **environment)
-    assert other.returncode == 2
-    assert "--lr 0.01 there, 0.02 now" in other.stderr
-    missing = run_process("scripts/train.py", "--resume-from", "hub:me/none", **environment)
-    assert missing.returncode == 2
-    assert "there is no such repository with a branch checkpoints that you may read" in missing.stderr
+    with contextlib.closing(Client(hub, tmp_path / "home")) as client:
+        words = ("train", *TINY, "--max-steps", 4, "--lr", 0.01, *PUSHED, "--output-dir", tmp_path / "run")
+        assert client.command(*words)[0] == 0
+        changed = ("--lr", 0.02, "--seed", 3, "--output-dir", tmp_path / "other")
+        code, _, err = client.command("train", "--resume-from", "hub:me/run", *changed)
+        assert code == 2
+        assert "--lr 0.01 there, 0.02 now" in err
+        code, _, err = client.command("train", "--resume-from", "hub:me/none")
+        assert code == 2
+        assert "there is no such repository with a branch checkpoints that you may read" in err
 
 
 def test_a_hub_that_fails_stops_no_training_and_gets_the_model_in_the_end(hub: LoopbackHub, tmp_path: Path) -> None:
     hub.faults.append(Fault("POST .*/commit/checkpoints", "507", 1000))
-    environment = hub.environment() | {"HF_HOME": str(tmp_path / "home")}
-    words = ("scripts/train.py", *TINY, "--max-steps", 20, "--lr", 0.01, "--checkpoint-every", 10, *PUSHED)
+    words = ("train", *TINY, "--max-steps", 20, "--lr", 0.01, "--checkpoint-every", 10, *PUSHED)
     words += ("--push-to-hub", "--license", "mit", "--output-dir", tmp_path / "run")
-    done = run_process(*words, **environment)
-    assert done.returncode == 0, done.stderr
-    assert "a checkpoint did not reach me/run" in done.stderr
-    assert "published and read back: http" in done.stdout
+    with contextlib.closing(Client(hub, tmp_path / "home")) as client:
+        (code, out, err), again = client.command(*words), client.command(*words)
+    assert code == 0, err
+    assert "a checkpoint did not reach me/run" in err
+    assert "published and read back: http" in out
     repo = hub.repos["models/me/run"]
     assert len(repo.commits) == 2
     assert (
         repo.commits[-1].files["model.safetensors"] == (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
     )
-    again = run_process(*words, **environment)
-    assert again.returncode == 0
-    assert len(repo.commits) == 2
+    assert again[0] == 0, again[2]
 
 
-def test_publishing_is_refused_before_anything_is_computed(hub: LoopbackHub, tmp_path: Path) -> None:
-    base = ("scripts/train.py", *TINY, "--max-steps", 2, "--output-dir", tmp_path / "run")
+def test_publishing_is_refused_before_anything_is_computed(hub: LoopbackHub, tmp_path: Path, command: Command) -> None:
+    base = ("train", *TINY, "--max-steps", 2, "--output-dir", tmp_path / "run")
     for flags, said in (
         (("--push-to-hub", "--license", "mit"), "need --repo-id"),
         (("--push-to-hub", "--repo-id", "me/run"), "--push-to-hub needs --license"),
         (("--push-checkpoints", "--repo-id", "me/run/more"), "--repo-id me/run/more"),
         (("--resume-from", "me/run"), "--resume-from me/run: expected hub:owner/name"),
     ):
-        done = run_process(*base, *flags)
-        assert done.returncode == 2, flags
-        assert said in done.stderr
-    environment = hub.environment("hf_readonlytokenofme") | {"HF_HOME": str(tmp_path / "home")}
-    done = run_process(*base, "--push-to-hub", "--license", "mit", "--repo-id", "me/run", **environment)
-    assert done.returncode == 1
-    assert "me/run cannot be written to: your token may not write there" in done.stderr
-    assert "Nothing was computed" in done.stderr
+        code, _, err = command(*base, *flags)
+        assert code == 2, flags
+        assert said in err
+    with contextlib.closing(Client(hub, tmp_path / "home", "hf_readonlytokenofme")) as client:
+        code, _, err = client.command(*base, "--push-to-hub", "--license", "mit", "--repo-id", "me/run")
+    assert code == 1
+    assert "me/run cannot be written to: your token may not write there" in err
+    assert "Nothing was computed" in err
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
