@@ -230,6 +230,7 @@ def _export(options: argparse.Namespace) -> None:
     from resnext_hub.inference.export import BATCH_SIZES, MAX_DROP, TOLERANCE, export
     from resnext_hub.inference.trained import load_trained
     from resnext_hub.machine import set_threads
+    from resnext_hub.models.widths import list_widths
 
     if not options.int8 and (options.calibration is not None or options.max_drop is not None):
         raise RequestError("--calibration and --max-drop go with --int8")
@@ -244,11 +245,7 @@ def _export(options: argparse.Namespace) -> None:
 
         int8 = prepare_int8(model, options.calibration, max_drop)
     done = export(model, options.format, options.output, merge=options.merge_groups, int8=int8)
-    widths: dict[str, list[str]] = {}
-    for layer in done.layers:
-        if layer.merged_width != layer.width:
-            widths.setdefault(f"{layer.width} -> {layer.merged_width}", []).append(layer.name)
-    merged = "; ".join(f"{change}: {', '.join(names)}" for change, names in widths.items())
+    merged = list_widths((layer.name, layer.width, layer.merged_width) for layer in done.layers)
     size = ", ".join(map(str, model.data_config["input_size"]))
     _print(
         f"{done.path}: {done.size / 1e6:.1f} MB, images (N, {size}) float32, normalised as its metadata say, to logits "

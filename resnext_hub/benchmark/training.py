@@ -178,7 +178,7 @@ def _bare_loop(
 
     def step() -> None:
         optimizer.zero_grad()
-        _loss(network, images, labels, precision).backward()  # type: ignore[no-untyped-call]
+        _loss(network, images, labels, precision).backward()
         optimizer.step()
 
     def take_steps() -> None:

@@ -81,7 +81,7 @@ class Parcel(NamedTuple):
         """Give the batch, with pixels of its own."""
         numbers = torch.from_numpy(self.numbers)
         return Batch(
-            images=self.images.clone() if self.images.is_shared() else self.images,  # type: ignore[no-untyped-call]
+            images=self.images.clone() if self.images.is_shared() else self.images,
             labels=numbers[:, 0],
             indices=numbers[:, 1],
             unreadable=self.unreadable,
@@ -121,7 +121,7 @@ class Packer:
         if kept is None or kept.dtype != dtype or kept.shape[1:] != shape or len(kept) < len(images):
             kept = torch.empty((len(images), *shape), dtype=dtype)
             try:
-                kept.share_memory_()  # type: ignore[no-untyped-call]
+                kept.share_memory_()
             except RuntimeError as error:
                 raise RunError(
                     f"a reader has no shared memory for its {(PREFETCH + 1) * kept.nbytes / 1e6:.0f} MB of batches "

@@ -216,7 +216,7 @@ def _compare(network: nn.Module, run: Run, int8: Int8) -> Accuracy:
         raise RunError(
             "none of the held-out pictures can be read, so nothing says what int8 costs; no file was written"
         )
-    return Accuracy(before=before, after=after, count=count, relative_error=math.sqrt(difference / norm))
+    return Accuracy(before=before, after=after, count=count, relative_error=math.sqrt(difference / (norm or 1.0)))
 
 
 def _merged(

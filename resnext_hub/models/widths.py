@@ -119,6 +119,15 @@ def choose_widths(
     return tuple(choices)
 
 
+def list_widths(widths: Iterable[tuple[str, int, int]]) -> str:
+    """Give layers, their width and their merged width in words, for those where it is another one."""
+    changes: dict[str, list[str]] = {}
+    for name, width, merged in widths:
+        if merged != width:
+            changes.setdefault(f"{width} -> {merged}", []).append(name)
+    return "; ".join(f"{change}: {', '.join(names)}" for change, names in changes.items())
+
+
 def factors_of(choices: Iterable[LayerChoice]) -> dict[str, int]:
     """Give how many groups become one, by the name of the layer, for those where it is more than one."""
     return {
@@ -182,7 +191,7 @@ def _can_be_packed(layer: Layer) -> bool:
     """Say whether torch.compile would pack a layer's weights."""
     if layer.input.device.type != "cpu" or isinstance(layer.conv.padding, str):
         return False
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if not torch.backends.mkldnn.is_available():
         return False
     return layer.input.dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 

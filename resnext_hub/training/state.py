@@ -23,6 +23,8 @@ from resnext_hub.data.batches import Batch, Parcel, Position
 from resnext_hub.data.dataset import Splits, StreamedPictures
 from resnext_hub.errors import RequestError, RunError, StoppedRun, one_line
 from resnext_hub.machine import WAIT
+from resnext_hub.models.merged import grouped_convolutions
+from resnext_hub.models.widths import list_widths
 from resnext_hub.training.checkpoint import latest_checkpoint, save_checkpoint
 from resnext_hub.training.config import TrainConfig
 from resnext_hub.training.evaluate import Evaluation, EvaluationStoppedError, evaluate
@@ -222,7 +224,12 @@ class RunState:
         if before is not None and before != self.merged_groups:
             _logger.warning("groups are merged in another way than before; the weights can differ in their last bits")
         if self.merged_groups:
-            _logger.info("channels of merged groups: %s", self._merged_widths())
+            layers = grouped_convolutions(self.network)
+            widths = {name: layers[name].in_channels // layers[name].groups for name in self.merged_groups}
+            merged = list_widths(
+                (name, widths[name], factor * widths[name]) for name, factor in self.merged_groups.items()
+            )
+            _logger.info("channels of merged groups: %s", merged)
         elif config.merge_groups not in ("auto", "off"):
             _logger.warning(
                 "no groups are merged: none of the network's can be made wider within %s channels, "
@@ -230,15 +237,6 @@ class RunState:
                 config.merge_groups,
             )
         return training_form(self.network, self.merged_groups)
-
-    def _merged_widths(self) -> str:
-        """Give the width of groups before and after merging, and of which layers."""
-        changes: dict[str, list[str]] = {}
-        for name, factor in (self.merged_groups or {}).items():
-            conv: Any = self.network.get_submodule(name)
-            width = conv.in_channels // conv.groups
-            changes.setdefault(f"{width} -> {factor * width}", []).append(name)
-        return "; ".join(f"{change}: {', '.join(names)}" for change, names in changes.items())
 
     def open_logs(self, stack: contextlib.ExitStack) -> None:
         """Open the logs of this process, without the lines of steps that are to be taken again."""
