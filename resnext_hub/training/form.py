@@ -67,3 +67,23 @@ def training_form(network: nn.Module, factors: Mapping[str, int]) -> nn.Module:
     if next(network.parameters()).device.type == "cpu":  # cuDNN computes them well as they are
         compute_pointwise_as_products(form)
     return form
+
+
+def require_shared_tensors(form: nn.Module, network: nn.Module) -> None:
+    """Check that a training form computes with the very parameters and buffers of its network.
+
+    What wraps or moves a module may copy its tensors. The network that is evaluated and published would then keep
+    the values that it was born with.
+
+    Raises:
+        RuntimeError: If a parameter or buffer of the form is none of the network's, or the other way round.
+    """
+    for kind, mine, own in (
+        ("parameter", form.named_parameters(), network.named_parameters()),
+        ("buffer", form.named_buffers(), network.named_buffers()),
+    ):
+        computed, published = ({id(tensor): name for name, tensor in tensors} for tensors in (mine, own))
+        lost = [published[tensor] for tensor in published.keys() - computed.keys()]
+        lost += [computed[tensor] for tensor in computed.keys() - published.keys()]
+        if lost:
+            raise RuntimeError(f"{kind} {min(lost)} is not shared between the trained module and the published model")

@@ -17,6 +17,7 @@ from resnext_hub.data.dataset import Splits
 from resnext_hub.errors import RunError, one_line
 from resnext_hub.machine import quiet_compilers
 from resnext_hub.training.config import TrainConfig
+from resnext_hub.training.form import require_shared_tensors
 from resnext_hub.training.optim import lr_at, set_lr
 from resnext_hub.training.state import Outcome, RunState
 
@@ -70,7 +71,11 @@ def train(
     form = run.build_form()
     if config.compile:
         form.compile(dynamic=False)
-    objective, optimizer = accelerator.prepare(Objective(form, config.label_smoothing), run.optimizer)
+    # placed already: Accelerate would move the module once more, which makes other tensors of its buffers
+    objective, optimizer = accelerator.prepare(
+        Objective(form, config.label_smoothing), run.optimizer, device_placement=[False, False]
+    )
+    require_shared_tensors(form, run.network)
     with contextlib.ExitStack() as stack:
         stack.enter_context(run.stop)
         run.open_logs(stack)
