@@ -2,6 +2,8 @@
 
 import re
 
+from resnext_hub.text import printable
+
 
 class RequestError(ValueError):
     """What was asked for cannot be done; nothing was computed. The process exits with 2."""
@@ -34,6 +36,6 @@ class StoppedRun(Exception):
 
 
 def one_line(error: BaseException) -> str:
-    """Give an error's text in one line of at most 300 characters and without tokens, for a message of our own."""
-    text = re.sub(r"hf_\w{6,}", "hf_…", " ".join(str(error).split()))
+    """Return an error's text in one printable line of at most 300 characters without tokens, for our own message."""
+    text = re.sub(r"hf_\w{6,}", "hf_…", printable(" ".join(str(error).split())))
     return text[:300] or type(error).__name__

@@ -1,15 +1,95 @@
-"""Writing files so that a reader sees the old one or the new one, never half of one."""
+"""Files: written so that a reader sees the old one or the new one, never half of one; read only if they are files."""
 
 import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from resnext_hub.errors import RequestError, one_line
+from resnext_hub.text import printable
 
 _PARTIAL = ".partial-"
+
+JSON_BYTES = 1 << 28
+"""Size in bytes above which a JSON file is refused; a record of thousands of classes has some megabytes."""
+
+Content = TypeVar("Content")
+
+
+class NotAFileError(OSError):
+    """A path leads to something other than a regular file: a folder, a FIFO, a socket or a device."""
+
+
+class FileTooLargeError(OSError):
+    """A file has more bytes than its kind ever needs."""
+
+
+def read_regular(path: str | os.PathLike[str], limit: int | None = None) -> bytes:
+    """Return the content of a regular file, following links.
+
+    A FIFO would block and a device could deliver bytes without end, so nothing else is opened.
+
+    Args:
+        path: The file.
+        limit: Largest size in bytes.
+
+    Raises:
+        NotAFileError: If it is no regular file.
+        FileTooLargeError: If it is larger than the limit.
+        OSError: If it cannot be read.
+    """
+    _require_file(os.stat(path).st_mode, path)  # opening some devices has effects of its own
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        _require_file(status.st_mode, path)  # it may have been replaced since
+        if limit is not None and status.st_size > limit:
+            raise FileTooLargeError(f"{printable(path)} has {status.st_size} bytes, more than {limit}")
+        return file.read()
+
+
+def read_json(path: Path, kind: type[Content], way_out: str) -> Content:
+    """Read a JSON file and validate it against a type.
+
+    Args:
+        path: The file.
+        kind: What it has to hold: a dataclass, a mapping, … as msgspec validates them; unknown keys are ignored.
+        way_out: What the user can do if the file is damaged, to end the sentence with.
+
+    Raises:
+        RequestError: If it is no regular file, cannot be read, or does not hold that.
+    """
+    import msgspec
+
+    try:
+        return msgspec.json.decode(read_regular(path, JSON_BYTES), type=kind)
+    except OSError as error:
+        raise RequestError(
+            f"{printable(path)} cannot be read: {error.strerror or one_line(error)}; {way_out}"
+        ) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else one_line(error)
+        raise RequestError(f"{printable(path)} is damaged ({reason}); {way_out}") from error
+
+
+def _require_file(mode: int, path: object) -> None:
+    if not stat.S_ISREG(mode):
+        kind = next((name for test, name in _KINDS if test(mode)), "something else")
+        raise NotAFileError(f"not a regular file but {kind}")
+
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:

@@ -11,7 +11,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "resnext_hub"
 
 # Every room may import from those before it, and from itself.
 ORDER = (
-    {"errors", "files", "__init__"},
+    {"text", "__init__"},
+    {"errors"},
+    {"files"},
     {"machine", "record"},
     {"models"},
     {"data"},

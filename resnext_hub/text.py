@@ -1,0 +1,52 @@
+"""Text that comes from data (names of files, classes and datasets), made safe for the place where it is shown.
+
+Every name passes one of these functions at the border where it leaves the program: `printable` for terminals, logs and
+errors, the others for Markdown, HTML and plots.
+"""
+
+import html
+import re
+import unicodedata
+
+_JOINERS = "\u200c\u200d"
+"""Format characters that spell words in Persian and in Indic scripts, and emoji; they move nothing on the screen."""
+
+
+def printable(text: object) -> str:
+    """Return text with control characters, bidirectional overrides and undecodable bytes as escapes, in one line.
+
+    A byte of a file name that is not UTF-8 becomes `\\xff`, a newline `\\n`, an escape character `\\x1b`.
+    """
+    return "".join(_escaped(character) if _is_unsafe(character) else character for character in str(text))
+
+
+def markdown(text: object) -> str:
+    """Return text that Markdown shows as it is: no emphasis, link, image, HTML, cell or mathematics."""
+    escaped = html.escape(printable(text), quote=False)
+    escaped = re.sub(r"([\\`*_\[\]|~$#!])", r"\\\1", escaped)
+    return escaped.replace("://", "&#58;//").replace("www.", "www&#46;")  # which would become links
+
+
+def code_span(text: object) -> str:
+    """Return text as inline code in Markdown, outside tables; back-ticks in the text do not end it."""
+    safe = printable(text)
+    fence = "`" * (max((len(run) for run in re.findall(r"`+", safe)), default=0) + 1)
+    pad = " " if safe.startswith("`") or safe.endswith("`") or not safe.strip() else ""
+    return f"{fence}{pad}{safe}{pad}{fence}"
+
+
+def plot_text(text: object) -> str:
+    """Return text that matplotlib draws as it is; between two dollar signs it would parse mathematics."""
+    return printable(text).replace("$", r"\$")
+
+
+def _is_unsafe(character: str) -> bool:
+    category = unicodedata.category(character)
+    return (category[0] == "C" and character not in _JOINERS) or category in ("Zl", "Zp")
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # how Python carries a byte of a file name that it cannot decode
+        return f"\\x{code - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
