@@ -188,7 +188,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         f"recorded: {recorded.correct} of {recorded.count}, loss {recorded.loss:.6f}"
     )
     classes = len(record.label_names)
-    if evaluation.confusion(classes).tolist() != recorded.confusion:
+    if evaluation.confusion(classes) != recorded.confusion:
         raise RunError(f"the counts differ from the record: {text}")
     _print(f"{text}: the same counts in every class\n")
 

@@ -1,8 +1,11 @@
 """Files: written so that a reader sees the old one or the new one, never half of one; read only if they are files."""
 
+import dataclasses
+import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -17,6 +20,9 @@ _PARTIAL = ".partial-"
 
 JSON_BYTES = 1 << 28
 """Size in bytes above which a JSON file is refused; a record of thousands of classes has some megabytes."""
+
+YAML_BYTES = 1 << 20
+"""Size in bytes above which a YAML file is refused; settings have some kilobytes."""
 
 Content = TypeVar("Content")
 
@@ -75,6 +81,113 @@ def read_json(path: Path, kind: type[Content], way_out: str) -> Content:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else one_line(error)
         raise RequestError(f"{printable(path)} is damaged ({reason}); {way_out}") from error
+
+
+def convert(content: Any, kind: type[Content], path: Path, way_out: str) -> Content:
+    """Validate what was read from a file against a type; unknown fields are refused.
+
+    Args:
+        content: Decoded JSON.
+        kind: A dataclass, or another type that msgspec validates.
+        path: The file, to be named.
+        way_out: What the user can do if it is damaged, to end the sentence with.
+
+    Raises:
+        RequestError: If the content is not of that type.
+    """
+    import msgspec
+
+    try:
+        converted = msgspec.convert(content, kind)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise RequestError(f"{printable(path)} is damaged ({one_line(error)}); {way_out}") from error
+    unknown = _unknown_fields(content, converted)
+    if unknown:
+        raise RequestError(f"{printable(path)} is damaged (unknown field {printable(unknown)[:80]}); {way_out}")
+    return converted
+
+
+def _unknown_fields(content: Any, converted: Any) -> str | None:
+    """Name the first key of nested content that has no field in the dataclass that it was converted to."""
+    if not dataclasses.is_dataclass(converted):
+        return None
+    known = {field.name for field in dataclasses.fields(converted)}
+    for name, value in content.items():
+        if name not in known:
+            return str(name)
+        inner = _unknown_fields(value, getattr(converted, name))
+        if inner is not None:
+            return f"{name}.{inner}"
+    return None
+
+
+def read_yaml(path: Path, way_out: str) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping from names to plain values, such as text, numbers and lists.
+
+    Raises:
+        RequestError: If it is no regular file, cannot be read, or holds anything else.
+    """
+    try:
+        return parse_yaml(read_regular(path, YAML_BYTES).decode("utf-8-sig"))
+    except OSError as error:
+        raise RequestError(
+            f"{printable(path)} cannot be read: {error.strerror or one_line(error)}; {way_out}"
+        ) from error
+    except ValueError as error:
+        raise RequestError(f"{printable(path)} cannot be read: {one_line(error)}; {way_out}") from error
+
+
+def parse_yaml(text: str) -> dict[str, Any]:
+    """Return the mapping that YAML text holds; an empty text holds an empty one.
+
+    Tags, aliases (which can grow without bound) and repeated names are refused. `1e-3` is a number, as in YAML 1.2, and
+    a date is text.
+
+    Raises:
+        ValueError: If it holds anything but a mapping from names to plain values.
+    """
+    import yaml
+
+    try:
+        content = yaml.load(text, Loader=_plain_loader())
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(one_line(error)) from error
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise ValueError("expected settings, one `name: value` a line")
+    return content
+
+
+@functools.cache
+def _plain_loader() -> type:
+    """Return a loader of YAML without tags, aliases and repeated names."""
+    import yaml
+
+    class PlainLoader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError(f"aliases are not read{event.start_mark}")
+            if getattr(event, "tag", None) is not None:
+                raise ValueError(f"the tag {event.tag} is not read{event.start_mark}")
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            content = super().construct_mapping(node, deep)
+            if len(content) < len(node.value):
+                raise ValueError(f"a name is given twice{node.start_mark}")
+            return content
+
+    number = r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"
+    PlainLoader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":merge", ":value"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    PlainLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(number), list("-+.0123456789"))
+    return PlainLoader
 
 
 def _require_file(mode: int, path: object) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from resnext_hub.data.augment import Augmentation
 from resnext_hub.data.columns import listing
@@ -22,16 +21,21 @@ from resnext_hub.data.jpeg import is_installed
 from resnext_hub.data.loaders import PICTURE_MODES, derive_workers
 from resnext_hub.data.transforms import published_input
 from resnext_hub.errors import RequestError, one_line
+from resnext_hub.files import read_yaml
 from resnext_hub.hub.publish import check_request
 from resnext_hub.machine import check_launcher, device_type, local_processes, processes, resolve_precision
 from resnext_hub.models.source import ModelSource, build_model, find_model
 from resnext_hub.recipes import QUICKSTART, RECIPES
 from resnext_hub.record import RunRecord
+from resnext_hub.text import printable
 from resnext_hub.training.config import GROWING_FIELDS, MACHINE_FIELDS, TrainConfig, flag_of
 from resnext_hub.training.optim import derive_lr
 from resnext_hub.training.schedule import plan_schedule, sizes_of
 
 RUNS = Path("runs")
+
+_LAST_SETTING = "private"
+"""The setting that a run's config.yaml has ended with since the first release; without it, the file was cut off."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +70,9 @@ def merge_settings(
     from_file: dict[str, Any] = {}
     if file is not None:
         try:
-            from_file = yaml.safe_load(file.read_text()) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise RequestError(f"--config {file} cannot be read: {one_line(error)}") from error
-        if not isinstance(from_file, dict):
-            raise RequestError(f"--config {file}: expected settings, one `name: value` a line")
+            from_file = read_yaml(file, "expected a file of settings, one `name: value` a line")
+        except RequestError as error:
+            raise RequestError(f"--config {error}") from error
     if recipe is None and not {"dataset"} & (from_file.keys() | asked.keys()):
         recipe = QUICKSTART
     if recipe is not None and recipe not in RECIPES:
@@ -164,13 +166,22 @@ def public_model(requested: str) -> str:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Give the settings of the run that a folder holds, or none."""
+    """Return the settings of the run that a folder holds, or none.
+
+    Raises:
+        RequestError: If the file is damaged.
+    """
     path = folder / "config.yaml"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
-    content = yaml.safe_load(path.read_text())
-    if not isinstance(content, dict):
-        raise RequestError(f"{path} does not hold settings; remove the folder or give another --output-dir")
+    way_out = "put the file back as it was, or give another --output-dir"
+    content = read_yaml(path, way_out)
+    try:
+        TrainConfig.from_flat(content)
+    except RequestError as error:
+        raise RequestError(f"{printable(path)} is damaged ({one_line(error)}); {way_out}") from error
+    if _LAST_SETTING not in content:
+        raise RequestError(f"{printable(path)} is damaged (it ends before its last setting); {way_out}")
     return content
 
 
@@ -308,7 +319,7 @@ def _check_usable(folder: Path) -> None:
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise RequestError(f"the run folder {folder} cannot be written, for want of rights; give another --output-dir")
     others = sorted(entry.name for entry in folder.iterdir() if entry.name[0] != ".") if folder.is_dir() else []
-    if others and not (folder / "config.yaml").is_file():
+    if others and not os.path.lexists(folder / "config.yaml"):
         raise RequestError(
             f"{folder} holds other files ({listing(others, 3)}) and no run, which would write among them; give an "
             "--output-dir of its own"
@@ -331,7 +342,7 @@ def _check_folder(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any
     if steps < old_steps:
         differing.append(f"{old_steps} steps there, {steps} now (--epochs and --max-steps may only grow)")
     path = folder / "record.json"
-    record = RunRecord.load(path) if path.is_file() else None
+    record = RunRecord.load(path) if os.path.lexists(path) else None
     if record and record.dataset.fingerprint != splits.fingerprint:
         differing.append(f"the pictures of {splits.dataset_id} have changed")
     if differing:

@@ -100,7 +100,7 @@ def plot_confusion(record: RunRecord) -> "Figure":
     """Draw the confusion matrix, each row in parts of its class, with counts where they can be read."""
     from matplotlib.figure import Figure
 
-    counts = np.asarray(record.evaluation.confusion)
+    counts = record.evaluation.matrix
     classes = len(counts)
     parts = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     legible = classes <= MOST_CLASSES

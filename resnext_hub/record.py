@@ -1,15 +1,22 @@
 """Every fact about a run, in one JSON file that training writes and everything after it reads."""
 
 import dataclasses
-import json
+import os
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from resnext_hub.errors import RequestError
-from resnext_hub.files import write_json
+from resnext_hub.files import convert, read_json, write_json
+from resnext_hub.text import printable
 
-FORMAT_VERSION = 1
+if TYPE_CHECKING:
+    import numpy as np
+
+FORMAT_VERSION = 2
+"""2 since the confusion matrix is sparse, so that a record grows with images and classes, not with classes squared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +85,24 @@ class EvaluationFacts:
     """Expected calibration error over 15 bins, 0 to 1."""
     batch_size: int
     """Shape of every forward pass; float32 logits depend on it in their last bits."""
-    confusion: list[list[int]]
-    """Rows are true classes, columns predicted ones."""
+    confusion: list[list[tuple[int, int]]]
+    """For each true class, the classes predicted and how often; only those that occur."""
+
+    @property
+    def matrix(self) -> "np.ndarray":
+        """Counts `(classes, classes)` int64: rows are true classes, columns predicted ones."""
+        import numpy as np
+
+        dense = np.zeros((len(self.confusion), len(self.confusion)), dtype=np.int64)
+        for label, row in enumerate(self.confusion):
+            for prediction, count in row:
+                dense[label, prediction] = count
+        return dense
+
+    @property
+    def measured(self) -> list[int]:
+        """Number of evaluation images of each class that were read."""
+        return [sum(count for _, count in row) for row in self.confusion]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +114,17 @@ class SampleFacts:
     label: str
     output: list[tuple[str, float]]
     """The most probable classes with their probabilities, the first one first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardwareFacts:
+    """What the run was computed on."""
+
+    device: str
+    name: str
+    """Of the processor or accelerator."""
+    threads: int
+    mixed_precision: Literal["no", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +151,7 @@ class RunRecord:
     history: list[dict[str, Any]]
     """The lines of metrics.jsonl."""
     versions: dict[str, str]
-    hardware: dict[str, Any]
-    """device, threads, mixed_precision, and the processor's or accelerator's name."""
+    hardware: HardwareFacts
     processes: int
     git_commit: str | None
     wall_seconds: float
@@ -131,40 +164,90 @@ class RunRecord:
     merged_groups: dict[str, int] = field(default_factory=dict)
     """How many neighbouring groups of a grouped convolution were computed as one in training, by the layer's name."""
 
+    def __post_init__(self) -> None:
+        """Refuse what contradicts itself, as a damaged file does.
+
+        Raises:
+            ValueError: If parts do not go together.
+        """
+        classes, evaluation, dataset = len(self.label_names), self.evaluation, self.dataset
+        counts = [sum(count for _, count in row) for row in evaluation.confusion]
+        columns = [column for row in evaluation.confusion for column, _ in row]
+        right = sum(count for label, row in enumerate(evaluation.confusion) for column, count in row if column == label)
+        size = self.model.input.get("input_size")
+        for holds, what in (
+            (len(counts) == classes, "a row of confusion for each class"),
+            (sum(counts) == evaluation.count, "confusion to sum up to count"),
+            (all(0 <= column < classes for column in columns), "columns of confusion that are classes"),
+            (0 <= evaluation.correct <= evaluation.count > 0, "0 <= correct <= count"),
+            (evaluation.correct == right, "correct to be the diagonal of confusion"),
+            (abs(evaluation.top1 * evaluation.count - evaluation.correct) < 1e-6, "top1 to be correct / count"),
+            (re.fullmatch("[0-9a-f]{64}", self.model.weights_sha256), "a SHA-256 in weights_sha256"),
+            (_is_count_of(dataset.train_counts, classes), "train_counts of each class"),
+            (_is_count_of(dataset.eval_counts, classes), "eval_counts of each class"),
+            (set(self.changed) <= self.config.keys(), "settings in changed that are in config"),
+            (self.config.keys() >= _CARD_SETTINGS, f"config with {', '.join(sorted(_CARD_SETTINGS))}"),
+            (isinstance(size, list) and [type(n) for n in size] == [int] * 3, "an input_size of three numbers"),
+            (self.sample.output, "an output of the sample"),
+        ):
+            if not holds:
+                raise ValueError(f"expected {what}")
+
     def save(self, path: Path) -> None:
         """Write the record as JSON, atomically."""
         write_json(path, dataclasses.asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> "RunRecord":
-        """Read a record.
+        """Read a record of this format, or of format 1, whose confusion matrix is dense.
 
         Raises:
-            RequestError: If there is none, or it is of another format.
+            RequestError: If there is none, it is damaged, or it is of another format.
         """
-        if not path.is_file():
-            folder = path.parent
-            if not folder.is_dir():
-                raise RequestError(f"there is no folder {folder}")
-            if (folder / "config.yaml").is_file():
-                raise RequestError(f"the run in {folder} is not finished; its training command goes on with it")
-            hint = f"; did you mean {folder.parent}?" if (folder.parent / "record.json").is_file() else ""
-            raise RequestError(f"{folder} holds no record.json: it is not the folder of a run{hint}")
-        content = json.loads(path.read_text())
-        if content.get("format_version") != FORMAT_VERSION:
+        if not os.path.lexists(path):
+            _refuse_missing(path)
+        content = read_json(path, dict[str, Any], _WAY_OUT)
+        version = content.get("format_version")
+        if version not in (1, FORMAT_VERSION) or isinstance(version, bool):
             raise RequestError(
-                f"{path} is of format {content.get('format_version')}; this version reads {FORMAT_VERSION}"
+                f"{printable(path)} is of format {printable(version)[:40]}; this version reads 1 and {FORMAT_VERSION}; "
+                "update resnext-hub, or " + _WAY_OUT
             )
-        base = content["base_model"]
-        return cls(
-            **content
-            | {
-                "model": ModelFacts(**content["model"]),
-                "base_model": None if base is None else BaseModelFacts(**base),
-                "dataset": DatasetFacts(**content["dataset"]),
-                "evaluation": EvaluationFacts(**content["evaluation"]),
-                "sample": SampleFacts(
-                    **content["sample"] | {"output": [(name, value) for name, value in content["sample"]["output"]]}
-                ),
-            }
+        return convert(_upgraded(content) if version == 1 else content, cls, path, _WAY_OUT)
+
+
+_WAY_OUT = "remove it, and the command that trained the run writes it anew"
+
+_CARD_SETTINGS = frozenset({"split_seed", "ema", "streaming", "shuffle_block"})
+"""Settings that a card speaks of."""
+
+
+def sparse_rows(dense: Iterable[Sequence[int]]) -> list[list[tuple[int, int]]]:
+    """Return the entries other than zero of each row of a matrix, as (column, value)."""
+    return [[(column, value) for column, value in enumerate(row) if value] for row in dense]
+
+
+def _upgraded(content: dict[str, Any]) -> dict[str, Any]:
+    """Return a record of format 1 in this format; what is not as it should be is left to the validation."""
+    content = content | {"format_version": FORMAT_VERSION}
+    evaluation = content.get("evaluation")
+    rows = evaluation.get("confusion") if isinstance(evaluation, dict) else None
+    if isinstance(rows, list) and all(isinstance(row, list) and len(row) == len(rows) for row in rows):
+        content["evaluation"] = dict(evaluation or {}, confusion=sparse_rows(rows))
+    return content
+
+
+def _refuse_missing(path: Path) -> NoReturn:
+    folder = path.parent
+    if not os.path.isdir(folder):
+        raise RequestError(f"there is no folder {printable(folder)}")
+    if os.path.lexists(folder / "config.yaml"):
+        raise RequestError(
+            f"the run in {printable(folder)} is not finished; rerun its training command, which resumes it"
         )
+    hint = f"; did you mean {printable(folder.parent)}?" if os.path.isfile(folder.parent / "record.json") else ""
+    raise RequestError(f"{printable(folder)} holds no record.json: it is not the folder of a run{hint}")
+
+
+def _is_count_of(counts: list[int] | None, classes: int) -> bool:
+    return counts is None or (len(counts) == classes and all(count >= 0 for count in counts))

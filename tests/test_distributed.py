@@ -63,7 +63,7 @@ def test_each_file_is_written_once(pair: Path) -> None:
 def test_two_processes_count_every_evaluation_sample_once(pair: Path) -> None:
     evaluation = RunRecord.load(pair / "record.json").evaluation
     assert evaluation.count == 360
-    assert sum(map(sum, evaluation.confusion)) == 360
+    assert evaluation.matrix.sum() == 360
     done = run_process("scripts/evaluate.py", pair)  # one process, the same counts
     assert done.returncode == 0, done.stderr
     assert "the same counts in every class" in done.stdout
@@ -93,7 +93,7 @@ def test_accelerate_launch_trains_with_one_process(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     record = RunRecord.load(tmp_path / "run" / "record.json")
     assert record.processes == 1
-    assert record.hardware["threads"] == len(os.sched_getaffinity(0))  # the launcher sets one
+    assert record.hardware.threads == len(os.sched_getaffinity(0))  # the launcher sets one
 
 
 def stop_and_go_on(folder: Path, flags: tuple[object, ...], at: int) -> tuple[list[list[int]], int, str]:

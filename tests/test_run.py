@@ -85,7 +85,7 @@ def test_the_record_agrees_with_predictions_metrics_and_weights(finished: Path) 
     right = sum(a == b for a, b in zip(table["label"], table["prediction"], strict=True))
     assert (record.evaluation.correct, record.evaluation.count) == (right, 360)
     assert record.evaluation.correct > 100  # it has learnt: chance is 36
-    assert np.trace(np.array(record.evaluation.confusion)) == right
+    assert np.trace(record.evaluation.matrix) == right
     evaluations = [line for line in record.history if "eval_loss" in line]
     best = max(evaluations, key=lambda line: (line["eval_correct"], -line["eval_loss"]))
     assert (best["step"], best["eval_correct"]) == (record.evaluation.step, record.evaluation.correct)

@@ -1,5 +1,6 @@
 """The model card: a pure function of a record."""
 
+import heapq
 import math
 from importlib import resources
 from typing import Any
@@ -9,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from resnext_hub.models.complexity import PAPER_ERROR
 from resnext_hub.models.resnext import VARIANTS
-from resnext_hub.record import BaseModelFacts, RunRecord
+from resnext_hub.record import BaseModelFacts, HardwareFacts, RunRecord
 
 FEW = 20
 """Training pictures of a class below which it counts as rare; a quarter of the mean does as well."""
@@ -119,8 +120,8 @@ def wilson_interval(correct: int, count: int, z: float = 1.959964) -> tuple[floa
 def _per_class(record: RunRecord) -> list[dict[str, Any]]:
     rows = []
     for label, (name, counts) in enumerate(zip(record.label_names, record.evaluation.confusion, strict=True)):
-        count, right = sum(counts), counts[label]
-        wrong = [(n, other) for other, n in enumerate(counts) if other != label and n]
+        count, right = sum(n for _, n in counts), dict(counts).get(label, 0)
+        wrong = [(n, other) for other, n in counts if other != label]
         n, other = max(wrong, default=(0, 0), key=lambda pair: (pair[0], -pair[1]))
         rows.append(
             {
@@ -152,16 +153,12 @@ def _limits(record: RunRecord) -> list[str]:
             listed = ", ".join(f"{_cell(names[i])} ({counts[i]})" for i in rare[:8])
             more = f" and {len(rare) - 8} more" if len(rare) > 8 else ""
             limits.append(f"Few pictures to learn from: {listed}{more}.")
-    confusion = np.array(record.evaluation.confusion)
-    few = [i for i, count in enumerate(confusion.sum(axis=1)) if count < 10]
+    few = [i for i, count in enumerate(record.evaluation.measured) if count < 10]
     if few:
         listed = ", ".join(_cell(names[i]) for i in few[:8]) + (f" and {len(few) - 8} more" if len(few) > 8 else "")
         limits.append(f"Fewer than 10 pictures to evaluate on, so that their recall says little: {listed}.")
-    np.fill_diagonal(confusion, 0)
-    worst = [divmod(int(i), len(names)) for i in np.argsort(-confusion, axis=None, kind="stable")[:3]]
-    said = [
-        f"{_cell(names[a])} for {_cell(names[b])} ({_times(int(confusion[a, b]))})" for a, b in worst if confusion[a, b]
-    ]
+    mistakes = [(-n, a, b) for a, row in enumerate(record.evaluation.confusion) for b, n in row if a != b]
+    said = [f"{_cell(names[a])} for {_cell(names[b])} ({_times(-n)})" for n, a, b in heapq.nsmallest(3, mistakes)]
     if said:
         limits.append(f"Most often it takes {', '.join(said)}.")
     limits.append(
@@ -210,7 +207,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
-def _hardware(hardware: dict[str, Any]) -> str:
-    precision = {"no": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}[hardware["mixed_precision"]]
-    threads = f", {hardware['threads']} threads" if hardware["device"] == "cpu" else ""
-    return f"{hardware['name']} ({hardware['device']}{threads}, {precision})"
+def _hardware(hardware: HardwareFacts) -> str:
+    precision = {"no": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}[hardware.mixed_precision]
+    threads = f", {hardware.threads} threads" if hardware.device == "cpu" else ""
+    return f"{hardware.name} ({hardware.device}{threads}, {precision})"

@@ -64,10 +64,11 @@ class Evaluation:
 
     @property
     def macro_f1(self) -> float:
-        """Mean over the classes that occur of the harmonic mean of precision and recall, 0 to 1."""
+        """Mean over the measured classes, those of the labels, of the harmonic mean of precision and recall, 0 to 1."""
         from sklearn.metrics import f1_score
 
-        return float(f1_score(self.labels, self.predictions, average="macro", zero_division=0.0))
+        measured = np.unique(self.labels)
+        return float(f1_score(self.labels, self.predictions, labels=measured, average="macro", zero_division=0.0))
 
     @property
     def calibration_error(self) -> float:
@@ -80,9 +81,13 @@ class Evaluation:
         gaps = np.bincount(bins, weights=right - self.probabilities, minlength=15)
         return float(np.abs(gaps).sum() / self.count)
 
-    def confusion(self, classes: int) -> np.ndarray:
-        """Give counts `(classes, classes)`: rows are true classes, columns predicted ones."""
-        return np.bincount(self.labels * classes + self.predictions, minlength=classes**2).reshape(classes, classes)
+    def confusion(self, classes: int) -> list[list[tuple[int, int]]]:
+        """Return, for each true class, the classes predicted and how often; only those that occur."""
+        pairs, counts = np.unique(self.labels * classes + self.predictions, return_counts=True)
+        rows: list[list[tuple[int, int]]] = [[] for _ in range(classes)]
+        for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True):
+            rows[pair // classes].append((pair % classes, count))
+        return rows
 
 
 class EvaluationStoppedError(Exception):

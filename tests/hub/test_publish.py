@@ -318,8 +318,8 @@ def test_the_card_says_what_the_record_says(finished: Path) -> None:
     assert f"{100 * record.evaluation.top1:.2f} %" in card
     assert record.model.weights_sha256 in card
     assert record.command in card
-    for row in record.evaluation.confusion:
-        assert f"| {sum(row)} |" in card
+    for count in record.evaluation.measured:
+        assert f"| {count} |" in card
 
 
 def test_the_cards_metadata_is_what_the_hub_asks_for(finished: Path) -> None:
@@ -374,7 +374,7 @@ result = [label, classify("picture.png")[0], shapes, list(embedding.shape), prob
 
 def test_the_card_says_where_the_network_is_weak(finished: Path) -> None:
     record = RunRecord.load(finished / "record.json")
-    confusion = np.array(record.evaluation.confusion)
+    confusion = record.evaluation.matrix
     np.fill_diagonal(confusion, 0)
     true, taken = np.unravel_index(confusion.argmax(), confusion.shape)
     card = render_card(record)

@@ -84,7 +84,7 @@ def test_confusion_counts_true_classes_in_rows() -> None:
         unreadable=[],
         total=0,
     )
-    assert result.confusion(3).tolist() == [[1, 0, 1], [0, 1, 0], [0, 0, 1]]
+    assert result.confusion(3) == [[(0, 1), (2, 1)], [(1, 1)], [(2, 1)]]
     assert (result.correct, result.top1) == (3, 0.75)
 
 
