@@ -1,20 +1,24 @@
 """Files: written so that a reader sees the old one or the new one, never half of one; read only if they are files."""
 
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from resnext_hub.errors import RequestError, one_line
 from resnext_hub.text import printable
+
+_logger = logging.getLogger(__name__)
 
 _PARTIAL = ".partial-"
 
@@ -257,7 +261,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     mode = aside.stat().st_mode & 0o666  # what the umask leaves; safetensors keeps its files to their owner
     for folder, _, files in os.walk(aside):
         for name in files:
-            os.chmod(Path(folder, name), mode)
+            _where_possible("permissions", functools.partial(os.chmod, Path(folder, name), mode))
             _sync_file(Path(folder, name))
         _sync_folder(Path(folder))
     remove_folder(path)
@@ -266,8 +270,13 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder, if it is there, such that it is never seen half removed under its own name."""
-    if path.is_dir():
+    """Remove a folder, if it is there, such that it is never seen half removed under its own name.
+
+    Of a link to a folder only the link is removed: what it leads to may be somebody else's.
+    """
+    if path.is_symlink():
+        path.unlink()
+    elif path.is_dir():
         doomed = path.with_name(f"{_PARTIAL}removed-{path.name}")
         shutil.rmtree(doomed, ignore_errors=True)
         os.rename(path, doomed)
@@ -277,7 +286,7 @@ def remove_folder(path: Path) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Remove what interrupted writes have left directly under a folder."""
     for leftover in folder.glob(f"{_PARTIAL}*"):
-        if leftover.is_dir():
+        if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover)
         else:
             leftover.unlink()
@@ -298,8 +307,39 @@ def _sync_file(path: Path) -> None:
 
 
 def _sync_folder(path: Path) -> None:
+    _where_possible("flushing of folders", lambda: _sync_descriptor(path))
+
+
+def _sync_descriptor(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def link_or_copy(source: str, destination: str) -> None:
+    """Make a second name for a file that never changes, or a copy where the file system has no hard links."""
+    if not _where_possible("hard links", lambda: os.link(source, destination)):
+        shutil.copyfile(source, destination)
+
+
+_UNSUPPORTED = frozenset((errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EXDEV))
+"""How file systems of other kinds, and shares, say that they cannot do something."""
+
+
+def _where_possible(what: str, work: Callable[[], None]) -> bool:
+    """Do what not every file system can; return whether this one can, and warn once if not."""
+    try:
+        work()
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        _warn_once(what, error.strerror)
+        return False
+    return True
+
+
+@functools.cache
+def _warn_once(what: str, reason: str) -> None:
+    _logger.warning("the file system has no %s (%s); files are written without", what, reason)

@@ -327,7 +327,7 @@ def _write_results(plan: Plan, outcome: Outcome, accelerator: "Accelerator", pre
         epochs=outcome.epochs,
         evaluation=EvaluationFacts(
             step=outcome.step,
-            epoch=next(line["epoch"] for line in outcome.history if line["step"] == outcome.step),
+            epoch=outcome.epoch,
             correct=evaluation.correct,
             count=evaluation.count,
             top1=evaluation.top1,

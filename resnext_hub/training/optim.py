@@ -129,6 +129,22 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.T
     return tensors, facts
 
 
+def require_same_kind(optimizer: torch.optim.Optimizer, facts: dict[str, Any]) -> None:
+    """Check that the facts of `optimizer_state` are of an optimizer of this kind; versions of torch may add settings.
+
+    Raises:
+        ValueError: If they are of another.
+    """
+    groups: list[dict[str, Any]] = optimizer.param_groups
+    if len(facts["group"]) != len(groups):
+        raise ValueError(f"it has {len(facts['group'])} groups of parameters, not {len(groups)}")
+    for index, group in enumerate(groups):
+        before, now = set(facts["group"][str(index)]), set(group) - {"params", "param_names"}
+        now = {name for name in now if not isinstance(group[name], torch.Tensor)}
+        if before - now and now - before:
+            raise ValueError(f"it has {min(before - now)} where {type(optimizer).__name__} has {min(now - before)}")
+
+
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], facts: dict[str, Any]
 ) -> None:

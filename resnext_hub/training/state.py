@@ -25,13 +25,14 @@ from resnext_hub.errors import RequestError, RunError, StoppedRun, one_line
 from resnext_hub.machine import WAIT
 from resnext_hub.models.merged import grouped_convolutions
 from resnext_hub.models.widths import list_widths
-from resnext_hub.training.checkpoint import latest_checkpoint, save_checkpoint
-from resnext_hub.training.config import TrainConfig
+from resnext_hub.text import printable
+from resnext_hub.training.checkpoint import BestFacts, StateFacts, latest_checkpoint, save_checkpoint
+from resnext_hub.training.config import GROWING_FIELDS, MACHINE_FIELDS, TrainConfig
 from resnext_hub.training.evaluate import Evaluation, EvaluationStoppedError, evaluate
 from resnext_hub.training.feed import StepInputs, evaluation_samples, training_loader
 from resnext_hub.training.form import agree_on_factors, training_form
 from resnext_hub.training.metrics import LineLog, Timer, UnreadableLog, read_lines, read_unreadable
-from resnext_hub.training.optim import build_optimizer, optimizer_state, restore_optimizer
+from resnext_hub.training.optim import build_optimizer, optimizer_state, require_same_kind, restore_optimizer
 from resnext_hub.training.schedule import plan_schedule
 from resnext_hub.training.stop import StopSignal
 
@@ -52,6 +53,8 @@ class Outcome:
     evaluation: Evaluation
     step: int
     """Step of the best weights."""
+    epoch: float
+    """Passes over the training split at that step."""
     steps: int
     epochs: float
     """Passes over the training split."""
@@ -75,6 +78,7 @@ class Best:
     step: int
     correct: int
     loss: float
+    epoch: float
     tensors: dict[str, torch.Tensor]
 
     def beaten_by(self, evaluation: Evaluation) -> bool:
@@ -163,7 +167,7 @@ class RunState:
         count = self.splits.train.count
         if self.streaming:
             return round(self.position.epoch + (self.position.place / count if count else 0.0), 4)
-        return round(self.step * self.config.batch_size / (count or 1), 4)
+        return self._epoch_at(self.step)
 
     def restore(self) -> None:
         """Load the newest checkpoint, if any. The main process chooses, so that all load the same one."""
@@ -176,40 +180,71 @@ class RunState:
         if checkpoint is None:
             return
         facts = checkpoint.facts
-        if facts["fingerprint"] != self.splits.fingerprint:
+        if facts.fingerprint != self.splits.fingerprint:
             raise RequestError(
-                f"the pictures of {self.splits.dataset_id} have changed since {checkpoint.path.name} was written; "
-                "give another --output-dir, or put them back"
+                f"the images of {printable(self.splits.dataset_id)} have changed since {checkpoint.path.name} was "
+                "written; give another --output-dir, or put them back"
             )
-        self.network.load_state_dict(checkpoint.tensors("model"))
-        restore_optimizer(self.optimizer, checkpoint.tensors("optimizer"), facts["optimizer"])
-        if self.accelerator.scaler is not None and facts["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(facts["scaler"])
+        checkpoint.require_settings(self.fixed_settings)
+        if checkpoint.step > self.schedule.steps:
+            raise checkpoint.foreign(f"it is of step {checkpoint.step}, and the run has {self.schedule.steps}")
+        weights = self.network.state_dict()
+        self.network.load_state_dict(checkpoint.matching("model", weights))
+        try:
+            require_same_kind(self.optimizer, facts.optimizer)
+            restore_optimizer(self.optimizer, checkpoint.tensors("optimizer"), facts.optimizer)
+            if self.accelerator.scaler is not None and facts.scaler is not None:
+                self.accelerator.scaler.load_state_dict(facts.scaler)
+        except (ValueError, LookupError, TypeError, RuntimeError) as error:
+            raise checkpoint.foreign(f"its optimizer's state does not fit: {one_line(error)}") from error
         if self.ema is not None:
-            self.ema.module.load_state_dict(checkpoint.tensors("ema"))
-        if facts["best"] is not None:
-            same = facts["best"]["step"] == checkpoint.step
+            self.ema.module.load_state_dict(checkpoint.matching("ema", self.ema.module.state_dict()))
+        if facts.best is not None:
+            same = facts.best.step == checkpoint.step
             name = "best" if not same else "model" if self.ema is None else "ema"
-            self.best = Best(**facts["best"], tensors=checkpoint.tensors(name))
-        self.step, self.resumes = checkpoint.step, facts["resumes"] + 1
-        self.skipped_steps = facts["skipped_steps"]
-        self.evaluated = facts["evaluated"]
-        self.position = Position(*facts["position"])
-        self.timer = Timer(facts["wall_seconds"], self.step)
+            self.best = Best(
+                step=facts.best.step,
+                correct=facts.best.correct,
+                loss=facts.best.loss,
+                epoch=self._epoch_at(facts.best.step) if facts.best.epoch is None else facts.best.epoch,
+                tensors=checkpoint.matching(name, weights),
+            )
+        self.step, self.resumes = checkpoint.step, facts.resumes + 1
+        self.skipped_steps = facts.skipped_steps
+        self.evaluated = facts.evaluated
+        self.position = Position(*facts.position)
+        self.timer = Timer(facts.wall_seconds, self.step)
         _logger.info("going on from %s", checkpoint.path.name)
-        decoders = facts.get("decoders", ["pil"])
+        decoders = facts.decoders
         self.decoders = decoders if decoders[-1] == self.how["decoder"] else [*decoders, self.how["decoder"]]
-        self.merged_groups = facts.get("merged_groups", {})
-        for name, before in facts["how"].items():
-            if self.how[name] != before:
+        self.merged_groups = facts.merged_groups or {}
+        layers = grouped_convolutions(self.network)
+        if not all(n in layers and f > 0 and layers[n].groups % f == 0 for n, f in self.merged_groups.items()):
+            raise checkpoint.foreign("its merged groups are of another model")
+        for name, before in facts.how.items():
+            if name in self.how and self.how[name] != before:
                 pixels = "in their last bits" if name != "decoder" else "as the pixels of JPEGs do by a little"
                 _logger.warning(
                     "%s: %s before, %s now; data and schedule stay the same, the weights can differ %s",
                     name,
-                    before,
+                    printable(before),
                     self.how[name],
                     pixels,
                 )
+
+    @property
+    def fixed_settings(self) -> dict[str, Any]:
+        """The settings that decide the result, without places on this machine: the dataset has a fingerprint."""
+        settings = self.config.to_flat()
+        left_out = MACHINE_FIELDS | GROWING_FIELDS | {"dataset"}
+        if settings["model"].startswith("local-dir:"):
+            left_out = left_out | {"model"}
+        return {name: value for name, value in settings.items() if name not in left_out}
+
+    def _epoch_at(self, step: int) -> float:
+        """Return the passes over the training split at a step; 0 for a stream of unknown length."""
+        count = self.splits.train.count
+        return round(step * self.config.batch_size / count, 4) if count else 0.0
 
     def build_form(self) -> nn.Module:
         """Give the form in which the network is trained; the main process chooses it, once for all of the run."""
@@ -364,7 +399,9 @@ class RunState:
         )
         if self.best is None or self.best.beaten_by(evaluation):
             tensors = {name: tensor.detach().cpu().clone() for name, tensor in self.published.state_dict().items()}
-            self.best = Best(step=self.step, correct=evaluation.correct, loss=evaluation.loss, tensors=tensors)
+            self.best = Best(
+                step=self.step, correct=evaluation.correct, loss=evaluation.loss, epoch=self.epoch, tensors=tensors
+            )
         self.evaluated = True
         return True
 
@@ -406,20 +443,23 @@ class RunState:
         scaler, best = self.accelerator.scaler, self.best
         if best is not None and best.step != self.step:
             tensors["best"] = best.tensors
-        facts = {
-            "optimizer": optimizer_facts,
-            "scaler": None if scaler is None else scaler.state_dict(),
-            "best": None if best is None else {"step": best.step, "correct": best.correct, "loss": best.loss},
-            "how": self.how,
-            "decoders": self.decoders,
-            "wall_seconds": self.timer.wall_seconds,
-            "resumes": self.resumes,
-            "skipped_steps": self.skipped_steps,
-            "merged_groups": self.merged_groups,
-            "evaluated": self.evaluated,
-            "position": self.position,
-            "fingerprint": self.splits.fingerprint,
-        }
+        facts = StateFacts(
+            optimizer=optimizer_facts,
+            scaler=None if scaler is None else scaler.state_dict(),
+            best=None
+            if best is None
+            else BestFacts(step=best.step, correct=best.correct, loss=best.loss, epoch=best.epoch),
+            how=self.how,
+            decoders=self.decoders,
+            wall_seconds=self.timer.wall_seconds,
+            resumes=self.resumes,
+            skipped_steps=self.skipped_steps,
+            merged_groups=self.merged_groups,
+            evaluated=self.evaluated,
+            position=(self.position.epoch, self.position.place),
+            fingerprint=self.splits.fingerprint,
+            settings=self.fixed_settings,
+        )
         try:
             keep = self.config.checkpoint.keep_checkpoints
             self.on_checkpoint(save_checkpoint(self.checkpoints, self.step, tensors, facts, keep))
@@ -463,6 +503,7 @@ class RunState:
             network=self.network.eval(),
             evaluation=evaluation,
             step=self.best.step,
+            epoch=self.best.epoch,
             steps=self.schedule.steps,
             epochs=self.epoch,
             history=read_lines(self.folder / "metrics.jsonl"),
