@@ -12,9 +12,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from resnext_hub.errors import RequestError, RunError, StoppedRun
+from resnext_hub.errors import RequestError, RunError, StoppedRun, one_line
+from resnext_hub.text import printable
 
 _logger = logging.getLogger(__name__)
+
+LINE = 2000
+"""Characters that an error is cut to, in the middle."""
 
 EXTRA_OF_PACKAGE = {
     **dict.fromkeys(
@@ -41,16 +45,13 @@ EXTRA_OF_PACKAGE = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; give its exit code: 2 for a wrong request, 1 for a failed run, above 128 for a stopped one."""
+    _occupy_standard_files()
     is_main = os.environ.get("RANK", "0") == "0"
     _set_up_logging(is_main)
     try:
         from resnext_hub.flags import build_parser  # which needs what the extra `train` brings
 
-        options, unknown = build_parser().parse_known_args(arguments)
-        if unknown:
-            command = " ".join(filter(None, (options.command, getattr(options, "kind", None))))
-            raise RequestError(f"unrecognized arguments: {' '.join(unknown)} (see resnext-hub {command} --help)")
-        COMMANDS[options.command](options)
+        COMMANDS[(options := build_parser().parse_args(arguments)).command](options)
     except RequestError as error:
         return _say(error, 2, is_main)
     except RunError as error:
@@ -60,20 +61,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if extra is None:
             raise
         return _say(f'{error.name} is not installed; pip install "resnext-hub[{extra}]"', 2, is_main)
+    except ImportError as error:
+        return _say(f"{error.name} is installed but cannot be imported: {one_line(error)}", 1, is_main)
     except StoppedRun as stopped:
         return _say(stopped, stopped.code, is_main)
     except KeyboardInterrupt:
         return _say("stopped; the same command goes on from the last checkpoint, or else starts over", 130, is_main)
     except BrokenPipeError:  # the reader has seen enough, as head does; what is left unwritten has no place to go
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 141
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _say(f"{where}{error.strerror or one_line(error)}", 1, is_main)
+    except (MemoryError, RuntimeError) as error:
+        from resnext_hub.machine import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        return _say(f"out of memory ({one_line(error)[:120]}); a smaller --batch-size or image needs less", 1, is_main)
     return 0
 
 
 def _say(what: object, code: int, aloud: bool) -> int:
     if aloud:
-        sys.stderr.write(f"{'' if code > 128 else 'error: '}{what}\n")
+        text = printable(what)
+        text = text if len(text) <= LINE else f"{text[: LINE // 2]}…{text[-LINE // 2 :]}"
+        sys.stderr.write(f"{'' if code > 128 else 'error: '}{text}\n")
     return code
+
+
+def _occupy_standard_files() -> None:
+    """Connect standard files that are closed to nowhere: the next file opened would get their number, and what
+    libraries print.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
 def _set_up_logging(is_main: bool) -> None:
@@ -261,7 +286,8 @@ def _export(options: argparse.Namespace) -> None:
 def _benchmark(options: argparse.Namespace) -> None:
     from resnext_hub.files import write_atomic
     from resnext_hub.machine import device_type, set_threads
-    from resnext_hub.training.config import check_value, fields_of
+    from resnext_hub.settings import check_value
+    from resnext_hub.training.config import fields_of
 
     set_threads(options.threads, device_type())
     module = importlib.import_module(f"resnext_hub.benchmark.{options.kind}")
@@ -333,9 +359,21 @@ def _bars_beside_logs() -> Iterator[None]:
 
 
 def _print(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") != "0":
+        return
+    try:
         sys.stdout.write(text.encode(errors="backslashreplace").decode())  # names of files need not be UTF-8
         sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _discard_output()
+        raise RunError(f"standard output cannot be written: {error.strerror or error}") from error
+
+
+def _discard_output() -> None:
+    """Let what is left unwritten go nowhere, so that ending the process does not fail over it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 COMMANDS = {

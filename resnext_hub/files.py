@@ -25,8 +25,11 @@ _PARTIAL = ".partial-"
 JSON_BYTES = 1 << 28
 """Size in bytes above which a JSON file is refused; a record of thousands of classes has some megabytes."""
 
-YAML_BYTES = 1 << 20
+YAML_BYTES = 1 << 18
 """Size in bytes above which a YAML file is refused; settings have some kilobytes."""
+
+YAML_FLOAT = r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?"
+"""A number that is not whole by its form. YAML 1.1, which PyYAML reads, has `1e-3` as text and `1:30` as 90."""
 
 Content = TypeVar("Content")
 
@@ -144,8 +147,8 @@ def read_yaml(path: Path, way_out: str) -> dict[str, Any]:
 def parse_yaml(text: str) -> dict[str, Any]:
     """Return the mapping that YAML text holds; an empty text holds an empty one.
 
-    Tags, aliases (which can grow without bound) and repeated names are refused. `1e-3` is a number, as in YAML 1.2, and
-    a date is text.
+    Tags, aliases (which can grow without bound) and repeated names are refused. Scalars are those of YAML 1.2: `1e-3`
+    is a number; `no`, `010`, `1_000`, `1:30` and dates are text.
 
     Raises:
         ValueError: If it holds anything but a mapping from names to plain values.
@@ -154,6 +157,9 @@ def parse_yaml(text: str) -> dict[str, Any]:
 
     try:
         content = yaml.load(text, Loader=_plain_loader())
+    except yaml.error.MarkedYAMLError as error:  # it would quote the line in several of its own
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ValueError(f"{line}{printable(error.problem or error.context)}") from error
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(one_line(error)) from error
     except RecursionError as error:
@@ -169,28 +175,34 @@ def parse_yaml(text: str) -> dict[str, Any]:
 def _plain_loader() -> type:
     """Return a loader of YAML without tags, aliases and repeated names."""
     import yaml
+    from yaml.error import MarkedYAMLError
 
     class PlainLoader(yaml.SafeLoader):
         def compose_node(self, parent: Any, index: Any) -> Any:
             event: Any = self.peek_event()  # type: ignore[no-untyped-call]
             if isinstance(event, yaml.AliasEvent):
-                raise ValueError(f"aliases are not read{event.start_mark}")
+                raise MarkedYAMLError(problem="aliases are not read", problem_mark=event.start_mark)
             if getattr(event, "tag", None) is not None:
-                raise ValueError(f"the tag {event.tag} is not read{event.start_mark}")
+                raise MarkedYAMLError(problem=f"the tag {event.tag} is not read", problem_mark=event.start_mark)
             return super().compose_node(parent, index)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            start: Any = node.start_mark
             content = super().construct_mapping(node, deep)
             if len(content) < len(node.value):
-                raise ValueError(f"a name is given twice{node.start_mark}")
+                raise MarkedYAMLError(problem="a name is given twice", problem_mark=start)
             return content
 
-    number = r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"
-    PlainLoader.yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":merge", ":value"))]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    PlainLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(number), list("-+.0123456789"))
+    PlainLoader.yaml_implicit_resolvers = {}
+    for name, pattern, first in (
+        ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+        ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+        ("int", r"-?(?:0|[1-9][0-9]{0,99})", list("-0123456789")),
+        ("float", YAML_FLOAT, list("-+.0123456789")),
+    ):
+        tag = f"tag:yaml.org,2002:{name}"
+        PlainLoader.add_implicit_resolver(tag, re.compile(rf"(?:{pattern})\Z"), first)
+    PlainLoader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(node.value))
     return PlainLoader
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import logging
 import os
 import platform
@@ -21,6 +22,9 @@ from resnext_hub.errors import RequestError, RunError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+
+THREADS = 1024
+"""Most computing threads of a process: more than a machine has cores; each takes memory and a place in the kernel."""
 
 WAIT = timedelta(hours=6)
 """How long a process waits for another one, which may be evaluating, or writing to a slow disk."""
@@ -135,6 +139,30 @@ def quiet_compilers() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error is that of an allocation that failed, on the CPU or on an accelerator."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _ALLOCATION_FAILED)
+
+
+_ALLOCATION_FAILED = (
+    "DefaultCPUAllocator",
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "std::bad_alloc",
+    "Cannot allocate memory",
+    "could not create a memory object",  # oneDNN
+    "Storage size calculation overflowed",
+    "[enforce fail at alloc_cpu.cpp",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+"""What torch and its libraries say then; most of them have no class of their own for it."""
 
 
 def processes() -> int:

@@ -27,8 +27,9 @@ from resnext_hub.machine import check_launcher, device_type, local_processes, pr
 from resnext_hub.models.source import ModelSource, build_model, find_model
 from resnext_hub.recipes import QUICKSTART, RECIPES
 from resnext_hub.record import RunRecord
+from resnext_hub.settings import did_you_mean, flag_of, shown
 from resnext_hub.text import printable
-from resnext_hub.training.config import GROWING_FIELDS, MACHINE_FIELDS, TrainConfig, flag_of
+from resnext_hub.training.config import GROWING_FIELDS, MACHINE_FIELDS, TrainConfig
 from resnext_hub.training.optim import derive_lr
 from resnext_hub.training.schedule import plan_schedule, sizes_of
 
@@ -76,7 +77,8 @@ def merge_settings(
     if recipe is None and not {"dataset"} & (from_file.keys() | asked.keys()):
         recipe = QUICKSTART
     if recipe is not None and recipe not in RECIPES:
-        raise RequestError(f"--recipe {recipe}: there is no such recipe, but {', '.join(RECIPES)}")
+        hint = did_you_mean(recipe, RECIPES)
+        raise RequestError(f"--recipe {shown(recipe)}: there is no such recipe, but {', '.join(RECIPES)}{hint}")
     return {**(RECIPES[recipe] if recipe else {}), **from_file, **asked}, recipe
 
 

@@ -47,8 +47,9 @@ from resnext_hub.record import (
     RunRecord,
     SampleFacts,
 )
+from resnext_hub.settings import flag_of
 from resnext_hub.training.checkpoint import RunLock
-from resnext_hub.training.config import TrainConfig, flag_of
+from resnext_hub.training.config import TrainConfig
 from resnext_hub.training.evaluate import Evaluation, evaluate
 from resnext_hub.training.feed import evaluation_samples
 from resnext_hub.training.loop import train

@@ -14,6 +14,7 @@ ORDER = (
     {"text", "__init__"},
     {"errors"},
     {"files"},
+    {"settings"},
     {"machine", "record"},
     {"models"},
     {"data"},

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
-from typing import Literal
+from typing import Annotated, Literal
 
 import timm
 import torch
@@ -20,9 +20,11 @@ from resnext_hub.benchmark.contest import (
     images_per_second,
     in_its_own_process,
 )
+from resnext_hub.data.transforms import IMAGE_SIZE
 from resnext_hub.errors import RequestError
 from resnext_hub.inference.optimize import compile_frozen, optimize
 from resnext_hub.machine import device_type, resolve_precision
+from resnext_hub.settings import Range, check_fields
 
 _logger = logging.getLogger(__name__)
 
@@ -43,14 +45,13 @@ class Settings:
     """A name that timm knows; its weights are drawn from a seed, as no speed depends on them."""
     equal_flops: str | None = None
     """A network without groups, compiled beside it; if not given, one with about as many FLOPs, where there is one."""
-    image_size: int = 224
+    image_size: Annotated[int, Range(1, IMAGE_SIZE)] = 224
     """Height and width of the pictures in pixels."""
-    batch_size: int = 16
+    batch_size: Annotated[int, Range(1, 1 << 20)] = 16
     """Pictures computed at once."""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.image_size < 1:
-            raise RequestError(f"--batch-size {self.batch_size} --image-size {self.image_size}: expected at least 1")
+        check_fields(self)
         for name in filter(None, (self.model, self.equal_flops)):
             if name.partition(".")[0] not in timm.list_models():
                 raise RequestError(f"{name}: timm knows no such network")

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -20,10 +20,11 @@ from resnext_hub.data.batches import read_batches
 from resnext_hub.data.dataset import Pictures
 from resnext_hub.data.decode import UnreadablePictureError, decode, read_bytes
 from resnext_hub.data.jpeg import is_installed
-from resnext_hub.data.loaders import StepSampler, TrainingSamples, build_train_loader, seed_sample
+from resnext_hub.data.loaders import WORKERS, StepSampler, TrainingSamples, build_train_loader, seed_sample
 from resnext_hub.data.sources import list_pictures
-from resnext_hub.data.transforms import TransformConfig, normalize
+from resnext_hub.data.transforms import IMAGE_SIZE, TransformConfig, normalize
 from resnext_hub.errors import RequestError
+from resnext_hub.settings import Range, check_fields
 
 if TYPE_CHECKING:
     import datasets
@@ -46,11 +47,11 @@ DRAWS = 4
 class Settings:
     """What is measured."""
 
-    image_size: int = 224
+    image_size: Annotated[int, Range(1, IMAGE_SIZE)] = 224
     """Height and width of the network's input in pixels."""
-    workers: int = 1
+    workers: Annotated[int, Range(0, WORKERS)] = 1
     """Reading processes."""
-    batch_size: int = 16
+    batch_size: Annotated[int, Range(1, 1 << 20)] = 16
     """Pictures of a batch."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     """Interpolation of resizing; bicubic is that of resnext_g32."""
@@ -60,11 +61,7 @@ class Settings:
     """A folder of pictures of one's own, in place of those; what cannot be read is left out."""
 
     def __post_init__(self) -> None:
-        if self.image_size < 1 or self.batch_size < 1 or self.workers < 0:
-            raise RequestError(
-                f"--image-size {self.image_size} --batch-size {self.batch_size} --workers {self.workers}: expected at "
-                "least 1, 1 and 0"
-            )
+        check_fields(self)
 
 
 def measure(settings: Settings, rounds: int) -> Contest:

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import timm
@@ -24,9 +25,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from resnext_hub.benchmark.contest import Contender, Contest, equal_in_flops, hold_contest, images_per_second
+from resnext_hub.data.transforms import IMAGE_SIZE
 from resnext_hub.errors import RequestError, RunError, one_line
 from resnext_hub.machine import device_type, resolve_precision
 from resnext_hub.models.resnext import VARIANTS, stock_architecture
+from resnext_hub.settings import Range, check_fields
 from resnext_hub.training.form import AUTOCAST, choose_factors, training_form
 
 CLASSES = 10
@@ -40,11 +43,11 @@ class Settings:
     """A variant of this package; its weights are seeded, as no figure depends on them."""
     equal_flops: str | None = None
     """A network without groups, in a bare loop beside it; if not given, one of about as many FLOPs, if there is one."""
-    image_size: int = 64
+    image_size: Annotated[int, Range(2, IMAGE_SIZE)] = 64
     """Height and width of the pictures in pixels."""
-    batch_size: int = 64
+    batch_size: Annotated[int, Range(2, 1 << 20)] = 64
     """Pictures of an optimizer step."""
-    steps: int = 16
+    steps: Annotated[int, Range(4, 1_000_000)] = 16
     """Steps of a round; the first quarter of them does not count."""
     compile: bool = False
     """Measure --compile and a compiled bare loop as well; compiling takes a minute or more in each."""
@@ -52,12 +55,11 @@ class Settings:
     """Checkout of pytorch-image-models at the installed version, whose train.py is measured as well."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.model not in VARIANTS:
             raise RequestError(f"{self.model}: there is no such variant; there are {', '.join(VARIANTS)}")
         if self.equal_flops is not None and self.equal_flops.partition(".")[0] not in timm.list_models():
             raise RequestError(f"{self.equal_flops}: timm knows no such network")
-        if min(self.image_size, self.batch_size) < 2 or self.steps < 4:
-            raise RequestError("expected --image-size and --batch-size of at least 2, and --steps of at least 4")
         if self.timm_checkout is not None and not Path(self.timm_checkout, "train.py").is_file():
             raise RequestError(f"--timm-checkout {self.timm_checkout}: there is no train.py in it")
 

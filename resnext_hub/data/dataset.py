@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
 from huggingface_hub.errors import HTTPError
@@ -28,6 +28,7 @@ from resnext_hub.data.sources import (
     parquet_files,
 )
 from resnext_hub.errors import RequestError, RunError, one_line
+from resnext_hub.settings import Range, check_fields
 
 if TYPE_CHECKING:
     import datasets
@@ -54,25 +55,20 @@ class DataConfig:
     """Column that holds the pictures; found by its type if not given."""
     label_column: str | None = None
     """Column that holds the classes; found by its type if not given."""
-    eval_fraction: float = 0.2
+    eval_fraction: Annotated[float, Range(0, 1, above=True, below=True)] = 0.2
     """Part of the training split that is held out, stratified by class, where there is no evaluation split."""
-    split_seed: int = 0
+    split_seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     """Seed of that cut; apart from `seed`, so that runs with other seeds are measured on the same pictures."""
 
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: Annotated[float, Range(0, 1)] = 0.01
     """Part of a split that may be unreadable before the run stops; a single picture never stops it."""
     streaming: bool = False
     """Read a Hub dataset or parquet files in order instead of keeping them on the disk; needs an evaluation split."""
-    shuffle_block: int = 1000
+    shuffle_block: Annotated[int, Range(1, 10_000_000)] = 1000
     """With streaming: how many consecutive samples are held and shuffled among themselves."""
 
     def __post_init__(self) -> None:
-        if self.shuffle_block < 1:
-            raise RequestError(f"--shuffle-block {self.shuffle_block}: expected at least 1")
-        if not 0.0 <= self.max_bad_fraction <= 1.0:
-            raise RequestError(f"--max-bad-fraction {self.max_bad_fraction} is not between 0 and 1")
-        if not 0.0 < self.eval_fraction < 1.0:
-            raise RequestError(f"--eval-fraction {self.eval_fraction} is not between 0 and 1")
+        check_fields(self)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ import random
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,26 +21,30 @@ from resnext_hub.data.batches import Batch, Parcel, Sample, Unreadable, build_lo
 from resnext_hub.data.dataset import Pictures
 from resnext_hub.data.decode import UnreadablePictureError
 from resnext_hub.data.transforms import Transform
-from resnext_hub.errors import RequestError, RunError
+from resnext_hub.errors import RunError
 from resnext_hub.machine import cores
+from resnext_hub.settings import Range, check_fields
 
 PICTURE_MODES = {1: "L", 3: "RGB"}
 """Pillow's mode for a number of input channels."""
+
+
+WORKERS = 256
+"""Most data-loading workers of a training process; each is a process of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
     """How pictures are read."""
 
-    workers: int | None = None
+    workers: Annotated[int, Range(0, WORKERS)] | None = None
     """Reading processes beside each training process; derived from device and cores if not given."""
     decoder: Literal["auto", "simplejpeg", "pil"] = "auto"
     """What decodes JPEGs to train on: simplejpeg is fast, pil the reference; auto is a run's own one, else simplejpeg
     where it is installed."""
 
     def __post_init__(self) -> None:
-        if self.workers is not None and self.workers < 0:
-            raise RequestError(f"--workers {self.workers} is negative")
+        check_fields(self)
 
 
 class Place(NamedTuple):

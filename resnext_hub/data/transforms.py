@@ -6,13 +6,14 @@ belong to the global batch.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
 from resnext_hub.errors import RequestError
+from resnext_hub.settings import Range, check_fields, shown
 
 Transform = Callable[[Image.Image], torch.Tensor]
 """Maps a picture to a float32 tensor `(C, H, W)`."""
@@ -22,65 +23,59 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 """Pillow's filters by timm's names."""
 
 
+IMAGE_SIZE = 1 << 14
+"""Greatest height and width in pixels; a batch of larger ones fits no memory."""
+
+_Probability = Annotated[float, Range(0, 1)]
+_Mean = Annotated[float, Range(-255, 255)]
+_Std = Annotated[float, Range(0.0001, 255)]
+_Area = Annotated[float, Range(0, 1, above=True)]
+_Ratio = Annotated[float, Range(0.01, 100)]
+_Mixing = Annotated[float, Range(0, 100)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TransformConfig:
     """Size of the pictures and what is done to them; None takes the value of the model's pretrained_cfg."""
 
-    image_size: int | None = None
+    image_size: Annotated[int, Range(1, IMAGE_SIZE)] | None = None
     """Height and width of the network's input in pixels."""
-    crop_pct: float | None = None
+    crop_pct: Annotated[float, Range(0, 1, above=True)] | None = None
     """In evaluation, the part of the resized picture that the centre crop keeps."""
     interpolation: str | None = None
     """Interpolation of resizing, such as bilinear or bicubic."""
-    mean: tuple[float, float, float] | None = None
+    mean: tuple[_Mean, _Mean, _Mean] | None = None
     """Mean by which the channels are normalised, of values from 0 to 1."""
-    std: tuple[float, float, float] | None = None
+    std: tuple[_Std, _Std, _Std] | None = None
     """Standard deviation by which the channels are normalised."""
-    scale: tuple[float, float] = (0.08, 1.0)
+    scale: tuple[_Area, _Area] = (0.08, 1.0)
     """In training, least and greatest part of the picture's area in a random crop."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    ratio: tuple[_Ratio, _Ratio] = (3 / 4, 4 / 3)
     """In training, least and greatest width over height of a random crop."""
-    hflip: float = 0.5
+    hflip: _Probability = 0.5
     """In training, probability of mirroring left to right."""
-    color_jitter: float = 0.0
+    color_jitter: Annotated[float, Range(0, 10)] = 0.0
     """In training, greatest relative change of brightness, contrast and saturation."""
     auto_augment: str | None = None
     """In training, a policy in timm's notation, such as rand-m7-mstd0.5, augmix-m3 or 3a."""
-    random_erasing: float = 0.0
+    random_erasing: _Probability = 0.0
     """In training, probability of blanking a random rectangle."""
-    mixup: float = 0.0
+    mixup: _Mixing = 0.0
     """In training, blend pairs of pictures; alpha of the beta distribution of their shares, 0 for none."""
-    cutmix: float = 0.0
+    cutmix: _Mixing = 0.0
     """In training, paste a rectangle of one picture of a pair into the other; alpha, 0 for none; with both, either."""
-    mix_prob: float = 1.0
+    mix_prob: _Probability = 1.0
     """In training, probability that a pair is mixed, if mixup or cutmix is on."""
 
     def __post_init__(self) -> None:
-        if self.image_size is not None and self.image_size < 1:
-            raise RequestError(f"--image-size {self.image_size} is not a positive number of pixels")
+        check_fields(self)
         if self.interpolation not in (None, *INTERPOLATIONS):
-            raise RequestError(f"--interpolation {self.interpolation}: expected one of {', '.join(INTERPOLATIONS)}")
-        if self.crop_pct is not None and not 0.0 < self.crop_pct <= 1.0:
-            raise RequestError(f"--crop-pct {self.crop_pct} is not above 0 and at most 1")
-        if self.std is not None and not all(0.0 < value < float("inf") for value in self.std):
-            raise RequestError(f"--std {' '.join(map(str, self.std))}: expected positive numbers")
-        for flag, (low, high), most in (("--scale", self.scale, 1.0), ("--ratio", self.ratio, float("inf"))):
-            if not 0.0 < low <= high <= most:
-                raise RequestError(f"{flag} {low} {high}: expected 0 < low <= high{' <= 1' if most == 1.0 else ''}")
-        for flag, probability in (
-            ("--hflip", self.hflip),
-            ("--random-erasing", self.random_erasing),
-            ("--mix-prob", self.mix_prob),
-        ):
-            if not 0.0 <= probability <= 1.0:
-                raise RequestError(f"{flag} {probability} is not a probability")
-        for flag, value in (
-            ("--color-jitter", self.color_jitter),
-            ("--mixup", self.mixup),
-            ("--cutmix", self.cutmix),
-        ):
-            if not 0.0 <= value < float("inf"):
-                raise RequestError(f"{flag} {value}: expected 0 or a positive number")
+            raise RequestError(
+                f"--interpolation {shown(self.interpolation)}: expected one of {', '.join(INTERPOLATIONS)}"
+            )
+        for flag, (low, high) in (("--scale", self.scale), ("--ratio", self.ratio)):
+            if low > high:
+                raise RequestError(f"{flag} {low:g} {high:g}: expected the smaller number first")
 
     @property
     def mixes(self) -> bool:

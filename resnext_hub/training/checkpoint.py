@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from resnext_hub.errors import RequestError, one_line
 from resnext_hub.files import convert, new_folder, read_json, remove_folder, remove_leftovers, sha256_of, write_json
+from resnext_hub.settings import Range, check_fields, shown
 from resnext_hub.text import printable
 
 _logger = logging.getLogger(__name__)
@@ -36,16 +37,15 @@ class CheckpointConfig:
 
     checkpoint_every: str = "10m"
     """Steps (`500`) or minutes (`10m`) between checkpoints; the last step always makes one."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Annotated[int, Range(1, 1_000_000)] = 2
     """How many of the newest checkpoints stay."""
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[1-9]\d*m?", self.checkpoint_every):
+        check_fields(self)
+        if not re.fullmatch(r"[1-9][0-9]{0,8}m?", self.checkpoint_every):
             raise RequestError(
-                f"--checkpoint-every {self.checkpoint_every}: expected steps, as 500, or minutes, as 10m"
+                f"--checkpoint-every {shown(self.checkpoint_every)}: expected steps, as 500, or minutes, as 10m"
             )
-        if self.keep_checkpoints < 1:
-            raise RequestError(f"--keep-checkpoints {self.keep_checkpoints}: expected at least 1")
 
     @property
     def steps(self) -> int | None:

@@ -6,23 +6,90 @@ derives them; a resolved configuration written to a file repeats the run.
 
 import ast
 import dataclasses
-import difflib
 import inspect
-import math
 import textwrap
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from resnext_hub.data.dataset import DataConfig
 from resnext_hub.data.loaders import LoaderConfig
-from resnext_hub.data.transforms import TransformConfig
+from resnext_hub.data.transforms import IMAGE_SIZE, TransformConfig
 from resnext_hub.errors import RequestError
+from resnext_hub.machine import THREADS
+from resnext_hub.settings import SEEDS, Range, check_fields, check_value, did_you_mean, is_count, shown
 from resnext_hub.training.checkpoint import CheckpointConfig
 from resnext_hub.training.optim import OptimConfig
+
+STEPS = 1_000_000_000
+BATCH = 1 << 20
+WIDTHS = 1 << 16
+"""Most steps, samples of a batch, and channels of a group that make sense anywhere."""
+
+ALIASES = {
+    "learning_rate": "lr",
+    "initial_lr": "lr",
+    "lr0": "lr",
+    "wd": "weight_decay",
+    "batch": "batch_size",
+    "bs": "batch_size",
+    "b": "batch_size",
+    "train_batch_size": "batch_size",
+    "per_device_train_batch_size": "micro_batch_size",
+    "per_device_eval_batch_size": "eval_batch_size",
+    "gradient_accumulation_steps": "micro_batch_size",
+    "grad_accum_steps": "micro_batch_size",
+    "validation_batch_size": "eval_batch_size",
+    "imgsz": "image_size",
+    "img_size": "image_size",
+    "input_size": "image_size",
+    "size": "image_size",
+    "resolution": "image_size",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "n_epochs": "epochs",
+    "num_steps": "max_steps",
+    "max_train_steps": "max_steps",
+    "iterations": "max_steps",
+    "data": "dataset",
+    "data_dir": "dataset",
+    "data_path": "dataset",
+    "dataset_name": "dataset",
+    "arch": "model",
+    "architecture": "model",
+    "backbone": "model",
+    "model_name": "model",
+    "opt": "optimizer",
+    "num_workers": "workers",
+    "smoothing": "label_smoothing",
+    "aa": "auto_augment",
+    "reprob": "random_erasing",
+    "drop": "drop_rate",
+    "dropout": "drop_rate",
+    "model_ema_decay": "ema",
+    "ema_decay": "ema",
+    "max_grad_norm": "clip_grad",
+    "clip_grad_norm": "clip_grad",
+    "amp": "mixed_precision",
+    "precision": "mixed_precision",
+    "fp16": "mixed_precision",
+    "bf16": "mixed_precision",
+    "val_split": "eval_split",
+    "validation_split": "eval_split",
+    "test_split": "eval_split",
+    "valid_split": "eval_split",
+    "val_fraction": "eval_fraction",
+    "torchcompile": "compile",
+    "warmup": "warmup_epochs",
+    "random_seed": "seed",
+    "hub_model_id": "repo_id",
+    "save_every": "checkpoint_every",
+    "save_steps": "checkpoint_every",
+    "logging_steps": "log_every",
+}
+"""What other trainers call a setting, and its name here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,25 +123,25 @@ class TrainConfig:
     pretrained: bool | None = None
     """Start from released weights; if not given, yes for `hf-hub:` and `local-dir:`, no for a name (the recipe finetune
     says yes)."""
-    drop_rate: float = 0.0
+    drop_rate: Annotated[float, Range(0, 1, below=True)] = 0.0
     """Dropout probability before the classifier."""
-    drop_path: float = 0.0
+    drop_path: Annotated[float, Range(0, 1, below=True)] = 0.0
     """Probability of dropping the last block's residual branch in training (stochastic depth)."""
-    epochs: float = 30.0
+    epochs: Annotated[float, Range(0, 1_000_000, above=True)] = 30.0
     """Passes over the training split."""
-    max_steps: int | None = None
+    max_steps: Annotated[int, Range(1, STEPS)] | None = None
     """Optimizer steps, in place of the number that follows from the epochs."""
-    batch_size: int = 128
+    batch_size: Annotated[int, Range(1, BATCH)] = 128
     """Global batch: samples of one optimizer step, over all processes."""
-    micro_batch_size: int | None = None
+    micro_batch_size: Annotated[int, Range(1, BATCH)] | None = None
     """Samples that a process computes at once; its whole part of the batch if not given."""
-    eval_batch_size: int = 32
+    eval_batch_size: Annotated[int, Range(1, BATCH)] = 32
     """Fixed shape of evaluation passes, apart from the training batch."""
-    label_smoothing: float = 0.1
+    label_smoothing: Annotated[float, Range(0, 1, below=True)] = 0.1
     """Part of the target that is spread over all classes."""
-    ema: float | None = None
+    ema: Annotated[float, Range(0, 1, above=True, below=True)] | None = None
     """Decay of a moving average of the weights, such as 0.9998, which is then evaluated, kept and published."""
-    seed: int = 0
+    seed: Annotated[int, Range(0, SEEDS)] = 0
     """Seed of weights, sample order and augmentation."""
     deterministic: bool | None = None
     """Use deterministic algorithms only; if not given, yes on a CPU and no on an accelerator."""
@@ -86,13 +153,13 @@ class TrainConfig:
     that width in channels, or the greatest below it."""
     compile: bool = False
     """Compile forward and backward pass with torch.compile, which takes a minute or more at the start."""
-    progressive_size: int | None = None
+    progressive_size: Annotated[int, Range(1, IMAGE_SIZE)] | None = None
     """Size in pixels at which training begins, to grow to the image size over three quarters of the run."""
     threads: str = "auto"
     """Computing threads of each process on a CPU; auto shares the cores out."""
-    log_every: int = 10
+    log_every: Annotated[int, Range(1, STEPS)] = 10
     """Steps between log lines."""
-    eval_every: int = 1
+    eval_every: Annotated[int, Range(1, STEPS)] = 1
     """Epochs between evaluations; the last step is always evaluated."""
     log_samples: bool = False
     """Write samples-P.jsonl for each process: the indices of each step and a hash of their pixels."""
@@ -104,33 +171,16 @@ class TrainConfig:
     publish: PublishConfig = field(default_factory=PublishConfig)
 
     def __post_init__(self) -> None:
-        for name in (
-            "batch_size",
-            "micro_batch_size",
-            "max_steps",
-            "eval_batch_size",
-            "log_every",
-            "eval_every",
-            "progressive_size",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise RequestError(f"{flag_of(name)} {value}: expected at least 1")
-        for name in ("drop_rate", "drop_path", "label_smoothing"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise RequestError(f"{flag_of(name)} {getattr(self, name)}: expected a number from 0 to below 1")
-        if self.ema is not None and not 0.0 < self.ema < 1.0:
-            raise RequestError(f"--ema {self.ema}: expected a number between 0 and 1, such as 0.9998")
-        if self.epochs <= 0.0:
-            raise RequestError(f"--epochs {self.epochs}: expected a positive number")
-        if self.seed < 0:
-            raise RequestError(f"--seed {self.seed}: expected a number of at least 0")
-        if self.merge_groups not in ("auto", "off") and not (
-            self.merge_groups.isdecimal() and int(self.merge_groups) > 0
-        ):
-            raise RequestError(f"--merge-groups {self.merge_groups}: expected auto, off or a width, such as 32")
-        if self.threads != "auto" and not (self.threads.isdigit() and int(self.threads) > 0):
-            raise RequestError(f"--threads {self.threads}: expected auto or a positive number")
+        check_fields(self)
+        if self.merge_groups not in ("auto", "off") and not is_count(self.merge_groups, WIDTHS):
+            raise RequestError(
+                f"--merge-groups {shown(self.merge_groups)}: expected auto, off or a width in channels from 1 to "
+                f"{WIDTHS:,}, such as 32"
+            )
+        if self.threads != "auto" and not is_count(self.threads, THREADS):
+            raise RequestError(
+                f"--threads {shown(self.threads)}: expected auto or a number of threads from 1 to {THREADS:,}"
+            )
 
     def to_flat(self) -> dict[str, Any]:
         """Give every field by its one name; the inverse of `from_flat`."""
@@ -153,9 +203,8 @@ class TrainConfig:
         known = flat_fields()
         for name in values:
             if name not in known:
-                close = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.7))
-                hint = f"close: {close}" if close else f"known ones: {', '.join(known)}"
-                raise RequestError(f"{name} is not a setting; {hint}")
+                hint = did_you_mean(name.replace("-", "_"), known, ALIASES) or "; resnext-hub train --help lists them"
+                raise RequestError(f"unknown setting {shown(name)}{hint}")
         checked = {name: check_value(name, value, known[name].type) for name, value in values.items()}
         own = {f.name: checked[f.name] for f in dataclasses.fields(cls) if f.name in checked}
         for part, kind in _parts(cls).items():
@@ -216,7 +265,7 @@ def flat_fields() -> dict[str, FlatField]:
 
 def fields_of(kind: type) -> dict[str, FlatField]:
     """Give the fields of one class of settings, by name."""
-    hints = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind, include_extras=True)
     sentences = _sentences(kind)
     return {
         f.name: FlatField(f.name, hints[f.name], f.default, sentences[f.name])
@@ -225,47 +274,12 @@ def fields_of(kind: type) -> dict[str, FlatField]:
     }
 
 
-def flag_of(name: str) -> str:
-    """Give the flag of a field."""
-    return "--" + name.replace("_", "-")
-
-
-def check_value(name: str, value: Any, hint: Any) -> Any:
-    """Give a value as a field's type has it: whole numbers become floats, lists tuples.
-
-    Raises:
-        RequestError: If the value is of another type.
-    """
-    if isinstance(hint, types.UnionType):
-        if value is None:
-            return None
-        hint = next(part for part in typing.get_args(hint) if part is not type(None))
-    if typing.get_origin(hint) is Literal:
-        if value in typing.get_args(hint):
-            return value
-        raise RequestError(f"{flag_of(name)} {value}: expected one of {', '.join(typing.get_args(hint))}")
-    if typing.get_origin(hint) is tuple:
-        parts = typing.get_args(hint)
-        if isinstance(value, (list, tuple)) and len(value) == len(parts):
-            return tuple(check_value(name, v, part) for v, part in zip(value, parts, strict=True))
-        raise RequestError(f"{flag_of(name)} {value}: expected {len(parts)} numbers")
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not math.isfinite(value):
-            raise RequestError(f"{flag_of(name)} {value}: expected a finite number")
-        return float(value)
-    if hint is str and isinstance(value, int) and not isinstance(value, bool):
-        return str(value)  # threads: 2 and checkpoint_every: 500, as YAML reads them
-    if type(value) is not hint:
-        expected = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}[hint]
-        raise RequestError(f"{flag_of(name)} {value!r}: expected {expected}")
-    return value
-
-
 def _parts(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if dataclasses.is_dataclass(hints[f.name])}
 
 
+@lru_cache(maxsize=32)
 def _sentences(cls: type) -> dict[str, str]:
     """Read the docstrings that stand under the fields of a class; Python keeps them in the source alone."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]

@@ -1,16 +1,16 @@
 """The optimizer, built by timm, and the learning rate as a pure function of the step."""
 
-import difflib
 import inspect
 import json
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import nn
 
 from resnext_hub.errors import RequestError
+from resnext_hub.settings import Range, check_fields, did_you_mean, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,32 +19,25 @@ class OptimConfig:
 
     optimizer: str = "sgd"
     """An optimizer of timm, such as sgd, adamw or lamb."""
-    lr: float | None = None
+    lr: Annotated[float, Range(0, 1000, above=True)] | None = None
     """Greatest learning rate; derived from optimizer and batch size if not given."""
-    momentum: float = 0.9
+    momentum: Annotated[float, Range(0, 1, below=True)] = 0.9
     """Momentum, for optimizers that have one."""
-    weight_decay: float = 1e-4
+    weight_decay: Annotated[float, Range(0, 1000)] = 1e-4
     """Weight decay; biases and norm layers are left out of it."""
-    warmup_epochs: float = 5.0
+    warmup_epochs: Annotated[float, Range(0, 1_000_000)] = 5.0
     """Epochs over which the learning rate rises linearly from near zero; at most half of the run."""
-    clip_grad: float | None = None
+    clip_grad: Annotated[float, Range(0, 1_000_000_000, above=True)] | None = None
     """Greatest norm of the gradient, if it is to be clipped."""
 
     def __post_init__(self) -> None:
         from timm.optim import list_optimizers
 
+        check_fields(self)
         known = list_optimizers()
         if self.optimizer not in known:
-            close = difflib.get_close_matches(self.optimizer, known, n=3) or ["sgd", "adamw", "lamb"]
-            raise RequestError(f"--optimizer {self.optimizer}: timm has no such optimizer; close: {', '.join(close)}")
-        for flag, value in (("--lr", self.lr), ("--clip-grad", self.clip_grad)):
-            if value is not None and not (0.0 < value < math.inf):
-                raise RequestError(f"{flag} {value} is not a positive number")
-        for flag, value in (("--weight-decay", self.weight_decay), ("--warmup-epochs", self.warmup_epochs)):
-            if value < 0.0:
-                raise RequestError(f"{flag} {value} is negative")
-        if not 0.0 <= self.momentum < 1.0:
-            raise RequestError(f"--momentum {self.momentum} is not in [0, 1)")
+            hint = did_you_mean(self.optimizer, known) or ", but sgd, adamw, lamb and others"
+            raise RequestError(f"--optimizer {shown(self.optimizer)}: timm has no such optimizer{hint}")
 
 
 def derive_lr(optimizer: str, batch_size: int, pretrained: bool) -> float:

@@ -106,5 +106,5 @@ def test_a_step_in_one_pass_is_that_of_timms_optimizer_and_is_not_taken_on_scale
 
 
 def test_an_unknown_optimizer_is_refused_with_close_names() -> None:
-    with raises(RequestError, match=r"--optimizer adamv: timm has no such optimizer; close: .*adam"):
+    with raises(RequestError, match=r"--optimizer adamv: timm has no such optimizer; did you mean .*adam"):
         OptimConfig(optimizer="adamv")
