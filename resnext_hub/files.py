@@ -180,10 +180,11 @@ def _plain_loader() -> type:
     class PlainLoader(yaml.SafeLoader):
         def compose_node(self, parent: Any, index: Any) -> Any:
             event: Any = self.peek_event()  # type: ignore[no-untyped-call]
-            if isinstance(event, yaml.AliasEvent):
-                raise MarkedYAMLError(problem="aliases are not read", problem_mark=event.start_mark)
+            start: Any = event.start_mark
+            if event.__class__ is yaml.AliasEvent:
+                raise MarkedYAMLError(problem="aliases are not read", problem_mark=start)
             if getattr(event, "tag", None) is not None:
-                raise MarkedYAMLError(problem=f"the tag {event.tag} is not read", problem_mark=event.start_mark)
+                raise MarkedYAMLError(problem=f"the tag {event.tag} is not read", problem_mark=start)
             return super().compose_node(parent, index)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
