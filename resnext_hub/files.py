@@ -25,8 +25,8 @@ _PARTIAL = ".partial-"
 JSON_BYTES = 1 << 28
 """Size in bytes above which a JSON file is refused; a record of thousands of classes has some megabytes."""
 
-YAML_BYTES = 1 << 18
-"""Size in bytes above which a YAML file is refused; settings have some kilobytes."""
+YAML_BYTES = 1 << 16
+"""Size in bytes above which a YAML file is refused; settings have some kilobytes, and PyYAML reads 50 kB/s."""
 
 YAML_FLOAT = r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?"
 """A number that is not whole by its form. YAML 1.1, which PyYAML reads, has `1e-3` as text and `1:30` as 90."""
@@ -162,8 +162,6 @@ def parse_yaml(text: str) -> dict[str, Any]:
         raise ValueError(f"{line}{printable(error.problem or error.context)}") from error
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(one_line(error)) from error
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
@@ -178,6 +176,8 @@ def _plain_loader() -> type:
     from yaml.error import MarkedYAMLError
 
     class PlainLoader(yaml.SafeLoader):
+        depth = 0
+
         def compose_node(self, parent: Any, index: Any) -> Any:
             event: Any = self.peek_event()  # type: ignore[no-untyped-call]
             start: Any = event.start_mark
@@ -185,7 +185,12 @@ def _plain_loader() -> type:
                 raise MarkedYAMLError(problem="aliases are not read", problem_mark=start)
             if getattr(event, "tag", None) is not None:
                 raise MarkedYAMLError(problem=f"the tag {event.tag} is not read", problem_mark=start)
-            return super().compose_node(parent, index)
+            self.depth += 1
+            if self.depth > 8:
+                raise MarkedYAMLError(problem="nested too deeply", problem_mark=start)
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             start: Any = node.start_mark

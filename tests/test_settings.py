@@ -98,11 +98,11 @@ def test_a_wrong_value_in_a_file_is_refused_by_name(text: str, reason: str, file
 )
 def test_a_file_that_is_not_one_mapping_is_refused_at_once(content: bytes, reason: str, file: Path) -> None:
     file.write_bytes(content)
-    start = time.monotonic()
+    start = time.process_time()
     with raises(RequestError, match=reason) as error:
         merge_settings({}, None, file)
     assert "\n" not in str(error.value)
-    assert time.monotonic() - start < 5.0
+    assert time.process_time() - start < 5.0
 
 
 def test_only_a_regular_file_is_read(tmp_path: Path) -> None:
