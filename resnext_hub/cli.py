@@ -231,7 +231,13 @@ def _predict(options: argparse.Namespace) -> None:
     set_threads(options.threads, device.type)
     unread = 0
     results = predict(
-        model, paths, batch_size=options.batch_size, device=device, top=options.top, decoder=options.decoder
+        model,
+        paths,
+        batch_size=options.batch_size,
+        device=device,
+        top=options.top,
+        decoder=options.decoder,
+        max_pixels=options.max_image_pixels,
     )
     for result in results:
         if isinstance(result, Unread):

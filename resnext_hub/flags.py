@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
+from resnext_hub.data.loaders import PIXELS, LoaderConfig
 from resnext_hub.data.transforms import IMAGE_SIZE
 from resnext_hub.errors import RequestError
 from resnext_hub.machine import THREADS
@@ -123,6 +124,13 @@ def build_parser() -> argparse.ArgumentParser:
         default="pil",
         help="pil, as for the figures of a card (default), or simplejpeg: faster, with nearly the same pixels",
     )
+    predict.add_argument(
+        "--max-image-pixels",
+        type=_image_pixels,
+        default=LoaderConfig.max_image_pixels,
+        metavar="N",
+        help=f"pixels above which an image is unreadable (default: {LoaderConfig.max_image_pixels:,})",
+    )
     _add_threads(predict)
 
     export = _add(commands, "export", "write a trained network for another runtime")
@@ -198,6 +206,12 @@ def _merge_groups(text: str) -> str | int:
     raise argparse.ArgumentTypeError(
         f"{shown(text)}: expected off, auto or a number of channels from 1 to {WIDTHS:,}, such as 32"
     )
+
+
+def _image_pixels(text: str) -> int:
+    if not is_count(text, PIXELS):
+        raise argparse.ArgumentTypeError(f"{shown(text)}: expected a whole number from 1 to {PIXELS:,}")
+    return int(text)
 
 
 def _positive(text: str) -> int:

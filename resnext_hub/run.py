@@ -186,7 +186,7 @@ def evaluate_run(folder: Path, threads: str = "auto") -> tuple[Evaluation, RunRe
     data_config = timm.data.resolve_model_data_config(network)
     evaluation = evaluate(
         network.to(device).to(memory_format=torch.channels_last),
-        evaluation_samples(splits.eval, data_config),
+        evaluation_samples(splits.eval, data_config, config.loader.max_image_pixels),
         batch_size=record.evaluation.batch_size,
         device=device,
     )
@@ -339,7 +339,7 @@ def _write_results(plan: Plan, outcome: Outcome, accelerator: "Accelerator", pre
             batch_size=config.eval_batch_size,
             confusion=evaluation.confusion(len(splits.label_names)),
         ),
-        sample=_sample(outcome.network, splits, plan.data_config),
+        sample=_sample(outcome.network, splits, plan.data_config, config.loader.max_image_pixels),
         history=outcome.history,
         versions=versions(),
         hardware=HardwareFacts(
@@ -368,10 +368,10 @@ def _write_results(plan: Plan, outcome: Outcome, accelerator: "Accelerator", pre
 
 
 @torch.inference_mode()
-def _sample(network: torch.nn.Module, splits: Splits, data_config: dict[str, Any]) -> SampleFacts:
+def _sample(network: torch.nn.Module, splits: Splits, data_config: dict[str, Any], max_pixels: int) -> SampleFacts:
     """Give what a network says of the first evaluation sample that can be read."""
     device = next(network.parameters()).device
-    samples = evaluation_samples(splits.eval, data_config)
+    samples = evaluation_samples(splits.eval, data_config, max_pixels)
     with contextlib.closing(samples.batches(1, process=0, processes=1, workers=0, pin_memory=False)) as batches:
         batch = next(batch for batch in batches if not batch.unreadable)
     images = batch.images.to(device).contiguous(memory_format=torch.channels_last)

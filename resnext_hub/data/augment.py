@@ -1,4 +1,4 @@
-"""From a stored picture to the small one that training takes: timm's training transform up to its pixels.
+"""From a stored image to the small one that training takes: timm's training transform up to its pixels.
 
 timm draws every random number, in its own order, whichever decoder is used, so both cut the same rectangle. Pixels stay
 bytes: what is cheaper for a batch (normalising) or has to come after that (erasing) is left to the device.
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from resnext_hub.data.decode import opened, read_bytes, upright
+from resnext_hub.data.decode import MAX_IMAGE_PIXELS, opened, read_bytes, upright, within_memory
 from resnext_hub.data.jpeg import RESAMPLING, Rectangle, decode_part, read_header, to_image, to_tensor
 from resnext_hub.data.transforms import TransformConfig
 from resnext_hub.errors import RequestError
@@ -46,12 +46,19 @@ class Augmentation:
         config: What is drawn at random.
         data_config: input_size, interpolation, mean and std in timm's keys.
         decoder: `simplejpeg`, or `pil`, which the pixels of the other are near to.
+        max_pixels: Pixels above which an image is unreadable.
 
     Raises:
         RequestError: If timm has no such policy of augmentation.
     """
 
-    def __init__(self, config: TransformConfig, data_config: Mapping[str, Any], decoder: str = "pil") -> None:
+    def __init__(
+        self,
+        config: TransformConfig,
+        data_config: Mapping[str, Any],
+        decoder: str = "pil",
+        max_pixels: int = MAX_IMAGE_PIXELS,
+    ) -> None:
         from timm.data import create_transform
         from timm.data.random_erasing import RandomErasing
 
@@ -80,6 +87,7 @@ class Augmentation:
         self.mode = "RGB" if data_config["input_size"][0] == 3 else "L"
         self.interpolation: str = data_config["interpolation"]
         self.fast = decoder == "simplejpeg" and self.interpolation in RESAMPLING
+        self.max_pixels = max_pixels
 
     def __call__(self, row: dict[str, Any]) -> Augmented:
         """Decode a stored picture and augment it, with random numbers from the generators as they stand.
@@ -87,7 +95,8 @@ class Augmentation:
         Raises:
             UnreadablePictureError: If it cannot be decoded.
         """
-        pixels = self._cropped(read_bytes(row))
+        with within_memory():
+            pixels = self._cropped(read_bytes(row, self.max_pixels))
         for flip in self.flips:
             pixels = flip(pixels)
         if self.colours is not None:
@@ -98,13 +107,13 @@ class Augmentation:
         """Give a random part of a picture at the size of the input."""
         from torchvision.transforms.functional import resized_crop
 
-        header = read_header(data) if self.fast else None
+        header = read_header(data, self.max_pixels) if self.fast else None
         if header is not None:
             part = self._draw_part(*header.upright)
             pixels = decode_part(data, header, part, self.crop.size, self.interpolation, self.mode)
             if pixels is not None:
                 return pixels
-        with opened(data) as image:
+        with opened(data, self.max_pixels) as image:
             whole = upright(image, self.mode)
         if header is None:
             part = self._draw_part(whole.height, whole.width)

@@ -14,10 +14,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 from torch.nn import functional as F
 
-from resnext_hub.data.decode import decode, opened, read_bytes
+from resnext_hub.data.decode import (
+    MAX_IMAGE_PIXELS,
+    decode,
+    opened,
+    orientation,
+    read_bytes,
+    require_scans,
+    require_size,
+    within_memory,
+)
+from resnext_hub.data.transforms import build_eval_transform, is_long
 
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 """Interpolations of the fast decoder; the others are Pillow's alone."""
@@ -76,17 +86,20 @@ class Header:
         return self.stored[::-1] if self.turn[0] else self.stored
 
 
-def read_header(data: bytes) -> Header | None:
-    """Give the header of a picture; None for what is no JPEG in colour or grey.
+def read_header(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Header | None:
+    """Return the header of an image; None for what is no JPEG in colour or grey.
 
     Raises:
-        UnreadablePictureError: If Pillow does not read it.
+        UnreadablePictureError: If Pillow does not read it, or it asks for more memory or time than an image needs.
     """
     frame = _find_frame(data)
     rows_at = frame.place if frame and frame.sequential else None
     if frame and frame.plain:
+        height, width = frame.size
+        require_size(width, height, max_pixels)
+        require_scans(data, height * width, max_pixels)
         return Header(frame.size, _TURNS[1], rows_at)
-    with opened(data) as image:
+    with opened(data, max_pixels) as image:
         header = _pillows_header(image)
     if header is None or frame is None or header.stored != frame.size or header.turn != _TURNS[1]:
         return header
@@ -112,7 +125,7 @@ def _find_frame(data: bytes) -> _Frame | None:
         if marker in (0xC0, 0xC2) and place + 8 <= len(data):  # 8 bits, height, width, one or three components
             height, width = data[place + 3] << 8 | data[place + 4], data[place + 5] << 8 | data[place + 6]
             plain = usual and data[place + 2] == 8 and data[place + 7] in (1, 3)
-            plain = plain and 0 < height * width <= (Image.MAX_IMAGE_PIXELS or 0)
+            plain = plain and height * width > 0
             return _Frame(place + 3, (height, width), marker == 0xC0, plain)
         if marker not in _USUAL and marker not in _APPLICATION:
             return None
@@ -133,8 +146,7 @@ def _segments(data: bytes) -> Iterator[tuple[int, int]]:
 def _pillows_header(image: Image.Image) -> Header | None:
     if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
         return None
-    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    return Header((image.height, image.width), _TURNS.get(orientation, _TURNS[1]))
+    return Header((image.height, image.width), _TURNS.get(orientation(image), _TURNS[1]))
 
 
 def reduction(part: tuple[int, int], size: tuple[int, int]) -> int:
@@ -219,18 +231,19 @@ class FastTransform:
 
     Args:
         data_config: input_size, crop_pct, crop_mode, interpolation, mean and std in timm's keys.
+        max_pixels: Pixels above which an image is unreadable.
 
     Raises:
         ModuleNotFoundError: If simplejpeg is not installed.
     """
 
-    def __init__(self, data_config: Mapping[str, Any]) -> None:
-        from timm.data import create_transform
+    def __init__(self, data_config: Mapping[str, Any], max_pixels: int = MAX_IMAGE_PIXELS) -> None:
         from torchvision.transforms import Resize
 
         importlib.import_module("simplejpeg")
-        self.whole = create_transform(**data_config, is_training=False)
-        self.resize, self.crop, *_, self.normalize = self.whole.transforms
+        self.whole = build_eval_transform(data_config)
+        self.max_pixels = max_pixels
+        self.resize, self.crop, *_, self.normalize = self.whole.timms.transforms
         self.mode = "RGB" if data_config["input_size"][0] == 3 else "L"
         self.interpolation: str = data_config["interpolation"]
         self.fast = type(self.resize) is Resize and self.interpolation in RESAMPLING
@@ -241,17 +254,17 @@ class FastTransform:
         Raises:
             UnreadablePictureError: If it cannot be decoded.
         """
-        data = read_bytes(row)
-        pixels = None
-        header = read_header(data) if self.fast else None
-        if header is not None:
-            part = Rectangle(0, 0, *header.upright)
-            pixels = decode_part(data, header, part, self._resized(header.upright), self.interpolation, self.mode)
-        if pixels is None:
-            transformed: torch.Tensor = self.whole(decode(row, self.mode))
-            return transformed
-        normalized: torch.Tensor = self.normalize(self.crop(pixels).to(torch.float32).div(255))
-        return normalized
+        data = read_bytes(row, self.max_pixels)
+        with within_memory():
+            pixels = None
+            header = read_header(data, self.max_pixels) if self.fast else None
+            if header is not None and not is_long(header.upright):
+                part = Rectangle(0, 0, *header.upright)
+                pixels = decode_part(data, header, part, self._resized(header.upright), self.interpolation, self.mode)
+            if pixels is None:
+                return self.whole(decode({"bytes": data, "path": None}, self.mode, self.max_pixels))
+            normalized: torch.Tensor = self.normalize(self.crop(pixels).to(torch.float32).div(255))
+            return normalized
 
     def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
         """Give the size to which torchvision resizes, by the shorter side or to both sides."""

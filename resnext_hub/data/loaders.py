@@ -9,7 +9,7 @@ import random
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,11 +19,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from resnext_hub.data.augment import Augment
 from resnext_hub.data.batches import Batch, Parcel, Sample, Unreadable, build_loader, read_batches
 from resnext_hub.data.dataset import Pictures
-from resnext_hub.data.decode import UnreadablePictureError
+from resnext_hub.data.decode import MAX_IMAGE_PIXELS, UnreadablePictureError, decode, within_memory
 from resnext_hub.data.transforms import Transform
 from resnext_hub.errors import RunError
 from resnext_hub.machine import cores
 from resnext_hub.settings import Range, check_fields
+from resnext_hub.text import printable
 
 PICTURE_MODES = {1: "L", 3: "RGB"}
 """Pillow's mode for a number of input channels."""
@@ -32,16 +33,21 @@ PICTURE_MODES = {1: "L", 3: "RGB"}
 WORKERS = 256
 """Most data-loading workers of a training process; each is a process of its own."""
 
+PIXELS = 10_000_000_000
+"""Greatest --max-image-pixels."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
-    """How pictures are read."""
+    """How images are read."""
 
     workers: Annotated[int, Range(0, WORKERS)] | None = None
     """Reading processes beside each training process; derived from device and cores if not given."""
     decoder: Literal["auto", "simplejpeg", "pil"] = "auto"
     """What decodes JPEGs to train on: simplejpeg is fast, pil the reference; auto is a run's own one, else simplejpeg
     where it is installed."""
+    max_image_pixels: Annotated[int, Range(1, PIXELS)] = MAX_IMAGE_PIXELS
+    """Pixels above which an image is unreadable, by its header; decoding takes up to 10 bytes of memory for each."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -96,21 +102,34 @@ class TrainingSamples(Dataset[Sample]):
                 unreadable.append(Unreadable(index, self.pictures.name(index), str(error)))
                 if len(unreadable) == 100:
                     raise RunError(
-                        "100 pictures drawn after each other cannot be read; the last: "
-                        f"{self.pictures.name(index)} ({error})"
+                        "100 images drawn after each other cannot be read; the last: "
+                        f"{printable(self.pictures.name(index))} ({error})"
                     ) from None
                 draw = np.random.SeedSequence((place.sample, len(unreadable))).generate_state(1, np.uint64)[0]
                 index = int(draw % len(self.pictures))
         return Sample(image, int(self.pictures.labels[index]), place.sample, unreadable, erased)
 
 
-class EvaluationSamples(Dataset[Sample]):
-    """Samples as the evaluation transform gives them. One that cannot be read is black, and said to be unreadable."""
+def read_transformed(row: dict[str, Any], transform: Transform, mode: str, max_pixels: int) -> torch.Tensor:
+    """Decode and transform a stored image.
 
-    def __init__(self, pictures: Pictures, transform: Transform, mode: str = "RGB") -> None:
+    Raises:
+        UnreadablePictureError: If it cannot be decoded, or there is not enough memory for it.
+    """
+    with within_memory():
+        return transform(decode(row, mode, max_pixels))
+
+
+class EvaluationSamples(Dataset[Sample]):
+    """Samples after the evaluation transform. One that cannot be read is black, and listed as unreadable."""
+
+    def __init__(
+        self, pictures: Pictures, transform: Transform, mode: str = "RGB", max_pixels: int = MAX_IMAGE_PIXELS
+    ) -> None:
         self.pictures = pictures
         self.transform = transform
         self.mode = mode
+        self.max_pixels = max_pixels
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -118,11 +137,11 @@ class EvaluationSamples(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         unreadable = []
         try:
-            image = self.pictures.image(index, self.mode)
+            image = read_transformed(self.pictures.row(index), self.transform, self.mode, self.max_pixels)
         except UnreadablePictureError as error:
             unreadable = [Unreadable(index, self.pictures.name(index), str(error))]
-            image = Image.new(self.mode, (8, 8))
-        return Sample(self.transform(image), int(self.pictures.labels[index]), index, unreadable)
+            image = self.transform(Image.new(self.mode, (8, 8)))
+        return Sample(image, int(self.pictures.labels[index]), index, unreadable)
 
     @property
     def count(self) -> int:

@@ -20,10 +20,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from resnext_hub.data.augment import Augment
 from resnext_hub.data.batches import Batch, Packer, Parcel, Position, Sample, Unreadable, build_loader, read_items
 from resnext_hub.data.dataset import Record, StreamedPictures
-from resnext_hub.data.decode import UnreadablePictureError
-from resnext_hub.data.loaders import seed_sample
+from resnext_hub.data.decode import MAX_IMAGE_PIXELS, UnreadablePictureError
+from resnext_hub.data.loaders import read_transformed, seed_sample
 from resnext_hub.data.transforms import Transform
 from resnext_hub.errors import RunError
+from resnext_hub.text import printable
 
 _logger = logging.getLogger(__name__)
 
@@ -129,19 +130,21 @@ class StreamBatches(IterableDataset[Parcel]):
                 continue
             return Sample(image, record.label, own.key, unreadable, erased)
         raise RunError(
-            f"none of {len(place.block)} consecutive records can be read; the last: {unreadable[-1].name} "
+            f"none of {len(place.block)} consecutive records can be read; the last: {printable(unreadable[-1].name)} "
             f"({unreadable[-1].reason})"
         )
 
 
 class StreamedEvaluation:
-    """Samples as the evaluation transform gives them, in the order of the shards.
+    """Samples after the evaluation transform, in the order of the shards.
 
-    One that cannot be read is black, and said to be unreadable.
+    One that cannot be read is black, and listed as unreadable.
     """
 
-    def __init__(self, pictures: StreamedPictures, transform: Transform, mode: str = "RGB") -> None:
-        self.pictures, self.transform, self.mode = pictures, transform, mode
+    def __init__(
+        self, pictures: StreamedPictures, transform: Transform, mode: str = "RGB", max_pixels: int = MAX_IMAGE_PIXELS
+    ) -> None:
+        self.pictures, self.transform, self.mode, self.max_pixels = pictures, transform, mode, max_pixels
         self.count = 0
         """Number of samples, once they were read to the end."""
 
@@ -160,11 +163,11 @@ class StreamedEvaluation:
         """Decode and transform a sample."""
         unreadable = []
         try:
-            image = self.pictures.image(record, self.mode)
+            image = read_transformed(self.pictures.row(record), self.transform, self.mode, self.max_pixels)
         except UnreadablePictureError as error:
             unreadable = [Unreadable(index, record.name, str(error))]
-            image = Image.new(self.mode, (8, 8))
-        return Sample(self.transform(image), record.label, index, unreadable)
+            image = self.transform(Image.new(self.mode, (8, 8)))
+        return Sample(image, record.label, index, unreadable)
 
 
 class _EvaluationParts(IterableDataset[Parcel | int]):

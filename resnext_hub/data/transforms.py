@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from resnext_hub.data.decode import UnreadablePictureError
 from resnext_hub.errors import RequestError
 from resnext_hub.settings import Range, check_fields, shown
 
@@ -103,12 +104,77 @@ def published_input(config: TransformConfig, pretrained_cfg: Mapping[str, Any]) 
     return resolved
 
 
-def build_eval_transform(data_config: Mapping[str, Any]) -> Transform:
-    """Give timm's evaluation transform for a resolved data configuration."""
-    from timm.data import create_transform
+def build_eval_transform(data_config: Mapping[str, Any]) -> "EvalTransform":
+    """Return timm's evaluation transform for a resolved data configuration."""
+    return EvalTransform(data_config)
 
-    transform: Transform = create_transform(**data_config, is_training=False)
-    return transform
+
+LONG = 32
+"""How many times a side is as long as the other in an image that is cropped before it is resized."""
+
+
+def is_long(size: tuple[int, int]) -> bool:
+    """Say whether resizing the shorter side of an image would make it far larger than what is kept of it."""
+    return max(size) > LONG * min(size)
+
+
+class EvalTransform:
+    """timm's evaluation transform: `(C, H, W)` float32, normalised, equal to timm's to the bit.
+
+    Of a very long image, timm resizes all and crops the centre: gigabytes for some pixels. Here the centre alone is
+    computed of it, with pixels equal to timm's to rounding.
+
+    Args:
+        data_config: input_size, crop_pct, crop_mode, interpolation, mean and std in timm's keys.
+    """
+
+    def __init__(self, data_config: Mapping[str, Any]) -> None:
+        from timm.data import create_transform
+        from torchvision.transforms import CenterCrop
+
+        self.timms = create_transform(**data_config, is_training=False)
+        self.resize, self.crop, *rest = self.timms.transforms
+        self.rest = type(self.timms)(rest)
+        self.crops = type(self.crop) is CenterCrop
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """Transform an image.
+
+        Raises:
+            UnreadablePictureError: If nothing is left of it at this size.
+        """
+        transformed: torch.Tensor
+        if not is_long(image.size):
+            transformed = self.timms(image)
+            return transformed
+        height, width = self._resized(image)
+        if min(height, width) < 1:
+            raise UnreadablePictureError(f"{image.width} x {image.height} pixels leave nothing at the model's size")
+        rows, columns = self.crop.size
+        if not self.crops or rows > height or columns > width:
+            transformed = self.timms(image)
+        else:
+            transformed = self.rest(self._centre(image, (height, width), (rows, columns)))
+        return transformed
+
+    def _resized(self, image: Image.Image) -> tuple[int, int]:
+        """Return the height and width to which timm resizes an image."""
+        if hasattr(self.resize, "get_params"):
+            height, width = self.resize.get_params(image, self.resize.size, self.resize.longest)
+        elif isinstance(self.resize.size, int):
+            height, width = (int(self.resize.size * side / min(image.size)) for side in (image.height, image.width))
+        else:
+            height, width = self.resize.size
+        return height, width
+
+    def _centre(self, image: Image.Image, resized: tuple[int, int], kept: tuple[int, int]) -> Image.Image:
+        """Return the centre that is kept `(rows, columns)` of the image at its resized height and width."""
+        from torchvision.transforms.functional import pil_modes_mapping
+
+        top, left = (round((whole - part) / 2.0) for whole, part in zip(resized, kept, strict=True))
+        y, x = image.height / resized[0], image.width / resized[1]
+        box = (left * x, top * y, (left + kept[1]) * x, (top + kept[0]) * y)
+        return image.resize(kept[::-1], pil_modes_mapping[self.resize.interpolation], box=box)
 
 
 class Mix(NamedTuple):

@@ -11,11 +11,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from resnext_hub.data.decode import UnreadablePictureError, decode
+from resnext_hub.data.decode import MAX_IMAGE_PIXELS, UnreadablePictureError
 from resnext_hub.data.jpeg import FastTransform
-from resnext_hub.data.loaders import PICTURE_MODES, derive_workers
+from resnext_hub.data.loaders import PICTURE_MODES, derive_workers, read_transformed
 from resnext_hub.data.sources import PICTURE_SUFFIXES, list_pictures
-from resnext_hub.data.transforms import Transform, build_eval_transform
+from resnext_hub.data.transforms import build_eval_transform
 from resnext_hub.errors import RequestError
 from resnext_hub.inference.trained import TrainedModel
 from resnext_hub.machine import local_processes
@@ -74,6 +74,7 @@ def predict(
     device: torch.device,
     top: int = 1,
     decoder: str = "pil",
+    max_pixels: int = MAX_IMAGE_PIXELS,
 ) -> Iterator[Prediction | Unread]:
     """Classify pictures, one result for each, in their order.
 
@@ -87,6 +88,7 @@ def predict(
         device: Where to compute.
         top: Number of classes to give for each picture, at most all.
         decoder: pil, as in the figures of a card, or simplejpeg, which is faster and gives nearly the same pixels.
+        max_pixels: Pixels above which an image is unreadable.
 
     Raises:
         RequestError: If the network takes pictures of other than one or three channels.
@@ -96,9 +98,14 @@ def predict(
     if channels not in PICTURE_MODES:
         raise RequestError(f"the network takes pictures of {channels} channels: expected 1 or 3")
     if decoder == "simplejpeg":
-        files = _PictureFiles(paths, FastTransform(model.data_config))
+        files = _PictureFiles(paths, FastTransform(model.data_config, max_pixels))
     else:
-        transform = partial(_transformed, build_eval_transform(model.data_config), PICTURE_MODES[channels])
+        transform = partial(
+            read_transformed,
+            transform=build_eval_transform(model.data_config),
+            mode=PICTURE_MODES[channels],
+            max_pixels=max_pixels,
+        )
         files = _PictureFiles(paths, transform)
     return _predict(model, files, min(batch_size, len(paths)), device, top)
 
@@ -126,10 +133,6 @@ def _predict(
             values, indices = next(rows).sort(descending=True, stable=True)
             best = zip(indices[:top].tolist(), values[:top].tolist(), strict=True)
             yield Prediction(path, tuple(Guess(index, model.label_names[index], value) for index, value in best))
-
-
-def _transformed(transform: Transform, mode: str, row: dict[str, Any]) -> torch.Tensor:
-    return transform(decode(row, mode))
 
 
 class _PictureFiles(Dataset[torch.Tensor | str]):

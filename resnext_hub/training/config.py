@@ -226,6 +226,7 @@ MACHINE_FIELDS = frozenset(
         "checkpoint_every",
         "keep_checkpoints",
         "max_bad_fraction",
+        "max_image_pixels",
         "push_to_hub",
         "push_checkpoints",
         "repo_id",

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from resnext_hub.data.augment import Augmentation
 from resnext_hub.data.batches import Batch, Parcel, Position
 from resnext_hub.data.dataset import Pictures, StreamedPictures
+from resnext_hub.data.decode import MAX_IMAGE_PIXELS
 from resnext_hub.data.loaders import (
     PICTURE_MODES,
     EvaluationSamples,
@@ -23,13 +24,13 @@ from resnext_hub.training.schedule import size_at
 
 
 def evaluation_samples(
-    pictures: Pictures | StreamedPictures, data_config: dict[str, Any]
+    pictures: Pictures | StreamedPictures, data_config: dict[str, Any], max_pixels: int = MAX_IMAGE_PIXELS
 ) -> EvaluationSamples | StreamedEvaluation:
-    """Give the samples of an evaluation split as timm's evaluation transform makes them."""
+    """Return the samples of an evaluation split as timm's evaluation transform makes them."""
     transform, mode = build_eval_transform(data_config), PICTURE_MODES[data_config["input_size"][0]]
     if isinstance(pictures, StreamedPictures):
-        return StreamedEvaluation(pictures, transform, mode)
-    return EvaluationSamples(pictures, transform, mode)
+        return StreamedEvaluation(pictures, transform, mode, max_pixels)
+    return EvaluationSamples(pictures, transform, mode, max_pixels)
 
 
 def training_loader(
@@ -58,7 +59,7 @@ def training_loader(
         pin_memory: Whether batches lie where a GPU can fetch them.
     """
     workers = config.loader.workers or 0
-    augment = Augmentation(config.transform, data_config, config.loader.decoder)
+    augment = Augmentation(config.transform, data_config, config.loader.decoder, config.loader.max_image_pixels)
     if isinstance(pictures, StreamedPictures):
         batches = StreamBatches(
             pictures,

@@ -116,7 +116,7 @@ class RunState:
             device=accelerator.device,
             process=accelerator.process_index,
         )
-        self.eval_samples = evaluation_samples(splits.eval, data_config)
+        self.eval_samples = evaluation_samples(splits.eval, data_config, config.loader.max_image_pixels)
         self.how = {
             "processes": accelerator.num_processes,
             "threads": torch.get_num_threads(),

@@ -261,14 +261,18 @@ def test_files_damaged_below_the_part_are_judged_alike() -> None:
     assert 20 < sum(verdicts) < 130
 
 
-def test_bombs_missing_files_and_nothing_at_all_are_unreadable_to_both(
-    monkeypatch: MonkeyPatch, tmp_path: Path
-) -> None:
+def test_bombs_missing_files_and_nothing_at_all_are_unreadable_to_both(tmp_path: Path) -> None:
     rows = [{"bytes": None, "path": None}, {"bytes": None, "path": str(tmp_path / "nowhere.jpg")}]
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    for row in [*rows, {"bytes": b"no picture", "path": None}, {"bytes": WHOLE, "path": None}]:
+    scans = WHOLE[:-2] + WHOLE[WHOLE.index(b"\xff\xda") :][:14] * 200 + b"\xff\xd9"
+    long = stored(Image.new("L", (1, 2000)))
+    rows += [{"bytes": data, "path": None} for data in (b"no image", scans)]
+    for row in [*rows, long]:
         assert outcome("simplejpeg", row) == outcome("pil", row)
         assert isinstance(outcome("pil", row), str)
+    for decoder in ("simplejpeg", "pil"):
+        augment = Augmentation(TransformConfig(), CFG | {"interpolation": "bilinear"}, decoder, max_pixels=1000)
+        with raises(UnreadablePictureError, match=r"is more than 1000 pixels \(--max-image-pixels\)"):
+            augment({"bytes": WHOLE, "path": None})
 
 
 def test_a_file_gives_the_pixels_of_its_bytes(tmp_path: Path) -> None:
