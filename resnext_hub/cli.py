@@ -242,19 +242,20 @@ def _predict(options: argparse.Namespace) -> None:
     for result in results:
         if isinstance(result, Unread):
             unread += 1
-            _logger.warning("%s: cannot be read: %s", result.path, result.reason)
+            _logger.warning("%s: cannot be read: %s", printable(result.path), printable(result.reason))
             if options.json:
                 _print(json.dumps({"path": str(result.path), "error": result.reason}) + "\n")
         elif options.json:
             guesses = [dataclasses.asdict(guess) for guess in result.guesses]
             _print(json.dumps({"path": str(result.path), "predictions": guesses}) + "\n")
         else:
-            columns = (f"\t{guess.label}\t{guess.probability:.4f}" for guess in result.guesses)
-            _print(f"{result.path}{''.join(columns)}\n")
+            # escaped, a tab or newline in a name cannot break the columns
+            columns = (f"\t{printable(guess.label)}\t{guess.probability:.4f}" for guess in result.guesses)
+            _print(f"{printable(result.path)}{''.join(columns)}\n")
     if unread == len(paths):
-        raise RunError(f"none of the {unread} pictures could be read")
+        raise RunError(f"none of the {unread} images could be read")
     if unread:
-        _logger.warning("%d of %d pictures could not be read", unread, len(paths))
+        _logger.warning("%d of %d images could not be read", unread, len(paths))
 
 
 def _export(options: argparse.Namespace) -> None:

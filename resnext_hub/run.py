@@ -51,7 +51,7 @@ from resnext_hub.settings import flag_of
 from resnext_hub.training.checkpoint import RunLock
 from resnext_hub.training.config import TrainConfig
 from resnext_hub.training.evaluate import Evaluation, evaluate
-from resnext_hub.training.feed import evaluation_samples
+from resnext_hub.training.feed import evaluation_samples, require_readable
 from resnext_hub.training.loop import train
 from resnext_hub.training.schedule import plan_schedule
 from resnext_hub.training.state import Outcome
@@ -79,6 +79,7 @@ def execute(plan: Plan) -> RunRecord:
         StoppedRun: If SIGTERM asked for it; the state was saved.
     """
     config, folder = plan.config, plan.folder
+    require_readable(evaluation_samples(plan.splits.eval, plan.data_config, config.loader.max_image_pixels))
     precision = resolve_precision(config.mixed_precision, device_type())
     deterministic = bool(config.deterministic)
     accelerator = build_accelerator(precision, deterministic)

@@ -1,5 +1,7 @@
 """From pictures to labels, with the evaluation transform that the model itself states."""
 
+import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,9 +18,10 @@ from resnext_hub.data.jpeg import FastTransform
 from resnext_hub.data.loaders import PICTURE_MODES, derive_workers, read_transformed
 from resnext_hub.data.sources import PICTURE_SUFFIXES, list_pictures
 from resnext_hub.data.transforms import build_eval_transform
-from resnext_hub.errors import RequestError
+from resnext_hub.errors import RequestError, RunError, one_line
 from resnext_hub.inference.trained import TrainedModel
 from resnext_hub.machine import local_processes
+from resnext_hub.text import printable
 
 
 @dataclass(frozen=True)
@@ -54,15 +57,22 @@ def find_pictures(paths: Sequence[Path]) -> list[Path]:
     """
     found: list[Path] = []
     for path in paths:
-        if path.is_dir():
+        try:
+            mode = os.stat(path).st_mode
+        except FileNotFoundError as error:
+            raise RequestError(f"{printable(path)}: there is no such file or folder") from error
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or one_line(error)
+            raise RequestError(f"{printable(path)} cannot be read: {reason}; expected an image or a folder") from error
+        if stat.S_ISDIR(mode):
             inside = list_pictures(path)
             if not inside:
-                raise RequestError(f"{path} holds no pictures; known suffixes: {' '.join(PICTURE_SUFFIXES)}")
+                raise RequestError(f"{printable(path)} holds no images; known suffixes: {' '.join(PICTURE_SUFFIXES)}")
             found += inside
-        elif path.is_file():
+        elif stat.S_ISREG(mode):
             found.append(path)
         else:
-            raise RequestError(f"{path}: there is no such file or folder")
+            raise RequestError(f"{printable(path)} is no regular file: expected an image, or a folder with images")
     return found
 
 
@@ -91,12 +101,13 @@ def predict(
         max_pixels: Pixels above which an image is unreadable.
 
     Raises:
-        RequestError: If the network takes pictures of other than one or three channels.
+        RequestError: If the model takes images of other than one or three channels.
+        RunError: If its probabilities are not finite.
         ModuleNotFoundError: If simplejpeg is asked for and not installed.
     """
     channels = model.data_config["input_size"][0]
     if channels not in PICTURE_MODES:
-        raise RequestError(f"the network takes pictures of {channels} channels: expected 1 or 3")
+        raise RequestError(f"the model takes images of {channels} channels: expected 1 or 3")
     if decoder == "simplejpeg":
         files = _PictureFiles(paths, FastTransform(model.data_config, max_pixels))
     else:
@@ -161,4 +172,7 @@ def _probabilities(
         return torch.empty(0)
     stacked = F.pad(torch.stack(list(images)), (0,) * 7 + (batch_size - len(images),))
     logits = network(stacked.to(device).contiguous(memory_format=torch.channels_last))[: len(images)].float()
-    return F.log_softmax(logits, dim=1).cpu().double().exp()
+    probabilities = F.log_softmax(logits, dim=1).cpu().double().exp()
+    if not probabilities.isfinite().all():
+        raise RunError("the probabilities are not finite: the model's weights, or its mean and std, cannot be used")
+    return probabilities

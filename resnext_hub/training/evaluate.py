@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from resnext_hub.data.batches import Unreadable
 from resnext_hub.data.loaders import EvaluationSamples
 from resnext_hub.data.stream import StreamedEvaluation
+from resnext_hub.errors import RunError
+from resnext_hub.text import printable
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +128,7 @@ def evaluate(
 
     Raises:
         EvaluationStoppedError: In every process, if any was asked to stop.
+        RunError: In every process, if no sample can be read.
     """
     parts: list[tuple[torch.Tensor, torch.Tensor]] = []
     unreadable: list[Unreadable] = []
@@ -166,6 +169,8 @@ def evaluate(
         values[:, indices] = columns
     summed = sum_over_processes(values).numpy()
     found = np.flatnonzero(summed[5])
+    if not len(found):
+        raise RunError(_nothing_read(samples.count, unreadable), everywhere=True)
     label, prediction, probability, losses, rank = summed[:5, found]
     return Evaluation(
         indices=found,
@@ -177,6 +182,13 @@ def evaluate(
         unreadable=unreadable,
         total=samples.count,
     )
+
+
+def _nothing_read(count: int, unreadable: list[Unreadable]) -> str:
+    if count == 0:
+        return "the evaluation split holds no images; name another one with --eval-split"
+    first = f", the first: {printable(unreadable[0].name)} ({unreadable[0].reason})" if unreadable else ""
+    return f"none of the {count} images of the evaluation split can be read{first}; mend them, or name another split"
 
 
 def _ranks(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

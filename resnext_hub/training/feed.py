@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from resnext_hub.data.augment import Augmentation
-from resnext_hub.data.batches import Batch, Parcel, Position
+from resnext_hub.data.batches import Batch, Parcel, Position, Unreadable
 from resnext_hub.data.dataset import Pictures, StreamedPictures
 from resnext_hub.data.decode import MAX_IMAGE_PIXELS
 from resnext_hub.data.loaders import (
@@ -19,8 +19,13 @@ from resnext_hub.data.loaders import (
 )
 from resnext_hub.data.stream import StreamBatches, StreamedEvaluation, build_stream_loader
 from resnext_hub.data.transforms import build_eval_transform, draw_mix, erase, mix_pairs, normalize
+from resnext_hub.errors import RequestError
+from resnext_hub.text import printable
 from resnext_hub.training.config import TrainConfig
 from resnext_hub.training.schedule import size_at
+
+MOST_TRIED = 1000
+"""Images that are tried before a run starts, where the first ones cannot be read."""
 
 
 def evaluation_samples(
@@ -31,6 +36,28 @@ def evaluation_samples(
     if isinstance(pictures, StreamedPictures):
         return StreamedEvaluation(pictures, transform, mode, max_pixels)
     return EvaluationSamples(pictures, transform, mode, max_pixels)
+
+
+def require_readable(samples: EvaluationSamples | StreamedEvaluation) -> None:
+    """Refuse an evaluation split of which nothing can be read, before anything is computed.
+
+    A stream is not asked, as it would be fetched for that; nor is all of a large split.
+
+    Raises:
+        RequestError: If it is so.
+    """
+    if isinstance(samples, StreamedEvaluation):
+        return
+    unread: list[Unreadable] = []
+    for index in range(len(samples)):
+        unreadable = samples[index].unreadable
+        if not unreadable or len(unread) == MOST_TRIED:
+            return
+        unread += unreadable
+    first = f", the first: {printable(unread[0].name)} ({unread[0].reason})" if unread else ""
+    raise RequestError(
+        f"none of the {len(samples)} images to evaluate on can be read{first}; mend them, or name another --eval-split"
+    )
 
 
 def training_loader(

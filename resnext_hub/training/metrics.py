@@ -5,30 +5,103 @@ import json
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from resnext_hub.data.batches import Unreadable
 from resnext_hub.data.columns import listing
-from resnext_hub.errors import RunError
-from resnext_hub.files import write_atomic
+from resnext_hub.errors import RunError, one_line
+from resnext_hub.files import read_regular, write_atomic
+from resnext_hub.text import printable
 
 _logger = logging.getLogger(__name__)
 
+MOST_SHOWN = 20
+"""Unreadable images of a split that the log names one by one; the file lists all."""
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Give the complete lines of a file; a line that a killed process left half written is none."""
-    lines = []
-    for text in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    return lines
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """What every line of a run says."""
+
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepLine(Line):
+    """A line of metrics.jsonl about a training step."""
+
+    epoch: float
+    loss: float
+    lr: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationLine(Line):
+    """A line of metrics.jsonl about an evaluation."""
+
+    epoch: float
+    eval_loss: float
+    eval_top1: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnreadableLine:
+    """A line of unreadable-P.jsonl."""
+
+    split: Literal["training", "evaluation"]
+    picture: str
+    reason: str
+    index: int | None = None
+    """Place in the split, or key in a stream; runs of older versions did not write it."""
+
+
+METRICS = (StepLine, EvaluationLine)
+"""The kinds of lines in metrics.jsonl."""
+
+
+def read_lines(path: Path, *kinds: type) -> list[dict[str, Any]]:
+    """Return the lines of a file that are JSON objects of one of the kinds, in their order, with all that they say.
+
+    A process that is killed leaves half a line, and a failing disk worse: what is anything else is left out.
+
+    Raises:
+        RunError: If the file cannot be read.
+    """
+    try:
+        content = read_regular(path)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise RunError(
+            f"{printable(path)} cannot be read ({error.strerror or one_line(error)}); remove it, and rerun the same "
+            "command to resume"
+        ) from error
+    *whole, half = content.split(b"\n")
+    lines = [line for text in whole if (line := _parsed(text, kinds)) is not None]
+    if len(lines) < len(whole):
+        _logger.warning("%s: %d damaged lines are ignored", printable(path), len(whole) - len(lines))
+    last = _parsed(half, kinds)
+    return lines if last is None else [*lines, last]
+
+
+def _parsed(text: bytes, kinds: tuple[type, ...]) -> dict[str, Any] | None:
+    import msgspec
+
+    try:
+        line: dict[str, Any] = msgspec.json.decode(text, type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    for kind in kinds:
+        with contextlib.suppress(msgspec.ValidationError):
+            msgspec.convert(line, kind)
+            return line
+    return None
 
 
 class UnreadableLog:
-    """What could not be read, each picture once, in a file of this process that a resumed run continues.
+    """What could not be read, each image once, in a file of this process that a resumed run continues.
 
     Args:
         folder: The run folder.
@@ -39,45 +112,68 @@ class UnreadableLog:
     def __init__(self, folder: Path, process: int, limit: float) -> None:
         self._path = folder / f"unreadable-{process}.jsonl"
         self._limit = limit
-        self._found = {(line["split"], line["picture"]): line["reason"] for line in read_lines(self._path)}
-        if self._found:
-            _logger.warning("%d pictures are known not to be readable, from before (%s)", len(self._found), self._path)
+        self._known = {(line["split"], line.get("index")) for line in _unreadable_lines(folder)}
+        self._found: dict[str, dict[int, str]] = {"training": {}, "evaluation": {}}
+        if self._known:
+            _logger.warning("%d images are known to be unreadable, from before (%s)", len(self._known), self._path)
 
-    def note(self, split: str, count: int, unreadable: list[Unreadable]) -> None:
+    def note(self, split: str, count: int, unreadable: list[Unreadable], in_all: int = 0) -> None:
         """Write down what is new.
+
+        Images are told apart by their index: their names need not differ.
 
         Args:
             split: `training` or `evaluation`.
             count: Size of the split.
-            unreadable: What could not be read.
+            unreadable: What this process could not read.
+            in_all: How many all processes could not read, where that is known.
 
         Raises:
-            RunError: If it is more of the split than may be, and more than one picture.
+            RunError: If it is more of the split than may be, and more than one image. What was found before a resume
+                does not count, as it may have been mended.
         """
-        new = {(split, entry.name): entry.reason for entry in unreadable}
-        new = {key: reason for key, reason in new.items() if key not in self._found}
-        if not new:
-            return
-        self._found |= new
-        with open(self._path, "a") as file:
-            for (_, picture), reason in new.items():
-                done = "others take its place" if split == "training" else "it is left out"
-                _logger.warning("%s of the %s split cannot be read (%s): %s", picture, split, reason, done)
-                file.write(json.dumps({"split": split, "picture": picture, "reason": reason}) + "\n")
-        bad = [f"{picture} ({reason})" for (of, picture), reason in self._found.items() if of == split]
-        if len(bad) > max(self._limit * count, 1):
+        found = self._found[split]
+        for entry in unreadable:
+            if entry.index not in found:
+                found[entry.index] = f"{printable(entry.name)} ({printable(entry.reason)})"
+                self._write(split, entry, len(found))
+        bad = max(len(found), in_all)
+        if (unreadable or in_all) and bad > max(self._limit * count, 1):
             raise RunError(
-                f"{len(bad)} of {count} pictures of the {split} split cannot be read, more than "
-                f"--max-bad-fraction {self._limit:g}: {listing(bad, 20)}; mend them, or allow more"
+                f"{bad} of {count} images of the {split} split cannot be read, more than --max-bad-fraction "
+                f"{self._limit:g}: {listing(found.values(), 8)}; mend them, or raise --max-bad-fraction",
+                everywhere=bad == in_all,
             )
+
+    def _write(self, split: str, entry: Unreadable, number: int) -> None:
+        if (split, entry.index) in self._known:
+            return
+        self._known.add((split, entry.index))
+        name, reason = printable(entry.name), printable(entry.reason)
+        done = "others take its place" if split == "training" else "it is left out"
+        if number <= MOST_SHOWN:
+            _logger.warning("%s of the %s split cannot be read (%s): %s", name, split, reason, done)
+        if number == MOST_SHOWN:
+            _logger.warning("further ones of the %s split are listed in %s", split, self._path)
+        self._path.parent.mkdir(parents=True, exist_ok=True)  # on another host it need not be there
+        with open(self._path, "a") as file:
+            line = {"split": split, "index": entry.index, "picture": name, "reason": reason}
+            file.write(json.dumps(line) + "\n")
 
 
 def read_unreadable(folder: Path) -> list[dict[str, str]]:
-    """Give what all processes of a run could not read, each picture once."""
-    found: dict[tuple[str, str], dict[str, str]] = {}
-    for path in sorted(folder.glob("unreadable-*.jsonl")):
-        found |= {(line["split"], line["picture"]): line for line in read_lines(path)}
-    return [found[key] for key in sorted(found)]
+    """Return split, picture and reason of what all processes of a run could not read, each image once."""
+    lines = _unreadable_lines(folder)
+    found = {(line["split"], line["index"]): line for line in lines if line.get("index") is not None}
+    names = {(line["split"], line["picture"]) for line in found.values()}
+    older = {(line["split"], line["picture"]): line for line in lines if line.get("index") is None}
+    chosen = [*found.values(), *(line for key, line in older.items() if key not in names)]
+    kept = [{name: line[name] for name in ("split", "picture", "reason")} for line in chosen]
+    return sorted(kept, key=lambda line: (line["split"], line["picture"]))
+
+
+def _unreadable_lines(folder: Path) -> list[dict[str, Any]]:
+    return [line for path in sorted(folder.glob("unreadable-*.jsonl")) for line in read_lines(path, UnreadableLine)]
 
 
 class LineLog:
@@ -85,12 +181,13 @@ class LineLog:
 
     Args:
         path: The file.
-        step: Step of the checkpoint that the run goes on from; lines of later steps go.
+        step: Step of the checkpoint that the run resumes from; lines of later steps are removed.
         evaluated: Whether that step's evaluation was done; if not, its lines go too.
+        kinds: What a line may be; others are removed.
     """
 
-    def __init__(self, path: Path, step: int, evaluated: bool = True) -> None:
-        kept = [line for line in read_lines(path) if line["step"] <= step]
+    def __init__(self, path: Path, step: int, evaluated: bool = True, kinds: tuple[type, ...] = (Line,)) -> None:
+        kept = [line for line in read_lines(path, *kinds) if line["step"] <= step]
         if not evaluated:
             kept = [line for line in kept if line["step"] < step or "eval_loss" not in line]
         write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))

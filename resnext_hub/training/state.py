@@ -31,7 +31,7 @@ from resnext_hub.training.config import GROWING_FIELDS, MACHINE_FIELDS, TrainCon
 from resnext_hub.training.evaluate import Evaluation, EvaluationStoppedError, evaluate
 from resnext_hub.training.feed import StepInputs, evaluation_samples, training_loader
 from resnext_hub.training.form import agree_on_factors, training_form
-from resnext_hub.training.metrics import LineLog, Timer, UnreadableLog, read_lines, read_unreadable
+from resnext_hub.training.metrics import METRICS, LineLog, Timer, UnreadableLog, read_lines, read_unreadable
 from resnext_hub.training.optim import build_optimizer, optimizer_state, require_same_kind, restore_optimizer
 from resnext_hub.training.schedule import plan_schedule
 from resnext_hub.training.stop import StopSignal
@@ -277,7 +277,9 @@ class RunState:
         """Open the logs of this process, without the lines of steps that are to be taken again."""
         process = self.accelerator.process_index
         if self.accelerator.is_main_process:
-            self.metrics = stack.enter_context(LineLog(self.folder / "metrics.jsonl", self.step, self.evaluated))
+            self.metrics = stack.enter_context(
+                LineLog(self.folder / "metrics.jsonl", self.step, self.evaluated, METRICS)
+            )
         if self.config.log_samples:
             self.samples = stack.enter_context(LineLog(self.folder / f"samples-{process}.jsonl", self.step))
 
@@ -367,7 +369,8 @@ class RunState:
             sum_over_processes=self._sum,
             stop_requested=lambda: self.stop.requested,
         )
-        self.unreadable.note("evaluation", evaluation.total, evaluation.unreadable)
+        missing = evaluation.total - evaluation.count
+        self.unreadable.note("evaluation", evaluation.total, evaluation.unreadable, missing)
         return evaluation
 
     def evaluate_step(self) -> bool:
@@ -506,7 +509,7 @@ class RunState:
             epoch=self.best.epoch,
             steps=self.schedule.steps,
             epochs=self.epoch,
-            history=read_lines(self.folder / "metrics.jsonl"),
+            history=read_lines(self.folder / "metrics.jsonl", *METRICS),
             wall_seconds=self.timer.wall_seconds,
             resumes=self.resumes,
             skipped_steps=self.skipped_steps,

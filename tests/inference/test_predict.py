@@ -1,6 +1,7 @@
 """Pictures get the labels that the run's own evaluation gave them, one line each."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,8 +15,12 @@ from conftest import ROOT, run_process, write_pictures
 from loopback_hub import serve
 from PIL import Image
 from pyarrow import parquet
-from pytest import approx, fixture, mark
+from pytest import approx, fixture, mark, raises
 from safetensors.torch import save_file
+
+from resnext_hub.errors import RequestError, RunError
+from resnext_hub.inference.predict import find_pictures, predict
+from resnext_hub.inference.trained import load_trained
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -61,7 +66,7 @@ def test_predictions_are_those_of_the_runs_evaluation_to_the_bit(
     assert len(set(expected["prediction"])) > 1  # else equal predictions would say little
     assert err.splitlines() == [
         f"{pictures / 'car' / '005-broken.png'}: cannot be read: not an image",
-        "1 of 37 pictures could not be read",
+        "1 of 37 images could not be read",
     ]
 
 
@@ -131,7 +136,7 @@ def test_names_that_are_not_utf8_are_printed_and_read(vehicles_run: Path, comman
     (tmp_path / "plain.png").rename(odd)
     code, out, _ = command("predict", vehicles_run, odd)
     assert code == 0
-    assert out.startswith(f"{tmp_path}/caf\\udce9.png\t")
+    assert out.startswith(f"{tmp_path}/caf\\xe9.png\t")
     assert objects(command("predict", vehicles_run, odd, "--json")[1])[0]["path"] == str(odd)
 
 
@@ -143,7 +148,7 @@ def test_pictures_of_which_none_can_be_read_exit_with_1(vehicles_run: Path, comm
     assert err.splitlines() == [
         f"{tmp_path / 'empty.jpg'}: cannot be read: zero bytes",
         f"{tmp_path / 'text.jpg'}: cannot be read: not an image",
-        "error: none of the 2 pictures could be read",
+        "error: none of the 2 images could be read",
     ]
 
 
@@ -249,9 +254,59 @@ def test_a_model_on_a_hub_out_of_reach_exits_with_1(command: Command, tmp_path: 
 
 def test_paths_without_pictures_exit_with_2(vehicles_run: Path, command: Command, tmp_path: Path) -> None:
     for path, part in (
-        (tmp_path, "holds no pictures; known suffixes: .avif"),
+        (tmp_path, "holds no images; known suffixes: .avif"),
         (tmp_path / "x.jpg", "there is no such"),
     ):
         code, _, err = command("predict", vehicles_run, path)
         assert code == 2
         assert part in err
+
+
+def test_what_is_no_file_is_refused_by_name_and_never_opened(command: Command, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.jpg")
+    (tmp_path / "device.jpg").symlink_to("/dev/zero")
+    (tmp_path / "dangling.jpg").symlink_to("nowhere")
+    (tmp_path / "odd\n\x1b.jpg").symlink_to("odd\n\x1b.jpg")
+    for name, reason in (
+        ("fifo.jpg", "is no regular file"),
+        ("device.jpg", "is no regular file"),
+        ("dangling.jpg", "there is no such file or folder"),
+    ):
+        code, out, err = command("predict", "any", tmp_path / name)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert f"{name}" in err
+        assert reason in err
+    with raises(RequestError, match=r"odd\\n\\x1b.jpg cannot be read: Too many levels of symbolic links"):
+        find_pictures([tmp_path / "odd\n\x1b.jpg"])
+
+
+def test_names_break_neither_lines_nor_columns_nor_json(command: Command, tmp_path: Path) -> None:
+    model = small_model(tmp_path / "model-folder", label_names=["a\tb\nc\x1b[1m\u202e"] * 1000)
+    odd = tmp_path / "x\t\n\x1b.png"
+    write_pictures(tmp_path / "images", 1, 100)
+    (tmp_path / "images" / "000.png").rename(odd)
+    _, out, _ = command("predict", model, odd)
+    path, label, _ = out.split("\t")
+    assert (path, label) == (f"{tmp_path}/x\\t\\n\\x1b.png", "a\\tb\\nc\\x1b[1m\\u202e")
+    assert out.count("\n") == 1
+    _, out, _ = command("predict", model, odd, "--json")
+    (line,) = objects(out)
+    assert (line["path"], line["predictions"][0]["label"]) == (str(odd), "a\tb\nc\x1b[1m\u202e")
+    assert "\x1b" not in out
+
+
+def test_images_above_the_limit_of_pixels_are_unread(command: Command, tmp_path: Path) -> None:
+    model = small_model(tmp_path / "model-folder")
+    write_pictures(tmp_path / "images", 1, 100)
+    for decoder in ("pil", "simplejpeg"):
+        code, _, err = command("predict", model, tmp_path / "images", "--max-image-pixels", 1000, "--decoder", decoder)
+        assert code == 1
+        assert "40 x 40 is more than 1000 pixels (--max-image-pixels)" in err
+
+
+def test_probabilities_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "images", 1, 100)
+    model = load_trained(str(small_model(tmp_path / "model-folder")))
+    next(model.network.parameters()).data.fill_(float("nan"))
+    with raises(RunError, match="the probabilities are not finite: the model's weights"):
+        list(predict(model, find_pictures([tmp_path / "images"]), batch_size=1, device=torch.device("cpu")))
