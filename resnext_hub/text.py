@@ -7,6 +7,7 @@ errors, the others for Markdown, HTML and plots.
 import html
 import re
 import unicodedata
+from collections.abc import Iterable
 
 _JOINERS = "\u200c\u200d"
 """Format characters that spell words in Persian and in Indic scripts, and emoji; they move nothing on the screen."""
@@ -38,6 +39,12 @@ def code_span(text: object) -> str:
 def plot_text(text: object) -> str:
     """Return text that matplotlib draws as it is; between two dollar signs it would parse mathematics."""
     return printable(text).replace("$", r"\$")
+
+
+def listing(names: Iterable[object], most: int = 12) -> str:
+    """Return names in one printable line, at most so many of them."""
+    names = list(names)
+    return ", ".join(map(printable, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _is_unsafe(character: str) -> bool:

@@ -6,69 +6,39 @@ Everything becomes two sets of pictures, one to train on and one to evaluate on,
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from huggingface_hub.errors import HTTPError
 from PIL import Image
 
-from resnext_hub.data.columns import class_names, find_image_column, find_label_column, listing, read_labels
-from resnext_hub.data.decode import UnreadablePictureError, decode
-from resnext_hub.data.sources import (
-    EVAL_NAMES,
-    TRAIN_NAMES,
-    is_hub_id,
-    load_digits_table,
-    load_folder,
-    load_from_hub,
-    load_parquet,
-    parquet_files,
+from resnext_hub.data.columns import (
+    LabelledTable,
+    class_names,
+    find_image_column,
+    find_label_column,
+    listing,
+    read_labels,
 )
+from resnext_hub.data.config import DataConfig as DataConfig
+from resnext_hub.data.decode import UnreadablePictureError, decode
+from resnext_hub.data.sources import BUNDLED, bundled, local_path, open_source
+from resnext_hub.data.sources import check_source as check_source
+from resnext_hub.data.sources.names import Role, pick_split
+from resnext_hub.data.sources.walk import real_path
+from resnext_hub.data.splits import doubts, stratified_cut
 from resnext_hub.errors import RequestError, RunError, one_line
-from resnext_hub.settings import Range, check_fields
+from resnext_hub.text import printable
 
 if TYPE_CHECKING:
     import datasets
 
-BUNDLED = "digits"
-"""Name of the bundled dataset: scikit-learn's 1,797 handwritten digits of 8x8 pixels."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where the pictures come from."""
-
-    dataset: str = BUNDLED
-    """The bundled `digits`, a folder of class folders, parquet files, or a dataset id on the Hub."""
-    dataset_config: str | None = None
-    """Configuration (subset) of a Hub dataset that has several."""
-    dataset_revision: str | None = None
-    """Branch, tag or commit of a Hub dataset; its newest commit if not given."""
-    train_split: str | None = None
-    """Split to train on; found by its name if not given."""
-    eval_split: str | None = None
-    """Split to evaluate on; found by its name if not given, and cut from the training split if there is none."""
-    image_column: str | None = None
-    """Column that holds the pictures; found by its type if not given."""
-    label_column: str | None = None
-    """Column that holds the classes; found by its type if not given."""
-    eval_fraction: Annotated[float, Range(0, 1, above=True, below=True)] = 0.2
-    """Part of the training split that is held out, stratified by class, where there is no evaluation split."""
-    split_seed: Annotated[int, Range(0, 2**32 - 1)] = 0
-    """Seed of that cut; apart from `seed`, so that runs with other seeds are measured on the same pictures."""
-
-    max_bad_fraction: Annotated[float, Range(0, 1)] = 0.01
-    """Part of a split that may be unreadable before the run stops; a single picture never stops it."""
-    streaming: bool = False
-    """Read a Hub dataset or parquet files in order instead of keeping them on the disk; needs an evaluation split."""
-    shuffle_block: Annotated[int, Range(1, 10_000_000)] = 1000
-    """With streaming: how many consecutive samples are held and shuffled among themselves."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +53,8 @@ class Pictures:
     image_column: str
     indices: np.ndarray
     labels: np.ndarray
+    roots: tuple[str, ...] | None = None
+    """Folders in which files have to lie that rows name by their paths; None if the paths were listed here."""
 
     def __post_init__(self) -> None:
         assert self.rows._indices is None
@@ -104,15 +76,60 @@ class Pictures:
         return decode(self.row(index), mode)
 
     def name(self, index: int) -> str:
-        """Name a picture for people: the end of its path, or its index in the source."""
-        path = self.row(index)["path"]
-        return "/".join(Path(path).parts[-2:]) if path else f"index {self.indices[index]}"
+        """Return a name for people: the end of its path, or its index in the source.
+
+        Images of a table may all have the same path, so the index stands beside it there; count by index.
+        """
+        row = self._stored(index)
+        place = f"index {self.indices[index]}"
+        if not row["path"]:
+            return place
+        return short_name(row["path"]) if row["bytes"] is None else f"{short_name(row['path'])} ({place})"
 
     def row(self, index: int) -> dict[str, Any]:
-        """Give a picture as it is stored: `bytes`, or a `path` where there are none."""
-        # from the table itself: what datasets does around it takes as long as a tenth of decoding a picture
-        row: dict[str, Any] = self.rows.data.column(self.image_column)[int(self.indices[index])].as_py()
+        """Return an image as it is stored: `bytes`, or a `path` where there are none.
+
+        Raises:
+            UnreadablePictureError: If the path leads out of the dataset's folder.
+        """
+        return located(self._stored(index), self.roots)
+
+    def _stored(self, index: int) -> dict[str, Any]:
+        # from the table itself: what datasets does around it takes as long as a tenth of decoding an image
+        row = self.rows.data.column(self.image_column)[int(self.indices[index])].as_py()
+        return row or {"bytes": None, "path": None}
+
+
+def short_name(path: str) -> str:
+    """Return the last two parts of a stored path, printable."""
+    return printable("/".join(Path(real_path(path)).parts[-2:]))
+
+
+def located(row: dict[str, Any], roots: tuple[str, ...] | None) -> dict[str, Any]:
+    """Return a stored image with the path of its file on this machine.
+
+    Args:
+        row: `bytes`, or a `path` where there are none, which somebody else may have written.
+        roots: Folders in which the file has to lie, links followed, or beginnings of addresses; None trusts the path,
+            which then is as `stored_path` made it.
+
+    Raises:
+        UnreadablePictureError: If it lies elsewhere.
+    """
+    path = row["path"]
+    if row["bytes"] is not None or path is None:
         return row
+    if roots is None:
+        return {"bytes": None, "path": real_path(path)}
+    if "://" in path:
+        if path.rpartition("::")[2].startswith(tuple(root for root in roots if "://" in root)):
+            return row
+    else:
+        folders = [root for root in roots if "://" not in root]
+        real = os.path.realpath(os.path.join(folders[0], path)) if folders and "\0" not in path else ""
+        if any(real.startswith(os.path.join(folder, "")) for folder in folders):
+            return {"bytes": None, "path": real}
+    raise UnreadablePictureError("its path leads out of the dataset's folder")
 
 
 class Record(NamedTuple):
@@ -133,7 +150,8 @@ class Record(NamedTuple):
     def name(self) -> str:
         """Name the sample for people."""
         path = self.row["path"]
-        return "/".join(Path(path).parts[-2:]) if path else f"shard {self.shard}, record {self.number}"
+        place = f"shard {self.shard}, record {self.number}"
+        return f"{short_name(path)} ({place})" if path else place
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +164,8 @@ class StreamedPictures:
     classes: int
     count: int | None
     """Number of pictures as the source states it."""
+    roots: tuple[str, ...] | None = ()
+    """Folders, or beginnings of addresses, in which files have to lie that rows name by their paths."""
 
     @property
     def shards(self) -> int:
@@ -166,7 +186,7 @@ class StreamedPictures:
                         raise RunError(
                             f"record {number} of shard {shard} has the label {label}: expected 0 to {self.classes - 1}"
                         )
-                    yield Record(int(shard), number, row, label)
+                    yield Record(int(shard), number, row or {"bytes": None, "path": None}, label)
                     number += 1
 
     def _batches(self, shard: int) -> Iterator[dict[str, list[Any]]]:
@@ -195,9 +215,10 @@ class StreamedPictures:
             UnreadablePictureError: If that file is gone.
             RunError: If it cannot be fetched.
         """
-        path = record.row["path"]
-        if record.row["bytes"] is not None or path is None or "://" not in path:
-            return record.row
+        row = located(record.row, self.roots)
+        path = row["path"]
+        if row["bytes"] is not None or path is None or "://" not in path:
+            return row
         from datasets.utils.file_utils import xopen
 
         try:
@@ -207,7 +228,7 @@ class StreamedPictures:
             raise UnreadablePictureError("the file is gone") from error
         except OSError as error:
             raise RunError(
-                f"{'/'.join(Path(path).parts[-2:])} could not be fetched ({one_line(error)}); the same command goes "
+                f"{short_name(path)} could not be fetched ({one_line(error)}); the same command goes "
                 "on from the last checkpoint"
             ) from error
 
@@ -230,73 +251,41 @@ class Splits:
     """The configuration with its open fields filled in."""
 
 
-def check_source(config: DataConfig) -> None:
-    """Refuse what is neither here nor can be on the Hub, before anything is fetched.
-
-    Raises:
-        RequestError: If it is so.
-    """
-    here = config.dataset == BUNDLED or Path(config.dataset).expanduser().exists()
-    if not here and not is_hub_id(config.dataset):
-        raise RequestError(f"there is no folder or file {config.dataset}, and it is no dataset id of the Hub either")
-
-
 def load_splits(config: DataConfig) -> Splits:
-    """Open a source and find its splits, columns and classes; pictures are decoded later, one by one.
+    """Open a source and find its splits, columns and classes; images are decoded later, one by one.
 
     Raises:
         RequestError: If there is no such source, split or column, or if its labels cannot train a classifier.
         RunError: If the Hub cannot be reached.
     """
-    check_source(config)
-    path = Path(config.dataset).expanduser()
-    hub_id = revision = None
-    files: list[tuple[str, int]] = []
-    stated: dict[str, int] = {}
-    tables: dict[str, Any]
-    if config.streaming and (config.dataset == BUNDLED or (path.is_dir() and not parquet_files(path))):
-        raise RequestError(
-            f"--streaming goes with a Hub dataset or parquet files; {config.dataset} is read in place as it is"
-        )
-    if config.dataset == BUNDLED:
-        tables = {"train": load_digits_table()}
-    elif path.is_file() or (path.is_dir() and parquet_files(path)):
-        tables = load_parquet(path, config.streaming)
-        files = [(file.name, file.stat().st_size) for file in parquet_files(path)]
-    elif path.is_dir():
-        tables, files = load_folder(path)
-    else:
-        tables, revision, stated = load_from_hub(
-            config.dataset, config.dataset_config, config.dataset_revision, config.streaming
-        )
-        hub_id = config.dataset
-    if hub_id is None and (config.dataset_config or config.dataset_revision):
-        raise RequestError("--dataset-config and --dataset-revision go with a dataset on the Hub")
+    source = open_source(config)
+    path = local_path(config)
+    name = printable(config.dataset)
+    for note in source.notes:
+        _logger.info("%s: %s", name, note)
+    train_split, eval_split = _find_splits(config, source.tables)
+    unused = [split for split in source.tables if split not in (train_split, eval_split)]
+    if unused:
+        _logger.info("%s: not used: split %s", name, listing(unused))
 
-    train_split = _pick_split(tables, config.train_split, TRAIN_NAMES, "--train-split")
-    if train_split is None and len(tables) == 1:
-        train_split = next(iter(tables))
-    if train_split is None:
-        raise RequestError(
-            f"{config.dataset} has no split called train: it has {listing(tables)}; name one with --train-split"
-        )
-    eval_split = _pick_split(tables, config.eval_split, EVAL_NAMES, "--eval-split")
-    if eval_split == train_split and config.eval_split is None:
-        eval_split = None
-
-    train_table = tables[train_split]
-    eval_table = None if eval_split is None else tables[eval_split]
-    image_column, train_table, eval_table = find_image_column(
-        config.dataset, config.image_column, train_table, eval_table
+    train_table = source.tables[train_split]
+    eval_table = None if eval_split is None else source.tables[eval_split]
+    image_column, train_table, eval_table = find_image_column(name, config.image_column, train_table, eval_table)
+    label_column = find_label_column(name, config.label_column, train_table, image_column)
+    labelled = LabelledTable("training", train_table, source.parts.get(train_split, ()))
+    eval_labelled = (
+        None
+        if eval_table is None or eval_split is None
+        else LabelledTable("evaluation", eval_table, source.parts.get(eval_split, ()))
     )
-    label_column = find_label_column(config.dataset, config.label_column, train_table, image_column)
+    hub_id = config.dataset if path is None and not bundled(config) else None
     found: dict[str, Any] = dict(
-        dataset_id=hub_id or (BUNDLED if config.dataset == BUNDLED else path.resolve().name),
+        dataset_id=hub_id or (BUNDLED if path is None else printable(path.resolve().name)),
         hub_id=hub_id,
-        revision=revision,
+        revision=source.revision,
         found=replace(
             config,
-            dataset=config.dataset if hub_id or config.dataset == BUNDLED else str(path.resolve()),
+            dataset=config.dataset if path is None else str(path.resolve()),
             train_split=train_split,
             eval_split=eval_split,
             image_column=image_column,
@@ -304,85 +293,81 @@ def load_splits(config: DataConfig) -> Splits:
         ),
     )
     if config.streaming:
-        if eval_table is None:
+        if eval_labelled is None:
             raise RequestError(
                 f"--streaming needs an evaluation split, as nothing can be held out of what is not at hand; "
-                f"{config.dataset} has {listing(tables)}: name one with --eval-split"
+                f"{name} has {listing(source.tables)}: name one with --eval-split"
             )
-        label_names = class_names(config.dataset, label_column, train_table, eval_table)
+        label_names = class_names(name, label_column, labelled, eval_labelled)
         streams = [
             StreamedPictures(
                 table.select_columns([image_column, label_column]),
                 image_column,
                 label_column,
                 len(label_names),
-                stated.get(split),
+                source.stated.get(split),
+                source.roots,
             )
-            for split, table in ((train_split, train_table), (str(eval_split), eval_table))
+            for split, table in ((train_split, train_table), (str(eval_split), eval_labelled.table))
         ]
         nothing = np.empty(0, dtype=np.int64)
         return Splits(
             train=streams[0],
             eval=streams[1],
             label_names=label_names,
-            fingerprint=_fingerprint(label_names, nothing, nothing, [*files, (revision or "", 0)]),
+            fingerprint=_fingerprint(label_names, nothing, nothing, [*source.files, (source.revision or "", 0)]),
             **found,
         )
-    label_names, train_labels, eval_labels = read_labels(config.dataset, label_column, train_table, eval_table)
+    label_names, train_labels, eval_labels = read_labels(name, label_column, labelled, eval_labelled)
 
     def pictures(table: "datasets.Dataset", indices: np.ndarray, labels: np.ndarray) -> Pictures:
-        return Pictures(table.select_columns([image_column]), image_column, indices, labels)
+        return Pictures(table.select_columns([image_column]), image_column, indices, labels, source.roots)
 
     if eval_table is None or eval_labels is None:
-        kept, held_out = _stratified_cut(train_labels, config.eval_fraction, config.split_seed)
+        kept, held_out = stratified_cut(train_labels, config.eval_fraction, config.split_seed)
         train = pictures(train_table, kept, train_labels[kept])
         evaluation = pictures(train_table, held_out, train_labels[held_out])
     else:
         train = pictures(train_table, np.arange(len(train_labels)), train_labels)
         evaluation = pictures(eval_table, np.arange(len(eval_labels)), eval_labels)
+    for doubt in doubts(label_names, train.labels, evaluation.labels):
+        _logger.warning("%s: %s", name, doubt)
     return Splits(
         train=train,
         eval=evaluation,
         label_names=label_names,
-        fingerprint=_fingerprint(label_names, train.labels, evaluation.labels, files),
+        fingerprint=_fingerprint(label_names, train.labels, evaluation.labels, source.files),
         **found,
     )
 
 
-def _pick_split(
-    tables: dict[str, "datasets.Dataset"], asked: str | None, names: Sequence[str], flag: str
-) -> str | None:
-    if asked is not None:
-        if asked not in tables:
-            raise RequestError(f"{flag} {asked}: there is no such split, but {listing(tables)}")
-        return asked
-    by_lower = {split.lower(): split for split in tables}
-    return next((by_lower[name] for name in names if name in by_lower), None)
+def _find_splits(config: DataConfig, tables: Mapping[str, Any]) -> tuple[str, str | None]:
+    """Return the splits to train and to evaluate on, the latter None where it has to be cut from the former.
 
-
-def _stratified_cut(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cut indices into those kept for training and those held out, in the same proportion in every class.
-
-    A class with one picture keeps it for training.
+    Raises:
+        RequestError: If a split that is asked for is not there, both are the same, or none is for training.
     """
-    from sklearn.model_selection import train_test_split
-
-    counts = np.bincount(labels)
-    divisible = np.flatnonzero(counts[labels] > 1)
-    try:
-        _, held_out = train_test_split(
-            divisible,
-            test_size=fraction,
-            stratify=labels[divisible],
-            random_state=np.random.RandomState(seed),
-        )
-    except ValueError as error:
+    train = _pick_split(tables, config.train_split, "train")
+    if train is None and len(tables) == 1:
+        train = next(iter(tables))
+    if train is None:
         raise RequestError(
-            f"{len(labels)} pictures of {np.count_nonzero(counts)} classes are too few to hold out a part of "
-            f"{fraction} with every class in it ({one_line(error)}); raise --eval-fraction or give an evaluation split"
-        ) from error
-    held_out = np.sort(held_out)
-    return np.setdiff1d(np.arange(len(labels)), held_out), held_out
+            f"{printable(config.dataset)} has no split called train: it has {listing(tables)}; "
+            "name one with --train-split"
+        )
+    evaluation = _pick_split(tables, config.eval_split, "eval")
+    if evaluation == train and config.eval_split is not None:
+        raise RequestError(
+            f"--eval-split {printable(evaluation)} is the split to train on; name another, or leave it out to hold "
+            "out a part"
+        )
+    return train, None if evaluation == train else evaluation
+
+
+def _pick_split(tables: Mapping[str, Any], asked: str | None, role: Role) -> str | None:
+    if asked is not None and asked not in tables:
+        raise RequestError(f"--{role}-split {printable(asked)}: there is no such split, but {listing(tables)}")
+    return asked or pick_split(tables, role)
 
 
 def _fingerprint(

@@ -310,7 +310,7 @@ HfApi().upload_file(
 result = []
 for _ in range(2):
     try:
-        result.append(load_from_hub("me/digits", None, None)[0]["train"].num_rows)
+        result.append(load_from_hub("me/digits", None, None).tables["train"].num_rows)
     except RunError as error:
         result.append(str(error))
 """

@@ -1,0 +1,116 @@
+"""Datasets on the Hub, read whole or streamed."""
+
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from resnext_hub.data.sources.parquet import check_cache, part_of
+from resnext_hub.data.sources.source import Part, Source
+from resnext_hub.errors import RequestError, RunError, one_line
+from resnext_hub.text import printable
+
+if TYPE_CHECKING:
+    import datasets
+
+_FOOTERS_AT_ONCE = 16
+"""Parquet files whose footers are fetched side by side."""
+
+
+def is_hub_id(name: str) -> bool:
+    """Return whether a name has the form of a dataset id: `owner/name`, or a name alone."""
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) is not None
+
+
+def load_from_hub(name: str, config: str | None, revision: str | None, streaming: bool = False) -> Source:
+    """Open a dataset on the Hub.
+
+    Streamed, no images are downloaded before they are read.
+
+    Raises:
+        RequestError: If there is no such dataset, or it cannot be opened as asked.
+        RunError: If the Hub cannot be reached.
+    """
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    check_cache()
+    try:
+        builder = datasets.load_dataset_builder(name, config, revision=revision)
+        if streaming:
+            tables = {split: _undecoded(name, table) for split, table in builder.as_streaming_dataset().items()}
+        else:
+            builder.download_and_prepare()
+            tables = dict(builder.as_dataset())
+        stated = {split: info.num_examples for split, info in (builder.info.splits or {}).items()}
+        return Source(
+            tables=tables,
+            parts=_parts(builder),
+            roots=(
+                os.path.realpath(datasets.config.HF_HUB_CACHE),
+                os.path.realpath(datasets.config.HF_DATASETS_CACHE),
+                "hf://datasets/",
+            ),
+            revision=builder.hash,
+            stated={split: count for split, count in stated.items() if count},
+        )
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise RequestError(
+            f"there is no folder {name} here and no such dataset on the Hub that you may read: {one_line(error)}"
+        ) from error
+    except datasets.data_files.EmptyDatasetError as error:
+        raise RequestError(f"the Hub's {name} holds no files of data: {one_line(error)}") from error
+    except (OSError, OfflineModeIsEnabled, HfHubHTTPError) as error:  # the library hides what was lost in the first
+        raise RunError(
+            f"{name} is no local folder, and the Hub could not be reached for it: {one_line(error)}. "
+            "Try again later, or name a local folder"
+        ) from error
+    except RuntimeError as error:  # from Xet, over which large files come, or of a dataset that is a script
+        raise RunError(f"{name} could not be loaded from the Hub: {one_line(error)}") from error
+    except (ValueError, HFValidationError) as error:
+        hint = "; name one with --dataset-config" if "config" in str(error).lower() else ""
+        raise RequestError(f"{name} cannot be opened: {one_line(error)}{hint}") from error
+
+
+def _undecoded(name: str, table: "datasets.IterableDataset") -> "datasets.IterableDataset":
+    """Turn off the threads that decode what comes from afar: they would decode what is skipped, too."""
+    if table.features is None:
+        raise RequestError(f"{name} does not say which columns it has, which --streaming needs; leave that out")
+    return table.decode(False)
+
+
+def _parts(builder: Any) -> dict[str, tuple[Part, ...]]:
+    """Read what each parquet file says of its own columns; other formats have one description for all files."""
+    if type(builder).__module__.rpartition(".")[2] != "parquet":
+        return {}
+    files = [(str(split), str(url)) for split, urls in builder.config.data_files.items() for url in urls]
+    stated = builder.config.features
+    found: dict[str, tuple[Part, ...]] = {}
+    with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
+        for (split, _), part in zip(files, pool.map(_read_part, (url for _, url in files)), strict=True):
+            # columns of a file that has no description of its own are those that the repository states for all
+            features = {
+                column: _own_or_stated(kind, (stated or {}).get(column)) for column, kind in part.features.items()
+            }
+            found[split] = (*found.get(split, ()), Part(part.name, part.rows, features))
+    return found
+
+
+def _own_or_stated(own: Any, stated: Any) -> Any:
+    import datasets
+
+    return stated if isinstance(stated, datasets.ClassLabel) and not isinstance(own, datasets.ClassLabel) else own
+
+
+def _read_part(url: str) -> Part:
+    """Read a parquet file's footer, from the cache if the file was downloaded."""
+    from huggingface_hub import HfFileSystem, try_to_load_from_cache
+
+    match = re.fullmatch(r"hf://datasets/([^@]+)@([^/]+)/(.+)", url)
+    name = printable(match[3] if match else url)
+    cached = try_to_load_from_cache(match[1], match[3], revision=match[2], repo_type="dataset") if match else None
+    if isinstance(cached, str):
+        with open(cached, "rb") as file:
+            return part_of(file, name)
+    with HfFileSystem().open(url, "rb", block_size=1 << 16, cache_type="none") as file:
+        return part_of(file, name)

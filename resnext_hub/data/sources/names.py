@@ -1,0 +1,68 @@
+"""What names say: which split a folder or file belongs to, and which class a label is."""
+
+import re
+import unicodedata
+from collections.abc import Iterable
+from typing import Literal
+
+from resnext_hub.errors import RequestError
+from resnext_hub.text import printable
+
+TRAIN_NAMES = ("train", "training")
+EVAL_NAMES = ("validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
+"""Names under which people keep an evaluation split, the one to prefer first."""
+
+Role = Literal["train", "eval"]
+
+
+def split_role(name: str) -> Role | None:
+    """Return what a split of exactly this name, such as `Train` or `val`, is for."""
+    return _role_of(name.lower())
+
+
+def split_keyword(name: str) -> str | None:
+    """Return the split that a longer name mentions as a word: `val` for `cats-val-00000-of-00001`.
+
+    A name that mentions a training and an evaluation split belongs to neither.
+    """
+    words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)]
+    keywords = [word for word in words if _role_of(word)]
+    return keywords[0] if len({_role_of(word) for word in keywords}) == 1 else None
+
+
+def loose_role(name: str) -> Role | None:
+    """Return what a split whose name mentions one as a word, such as `seg_train` or `test_set`, is for."""
+    keyword = split_keyword(name)
+    return _role_of(keyword) if keyword else None
+
+
+def pick_split(splits: Iterable[str], role: Role) -> str | None:
+    """Return the split that is most likely meant to train or to evaluate on."""
+    names = TRAIN_NAMES if role == "train" else EVAL_NAMES
+    exact = {split.lower(): split for split in splits}
+    loose = {split_keyword(split): split for split in splits}
+    return next((found[name] for found in (exact, loose) for name in names if name in found), None)
+
+
+def class_names_of(raw: Iterable[str], where: str) -> dict[str, str]:
+    """Return the class that each label stands for, by label.
+
+    Two ways to write one name in Unicode (NFC and NFD) are one class; bytes that are not UTF-8 and control
+    characters are written as escapes, so that every class name can be printed and written.
+
+    Raises:
+        RequestError: If two labels would get one name by that.
+    """
+    names: dict[str, str] = {}
+    origins: dict[str, str] = {}
+    for label in raw:
+        normal = unicodedata.normalize("NFC", label)
+        name = printable(normal)
+        if origins.setdefault(name, normal) != normal:
+            raise RequestError(f"{where} has two classes that are both written {name}; rename one of them")
+        names[label] = name
+    return names
+
+
+def _role_of(word: str) -> Role | None:
+    return "train" if word in TRAIN_NAMES else "eval" if word in EVAL_NAMES else None

@@ -1,0 +1,165 @@
+"""Parquet files: their splits by folder and name, and what each file itself says of its columns.
+
+The library datasets lays the first file's columns over all the others. What each file says is therefore read here, and
+labels are matched by their names.
+"""
+
+import errno
+import glob
+import os
+import posixpath
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from resnext_hub.data.sources.names import split_keyword
+from resnext_hub.data.sources.source import Part, Source
+from resnext_hub.data.sources.walk import Tree
+from resnext_hub.errors import RequestError, RunError, one_line
+from resnext_hub.text import listing, printable
+
+if TYPE_CHECKING:
+    import datasets
+
+
+def open_parquet(root: Path, files: Sequence[str], streaming: bool) -> Source:
+    """Open parquet files.
+
+    Streamed, they are read in place; else they are copied into the library's cache, where each row is at hand.
+
+    Args:
+        root: Their folder.
+        files: Their paths below it.
+        streaming: Whether to read them in place.
+
+    Raises:
+        RequestError: If one cannot be read or belongs to no split, or a split is empty.
+        RunError: If the cache is full.
+    """
+    import datasets
+
+    parts = {file: read_part(root / file, file) for file in files}
+    splits = splits_of(files)
+    for split, members in splits.items():
+        if not any(parts[file].rows for file in members):
+            raise RequestError(f"{listing((root / file for file in members), 3)}: no rows (split {split})")
+    check_cache()
+    try:
+        tables = datasets.load_dataset(
+            "parquet",
+            data_files={
+                split: [glob.escape(str(root / file)) for file in members] for split, members in splits.items()
+            },
+            streaming=streaming,
+        )
+    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError, NotImplementedError) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunError(
+                f"the cache {datasets.config.HF_DATASETS_CACHE} is full; free space, or set HF_HOME to another disk"
+            ) from error
+        raise RequestError(f"{printable(root)} cannot be read as parquet: {one_line(cause)}") from error
+    return Source(
+        tables=dict(tables),
+        parts={split: tuple(parts[file] for file in members) for split, members in splits.items()},
+        files=tuple((file, (root / file).stat().st_size) for file in files),
+        roots=(os.path.realpath(root),),
+    )
+
+
+def read_part(path: Path, name: str) -> Part:
+    """Read what a parquet file says of itself.
+
+    Raises:
+        RequestError: If it cannot be read.
+    """
+    if not path.is_file():
+        raise RequestError(f"{printable(path)} is not a regular file; expected a parquet file")
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"the path {printable(path)} is not valid UTF-8, which reading parquet needs; rename it"
+        ) from error
+    try:
+        with open(path, "rb") as file:
+            return part_of(file, name)
+    except (OSError, ValueError, NotImplementedError) as error:
+        reason = "zero bytes" if path.stat().st_size == 0 else one_line(error)
+        raise RequestError(f"{printable(path)} cannot be read as parquet: {reason}") from error
+
+
+def part_of(file: IO[bytes], name: str) -> Part:
+    """Read the number of rows and the columns of an open parquet file.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    import datasets
+    from pyarrow import parquet
+
+    content = parquet.ParquetFile(file)
+    return Part(name, content.metadata.num_rows, dict(datasets.Features.from_arrow_schema(content.schema_arrow)))
+
+
+def splits_of(files: Iterable[str]) -> dict[str, list[str]]:
+    """Return the files of each split, which file names or folder names mention; all are `train` if none does.
+
+    Raises:
+        RequestError: If only some mention one.
+    """
+    found = {file: _split_of(file) for file in files}
+    without = [file for file, split in found.items() if split is None]
+    if len(without) == len(found):
+        return {"train": without}
+    if without:
+        named = listing(sorted({split for split in found.values() if split}))
+        raise RequestError(
+            f"{printable(without[0])} belongs to no split by its name, where other files do ({named}); rename it, such "
+            f"as train-{posixpath.basename(printable(without[0]))}, or move it away"
+        )
+    splits: dict[str, list[str]] = {}
+    for file, split in found.items():
+        splits.setdefault(str(split), []).append(file)
+    return splits
+
+
+def _split_of(file: str) -> str | None:
+    folder, name = posixpath.split(file.removesuffix(".parquet"))
+    places = [name, *reversed(folder.split("/"))]
+    return next(filter(None, map(split_keyword, places)), None)
+
+
+def has_images(features: "datasets.Features | dict[str, Any]") -> bool:
+    """Return whether a file has a column that can hold images."""
+    import datasets
+
+    return any(isinstance(kind, datasets.Image) or is_encoded_picture(kind) for kind in features.values())
+
+
+def is_encoded_picture(feature: Any) -> bool:
+    """Return whether a column written without type metadata can hold images: bytes, or bytes beside a path."""
+    if isinstance(feature, dict):
+        return set(feature) == {"bytes", "path"}
+    return getattr(feature, "dtype", None) in ("binary", "large_binary")
+
+
+def parquet_files(tree: Tree) -> list[str]:
+    """Return the parquet files of a folder."""
+    return [path for path in tree.others if path.endswith(".parquet")]
+
+
+def check_cache() -> None:
+    """Raise RequestError where the cache of the library datasets cannot be written."""
+    import datasets
+
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        reason = "" if os.access(cache, os.W_OK | os.X_OK) else "permission denied"
+    except OSError as error:
+        reason = (error.strerror or type(error).__name__).lower()
+    if reason:
+        raise RequestError(
+            f"the cache {printable(cache)} cannot be written ({reason}); set HF_HOME to a folder that can be"
+        )
