@@ -19,6 +19,7 @@ from resnext_hub.data.columns import listing
 from resnext_hub.data.dataset import Splits, check_source, load_splits
 from resnext_hub.data.jpeg import is_installed
 from resnext_hub.data.loaders import PICTURE_MODES, derive_workers
+from resnext_hub.data.sources import dataset_name
 from resnext_hub.data.transforms import published_input
 from resnext_hub.errors import RequestError, one_line
 from resnext_hub.files import read_yaml
@@ -116,7 +117,7 @@ def prepare(
 
     check_source(config.data)
     source = find_model(config.model, config.pretrained)
-    folder = output_dir or RUNS / f"{_slug(Path(config.data.dataset).name)}-{_slug(_model_name(source))}"
+    folder = output_dir or RUNS / f"{_slug(dataset_name(config.data))}-{_slug(_model_name(source))}"
     before = read_config(folder)
     if before and config.data.dataset_revision is None and before.get("dataset") == config.data.dataset:
         # a run goes on with the commit that it began with, even if the dataset has moved since

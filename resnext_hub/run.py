@@ -48,6 +48,7 @@ from resnext_hub.record import (
     SampleFacts,
 )
 from resnext_hub.settings import flag_of
+from resnext_hub.text import printable
 from resnext_hub.training.checkpoint import RunLock
 from resnext_hub.training.config import TrainConfig
 from resnext_hub.training.evaluate import Evaluation, evaluate
@@ -240,12 +241,13 @@ def _log_plan(plan: Plan, accelerator: "Accelerator", precision: str) -> None:
     schedule = plan_schedule(config, splits.train.count)
     part = config.batch_size // accelerator.num_processes
     _logger.info("run folder: %s", plan.folder)
-    _logger.info("settings: %s", " ".join(f"{k}={v}" for k, v in config.to_flat().items() if v is not None))
+    _logger.info("settings: %s", " ".join(f"{k}={printable(v)}" for k, v in config.to_flat().items() if v is not None))
     _logger.info(
-        "%s: %s pictures to train on, %s to evaluate on, %d classes",
+        "%s: %s images to train on, %s to evaluate on (%s), %d classes",
         splits.dataset_id,
         _count(splits.train),
         _count(splits.eval),
+        _origin(splits),
         len(splits.label_names),
     )
     _logger.info(
@@ -407,6 +409,14 @@ def _write_predictions(evaluation: Evaluation, path: Path) -> None:
 def _count(pictures: Pictures | StreamedPictures) -> str:
     stated = "an unknown number of" if pictures.count is None else str(pictures.count)
     return f"{stated} streamed" if isinstance(pictures, StreamedPictures) else stated
+
+
+def _origin(splits: Splits) -> str:
+    """Describe where the evaluation images come from."""
+    if splits.found.eval_split is not None:
+        return f"split {printable(splits.found.eval_split)}"
+    train, held_out = splits.train.count or 0, splits.eval.count or 0
+    return f"held out, {100 * held_out / max(train + held_out, 1):.0f} %"
 
 
 def _class_counts(pictures: Pictures | StreamedPictures, classes: int) -> list[int] | None:

@@ -67,7 +67,10 @@ def find_label_column(dataset: str, asked: str | None, table: "datasets.Dataset"
     candidates = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
     candidates = candidates or [name for name, kind in features.items() if name != image_column and _kind_of(kind)]
     if not candidates:
-        raise RequestError(f"{dataset} has no column of classes: it has {describe_columns(features)}")
+        raise RequestError(
+            f"{dataset} has no column of classes (whole numbers, strings or class labels): it has "
+            f"{describe_columns(features)}"
+        )
     if len(candidates) > 1:
         raise RequestError(
             f"{dataset} has several columns that could be the classes; name one with --label-column: "
@@ -112,7 +115,7 @@ def read_labels(
     label_names = tuple(dict.fromkeys(names.values()))
     number = {name: i for i, name in enumerate(label_names)}
     labels = {
-        split: np.asarray([number[names[str(label)]] for label in own], dtype=np.int64)[codes]
+        split: np.asarray([number.get(names.get(str(label), ""), -1) for label in own], dtype=np.int64)[codes]
         for split, (own, codes) in raw.items()
     }
     present = np.unique(labels[train.name])

@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
 from client import Client
 from conftest import TINY
 from loopback_hub import Fault, LoopbackHub, Repo, serve
+from pyarrow import parquet as parquet_file
 from pytest import fixture, mark
 
 from resnext_hub.data.sources import load_digits_table
@@ -132,3 +134,63 @@ def test_a_hub_that_does_not_answer_is_said_to_be_out_of_reach(
     said = refused(client, tmp_path, "--dataset", "me/away", code=1)
     assert "me/away is no local folder, and the Hub could not be reached for it" in said
     hub.faults.clear()
+
+
+def shard(tmp_path: Path, labels: list[int], names: list[str]) -> bytes:
+    """Return a parquet file of digits whose label column has these names."""
+    table = load_digits_table().select(range(len(labels))).remove_columns("label")
+    table = table.add_column("label", labels).cast_column("label", datasets.ClassLabel(names=names))
+    table.to_parquet(tmp_path / "part.parquet")
+    return (tmp_path / "part.parquet").read_bytes()
+
+
+def test_files_whose_class_names_differ_are_matched_by_name_and_not_streamed(
+    running: tuple[LoopbackHub, Client], tmp_path: Path
+) -> None:
+    hub, client = running
+    files = {
+        "data/train-00000-of-00002.parquet": shard(tmp_path, [0, 0, 1], ["dark", "light"]),
+        "data/train-00001-of-00002.parquet": shard(tmp_path, [0, 1, 1], ["light", "dark"]),
+        "data/test-00000-of-00001.parquet": shard(tmp_path, [0, 1], ["light", "dark"]),
+    }
+    dataset(hub, "me/mixed", files)
+    answer = client.run(
+        "from resnext_hub.data.dataset import *\n"
+        "splits = load_splits(DataConfig(dataset='me/mixed'))\n"
+        "result = [splits.label_names, splits.train.labels.tolist(), splits.eval.labels.tolist()]"
+    )
+    assert answer["result"] == [["dark", "light"], [0, 0, 1, 1, 0, 0], [1, 0]], answer["err"]
+    said = refused(client, tmp_path, "--dataset", "me/mixed", "--streaming")
+    assert "data/train-00001-of-00002.parquet has other classes in column label, or in another order" in said
+
+
+def test_a_row_of_the_hub_cannot_name_a_file_of_this_disk(running: tuple[LoopbackHub, Client], tmp_path: Path) -> None:
+    hub, client = running
+    (tmp_path / "private.png").write_bytes(load_digits_table()[0]["image"]["bytes"])
+    features = datasets.Features(
+        {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=["a", "b"])}
+    )
+    paths = [
+        str(tmp_path / "private.png"),
+        f"file://{tmp_path}/private.png",
+        "http://127.0.0.1/private.png",
+        "/dev/zero",
+    ]
+    rows = [{"bytes": None, "path": path} for path in paths]
+    table = datasets.Dataset.from_dict({"image": rows, "label": [0, 1, 0, 1]}, features=features).data.table
+    parquet_file.write_table(table.replace_schema_metadata(features.arrow_schema.metadata), tmp_path / "all.parquet")
+    content = (tmp_path / "all.parquet").read_bytes()
+    dataset(hub, "you/hostile", {"data/train-0.parquet": content, "data/test-0.parquet": content})
+    answer = client.run(
+        "from resnext_hub.data.dataset import *\n"
+        "from resnext_hub.data.decode import UnreadablePictureError\n"
+        "result = []\n"
+        "for streaming in (False, True):\n"
+        "    pictures = load_splits(DataConfig(dataset='you/hostile', streaming=streaming)).train\n"
+        "    for item in (pictures.read([0]) if streaming else range(4)):\n"
+        "        try:\n"
+        "            result.append(str(pictures.row(item)))\n"
+        "        except UnreadablePictureError as error:\n"
+        "            result.append(str(error))\n"
+    )
+    assert answer["result"] == ["its path leads out of the dataset's folder"] * 8, answer["err"]

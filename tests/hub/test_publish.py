@@ -244,7 +244,9 @@ def test_a_dataset_streams_from_the_hub_and_leaves_nothing_on_the_disk(
     )  # fmt: skip
     done = run_process(*words, **hub.environment() | {"HF_HOME": str(tmp_path / "home")})
     assert done.returncode == 0, done.stderr
-    assert "me/digits: 160 streamed pictures to train on, 40 streamed to evaluate on, 10 classes" in done.stderr
+    assert (
+        "me/digits: 160 streamed images to train on, 40 streamed to evaluate on (split test), 10 classes" in done.stderr
+    )
     record = RunRecord.load(tmp_path / "run" / "record.json")
     assert (record.steps, record.epochs, record.dataset.revision) == (10, 2.0, repo.commits[-1].oid)
     assert [line["step"] for line in record.history if "eval_loss" in line] == [5, 10]

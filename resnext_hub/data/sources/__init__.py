@@ -31,6 +31,7 @@ __all__ = [
     "Source",
     "bundled",
     "check_source",
+    "dataset_name",
     "list_pictures",
     "load_digits_table",
     "load_from_hub",
@@ -50,6 +51,12 @@ def local_path(config: DataConfig) -> Path | None:
     """Return the local path that is asked for, if it is one that exists."""
     path = Path(config.dataset).expanduser()
     return path if not bundled(config) and os.path.lexists(path) else None
+
+
+def dataset_name(config: DataConfig) -> str:
+    """Return a short name for what is asked for, such as the last part of a path."""
+    path = Path(config.dataset).expanduser()
+    return BUNDLED if bundled(config) else path.name or path.resolve().name
 
 
 def check_source(config: DataConfig) -> None:
@@ -125,8 +132,8 @@ def _open_folder(root: Path, config: DataConfig) -> Source:
         return _described(open_tables(tree, tables, column), tree, [table.path for table in tables])
     parquet = _parquet_with_images(tree, {table.path for table in tables})
     if parquet:
-        source = open_parquet(root, parquet, config.streaming)
-        return _described(source, tree, parquet, [f"{len(tree.images)} image files"] if tree.images else [])
+        loose = [f"{len(tree.images)} image files outside the parquet files"] if tree.images else []
+        return _described(open_parquet(root, parquet, config.streaming), tree, parquet, loose)
     _check_not_streamed(config)
     if not tree.images:
         refuse_no_images(tree, _ARCHIVES)

@@ -32,6 +32,7 @@ def load_from_hub(name: str, config: str | None, revision: str | None, streaming
         RunError: If the Hub cannot be reached.
     """
     import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     check_cache()
@@ -47,7 +48,7 @@ def load_from_hub(name: str, config: str | None, revision: str | None, streaming
             tables=tables,
             parts=_parts(builder),
             roots=(
-                os.path.realpath(datasets.config.HF_HUB_CACHE),
+                os.path.realpath(HF_HUB_CACHE),
                 os.path.realpath(datasets.config.HF_DATASETS_CACHE),
                 "hf://datasets/",
             ),

@@ -104,16 +104,16 @@ def open_tables(tree: Tree, tables: Sequence[Table], label_column: str) -> Sourc
                 splits[place] = str(split)
     where = printable(tree.root / tables[0].path)
     if not labels:
+        example = f" (the first is {printable(missing[0])})" if missing else ""
         raise RequestError(
-            f"{where} names no image that is there, such as {listing(missing, 1) or 'none'}; {FILE_NAME} is the path "
-            "as seen from the table"
+            f"{where} names no image that is there{example}; {FILE_NAME} is the path as seen from the table"
         )
     notes = [f"labels from column {printable(label_column)} of {listing(table.path for table in tables)}"]
     unnamed = [path for path in tree.images if index[path] not in labels]
     if missing:
-        notes.append(f"{len(missing)} rows without a file left out, such as {listing(missing, 1)}")
+        notes.append(f"{len(missing)} rows without a file left out, such as {printable(missing[0])}")
     if unnamed:
-        notes.append(f"{len(unnamed)} images without a row left out, such as {listing(unnamed, 1)}")
+        notes.append(f"{len(unnamed)} images without a row left out, such as {printable(unnamed[0])}")
     splits = splits if len(splits) == len(labels) else _splits_of(tree, sorted(labels), where)
     return Source(
         tables={

@@ -1,0 +1,678 @@
+"""Layouts of folders and files: each is read for what it is, or refused in a line that says what to do."""
+
+import io
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import datasets
+import numpy as np
+from conftest import TINY
+from PIL import Image
+from pyarrow import parquet
+from pytest import LogCaptureFixture, MonkeyPatch, fixture, mark, raises
+
+from resnext_hub.data.config import DataConfig
+from resnext_hub.data.dataset import Pictures, Splits, load_splits
+from resnext_hub.data.decode import UnreadablePictureError
+from resnext_hub.data.sources import Source, check_source, dataset_name, open_source
+from resnext_hub.data.sources.names import class_names_of, pick_split, split_keyword
+from resnext_hub.data.sources.parquet import splits_of
+from resnext_hub.data.sources.walk import list_pictures, real_path, stored_path, walk
+from resnext_hub.data.splits import doubts, stratified_cut
+from resnext_hub.errors import RequestError
+
+
+def png(shade: int = 100) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (shade,) * 3).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+PNG = png()
+
+
+def fill(root: Path, names: Iterable[str]) -> Path:
+    """Write files: images where the name says so, else a few words; a name that ends in a slash is a folder."""
+    for name in names:
+        path = root / name
+        (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
+        if not name.endswith("/"):
+            path.write_bytes(PNG if name.lower().endswith((".png", ".jpg")) else b"words")
+    return root
+
+
+def classes(prefix: str = "", names: Sequence[str] = ("cat", "dog"), count: int = 3) -> list[str]:
+    return [f"{prefix}{name}/{i}.png" for name in names for i in range(count)]
+
+
+def flat(*folders: str) -> list[str]:
+    return [f"{folder}/{i}.png" for folder in folders for i in range(3)]
+
+
+def opened(root: object, **settings: object) -> Source:
+    return open_source(DataConfig(dataset=str(root), **settings))
+
+
+def load(root: object, **settings: object) -> Splits:
+    return load_splits(DataConfig(dataset=str(root), **settings))
+
+
+def refused(root: object, **settings: object) -> str:
+    with raises(RequestError) as caught:
+        load(root, **settings)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def classes_of(source: Source) -> list[str]:
+    return next(iter(source.tables.values())).features["label"].names
+
+
+SPLITS = classes("train/") + classes("val/")
+
+
+@mark.parametrize(
+    ("files", "splits", "note"),
+    [
+        ([*SPLITS, "__MACOSX/train/cat/._0.png", "__MACOSX/x.png"], {"train", "val"}, "left out: __MACOSX"),
+        ([*SPLITS, "annotations/a.json"], {"train", "val"}, "left out: annotations"),
+        ([*SPLITS, *flat("test")], {"train", "val"}, "left out: test"),
+        ([*SPLITS, *flat("samples"), "README.md"], {"train", "val"}, "left out: samples"),
+        ([*classes("train/"), *flat("test")], {"train"}, "left out: test"),
+        ([*classes("train/"), *classes("test_set/")], {"train", "test_set"}, None),
+        ([*classes("training_set/"), *classes("test_set/")], {"training_set", "test_set"}, None),
+        ([*classes("Train/"), *classes("Valid/")], {"Train", "Valid"}, None),
+        ([*classes("train2017/"), *classes("val2017/")], {"train2017", "val2017"}, None),
+        ([*classes("TrainingImages/"), *classes("TestImages/")], {"TrainingImages", "TestImages"}, None),
+        (
+            [*classes("seg_train/seg_train/"), *classes("seg_test/seg_test/"), *flat("seg_pred/seg_pred")],
+            {"seg_train", "seg_test"},
+            "left out: seg_pred",
+        ),
+        ([*classes("train/images/"), *classes("val/images/")], {"train", "val"}, None),
+        (classes("animals/train/") + classes("animals/val/"), {"train", "val"}, "animals/ was entered"),
+        (classes("my/images/"), {"train"}, "my/images/ was entered"),
+        ([*classes(), "cover.png"], {"train"}, "1 images outside class folders"),
+        ([*classes(), "notes/a.txt", "empty/"], {"train"}, "folders without images left out: empty, notes"),
+        ([*classes(), "dog/1.heic", ".hidden", "a.txt"], {"train"}, "3 files skipped (.heic: 1, .txt: 1, hidden: 1)"),
+        ([*classes(), "stray.parquet"], {"train"}, "left out, as it holds no images: stray.parquet"),
+    ],
+)
+def test_splits_and_wrappers_are_recognised_and_what_is_left_out_is_named(
+    tmp_path: Path, files: list[str], splits: set[str], note: str | None
+) -> None:
+    source = opened(fill(tmp_path, files))
+    assert set(source.tables) == splits
+    assert classes_of(source) == ["cat", "dog"]
+    assert all(len(table) == 6 for table in source.tables.values())
+    assert note is None or any(note in line for line in source.notes)
+
+
+@mark.parametrize(
+    ("files", "names"),
+    [
+        (flat("bus", "car", "train"), ["bus", "car", "train"]),
+        (flat("bus", "test"), ["bus", "test"]),
+        (flat("steam_train", "bullet_train", "bus"), ["bullet_train", "bus", "steam_train"]),
+        ([*flat("bullet_train/day"), *flat("test_tube/glass")[:0], *flat("bus")], ["bullet_train", "bus"]),
+        ([*flat("cat/persian", "cat/siamese"), *flat("dog")], ["cat", "dog"]),
+        (flat('a "b" | c', "-x", "7", "ünï"), ["-x", "7", 'a "b" | c', "ünï"]),
+    ],
+)
+def test_classes_stay_classes_whatever_they_are_called(tmp_path: Path, files: list[str], names: list[str]) -> None:
+    source = opened(fill(tmp_path, files))
+    assert set(source.tables) == {"train"}
+    assert classes_of(source) == names
+
+
+@mark.parametrize(
+    ("files", "words"),
+    [
+        (flat("train", "test"), ["train", "test", "--layout classes", "metadata.csv"]),
+        (flat("Training", "Validation"), ["--layout classes"]),
+        (flat("training_set", "test_set"), ["--layout classes"]),
+        (flat("train", "val", "bus"), ["--layout classes"]),
+        ([*classes("train/"), *flat("unlabelled")], ["other folders beside train", "--layout classes"]),
+        ([*flat("train"), *classes("val/")], ["train holding images and no class folders"]),
+        ([*flat("images"), "labels.csv"], ["labels.csv", "metadata.csv", "file_name"]),
+        ([*flat("images", "masks"), "train.csv"], ["train.csv", "metadata.csv"]),
+        (["0.png", "1.png", "classes.jsonl"], ["classes.jsonl", "metadata.csv"]),
+        (["0.png", "1.png"], ["holds images (.png: 2) and no class folders", "one folder per class"]),
+        (flat("images"), ["a single class to train on (images)", "one folder per class"]),
+        (["a.zip", "b.zip"], ["archives (a.zip, b.zip)", "unpack"]),
+        (["shard-0.tar"], ["shard-0.tar", "WebDataset"]),
+        (["a.txt"], ["holds no images (found: .txt: 1)", "known suffixes: .avif"]),
+        ([], ["holds no images (found: nothing)"]),
+        ([*classes(), "bird/1.HEIC", "bird/2.heic"], ["class folder bird", "(.heic: 2)", "convert them"]),
+        ([*classes(), "bird/p001", "bird/p002"], ["class folder bird", "(no suffix: 2)"]),
+        ([*classes("train/"), *classes("val/"), "val/bird/1.dng"], ["class folder val/bird", "(.dng: 1)"]),
+        ([*classes(), "config.yaml", "record.json"], ["is a run folder"]),
+    ],
+)
+def test_a_layout_that_is_none_or_could_be_two_is_refused_with_a_way_out(
+    tmp_path: Path, files: list[str], words: list[str]
+) -> None:
+    message = refused(fill(tmp_path, files))
+    assert all(word in message for word in words), message
+
+
+def test_layout_decides_what_folders_called_like_splits_are(tmp_path: Path) -> None:
+    fill(tmp_path, flat("train", "test"))
+    assert classes_of(opened(tmp_path, layout="classes")) == ["test", "train"]
+    assert "the split test holds 3 images and no class folders" in refused(tmp_path, layout="splits")
+    other = fill(tmp_path / "other", [*classes("first/"), *classes("second/")])
+    splits = load(other, layout="splits", train_split="first", eval_split="second")
+    assert (len(splits.train), len(splits.eval)) == (6, 6)
+    assert "--layout goes with folders of images" in refused("digits", layout="classes")
+
+
+@mark.parametrize(
+    ("name", "words"),
+    [
+        ("a.zip", "is an archive; unpack it"),
+        ("a.tar.gz", "is an archive; unpack it"),
+        ("labels.csv", "is a table, but not a parquet file: name it metadata.csv"),
+        ("cat.png", "is an image, but not a parquet file; expected a folder"),
+        ("notes.txt", "is a file, but not a parquet file; expected a folder"),
+    ],
+)
+def test_a_file_that_is_no_parquet_is_named_for_what_it_is(tmp_path: Path, name: str, words: str) -> None:
+    assert words in refused(fill(tmp_path, [name]) / name)
+
+
+# Tables of labels
+
+
+@mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+@mark.parametrize("at_top", [False, True])
+def test_labels_of_flat_splits_come_from_metadata(tmp_path: Path, kind: str, at_top: bool) -> None:
+    rows = {f"{split}/{i}.png": ("cat", "dog")[i % 2] for split in ("train", "test") for i in range(4)}
+    fill(tmp_path, rows)
+    for folder in ("",) if at_top else ("train", "test"):
+        own = {name.removeprefix(f"{folder}/"): label for name, label in rows.items() if name.startswith(folder)}
+        table = datasets.Dataset.from_dict({"file_name": list(own), "label": list(own.values())})
+        write = {"csv": table.to_csv, "jsonl": table.to_json, "parquet": table.to_parquet}[kind]
+        write(tmp_path / folder / f"metadata.{kind}")
+    splits = load(tmp_path)
+    assert splits.label_names == ("cat", "dog")
+    assert (splits.found.train_split, splits.found.eval_split) == ("train", "test")
+    assert [splits.eval.row(i)["path"] for i in range(4)] == [str(tmp_path / "test" / f"{i}.png") for i in range(4)]
+    assert splits.eval.labels.tolist() == [0, 1, 0, 1]
+
+
+def write_csv(path: Path, *rows: str) -> None:
+    path.write_text("".join(f"{row}\n" for row in rows))
+
+
+def test_rows_without_files_and_files_without_rows_are_counted_and_named(tmp_path: Path) -> None:
+    fill(tmp_path, ["a.png", "b.png", "c.png", "d.png", "e.png"])
+    write_csv(
+        tmp_path / "metadata.csv",
+        "file_name,label",
+        "a.png,x",
+        "b.png,y",
+        "./c.png,x",
+        "d.png,y",
+        "../z.png,x",
+        "/etc/hosts,x",
+    )
+    source = opened(tmp_path)
+    assert "2 rows without a file left out, such as ../z.png" in source.notes
+    assert "1 images without a row left out, such as e.png" in source.notes
+    assert len(load(tmp_path).train) + len(load(tmp_path).eval) == 4
+
+
+def test_a_split_column_makes_splits(tmp_path: Path) -> None:
+    fill(tmp_path, [f"images/{i}.png" for i in range(6)])
+    rows = [f"images/{i}.png,{'ab'[i % 2]},{'train' if i < 4 else 'val'}" for i in range(6)]
+    write_csv(tmp_path / "metadata.csv", "file_name,label,split", *rows)
+    assert {split: len(table) for split, table in opened(tmp_path).tables.items()} == {"train": 4, "val": 2}
+
+
+@mark.parametrize(
+    ("header", "rows", "words"),
+    [
+        ("file_name,label", ["0.png,x", "0.png,y"], "gives 0.png two labels, x and y"),
+        ("file_name,label", ["z.png,x"], "names no image that is there (the first is z.png)"),
+        ("file_name,label", ["0.png,x,more"], "row 2 has 3 columns, the first has 2"),
+        (
+            "file_name,label",
+            ["0.png,0.5", "1.png,1.5"],
+            "no column of classes (whole numbers, strings or class labels)",
+        ),
+        ("file_name,label", ["0.png,x", "1.png,", "2.png,y"], "1 empty labels out of 3"),
+        ("file_name,width,height", ["0.png,1,2"], "name one with --label-column"),
+    ],
+)
+def test_a_table_that_cannot_be_used_is_refused_by_name(
+    tmp_path: Path, header: str, rows: list[str], words: str
+) -> None:
+    fill(tmp_path, ["0.png", "1.png", "2.png"])
+    write_csv(tmp_path / "metadata.csv", header, *rows)
+    message = refused(tmp_path)
+    assert words in message
+
+
+def test_numbers_in_a_table_stay_as_they_are_written(tmp_path: Path) -> None:
+    fill(tmp_path, [f"{i}.png" for i in range(6)])
+    write_csv(tmp_path / "metadata.csv", "file_name;label", *(f"{i}.png;{'00' + str(i % 2)}" for i in range(6)))
+    assert load(tmp_path).label_names == ("000", "001")
+    write_csv(tmp_path / "metadata.csv", "file_name,label", *(f"{i}.png,{(2, 10)[i % 2]}" for i in range(6)))
+    assert load(tmp_path).label_names == ("2", "10")
+
+
+def test_a_table_without_labels_leaves_class_folders_as_they_are(tmp_path: Path) -> None:
+    fill(tmp_path, classes())
+    write_csv(tmp_path / "metadata.csv", "file_name,caption", "cat/0.png,a cat")
+    assert classes_of(opened(tmp_path)) == ["cat", "dog"]
+
+
+# Links, special files, names
+
+
+def test_each_real_folder_is_read_once(tmp_path: Path) -> None:
+    root = fill(tmp_path / "data", classes())
+    for link, target in (
+        ("cat/up", ".."),
+        ("cat/self", "."),
+        ("cat/all", "/"),
+        ("cat/dogs", "../dog"),
+        ("kitten", "cat"),
+    ):
+        (root / link).symlink_to(target)
+    (root / "a").symlink_to("b")
+    (root / "b").symlink_to("a")
+    outside = fill(tmp_path / "elsewhere", ["0.png", "1.png"])
+    (root / "bird").symlink_to(outside)
+    source = opened(root)
+    assert classes_of(source) == ["bird", "cat", "dog"]
+    assert len(source.tables["train"]) == 8
+    assert any("link to a folder found elsewhere kitten" in note or "cat/all" in note for note in source.notes)
+
+
+def test_the_root_of_the_file_system_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "all").symlink_to("/")
+    assert "is the root of the file system" in refused(tmp_path / "all")
+    assert "is the root of the file system" in refused("/")
+
+
+def test_a_split_that_is_a_link_to_another_is_refused(tmp_path: Path) -> None:
+    fill(tmp_path, classes("train/") + classes("test/"))
+    (tmp_path / "val").symlink_to("train")
+    assert "val is a link to a folder that is part of the dataset already" in refused(tmp_path)
+
+
+def test_what_is_no_regular_file_is_listed_and_never_opened(tmp_path: Path) -> None:
+    fill(tmp_path, [*classes(), "cat/folder.jpg/9.png"])
+    os.mkfifo(tmp_path / "cat" / "fifo.jpg")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "cat" / "socket.jpg"))
+    for link, target in (("gone.jpg", "nowhere.jpg"), ("itself.jpg", "itself.jpg"), ("zero.jpg", "/dev/zero")):
+        (tmp_path / "cat" / link).symlink_to(target)
+    tree = walk(tmp_path)
+    sizes = dict(zip(tree.images, tree.sizes, strict=True))
+    assert (sizes["cat/gone.jpg"], sizes["cat/itself.jpg"]) == (-1, -1)
+    assert {"cat/fifo.jpg", "cat/socket.jpg", "cat/zero.jpg", "cat/folder.jpg/9.png"} < set(sizes)
+    assert load(tmp_path).label_names == ("cat", "dog")
+    for name in ("train.parquet", "metadata.csv"):
+        os.mkfifo(tmp_path / name)
+        assert name in refused(tmp_path / name if name == "train.parquet" else tmp_path)
+
+
+def test_junk_and_run_folders_are_left_out_at_every_depth(tmp_path: Path) -> None:
+    junk = [
+        ".ipynb_checkpoints/0-checkpoint.png",
+        "@eaDir/0.png",
+        "__MACOSX/._0.png",
+        "._0.png",
+        "Thumbs.db",
+        ".DS_Store",
+    ]
+    fill(tmp_path, [*classes(), *(f"cat/{name}" for name in junk), *junk])
+    for place in ("runs/a", "cat/old"):
+        fill(tmp_path / place, ["config.yaml", "metrics.jsonl", "plots/curves.png", "model/plots/curves.png"])
+    assert [str(path.relative_to(tmp_path)) for path in list_pictures(tmp_path)] == classes()
+    assert any("run folder cat/old, run folder runs/a" in note for note in opened(tmp_path).notes)
+
+
+def test_names_that_are_not_utf8_keep_their_files_and_get_printable_classes(tmp_path: Path) -> None:
+    root = fill(tmp_path / "d", classes())
+    odd = os.fsencode(root) + b"/caf\xe9"
+    os.mkdir(odd)
+    for i in range(3):
+        shutil.copy(root / "cat" / "0.png", odd + b"/\xff%d.png" % i)
+    fill(root, flat("a\nb\t\x1b[31m"))
+    strange = os.fsdecode(os.fsencode(tmp_path) + b"/s\xe9t")
+    os.rename(root, strange)
+    splits = load(strange)
+    assert splits.label_names == ("a\\nb\\t\\x1b[31m", "caf\\xe9", "cat", "dog")
+    assert splits.dataset_id == "s\\xe9t"
+    json.dumps([splits.dataset_id, *splits.label_names]).encode()
+    for part in (splits.train, splits.eval):
+        for i in range(len(part)):
+            assert part.image(i).size == (8, 8)
+            part.name(i).encode()
+    os.mkdir(os.path.join(strange, "caf\\xe9"))
+    shutil.copy(os.path.join(strange, "cat", "0.png"), os.path.join(strange, "caf\\xe9", "0.png"))
+    assert "two classes that are both written caf\\xe9" in refused(strange)
+
+
+@mark.parametrize("name", ["plain", "ünï/ø", os.fsdecode(b"a\xff\xfe/b\xc3"), "tab\t\n"])
+def test_stored_paths_are_valid_text_and_lead_back(name: str) -> None:
+    stored = stored_path(name)
+    stored.encode()
+    assert real_path(stored) == name
+
+
+def test_two_unicode_forms_of_a_name_are_one_class(tmp_path: Path) -> None:
+    fill(tmp_path, [*classes("train/", ("caf\u00e9", "tea")), *classes("val/", ("cafe\u0301", "tea"))])
+    splits = load(tmp_path)
+    assert splits.label_names == ("caf\u00e9", "tea")
+    assert splits.eval.labels.tolist() == [0] * 3 + [1] * 3
+    assert class_names_of(["n\u0303", "\u00f1"], "x") == {"n\u0303": "\u00f1", "\u00f1": "\u00f1"}
+
+
+def test_an_unreadable_class_folder_is_named(tmp_path: Path) -> None:
+    fill(tmp_path, classes())
+    for folder in (tmp_path.parent.parent, tmp_path.parent, tmp_path):
+        folder.chmod(0o755)
+    (tmp_path / "cat").chmod(0)
+    if os.geteuid() == 0:
+        os.seteuid(65534)  # root may read everything
+    try:
+        message = refused(tmp_path)
+    finally:
+        os.seteuid(os.getuid())
+        (tmp_path / "cat").chmod(0o755)
+    assert "the folder cat in" in message
+    assert "permission denied" in message
+
+
+def test_doubtful_classes_are_named_in_the_log(
+    tmp_path: Path, caplog: LogCaptureFixture, monkeypatch: MonkeyPatch
+) -> None:
+    import logging
+
+    monkeypatch.setattr(logging.getLogger("resnext_hub"), "propagate", True)
+    fill(tmp_path, [*classes("train/"), *classes("val/", ("Cat", "dog", "horse")), *classes("test/")])
+    with caplog.at_level(logging.INFO, "resnext_hub"):
+        load(tmp_path)
+    assert "no training image is of the class Cat, horse" in caplog.text
+    assert "classes Cat, cat differ in upper case or spaces alone" in caplog.text
+    assert "not used: split test" in caplog.text
+    assert doubts(["a", "A ", "b"], np.array([0, 1, 2]), np.array([0])) == [
+        "classes a, A  differ in upper case or spaces alone; they are kept apart"
+    ]
+
+
+# What is held out
+
+
+@mark.parametrize(
+    ("counts", "fraction", "held"),
+    [
+        ([3] * 50, 0.2, [1] * 50),
+        ([2, 40], 0.2, [1, 9]),
+        ([1, 2, 10], 0.2, [0, 1, 2]),
+        ([2, 2, 2], 0.9, [1, 1, 1]),
+        ([1000, 5], 0.0001, [1, 1]),
+    ],
+)
+def test_every_class_of_two_is_trained_and_measured(counts: list[int], fraction: float, held: list[int]) -> None:
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
+    kept, out = stratified_cut(labels, fraction, seed=3)
+    assert np.bincount(labels[out], minlength=len(counts)).tolist() == held
+    assert sorted([*kept, *out]) == list(range(len(labels)))
+    assert np.array_equal(out, stratified_cut(labels, fraction, seed=3)[1])
+
+
+def test_classes_of_one_image_each_are_refused_in_our_words() -> None:
+    with raises(RequestError, match=r"5000 images of 5000 classes: none can be held out, .* at least 2"):
+        stratified_cut(np.arange(5000), 0.2, 0)
+
+
+@mark.parametrize(
+    "settings",
+    [
+        {"split_seed": -1}, {"split_seed": 5_000_000_000},
+        {"eval_fraction": 0.99}, {"eval_fraction": 0.0}, {"eval_fraction": float("nan")}, {"max_bad_fraction": 2.0},
+    ],
+)  # fmt: skip
+def test_numbers_out_of_range_are_refused_with_the_range(settings: dict[str, float]) -> None:
+    (name,) = settings
+    with raises(RequestError, match=f"^--{name.replace('_', '-')} .*: expected a .*number .* 0 (to|and)"):
+        DataConfig(**settings)
+
+
+# Parquet and saved datasets
+
+
+def write(path: Path, labels: Sequence[object], kind: object, rows: Sequence[dict[str, object]] | None = None) -> Path:
+    """Write a parquet file as it is given, without what the library datasets would mend."""
+    features = datasets.Features({"image": datasets.Image(decode=False), "label": kind})
+    rows = rows or [{"bytes": PNG, "path": "image.png"}] * len(labels)
+    table = datasets.Dataset.from_dict({"image": list(rows), "label": list(labels)}, features=features).data.table
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(table.replace_schema_metadata(features.arrow_schema.metadata), path)
+    return path
+
+
+def named(*names: str) -> datasets.ClassLabel:
+    return datasets.ClassLabel(names=list(names))
+
+
+@mark.parametrize(
+    ("files", "splits"),
+    [
+        (["train/part-0", "val/part-0"], {"train": ["train/part-0"], "val": ["val/part-0"]}),
+        (["cats-train-0", "cats-val-0"], {"train": ["cats-train-0"], "val": ["cats-val-0"]}),
+        (
+            ["data/test-00000-of-00001", "data/train-0"],
+            {"test": ["data/test-00000-of-00001"], "train": ["data/train-0"]},
+        ),
+        (["x/validation/a", "x/training/b"], {"validation": ["x/validation/a"], "training": ["x/training/b"]}),
+        (["contest", "strain"], {"train": ["contest", "strain"]}),
+        (["0000", "0001"], {"train": ["0000", "0001"]}),
+    ],
+)
+def test_parquet_files_are_split_by_the_names_of_files_and_folders(
+    files: list[str], splits: dict[str, list[str]]
+) -> None:
+    found = splits_of(f"{file}.parquet" for file in files)
+    assert found == {split: [f"{file}.parquet" for file in members] for split, members in splits.items()}
+
+
+def test_a_parquet_file_of_no_split_beside_others_is_refused() -> None:
+    with raises(RequestError, match=r"extra\.parquet belongs to no split .* \(test, train\); rename it"):
+        splits_of(["train.parquet", "test.parquet", "extra.parquet"])
+
+
+def test_names_mention_splits_as_words() -> None:
+    words = {"cats-val-00000-of-1": "val", "TestImages": "test", "contest": None, "train-test": None, "test2": "test"}
+    assert {name: split_keyword(name) for name in words} == words
+    assert pick_split(["seg_pred", "seg_test", "seg_train"], "eval") == "seg_test"
+    assert pick_split(["a", "b"], "train") is None
+
+
+def test_labels_of_shards_and_splits_are_matched_by_name(tmp_path: Path) -> None:
+    write(tmp_path / "train-0.parquet", [0, 0, 1], named("dark", "light"))
+    write(tmp_path / "train-1.parquet", [0, 1, 1], named("light", "dark"))
+    write(tmp_path / "test-0.parquet", [0, 1, 2], named("grey", "light", "dark", "unused"))
+    splits = load(tmp_path)
+    assert splits.label_names == ("dark", "light", "grey")
+    assert splits.train.labels.tolist() == [0, 0, 1, 1, 0, 0]
+    assert splits.eval.labels.tolist() == [2, 1, 0]
+    assert "train-1.parquet has other classes in column label, or in another order" in refused(tmp_path, streaming=True)
+
+
+@mark.parametrize(
+    ("train", "test", "words"),
+    [
+        (
+            ([0, 1] * 2, datasets.Value("int64")),
+            (["0", "1"], datasets.Value("string")),
+            "a number in train.parquet and a text",
+        ),
+        (
+            ([0, 1] * 2, named("a", "b")),
+            ([0, 1], datasets.Value("int64")),
+            "a class label in train.parquet and a number",
+        ),
+        (
+            ([0, 1] * 2, named("a", "b")),
+            (["a", "b"], datasets.Value("string")),
+            "a class label in train.parquet and a text",
+        ),
+        (
+            ([0, 1, 2**62], datasets.Value("int64")),
+            None,
+            "has the label 4611686018427387904, which is no class beside 0, 1",
+        ),
+        (([0, 1, 2**32 - 1], datasets.Value("uint32")), None, "has the label 4294967295"),
+        (([0, 1, -1], datasets.Value("int64")), None, "has the label -1, which is no class beside 0, 1"),
+        (([0.0, 1.0], datasets.Value("float32")), None, "holds no classes in train.parquet (label (float32))"),
+        (([[0], [1]], datasets.List(datasets.Value("int64"))), None, "holds no classes in train.parquet"),
+        ((["a", "b", None], datasets.Value("string")), None, "has 1 empty labels out of 3"),
+        ((["a", "b", ""], datasets.Value("string")), None, "has 1 empty labels out of 3"),
+        (
+            ([0, 1, 0], named("a", "b")),
+            ([0, 1], named("c", "d")),
+            "no class of the evaluation split (c, d) is in the training",
+        ),
+        (([], named("a", "b")), None, "train.parquet: no rows"),
+    ],
+)
+def test_labels_that_are_no_classes_or_differ_in_kind_are_refused(
+    tmp_path: Path, train: tuple[list[object], object], test: tuple[list[object], object] | None, words: str
+) -> None:
+    write(tmp_path / "train.parquet", *train)
+    if test is not None:
+        write(tmp_path / "test.parquet", *test)
+    assert words in refused(tmp_path, label_column="label")
+
+
+def test_numbers_and_class_labels_that_are_numbers_are_the_same(tmp_path: Path) -> None:
+    write(tmp_path / "train.parquet", [0, 1] * 2, named("0", "1"))
+    write(tmp_path / "test.parquet", [1, 0], datasets.Value("int64"))
+    splits = load(tmp_path)
+    assert splits.label_names == ("0", "1")
+    assert splits.eval.labels.tolist() == [1, 0]
+
+
+def test_damaged_parquet_files_are_named(tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole.parquet", [0, 1] * 40, named("a", "b")).read_bytes()
+    for name, content in (("empty", b""), ("cut", whole[: len(whole) // 2]), ("text", b"not parquet at all")):
+        path = tmp_path / name / "train.parquet"
+        path.parent.mkdir()
+        path.write_bytes(content)
+        assert f"{name}/train.parquet cannot be read as parquet" in refused(path.parent)
+
+
+def test_rows_read_only_files_of_the_datasets_own_folder(tmp_path: Path) -> None:
+    fill(tmp_path, ["outside.png", "data/in.png", "data/sub/deep.png"])
+    (tmp_path / "data" / "link.png").symlink_to("../outside.png")
+    inside = ["in.png", str(tmp_path / "data" / "sub" / "deep.png"), "sub/../in.png"]
+    outside = [
+        "../outside.png",
+        str(tmp_path / "outside.png"),
+        "link.png",
+        "/dev/zero",
+        "http://host/a.png",
+        "file:///a",
+        "x\0y",
+    ]
+    rows = [{"bytes": None, "path": path} for path in inside + outside]
+    write(tmp_path / "data" / "all.parquet", ["x", "y"] * 5, datasets.Value("string"), rows)
+    splits = load(tmp_path / "data")
+    part = splits.train
+    everything = Pictures(part.rows, part.image_column, np.arange(10), np.zeros(10, np.int64), part.roots)
+    for index in range(10):
+        if index < len(inside):
+            assert everything.image(index).size == (8, 8)
+        else:
+            with raises(UnreadablePictureError, match="leads out of the dataset's folder"):
+                everything.row(index)
+
+
+def test_rows_with_one_path_for_all_are_named_apart(tmp_path: Path) -> None:
+    write(tmp_path / "all.parquet", [0, 1] * 5, named("a", "b"))
+    train = load(tmp_path).train
+    assert len({train.name(i) for i in range(len(train))}) == len(train)
+    assert train.name(0) == f"image.png (index {train.indices[0]})"
+
+
+def test_parquet_of_images_among_class_folders_asks_which(tmp_path: Path) -> None:
+    fill(tmp_path, classes())
+    write(tmp_path / "extra.parquet", [0, 1], named("a", "b"))
+    assert "(extra.parquet): move one of them away" in refused(tmp_path)
+
+
+def test_saved_datasets_are_opened_by_their_own_splits(tmp_path: Path) -> None:
+    train = datasets.Dataset.from_parquet(str(write(tmp_path / "a.parquet", [0, 1] * 4, named("a", "b"))))
+    test = datasets.Dataset.from_parquet(str(write(tmp_path / "b.parquet", [0, 1], named("b", "a"))))
+    datasets.DatasetDict({"train": train, "test": test}).save_to_disk(tmp_path / "both")
+    train.shuffle(seed=0).save_to_disk(tmp_path / "one")
+    both = load(tmp_path / "both")
+    assert (both.label_names, both.eval.labels.tolist()) == (("a", "b"), [1, 0])
+    assert both.eval.image(0).size == (8, 8)
+    one = load(tmp_path / "one")
+    assert len(one.train) + len(one.eval) == 8
+    (tmp_path / "one" / "state.json").write_text("[]")
+    assert "is a folder of datasets.save_to_disk that cannot be read" in refused(tmp_path / "one")
+
+
+@mark.parametrize("name", ["with [1] and *", "what?"])
+def test_folders_may_be_called_like_patterns(tmp_path: Path, name: str) -> None:
+    write(tmp_path / name / "train.parquet", [0, 1] * 2, named("a", "b"))
+    write(tmp_path / name / "test.parquet", [0, 1] * 2, named("a", "b"))
+    assert len(load(tmp_path / name).eval) == 4
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    write(tmp_path / "train.parquet", [0, 1] * 2, named("a", "b"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/dev/null/x/datasets")
+    assert "the cache /dev/null/x/datasets cannot be written (not a directory); set HF_HOME" in refused(tmp_path)
+
+
+# The bundled digits and runs
+
+
+def test_an_own_folder_called_digits_has_to_be_chosen(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path, classes("digits/"))
+    assert "--dataset ./digits or --dataset bundled:digits" in refused("digits")
+    assert load("./digits").label_names == ("cat", "dog")
+    assert load("bundled:digits").dataset_id == "digits"
+    assert "the bundled dataset is bundled:digits" in refused("bundled:mnist")
+    check_source(DataConfig(dataset="bundled:digits"))
+    assert dataset_name(DataConfig(dataset="bundled:digits")) == "digits"
+    assert dataset_name(DataConfig(dataset=".")) == tmp_path.name
+
+
+def test_the_split_to_train_on_is_no_evaluation_split(tmp_path: Path) -> None:
+    fill(tmp_path, SPLITS)
+    assert "--eval-split train is the split to train on" in refused(tmp_path, eval_split="train")
+
+
+@fixture
+def inside(tmp_path: Path, monkeypatch: MonkeyPatch) -> Path:
+    for name, shade in (("cat", 40), ("dog", 200)):
+        for i in range(6):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / f"{i}.png").write_bytes(png(shade + i))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_run_inside_its_dataset_is_found_finished(inside: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+    words = ("train", *TINY, "--dataset", ".", "--image-size", 32, "--max-steps", 2, "--batch-size", 4)
+    code, out, err = command(*words)
+    assert code == 0, err
+    assert "(held out, 25 %)" in err
+    code, out, _ = command(*words)
+    assert (code, "is finished already" in out) == (0, True)
