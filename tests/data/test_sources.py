@@ -597,6 +597,7 @@ def test_rows_read_only_files_of_the_datasets_own_folder(tmp_path: Path) -> None
         else:
             with raises(UnreadablePictureError, match="leads out of the dataset's folder"):
                 everything.row(index)
+            assert everything.name(index).isprintable()
 
 
 def test_rows_with_one_path_for_all_are_named_apart(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The files under a folder: which are images, in a fixed order, and what is left out."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -174,8 +175,7 @@ def stored_path(path: str) -> str:
 
 def real_path(stored: str) -> str:
     """Return the path that `stored_path` made text of."""
-    first, *rest = stored.split("\0")
-    return first + "".join(chr(0xDC00 + int(part[:2], 16)) + part[2:] for part in rest)
+    return re.sub("\0([89a-f][0-9a-f])", lambda byte: chr(0xDC00 + int(byte[1], 16)), stored)
 
 
 def _identity(path: str) -> tuple[int, int]:
