@@ -10,10 +10,15 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from resnext_hub.errors import RequestError, RunError, StoppedRun, one_line
 from resnext_hub.text import printable
+
+if TYPE_CHECKING:
+    from resnext_hub.training.config import TrainConfig
 
 _logger = logging.getLogger(__name__)
 
@@ -41,6 +46,9 @@ EXTRA_OF_PACKAGE = {
     **dict.fromkeys(("nncf", "openvino"), "openvino"),
 }
 """What the commands import beyond the package's own dependencies, and the extra that brings it."""
+
+OPTIONAL_PACKAGES = {"simplejpeg"}
+"""Packages that a command does without, by another way."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -123,19 +131,21 @@ def _train(options: argparse.Namespace) -> None:
     state = fetch_run(options.resume_from) if options.resume_from else None
     file = options.config or (state and state / "config.yaml")
     settings, recipe = planning.merge_settings(asked, options.recipe, file)
-    plan = planning.prepare(
-        settings,
-        asked=asked,
-        recipe=recipe,
-        output_dir=options.output_dir,
-        resume=options.resume,
-        resume_from=state,
-    )
+    with _wrong_requests():
+        plan = planning.prepare(
+            settings,
+            asked=asked,
+            recipe=recipe,
+            output_dir=options.output_dir,
+            resume=options.resume,
+            resume_from=state,
+        )
+    _require_packages("train")
     if plan.finished:
         record = RunRecord.load(plan.folder / "record.json")
         _print(f"{plan.folder} is finished already; nothing was computed (--epochs may grow)\n")
     else:
-        with _one_line_failures(plan.folder), _bars_beside_logs():
+        with _one_line_failures(plan.folder, plan.config), _bars_beside_logs():
             record = execute(plan)
     if plan.config.publish.push_to_hub and os.environ.get("RANK", "0") == "0":
         _print(f"published and read back: {publish_run(plan, record).address}\n")
@@ -337,23 +347,58 @@ def _push(options: argparse.Namespace) -> None:
         _print(f"nothing has changed there: {done.address}\n")
 
 
+def _require_packages(extra: str) -> None:
+    """Raise an error, before any work, if a package of an extra is not installed; some are needed at the end alone."""
+    for name, brought_by in EXTRA_OF_PACKAGE.items():
+        if brought_by == extra and name not in OPTIONAL_PACKAGES and find_spec(name) is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
 @contextlib.contextmanager
-def _one_line_failures(folder: Path) -> Iterator[None]:
+def _wrong_requests() -> Iterator[None]:
+    """Take what the operating system refuses before any work, such as to look up a path, for a wrong request."""
+    try:
+        yield
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise RequestError(f"{where}{error.strerror or one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _one_line_failures(folder: Path, config: "TrainConfig") -> Iterator[None]:
     """Say in a line what the operating system refused, or whom it killed."""
     from resnext_hub.data.batches import lost_reader
+    from resnext_hub.machine import is_out_of_memory
 
     try:
         yield
-    except RuntimeError as error:
+    except RunError:
+        raise
+    except (MemoryError, OSError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise RunError(f"{_memory_advice(config)} ({one_line(error)[:120]})") from error
         lost = lost_reader(error)
-        if lost is None:
+        if lost is not None:
+            raise lost from None
+        if not isinstance(error, OSError):
             raise
-        raise lost from None
-    except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise RunError(
             f"the run stopped: {error.strerror or error}{where}; mend that, and the same command goes on in {folder}"
         ) from error
+
+
+def _memory_advice(config: "TrainConfig") -> str:
+    from resnext_hub.machine import processes
+
+    part = config.batch_size // processes()
+    at_once = min(config.micro_batch_size or part, part)
+    size = config.transform.image_size
+    smaller = f"--micro-batch-size {at_once // 2}" if at_once >= 4 else f"an --image-size below {size}"
+    return (
+        f"out of memory: {at_once} images of {size} px at once (global batch {config.batch_size}, evaluation "
+        f"{config.eval_batch_size}); give {smaller}, or a smaller --batch-size, and another --output-dir"
+    )
 
 
 @contextlib.contextmanager

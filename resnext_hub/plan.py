@@ -7,6 +7,7 @@ them instead of leaving some to wait. Nothing is computed.
 import dataclasses
 import os
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import Any
 
 import torch
 
-from resnext_hub.data.augment import Augmentation
 from resnext_hub.data.columns import listing
 from resnext_hub.data.dataset import Splits, check_source, load_splits
 from resnext_hub.data.jpeg import is_installed
@@ -31,10 +31,13 @@ from resnext_hub.record import RunRecord
 from resnext_hub.settings import did_you_mean, flag_of, shown
 from resnext_hub.text import printable
 from resnext_hub.training.config import GROWING_FIELDS, MACHINE_FIELDS, TrainConfig
-from resnext_hub.training.optim import derive_lr
+from resnext_hub.training.optim import check_optimizer, derive_lr
 from resnext_hub.training.schedule import plan_schedule, sizes_of
 
 RUNS = Path("runs")
+
+MODEL_FOLDER_BYTES = 4_000_000
+"""Room for plots, card, record and predictions of a small run."""
 
 _LAST_SETTING = "private"
 """The setting that a run's config.yaml has ended with since the first release; without it, the file was cut off."""
@@ -132,9 +135,9 @@ def prepare(
     if data_config["input_size"][0] not in PICTURE_MODES:
         raise RequestError(f"--model {config.model} takes {data_config['input_size'][0]} channels; expected 1 or 3")
     config = _resolve(config, source, splits, data_config, device)
-    Augmentation(config.transform, data_config)
+    check_optimizer(config.optim, device)
     plan_schedule(config, splits.train.count)
-    _check_network(config, source, splits, data_config)
+    _check_space(folder, _check_network(config, source, splits, data_config))
     finished = _check_folder(folder, before, config.to_flat(), splits) if before else False
     if config.loader.decoder == "simplejpeg" and not finished and not is_installed():
         raise RequestError(
@@ -269,8 +272,12 @@ def _three(values: Any) -> tuple[float, float, float]:
     return (first, rest[0], rest[1]) if rest else (first, first, first)
 
 
-def _check_network(config: TrainConfig, source: ModelSource, splits: Splits, data_config: Mapping[str, Any]) -> None:
-    """Refuse pictures that the network does not take, and a batch norm over a single value; nothing is computed."""
+def _check_network(config: TrainConfig, source: ModelSource, splits: Splits, data_config: Mapping[str, Any]) -> int:
+    """Refuse images that the model does not take, and a batch norm over a single value; nothing is computed.
+
+    Returns:
+        Bytes of the weights in float32.
+    """
     network = _without_values(
         lambda: build_model(
             dataclasses.replace(source, pretrained=False), len(splits.label_names), config.drop_rate, config.drop_path
@@ -302,6 +309,18 @@ def _check_network(config: TrainConfig, source: ModelSource, splits: Splits, dat
         raise RequestError(
             f"--batch-size {config.batch_size} leaves a pass of one picture of {size} px, over whose single last pixel "
             f"batch norm has nothing to average; take at least 2 pictures a pass, or {flag} {size + 1}"
+        )
+    return 4 * sum(parameter.numel() for parameter in network.parameters())
+
+
+def _check_space(folder: Path, weight_bytes: int) -> None:
+    """Refuse a disk that has no room for a checkpoint, which holds weights and optimizer, and the model folder."""
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
+    need, (total, _, free) = 4 * weight_bytes + MODEL_FOLDER_BYTES, shutil.disk_usage(nearest)
+    if total and free < need:  # some file systems state no size
+        raise RequestError(
+            f"the disk of {printable(folder)} has {free / 1e6:.0f} MB free, and a checkpoint with the model folder "
+            f"takes {need / 1e6:.0f}; give another --output-dir, or make room"
         )
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +30,7 @@ from resnext_hub.machine import (
     device_type,
     git_commit,
     keep_memory,
+    processes,
     processor_name,
     resolve_precision,
     set_threads,
@@ -95,7 +97,7 @@ def execute(plan: Plan) -> RunRecord:
 
     with contextlib.ExitStack() as stack:
         if accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
+            _make_folder(folder)
             stack.enter_context(RunLock(folder))
             remove_leftovers(folder)
             if config.publish.repo_id and (config.publish.push_to_hub or config.publish.push_checkpoints):
@@ -117,6 +119,16 @@ def execute(plan: Plan) -> RunRecord:
         accelerator.wait_for_everyone()
     accelerator.end_training()
     return RunRecord.load(folder / "record.json")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(
+            f"the run folder {printable(folder)} cannot be made: {error.strerror or one_line(error)}; give another "
+            "--output-dir"
+        ) from error
 
 
 def publish_run(plan: Plan, record: RunRecord) -> Publication:
@@ -261,18 +273,46 @@ def _log_plan(plan: Plan, accelerator: "Accelerator", precision: str) -> None:
         {"no": "float32"}.get(precision, precision),
         torch.get_num_threads(),
     )
-    _log_doubts(None if config.max_steps else schedule.steps, splits)
+    _log_doubts(config, splits)
 
 
-def _log_doubts(steps: int | None, splits: Splits) -> None:
-    """Say what is likely not meant, though it can be done; steps are those that nobody asked for by their number."""
-    if steps is not None and steps < 20:
-        _logger.warning("only %d steps: a smaller --batch-size or more --epochs give more", steps)
+def _log_doubts(config: TrainConfig, splits: Splits) -> None:
+    """Warn of what can be done and is likely not meant."""
+    count, size = splits.train.count, config.batch_size
+    steps = plan_schedule(config, count).steps
+    fitting = _fitting_batch(count, config.epochs)
+    if count is not None and count < size:
+        _logger.warning(
+            "--batch-size %d is larger than the training split (%d images), so a step repeats images; "
+            "--batch-size %d makes %d steps an epoch",
+            size,
+            count,
+            fitting,
+            math.ceil(count / fitting),
+        )
+    elif steps < 20 and config.max_steps is None:
+        _logger.warning(
+            "only %d steps: --batch-size %d or --epochs %g give more", steps, fitting, config.epochs * 20 / steps
+        )
+    policy = config.transform.auto_augment
+    if config.transform.color_jitter and policy is not None and "3a" not in policy:
+        _logger.warning(
+            "--color-jitter %g is off, as timm leaves it out with --auto-augment %s",
+            config.transform.color_jitter,
+            policy,
+        )
     if isinstance(splits.eval, Pictures):
         counts = _class_counts(splits.eval, len(splits.label_names)) or []
         empty = [name for name, count in zip(splits.label_names, counts, strict=True) if count == 0]
         if empty:
             _logger.warning("no picture to evaluate on is of the class %s", listing(empty))
+
+
+def _fitting_batch(count: int | None, epochs: float) -> int:
+    """Return a global batch, a power of two for each process, of which an epoch has 4 steps and a run 20, if it can."""
+    images = min((count or 1) / 4, (count or 1) * epochs / 20)
+    part = images / processes()
+    return processes() * (1 << int(math.log2(part)) if part >= 2 else 2)
 
 
 def _write_results(plan: Plan, outcome: Outcome, accelerator: "Accelerator", precision: str) -> None:

@@ -50,7 +50,7 @@ Command = Callable[..., tuple[int, str, str]]
         (["--imgsz", "64"], ["did you mean --image-size?"]),
         (["--seed", "1e20"], ["--seed 1e20: expected a whole number from 0 to 9,223,372,036,854,775,807"]),
         (["--split-seed", "5000000000"], ["--split-seed 5000000000: expected a whole number from 0 to 4,294,967,295"]),
-        (["--eval-fraction", "nan"], ["--eval-fraction nan: expected a number above 0 and below 1"]),
+        (["--eval-fraction", "nan"], ["--eval-fraction nan: expected a number above 0 and"]),
         (["--workers", "10000"], ["--workers 10000: expected a whole number from 0 to 256"]),
         (["--dataset", ""], ["--dataset is empty"]),
         (["--output-dir", ""], ["--output-dir: an empty text: expected a path"]),

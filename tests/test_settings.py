@@ -88,7 +88,7 @@ def test_a_wrong_value_in_a_file_is_refused_by_name(text: str, reason: str, file
         (b"1: 2", "expected settings"),
         (b"? [a]\n: 2", "unhashable key"),
         (b"lr: [", "line 1: "),
-        (b"[" * 100_000, "nested too deeply"),
+        (b"[" * 50_000, "nested too deeply"),
         (b"x" * 300_000, "300000 bytes"),
         (b"\x00\xff", "cannot be read"),
         ("lr: 1".encode("utf-16"), "cannot be read"),

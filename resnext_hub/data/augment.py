@@ -13,7 +13,6 @@ import torch
 from resnext_hub.data.decode import MAX_IMAGE_PIXELS, opened, read_bytes, upright, within_memory
 from resnext_hub.data.jpeg import RESAMPLING, Rectangle, decode_part, read_header, to_image, to_tensor
 from resnext_hub.data.transforms import TransformConfig
-from resnext_hub.errors import RequestError
 
 
 class Edges(NamedTuple):
@@ -47,9 +46,6 @@ class Augmentation:
         data_config: input_size, interpolation, mean and std in timm's keys.
         decoder: `simplejpeg`, or `pil`, which the pixels of the other are near to.
         max_pixels: Pixels above which an image is unreadable.
-
-    Raises:
-        RequestError: If timm has no such policy of augmentation.
     """
 
     def __init__(
@@ -62,25 +58,20 @@ class Augmentation:
         from timm.data import create_transform
         from timm.data.random_erasing import RandomErasing
 
-        try:
-            first, second, _ = create_transform(
-                input_size=data_config["input_size"],
-                is_training=True,
-                scale=config.scale,
-                ratio=config.ratio,
-                hflip=config.hflip,
-                color_jitter=config.color_jitter or None,
-                auto_augment=config.auto_augment,
-                interpolation=data_config["interpolation"],
-                mean=data_config["mean"],
-                std=data_config["std"],
-                normalize=False,
-                separate=True,
-            )
-        except (AssertionError, KeyError, ValueError) as error:
-            raise RequestError(
-                f"--auto-augment {config.auto_augment}: no policy of timm's, such as rand-m7-mstd0.5, augmix-m3, 3a"
-            ) from error
+        first, second, _ = create_transform(
+            input_size=data_config["input_size"],
+            is_training=True,
+            scale=config.scale,
+            ratio=config.ratio,
+            hflip=config.hflip,
+            color_jitter=config.color_jitter or None,
+            auto_augment=config.auto_augment,
+            interpolation=data_config["interpolation"],
+            mean=data_config["mean"],
+            std=data_config["std"],
+            normalize=False,
+            separate=True,
+        )
         self.crop, *self.flips = first.transforms
         self.colours = second if second.transforms else None
         self.erasing = RandomErasing(config.random_erasing, device="cpu") if config.random_erasing else None

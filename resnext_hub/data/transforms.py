@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from resnext_hub.data.decode import UnreadablePictureError
+from resnext_hub.data.policies import check_policy
 from resnext_hub.errors import RequestError
 from resnext_hub.settings import Range, check_fields, shown
 
@@ -28,7 +29,7 @@ IMAGE_SIZE = 1 << 14
 """Greatest height and width in pixels; a batch of larger ones fits no memory."""
 
 _Probability = Annotated[float, Range(0, 1)]
-_Mean = Annotated[float, Range(-255, 255)]
+_Mean = Annotated[float, Range(0, 1)]
 _Std = Annotated[float, Range(0.0001, 255)]
 _Area = Annotated[float, Range(0, 1, above=True)]
 _Ratio = Annotated[float, Range(0.01, 100)]
@@ -74,6 +75,8 @@ class TransformConfig:
             raise RequestError(
                 f"--interpolation {shown(self.interpolation)}: expected one of {', '.join(INTERPOLATIONS)}"
             )
+        if self.auto_augment is not None:
+            check_policy(self.auto_augment)
         for flag, (low, high) in (("--scale", self.scale), ("--ratio", self.ratio)):
             if low > high:
                 raise RequestError(f"{flag} {low:g} {high:g}: expected the smaller number first")

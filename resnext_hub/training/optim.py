@@ -1,15 +1,18 @@
 """The optimizer, built by timm, and the learning rate as a pure function of the step."""
 
+import dataclasses
 import inspect
 import json
 import math
+import os
+import warnings
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
 from torch import nn
 
-from resnext_hub.errors import RequestError
+from resnext_hub.errors import RequestError, one_line
 from resnext_hub.settings import Range, check_fields, did_you_mean, shown
 
 
@@ -38,6 +41,34 @@ class OptimConfig:
         if self.optimizer not in known:
             hint = did_you_mean(self.optimizer, known) or ", but sgd, adamw, lamb and others"
             raise RequestError(f"--optimizer {shown(self.optimizer)}: timm has no such optimizer{hint}")
+
+
+def check_optimizer(config: OptimConfig, device: str) -> None:
+    """Take a step of an optimizer on a few numbers, to see that it can be built here and its state can be saved.
+
+    Raises:
+        RequestError: If it needs a GPU, a library or arguments that are not there, or keeps state that no checkpoint
+            holds.
+    """
+    needs_gpu = device == "cuda" and config.optimizer.startswith(("bnb", "fused"))
+    place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if needs_gpu else torch.device("cpu")
+    # kron compiles its step, which takes minutes
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.compiler.set_stance("force_eager"),
+        warnings.catch_warnings(action="ignore"),
+    ):
+        model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2, 2)).to(place)
+        try:
+            optimizer = build_optimizer(model, dataclasses.replace(config, lr=config.lr or 1e-3))
+            model(torch.ones(2, 1, 3, 3, device=place)).sum().backward()
+            optimizer.step()
+        except (AssertionError, ImportError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+            raise RequestError(
+                f"--optimizer {config.optimizer} cannot be used here ({one_line(error)[:120]}); take another, such as "
+                "sgd, adamw or lamb"
+            ) from error
+    optimizer_state(optimizer)
 
 
 def derive_lr(optimizer: str, batch_size: int, pretrained: bool) -> float:
@@ -116,8 +147,8 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.T
         json.dumps(facts, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise RequestError(
-            f"the state of {type(optimizer).__name__} cannot be saved in a checkpoint ({error}); "
-            "take another --optimizer"
+            f"the state of {type(optimizer).__name__} cannot be saved in a checkpoint ({one_line(error)}); take "
+            "another --optimizer, such as sgd, adamw or lamb"
         ) from error
     return tensors, facts
 
