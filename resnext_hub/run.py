@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import shlex
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,7 @@ from resnext_hub.machine import (
 )
 from resnext_hub.models.source import ModelSource, build_model, needs_plugin, portable_architecture, variant_of
 from resnext_hub.plan import Plan, public_model, public_settings, read_config
-from resnext_hub.plots import plot_samples, write_plots
+from resnext_hub.plots import write_plots, write_samples
 from resnext_hub.recipes import QUICKSTART
 from resnext_hub.record import (
     BaseModelFacts,
@@ -401,11 +402,13 @@ def _write_results(plan: Plan, outcome: Outcome, accelerator: "Accelerator", pre
         broken_pictures=outcome.unreadable,
     )
     with new_folder(folder / "plots") as aside:
-        write_plots(record, aside)
+        record = dataclasses.replace(record, plots=write_plots(record, aside))
         if isinstance(splits.eval, Pictures):  # on this disk alone: whose pictures they are is not ours to publish
-            plot_samples(splits.eval, evaluation, splits.label_names, aside / "samples.png")
+            most = config.loader.max_image_pixels
+            write_samples(splits.eval, evaluation, splits.label_names, aside / "samples.png", most)
     with new_folder(folder / "model" / "plots") as aside:
-        write_plots(record, aside)
+        for name in record.plots:
+            shutil.copyfile(folder / "plots" / name, aside / name)
     write_atomic(folder / "model" / "README.md", render_card(record))
     record.save(folder / "record.json")
 

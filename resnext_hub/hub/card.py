@@ -60,6 +60,7 @@ def render_card(record: RunRecord, repo_id: str | None = None, license: str | No
         sample=", ".join(f"{_cell(name)} ({_percent(value)})" for name, value in record.sample.output),
         limits=_limits(record),
         cell=_cell,
+        plots=record.plots,
     )
     data = ModelCardData(
         model_name=repo_id.partition("/")[2] or repo_id if repo_id else record.name,
