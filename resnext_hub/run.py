@@ -25,7 +25,7 @@ from resnext_hub.hub.checkpoints import CheckpointPusher, restore_run
 from resnext_hub.hub.export import export_model
 from resnext_hub.hub.publish import Publication, open_repository, publish
 from resnext_hub.inference.export import CALIBRATION_PICTURES, Int8
-from resnext_hub.inference.trained import TrainedModel
+from resnext_hub.inference.trained import TrainedModel, load_trained
 from resnext_hub.machine import (
     build_accelerator,
     device_type,
@@ -110,7 +110,7 @@ def execute(plan: Plan) -> RunRecord:
         _log_plan(plan, accelerator, precision)
 
         torch.manual_seed(config.seed)
-        network = build_model(plan.source, len(plan.splits.label_names), config.drop_rate, config.drop_path)
+        network = build_model(plan.source, plan.splits.label_names, config.drop_rate, config.drop_path)
         with _lost_peers(accelerator), _pushed_checkpoints(plan) as on_checkpoint:
             outcome = train(
                 config, plan.splits, network, plan.data_config, folder, accelerator, precision, on_checkpoint
@@ -185,8 +185,6 @@ def evaluate_run(folder: Path, threads: str = "auto") -> tuple[Evaluation, RunRe
     Raises:
         RequestError: If the folder holds no finished run, or its dataset is not where it was.
     """
-    import timm
-
     record = RunRecord.load(folder / "record.json")
     config = TrainConfig.from_flat(read_config(folder))
     splits = load_splits(config.data)
@@ -197,11 +195,10 @@ def evaluate_run(folder: Path, threads: str = "auto") -> tuple[Evaluation, RunRe
         )
     device = torch.device(device_type())
     set_threads(threads, device.type)
-    network = timm.create_model(f"local-dir:{folder / 'model'}", pretrained=True)
-    data_config = timm.data.resolve_model_data_config(network)
+    model = load_trained(f"local-dir:{folder / 'model'}")
     evaluation = evaluate(
-        network.to(device).to(memory_format=torch.channels_last),
-        evaluation_samples(splits.eval, data_config, config.loader.max_image_pixels),
+        model.network.to(device).to(memory_format=torch.channels_last),
+        evaluation_samples(splits.eval, model.data_config, config.loader.max_image_pixels),
         batch_size=record.evaluation.batch_size,
         device=device,
     )
