@@ -82,8 +82,8 @@ class _Listing:
         for name, path in paths.items():
             if name in self.hashes and forget_wrong(path, *self.hashes[name]):
                 raise RunError(
-                    f"{name} of {where} has other bytes than the Hub lists; it was removed from the cache, so rerun the "
-                    "same command to fetch it anew"
+                    f"{name} of {where} has other bytes than the Hub lists; it was removed from the cache, so load it "
+                    "again to fetch it anew"
                 )
 
 
