@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resnext_hub.errors import RequestError, RunError, StoppedRun, one_line
+from resnext_hub.errors import RequestError, RunError, StoppedRun, hide_tokens, one_line
 from resnext_hub.text import printable
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _say(what: object, code: int, aloud: bool) -> int:
     if aloud:
-        text = printable(what)
+        text = hide_tokens(printable(what))
         text = text if len(text) <= LINE else f"{text[: LINE // 2]}…{text[-LINE // 2 :]}"
         sys.stderr.write(f"{'' if code > 128 else 'error: '}{text}\n")
     return code
@@ -122,15 +122,17 @@ def _set_up_logging(is_main: bool) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from resnext_hub import plan as planning
-    from resnext_hub.hub.checkpoints import fetch_run
+    from resnext_hub.hub.checkpoints import fetch_run, fetched_settings
     from resnext_hub.record import RunRecord
     from resnext_hub.run import execute, publish_run
     from resnext_hub.training.config import flat_fields
 
     asked = {name: value for name, value in vars(options).items() if name in flat_fields()}
     state = fetch_run(options.resume_from) if options.resume_from else None
-    file = options.config or (state and state / "config.yaml")
-    settings, recipe = planning.merge_settings(asked, options.recipe, file)
+    fetched = None
+    if state is not None and options.config is None:
+        fetched = fetched_settings(planning.read_config(state), asked, options.resume_from)
+    settings, recipe = planning.merge_settings(asked, options.recipe, options.config, fetched)
     with _wrong_requests():
         plan = planning.prepare(
             settings,
@@ -336,6 +338,7 @@ def _push(options: argparse.Namespace) -> None:
         create_pr=options.create_pr,
         revision=options.revision,
         dry_run=options.dry_run,
+        overwrite_card=options.overwrite_card,
     )
     listing = "".join(f"    {size:>12,}  {name}\n" for name, size in done.files)
     if done.address is None:

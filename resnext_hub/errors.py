@@ -37,5 +37,9 @@ class StoppedRun(Exception):
 
 def one_line(error: BaseException) -> str:
     """Return an error's text in one printable line of at most 300 characters without tokens, for our own message."""
-    text = re.sub(r"hf_\w{6,}", "hf_…", printable(" ".join(str(error).split())))
-    return text[:300] or type(error).__name__
+    return hide_tokens(printable(" ".join(str(error).split())))[:300] or type(error).__name__
+
+
+def hide_tokens(text: str) -> str:
+    """Return text without the tokens of the Hub that are in it."""
+    return re.sub(r"hf_\w{6,}", "hf_…", text)

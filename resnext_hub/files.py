@@ -66,36 +66,28 @@ def read_regular(path: str | os.PathLike[str], limit: int | None = None) -> byte
         return file.read()
 
 
-def read_json(
-    path: Path, kind: type[Content], way_out: str, limit: int = JSON_BYTES, name: str | None = None
-) -> Content:
+def read_json(path: Path, kind: type[Content], way_out: str) -> Content:
     """Read a JSON file and validate it against a type.
 
     Args:
         path: The file.
         kind: What it has to hold: a dataclass, a mapping, … as msgspec validates them; unknown keys are ignored.
         way_out: What the user can do if the file is damaged, to end the sentence with.
-        limit: Largest size in bytes.
-        name: How a message names the file; its path if not given.
 
     Raises:
         RequestError: If it is no regular file, cannot be read, or does not hold that.
     """
     import msgspec
 
-    name = printable(path) if name is None else name
     try:
-        return msgspec.json.decode(read_regular(path, limit), type=kind)
+        return msgspec.json.decode(read_regular(path, JSON_BYTES), type=kind)
     except OSError as error:
-        raise RequestError(f"{name} cannot be read: {error.strerror or one_line(error)}; {way_out}") from error
+        raise RequestError(
+            f"{printable(path)} cannot be read: {error.strerror or one_line(error)}; {way_out}"
+        ) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else one_line(error)
-        raise RequestError(f"{name} is damaged ({reason}); {way_out}") from error
-
-
-def require_regular(path: Path) -> None:
-    """Raise NotAFileError if a path leads to something other than a regular file, for a library that would open it."""
-    _require_file(os.stat(path).st_mode, path)
+        raise RequestError(f"{printable(path)} is damaged ({reason}); {way_out}") from error
 
 
 def convert(content: Any, kind: type[Content], path: Path, way_out: str) -> Content:
@@ -175,6 +167,25 @@ def parse_yaml(text: str) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise ValueError("expected settings, one `name: value` a line")
     return content
+
+
+def yaml_fields(text: str) -> dict[str, str]:
+    """Return the text of each field of a YAML mapping, with its comments, as whole lines.
+
+    Raises:
+        ValueError: If it is no mapping as `parse_yaml` reads them, or not in block style.
+    """
+    import yaml
+
+    if not parse_yaml(text):
+        return {}
+    node = yaml.compose(text, Loader=_plain_loader())
+    assert isinstance(node, yaml.MappingNode)
+    starts = [0, *(key.start_mark.index for key, _ in node.value[1:]), len(text)]
+    fields = {key.value: text[a:b] for (key, _), a, b in zip(node.value, starts, starts[1:], strict=False)}
+    if node.flow_style or not all(part.endswith("\n") for part in fields.values()):
+        raise ValueError("expected one `name: value` a line")
+    return fields
 
 
 @functools.cache
@@ -325,14 +336,6 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def same_content(path: Path, sha256: str | None, blob_id: str | None) -> bool:
-    """Return whether a file is what the Hub lists: by SHA-256 if it is a large one, else by git's hash."""
-    if sha256 is not None:
-        return sha256_of(path) == sha256
-    data = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == blob_id
 
 
 def _sync_file(path: Path) -> None:

@@ -81,8 +81,8 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--resume",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="go on with an unfinished run of the folder; --no-resume refuses a used folder",
+        default=None,
+        help="resume the run of the folder, as is done anyway where there is one; --no-resume refuses a used folder",
     )
     train.add_argument(
         "--resume-from", metavar="hub:OWNER/NAME", help="go on from the checkpoint that --push-checkpoints left there"
@@ -171,6 +171,11 @@ def build_parser() -> argparse.ArgumentParser:
     push.add_argument("--private", action="store_true", help="make a new repository private")
     push.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing to main")
     push.add_argument("--revision", default="main", metavar="BRANCH", help="branch to commit to (default: main)")
+    push.add_argument(
+        "--overwrite-card",
+        action="store_true",
+        help="replace the README.md on the Hub, whatever somebody wrote into it",
+    )
     push.add_argument("--dry-run", action="store_true", help="list what would be uploaded; nothing is sent")
     return parser
 

@@ -5,10 +5,11 @@ them instead of leaving some to wait. Nothing is computed.
 """
 
 import dataclasses
+import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,10 @@ from resnext_hub.data.loaders import PICTURE_MODES, derive_workers
 from resnext_hub.data.sources import dataset_name
 from resnext_hub.data.transforms import published_input
 from resnext_hub.errors import RequestError, one_line
-from resnext_hub.files import read_yaml
-from resnext_hub.hub.export import build_config
+from resnext_hub.files import read_yaml, sha256_of
 from resnext_hub.hub.publish import check_request
 from resnext_hub.machine import check_launcher, device_type, local_processes, processes, resolve_precision
-from resnext_hub.models.saved import check_saving, without_values
-from resnext_hub.models.source import ModelSource, find_model, local_name, portable_architecture
+from resnext_hub.models.source import ModelSource, build_model, find_model
 from resnext_hub.recipes import QUICKSTART, RECIPES
 from resnext_hub.record import RunRecord
 from resnext_hub.settings import did_you_mean, flag_of, shown
@@ -35,6 +34,8 @@ from resnext_hub.text import printable
 from resnext_hub.training.config import GROWING_FIELDS, MACHINE_FIELDS, TrainConfig
 from resnext_hub.training.optim import check_optimizer, derive_lr
 from resnext_hub.training.schedule import plan_schedule, sizes_of
+
+_logger = logging.getLogger(__name__)
 
 RUNS = Path("runs")
 
@@ -62,10 +63,15 @@ class Plan:
     """Whether the folder holds this very run, done."""
     resume_from: Path | None
     """A state from elsewhere to go on from, if the folder holds no checkpoints."""
+    seen: tuple[str | None, ...]
+    """What the folder held when it was looked at, as `folder_state` has it."""
 
 
 def merge_settings(
-    asked: Mapping[str, Any], recipe: str | None = None, file: Path | None = None
+    asked: Mapping[str, Any],
+    recipe: str | None = None,
+    file: Path | None = None,
+    fetched: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], str | None]:
     """Lay settings over each other: recipe, then file, then what was asked for; give them and the recipe's name.
 
@@ -74,7 +80,7 @@ def merge_settings(
     Raises:
         RequestError: If there is no such recipe or file, or the file is no mapping.
     """
-    from_file: dict[str, Any] = {}
+    from_file: dict[str, Any] = dict(fetched or {})
     if file is not None:
         try:
             from_file = read_yaml(file, "expected a file of settings, one `name: value` a line")
@@ -94,7 +100,7 @@ def prepare(
     asked: Mapping[str, Any],
     recipe: str | None = None,
     output_dir: Path | None = None,
-    resume: bool = True,
+    resume: bool | None = None,
     resume_from: Path | None = None,
 ) -> Plan:
     """Check a request and fill in what it leaves open, without computing anything.
@@ -104,7 +110,8 @@ def prepare(
         asked: Those of them that were asked for, for the command in the record.
         recipe: Name of the recipe beneath them.
         output_dir: The run folder; `runs/{dataset}-{model}` if not given.
-        resume: Whether to go on with a run that the folder holds; if not, a used folder is refused.
+        resume: Whether to go on with a run that the folder holds; None goes on if it holds one, and a folder in use is
+            refused if not.
         resume_from: The state of a run, fetched from elsewhere, to go on from if the folder holds none.
 
     Raises:
@@ -123,12 +130,15 @@ def prepare(
     check_source(config.data)
     source = find_model(config.model, config.pretrained)
     folder = output_dir or RUNS / f"{_slug(dataset_name(config.data))}-{_slug(_model_name(source))}"
+    seen = folder_state(folder)
     before = read_config(folder)
+    if resume and not before:
+        _logger.warning("--resume: %s holds no run, so this one starts at step 0", printable(folder))
     if before and config.data.dataset_revision is None and before.get("dataset") == config.data.dataset:
         # a run goes on with the commit that it began with, even if the dataset has moved since
         config = _replace_data(config, dataset_revision=before.get("dataset_revision"))
     _check_usable(folder)
-    if not resume and before:
+    if resume is False and before:
         raise RequestError(f"--no-resume: {folder} holds a run already; give another --output-dir, or remove it")
 
     config = _choose_decoder(config, folder, before or (read_config(resume_from) if resume_from else {}), asked)
@@ -147,7 +157,10 @@ def prepare(
             'pip install "resnext-hub[train]", or --decoder pil, whose pixels differ a little'
         )
     if resume_from is not None and not before:
-        _check_folder(folder, read_config(resume_from), public_settings(config, splits), splits)
+        there, here = read_config(resume_from), public_settings(config, splits)
+        if all(settings["model"].startswith("local-dir:") for settings in (there, here)):
+            here["model"] = there["model"]  # which lies elsewhere on another machine; its tensors are compared
+        _check_folder(folder, there, here, splits)
     return Plan(
         config=config,
         asked=dict(asked),
@@ -158,19 +171,31 @@ def prepare(
         data_config=data_config,
         finished=finished,
         resume_from=resume_from,
+        seen=seen,
     )
 
 
 def public_settings(config: TrainConfig, splits: Splits) -> dict[str, Any]:
     """Give the settings of a run without paths of this machine: nothing published holds one."""
-    return config.to_flat() | {"dataset": splits.dataset_id, "model": public_model(config.model)}
+    return config.to_flat() | {"dataset": printable(splits.dataset_id), "model": public_model(config.model)}
 
 
 def public_model(requested: str) -> str:
-    """Return the model's name without folders of this machine."""
-    if requested.startswith("local-dir:"):
-        return f"local-dir:{local_name(Path(requested.removeprefix('local-dir:')))}"
-    return requested
+    """Reduce a local model to a name that holds no folder above the run it is of: `run/model`, or its own name."""
+    if not requested.startswith("local-dir:"):
+        return printable(requested)
+    folder = Path(requested.removeprefix("local-dir:")).expanduser().resolve()
+    of_a_run = any(os.path.isfile(folder.parent / name) for name in ("record.json", "config.yaml"))
+    return "local-dir:" + printable("/".join(folder.parts[-2:] if of_a_run else folder.parts[-1:]))
+
+
+def folder_state(folder: Path) -> tuple[str | None, ...]:
+    """Return digests of the settings and the record that a folder holds, to see whether another command has been there.
+
+    The record of an unfinished run is not there.
+    """
+    paths = (folder / "config.yaml", folder / "record.json")
+    return tuple(sha256_of(path) if path.is_file() else None for path in paths)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -280,8 +305,11 @@ def _check_network(config: TrainConfig, source: ModelSource, splits: Splits, dat
     Returns:
         Bytes of the weights in float32.
     """
-    classes = len(splits.label_names)
-    network = without_values(lambda: source.saved.build(classes, config.drop_rate, config.drop_path))
+    network = _without_values(
+        lambda: build_model(
+            dataclasses.replace(source, pretrained=False), len(splits.label_names), config.drop_rate, config.drop_path
+        )
+    )
     full = data_config["input_size"][-1]
     size = config.progressive_size or full
     if size > full:
@@ -309,18 +337,6 @@ def _check_network(config: TrainConfig, source: ModelSource, splits: Splits, dat
             f"--batch-size {config.batch_size} leaves a pass of one picture of {size} px, over whose single last pixel "
             f"batch norm has nothing to average; take at least 2 pictures a pass, or {flag} {size + 1}"
         )
-    architecture, model_args = portable_architecture(source)
-    content = build_config(
-        network,
-        architecture=architecture,
-        model_args=model_args,
-        input_facts=data_config,
-        label_names=splits.label_names,
-        license=None,
-        plugin_facts={},
-    )
-    # before the first step, as it would fail after the last one
-    check_saving(f"--model {config.model}", content, network)
     return 4 * sum(parameter.numel() for parameter in network.parameters())
 
 
@@ -333,6 +349,15 @@ def _check_space(folder: Path, weight_bytes: int) -> None:
             f"the disk of {printable(folder)} has {free / 1e6:.0f} MB free, and a checkpoint with the model folder "
             f"takes {need / 1e6:.0f}; give another --output-dir, or make room"
         )
+
+
+def _without_values(build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+    """Build a network that has shapes and no values."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except NotImplementedError:  # with some versions, some networks compute their own widths with torch
+        return build().to("meta")
 
 
 def _check_usable(folder: Path) -> None:
@@ -378,7 +403,7 @@ def _check_folder(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any
 
 
 def _model_name(source: ModelSource) -> str:
-    kind, _, name = source.requested.rpartition(":")
+    kind, _, name = public_model(source.requested).rpartition(":")
     return "-".join(Path(name).parts[-2:]) if kind else name
 
 

@@ -14,18 +14,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import yaml
+from safetensors import SafetensorError
 
 import resnext_hub
 from resnext_hub.data.columns import listing
 from resnext_hub.data.dataset import DataConfig, Pictures, Splits, StreamedPictures, load_splits
 from resnext_hub.errors import RequestError, RunError, StoppedRun, one_line
-from resnext_hub.files import new_folder, remove_leftovers, write_atomic
-from resnext_hub.hub.card import render_card
+from resnext_hub.files import new_folder, read_regular, remove_leftovers, write_atomic
+from resnext_hub.hub.card import TAGS, render_card
+from resnext_hub.hub.card_file import Kept, take_apart
 from resnext_hub.hub.checkpoints import CheckpointPusher, restore_run
-from resnext_hub.hub.export import export_model
-from resnext_hub.hub.publish import Publication, open_repository, publish
+from resnext_hub.hub.export import write_model
+from resnext_hub.hub.publish import CARD_BYTES, Publication, open_repository, publish
 from resnext_hub.inference.export import CALIBRATION_PICTURES, Int8
-from resnext_hub.inference.trained import TrainedModel, load_trained
+from resnext_hub.inference.trained import TrainedModel
 from resnext_hub.machine import (
     build_accelerator,
     device_type,
@@ -38,8 +40,8 @@ from resnext_hub.machine import (
     versions,
 )
 from resnext_hub.models.source import ModelSource, build_model, needs_plugin, portable_architecture, variant_of
-from resnext_hub.plan import Plan, public_model, public_settings, read_config
-from resnext_hub.plots import write_plots, write_samples
+from resnext_hub.plan import Plan, folder_state, public_model, public_settings, read_config
+from resnext_hub.plots import plot_samples, write_plots
 from resnext_hub.recipes import QUICKSTART
 from resnext_hub.record import (
     BaseModelFacts,
@@ -52,7 +54,7 @@ from resnext_hub.record import (
 )
 from resnext_hub.settings import flag_of
 from resnext_hub.text import printable
-from resnext_hub.training.checkpoint import RunLock
+from resnext_hub.training.checkpoint import RunLock, latest_checkpoint
 from resnext_hub.training.config import TrainConfig
 from resnext_hub.training.evaluate import Evaluation, evaluate
 from resnext_hub.training.feed import evaluation_samples, require_readable
@@ -69,6 +71,10 @@ _DEFAULTS = TrainConfig().to_flat()
 
 PUSH_GRACE = 20
 """Seconds that a run stopped by SIGTERM waits for its last checkpoint to reach the Hub; launchers give it 30."""
+
+RECORD = "record.json"
+PREVIOUS_RECORD = "record.previous.json"
+"""The record of a finished run that goes on; nothing reads it."""
 
 TOP5_CLASSES = 20
 """Classes above which five guesses are worth a figure: of 20 a quarter are right by chance."""
@@ -98,19 +104,12 @@ def execute(plan: Plan) -> RunRecord:
 
     with contextlib.ExitStack() as stack:
         if accelerator.is_main_process:
-            _make_folder(folder)
-            stack.enter_context(RunLock(folder))
-            remove_leftovers(folder)
-            if config.publish.repo_id and (config.publish.push_to_hub or config.publish.push_checkpoints):
-                open_repository(config.publish.repo_id, config.publish.private)
-            write_atomic(folder / "config.yaml", _yaml(config.to_flat()))
-            if plan.resume_from is not None and not (folder / "checkpoints").is_dir():
-                restore_run(plan.resume_from, folder)
+            _take_folder(plan, stack)
         accelerator.wait_for_everyone()
         _log_plan(plan, accelerator, precision)
 
         torch.manual_seed(config.seed)
-        network = build_model(plan.source, plan.splits.label_names, config.drop_rate, config.drop_path)
+        network = build_model(plan.source, len(plan.splits.label_names), config.drop_rate, config.drop_path)
         with _lost_peers(accelerator), _pushed_checkpoints(plan) as on_checkpoint:
             outcome = train(
                 config, plan.splits, network, plan.data_config, folder, accelerator, precision, on_checkpoint
@@ -119,7 +118,34 @@ def execute(plan: Plan) -> RunRecord:
             _write_results(plan, outcome, accelerator, precision)
         accelerator.wait_for_everyone()
     accelerator.end_training()
-    return RunRecord.load(folder / "record.json")
+    return RunRecord.load(folder / RECORD)
+
+
+def _take_folder(plan: Plan, stack: contextlib.ExitStack) -> None:
+    """Lock the run folder, and write into it what the run begins with.
+
+    Raises:
+        RequestError: If another process works on the folder, or has done so since the plan was made.
+        RunError: If the Hub refuses, or a fetched state cannot be gone on from.
+    """
+    config, folder = plan.config, plan.folder
+    _make_folder(folder)
+    stack.enter_context(RunLock(folder))
+    remove_leftovers(folder)
+    if folder_state(folder) != plan.seen:
+        raise RequestError(
+            f"another command has worked in {printable(folder)} since this one looked at it; type this one again"
+        )
+    if config.publish.repo_id and (config.publish.push_to_hub or config.publish.push_checkpoints):
+        open_repository(config.publish.repo_id, config.publish.private)
+    # a finished run that grows: from here on, its record says nothing of what the folder will hold
+    if os.path.lexists(folder / RECORD):
+        os.replace(folder / RECORD, folder / PREVIOUS_RECORD)
+    write_atomic(folder / "config.yaml", _yaml(config.to_flat()))
+    if plan.resume_from is not None and latest_checkpoint(folder / "checkpoints") is None:
+        restore_run(plan.resume_from, folder)
+        if latest_checkpoint(folder / "checkpoints") is None:
+            raise RunError("the checkpoint that was fetched is damaged, so there is nothing to go on from")
 
 
 def _make_folder(folder: Path) -> None:
@@ -185,7 +211,9 @@ def evaluate_run(folder: Path, threads: str = "auto") -> tuple[Evaluation, RunRe
     Raises:
         RequestError: If the folder holds no finished run, or its dataset is not where it was.
     """
-    record = RunRecord.load(folder / "record.json")
+    import timm
+
+    record = RunRecord.load(folder / RECORD)
     config = TrainConfig.from_flat(read_config(folder))
     splits = load_splits(config.data)
     if splits.fingerprint != record.dataset.fingerprint:
@@ -195,10 +223,11 @@ def evaluate_run(folder: Path, threads: str = "auto") -> tuple[Evaluation, RunRe
         )
     device = torch.device(device_type())
     set_threads(threads, device.type)
-    model = load_trained(f"local-dir:{folder / 'model'}")
+    network = timm.create_model(f"local-dir:{folder / 'model'}", pretrained=True)
+    data_config = timm.data.resolve_model_data_config(network)
     evaluation = evaluate(
-        model.network.to(device).to(memory_format=torch.channels_last),
-        evaluation_samples(splits.eval, model.data_config, config.loader.max_image_pixels),
+        network.to(device).to(memory_format=torch.channels_last),
+        evaluation_samples(splits.eval, data_config, config.loader.max_image_pixels),
         batch_size=record.evaluation.batch_size,
         device=device,
     )
@@ -314,17 +343,54 @@ def _fitting_batch(count: int | None, epochs: float) -> int:
 
 
 def _write_results(plan: Plan, outcome: Outcome, accelerator: "Accelerator", precision: str) -> None:
-    """Write model folder, plots, card and record; the record comes last and marks the run as done."""
-    config, folder, splits, source = plan.config, plan.folder, plan.splits, plan.source
-    architecture, model_args = portable_architecture(source)
-    variant = variant_of(source)
-    digest = export_model(
-        outcome.network,
-        folder / "model",
+    """Write model folder, plots, card and record.
+
+    Raises:
+        RunError: If the disk does not take them, or the exported model is not the trained one.
+    """
+    try:
+        _write_files(plan, outcome, accelerator, precision)
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"the results could not be written to {printable(plan.folder)}: {one_line(error)}; training is done and "
+            "kept: rerun the same command to write them"
+        ) from error
+
+
+def _write_files(plan: Plan, outcome: Outcome, accelerator: "Accelerator", precision: str) -> None:
+    """Write model folder, plots, card and record.
+
+    The model folder is replaced whole, card and all; the record comes last and marks the run as done.
+    """
+    folder, splits, evaluation = plan.folder, plan.splits, outcome.evaluation
+    kept = _kept_of_card(folder)
+    with new_folder(folder / "model") as model:
+        digest = _write_model(plan, outcome.network, model)
+        record = _record_of(plan, outcome, accelerator, precision, digest)
+        _write_predictions(evaluation, folder / "predictions.parquet")
+        with new_folder(folder / "plots") as aside:
+            write_plots(record, aside)
+            if isinstance(splits.eval, Pictures):  # on this disk alone: whose images they are is not ours to publish
+                plot_samples(splits.eval, evaluation, splits.label_names, aside / "samples.png")
+        write_plots(record, model / "plots")
+        write_atomic(model / "README.md", render_card(record, kept=kept))
+    unmeasured = [name for name, count in zip(record.label_names, record.evaluation.measured, strict=True) if not count]
+    if unmeasured:
+        _logger.warning("not measured, as no evaluation image shows them: %s", listing(unmeasured, 20))
+    record.save(folder / RECORD)
+
+
+def _write_model(plan: Plan, network: torch.nn.Module, folder: Path) -> str:
+    """Write weights and config.json; return the SHA-256 of the weights."""
+    architecture, model_args = portable_architecture(plan.source)
+    variant = variant_of(plan.source)
+    return write_model(
+        network,
+        folder,
         architecture=architecture,
         model_args=model_args,
         input_facts=plan.data_config,
-        label_names=splits.label_names,
+        label_names=plan.splits.label_names,
         license=None,
         plugin_facts={
             "version": resnext_hub.__version__,
@@ -333,10 +399,18 @@ def _write_results(plan: Plan, outcome: Outcome, accelerator: "Accelerator", pre
             "base_width": variant.base_width if variant else None,
         },
     )
+
+
+def _record_of(
+    plan: Plan, outcome: Outcome, accelerator: "Accelerator", precision: str, weights_sha256: str
+) -> RunRecord:
+    """Return every fact about a run that is done."""
+    config, folder, splits, source = plan.config, plan.folder, plan.splits, plan.source
     evaluation = outcome.evaluation
-    _write_predictions(evaluation, folder / "predictions.parquet")
-    record = RunRecord(
-        name=folder.resolve().name,
+    architecture, model_args = portable_architecture(source)
+    variant = variant_of(source)
+    return RunRecord(
+        name=printable(folder.resolve().name),
         config=public_settings(config, splits),
         changed=[name for name, value in config.to_flat().items() if value != _DEFAULTS[name]],
         command=_command(plan),
@@ -349,7 +423,7 @@ def _write_results(plan: Plan, outcome: Outcome, accelerator: "Accelerator", pre
             variant=variant.name if variant else None,
             template=variant.template if variant else None,
             input={k: list(v) if isinstance(v, tuple) else v for k, v in plan.data_config.items()},
-            weights_sha256=digest,
+            weights_sha256=weights_sha256,
         ),
         base_model=_base_model(source),
         dataset=DatasetFacts(
@@ -398,16 +472,29 @@ def _write_results(plan: Plan, outcome: Outcome, accelerator: "Accelerator", pre
         merged_groups=outcome.merged_groups,
         broken_pictures=outcome.unreadable,
     )
-    with new_folder(folder / "plots") as aside:
-        record = dataclasses.replace(record, plots=write_plots(record, aside))
-        if isinstance(splits.eval, Pictures):  # on this disk alone: whose pictures they are is not ours to publish
-            most = config.loader.max_image_pixels
-            write_samples(splits.eval, evaluation, splits.label_names, aside / "samples.png", most)
-    with new_folder(folder / "model" / "plots") as aside:
-        for name in record.plots:
-            shutil.copyfile(folder / "plots" / name, aside / name)
-    write_atomic(folder / "model" / "README.md", render_card(record))
-    record.save(folder / "record.json")
+
+
+def _kept_of_card(folder: Path) -> Kept | None:
+    """Return what the owner wrote into the card of a model folder that is about to be replaced.
+
+    A card of which that cannot be told is copied to the run folder.
+    """
+    path = folder / "model" / "README.md"
+    if not path.is_file():
+        return None
+    try:
+        card = take_apart(read_regular(path, CARD_BYTES).decode(), TAGS)
+    except ValueError:
+        card = None
+    if card is None or card.foreign:
+        shutil.copyfile(path, folder / "README.previous.md")
+        _logger.warning(
+            "%s was edited where the tool writes, or by another version of it: it is kept as README.previous.md in "
+            "the run folder",
+            printable(path),
+        )
+        return card.kept if card and card.marked else None
+    return card.kept
 
 
 @torch.inference_mode()
@@ -469,10 +556,12 @@ def _base_model(source: ModelSource) -> BaseModelFacts | None:
     if source.base_id is None:
         return None
     hub = not source.requested.startswith("local-dir:")
+    stated: Any = source.base_license  # of a config.json that anybody may have written
+    parts = stated if isinstance(stated, list) else [stated] if stated else []
     return BaseModelFacts(
-        id=source.base_id,
+        id=source.base_id if hub else public_model(source.requested).removeprefix("local-dir:"),
         hub_id=source.base_id.partition("@")[0] if hub else None,
-        license=source.base_license,
+        license=", ".join(printable(part) for part in parts) or None,
     )
 
 
@@ -488,4 +577,4 @@ def _command(plan: Plan) -> str:
             continue
         value = public[name] if name in ("dataset", "model") else value
         words += [flag_of(name), *(str(v) for v in (value if isinstance(value, (list, tuple)) else [value]))]
-    return shlex.join(words)
+    return printable(shlex.join(words))

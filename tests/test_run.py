@@ -287,7 +287,7 @@ def test_broken_pictures_are_listed_and_stop_nothing(
         assert reason in listed[picture]
     out_of_evaluation = [entry for entry in record.broken_pictures if entry["split"] == "evaluation"]
     assert record.evaluation.count == record.dataset.eval_count - len(out_of_evaluation)
-    assert "4 pictures could not be read" in (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "4 images could not be read" in (tmp_path / "run" / "model" / "README.md").read_text()
     assert command("evaluate", tmp_path / "run")[0] == 0
 
 
@@ -326,7 +326,7 @@ def test_a_cifar_network_says_that_it_needs_the_plugin(tmp_path: Path, command: 
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
     assert config["architecture"] == "resnext29_g32_w4"
     card = (tmp_path / "run" / "model" / "README.md").read_text()
-    assert "**This network needs `pip install resnext-hub` and `import resnext_hub` before it is loaded.**" in card
+    assert "**This model needs `pip install resnext-hub` and `import resnext_hub` before it is loaded.**" in card
     code = "\n".join(line.strip() for line in out.splitlines() if line.startswith("    "))
     assert "import resnext_hub" in code
     done = run_process("-c", code)

@@ -1,82 +1,116 @@
 """The model card: a pure function of a record."""
 
 import heapq
+import json
 import math
+from collections.abc import Sequence
 from importlib import resources
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 
+from resnext_hub.hub.card_file import Kept, put_together
 from resnext_hub.models.complexity import PAPER_ERROR
 from resnext_hub.models.resnext import VARIANTS
-from resnext_hub.record import BaseModelFacts, HardwareFacts, RunRecord
+from resnext_hub.record import BaseModelFacts, EvaluationFacts, HardwareFacts, RunRecord
+from resnext_hub.text import code_span, markdown, printable
 
 FEW = 20
-"""Training pictures of a class below which it counts as rare; a quarter of the mean does as well."""
+"""Training images of a class below which it counts as rare; a quarter of the mean does as well."""
 
 MOST_CLASSES = 30
 """Rows of the per-class table; with more classes, those with the lowest recall are shown."""
 
 
-def render_card(record: RunRecord, repo_id: str | None = None, license: str | None = None) -> str:
-    """Give the text of README.md: metadata in YAML, then Markdown.
+PLOTS = ("curves.png", "confusion_matrix.png")
+"""Plots of a model folder, which the card shows and which are published."""
+
+TAGS = ("image-classification", "timm", "transformers", "resnext")
+
+
+def render_card(
+    record: RunRecord, repo_id: str | None = None, license: str | None = None, kept: Kept | None = None
+) -> str:
+    """Return the text of README.md: metadata in YAML, then Markdown.
 
     Args:
         record: The run.
         repo_id: Hub repository that the card is for; without one, the snippet loads the folder.
         license: Licence of the weights, an id of the Hub's list.
+        kept: What the owner of the card wrote into it.
     """
+    return put_together(*card_parts(record, repo_id, license), kept or Kept())
+
+
+def card_parts(record: RunRecord, repo_id: str | None, license: str | None) -> tuple[str, str]:
+    """Return what this package writes of a card: the metadata as YAML, and the text in Markdown."""
+    return _metadata(record, repo_id, license), _body(record, repo_id, license)
+
+
+def _body(record: RunRecord, repo_id: str | None, license: str | None) -> str:
     import jinja2
 
     template = resources.files("resnext_hub.hub").joinpath("card.md.jinja").read_text()
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
-        autoescape=False,  # Markdown, not HTML
+        autoescape=False,  # Markdown, not HTML: the filters below escape what comes from data
     )
-    evaluation, dataset = record.evaluation, record.dataset
-    rows = _per_class(record)
-    settings = record.config
-    body = environment.from_string(template).render(
+    environment.filters |= {"md": markdown, "code": code_span, "line": printable, "string": json.dumps}
+    evaluation, dataset, settings = record.evaluation, record.dataset, record.config
+    rows = [row for row in _per_class(record) if row["count"] or len(record.label_names) <= MOST_CLASSES]
+    unmeasured = [name for name, count in zip(record.label_names, evaluation.measured, strict=True) if not count]
+    return environment.from_string(template).render(
         record=record,
-        title=repo_id.partition("/")[2] or repo_id if repo_id else record.name,
+        title=_title(record, repo_id),
         source=f"hf-hub:{repo_id}" if repo_id else f"local-dir:runs/{record.name}/model",
         repo_id=repo_id,
         conflict=license_conflict(record.base_model, license),
         dataset_link=_dataset_link(record),
         split_name=_split_name(record),
-        class_list=_class_list(record.label_names),
+        held_out=dataset.eval_split != dataset.train_split,
+        class_list=list_names(record.label_names),
+        unmeasured=unmeasured,
+        unmeasured_list=list_names(unmeasured),
         interval=wilson_interval(evaluation.correct, evaluation.count),
         percent=_percent,
         size=record.model.input["input_size"][-1],
         per_class=rows[:MOST_CLASSES],
-        hidden_classes=max(len(rows) - MOST_CLASSES, 0),
+        hidden=rows[MOST_CLASSES:],
         minutes=_duration(record.wall_seconds),
         hardware=_hardware(record.hardware),
         settings=[(name, settings[name]) for name in record.changed if settings[name] is not None],
         defaults=[(n, v) for n, v in settings.items() if n not in record.changed and v is not None],
         paper=_paper(record.model.variant),
-        sample=", ".join(f"{_cell(name)} ({_percent(value)})" for name, value in record.sample.output),
+        sample=", ".join(f"{markdown(name)} ({_percent(value)})" for name, value in record.sample.output),
         limits=_limits(record),
-        cell=_cell,
-        plots=record.plots,
+        plots=PLOTS,
     )
+
+
+def _title(record: RunRecord, repo_id: str | None) -> str:
+    return repo_id.partition("/")[2] or repo_id if repo_id else printable(record.name)
+
+
+def _metadata(record: RunRecord, repo_id: str | None, license: str | None) -> str:
+    evaluation, dataset = record.evaluation, record.dataset
     data = ModelCardData(
-        model_name=repo_id.partition("/")[2] or repo_id if repo_id else record.name,
+        model_name=_title(record, repo_id),
         license=license,
         library_name="timm",
         pipeline_tag="image-classification",
-        tags=["image-classification", "timm", "transformers", "resnext"],
-        datasets=[dataset.hub_id] if dataset.hub_id else None,
-        base_model=record.base_model.hub_id if record.base_model else None,
+        tags=list(TAGS),
+        datasets=[printable(dataset.hub_id)] if dataset.hub_id else None,
+        base_model=printable(record.base_model.hub_id) if record.base_model and record.base_model.hub_id else None,
         eval_results=[
             EvalResult(
                 task_type="image-classification",
-                dataset_type=dataset.hub_id or dataset.id,
-                dataset_name=dataset.id,
-                dataset_split=dataset.eval_split,
-                dataset_revision=dataset.revision,
+                dataset_type=printable(dataset.hub_id or dataset.id),
+                dataset_name=printable(dataset.id),
+                dataset_split=printable(dataset.eval_split) if dataset.eval_split else None,
+                dataset_revision=printable(dataset.revision) if dataset.revision else None,
                 metric_type=kind,
                 metric_name=name,
                 metric_value=value,
@@ -84,29 +118,35 @@ def render_card(record: RunRecord, repo_id: str | None = None, license: str | No
             for kind, name, value in (
                 ("accuracy", "Top-1 accuracy", evaluation.top1),
                 ("accuracy", "Top-5 accuracy", evaluation.top5),
-                ("f1", "Macro-F1", evaluation.macro_f1),
+                ("f1", _macro_f1_name(evaluation), evaluation.macro_f1),
                 ("expected_calibration_error", "Expected calibration error, 15 bins", evaluation.calibration_error),
             )
             if value is not None
         ],
     )
-    return f"---\n{data.to_yaml()}\n---\n\n{body}"
+    return str(data.to_yaml()) + "\n"
+
+
+def _macro_f1_name(evaluation: EvaluationFacts) -> str:
+    measured, classes = sum(count > 0 for count in evaluation.measured), len(evaluation.measured)
+    return "Macro-F1" if measured == classes else f"Macro-F1 over the {measured} of {classes} classes measured"
 
 
 def license_conflict(base: BaseModelFacts | None, license: str | None) -> str | None:
     """Say what the licence of the weights that training started from asks for and another licence does not give."""
     if base is None or license is None or license == base.license:
         return None
+    what = f"{printable(base.id)}, from which training started,"
     if base.license is None:
-        return f"the licence of {base.id}, from which training started, is not stated"
-    parts = base.license.split("-")
+        return f"the licence of {what} is not stated"
+    parts, said = base.license.split("-"), printable(base.license)
     kept = "nc" in license.split("-")
     if "nc" in parts and not kept:
-        return f"{base.id}, from which training started, is for non-commercial use only ({base.license})"
+        return f"{what} is for non-commercial use only ({said})"
     if "nd" in parts:
-        return f"{base.id}, from which training started, may not be shared in a changed form ({base.license})"
+        return f"{what} may not be shared in a changed form ({said})"
     if "sa" in parts or "gpl" in base.license:
-        return f"{base.id}, from which training started, has to be shared under its own licence ({base.license})"
+        return f"{what} has to be shared under its own licence ({said})"
     return None
 
 
@@ -119,18 +159,18 @@ def wilson_interval(correct: int, count: int, z: float = 1.959964) -> tuple[floa
 
 
 def _per_class(record: RunRecord) -> list[dict[str, Any]]:
+    """Return a row for each class; of many, the lowest recall first and what was not measured last."""
     rows = []
     for label, (name, counts) in enumerate(zip(record.label_names, record.evaluation.confusion, strict=True)):
         count, right = sum(n for _, n in counts), dict(counts).get(label, 0)
-        wrong = [(n, other) for other, n in counts if other != label]
-        n, other = max(wrong, default=(0, 0), key=lambda pair: (pair[0], -pair[1]))
+        n, other = max(((n, -other) for other, n in counts if other != label), default=(0, 0))
         rows.append(
             {
-                "name": _cell(name),
+                "name": markdown(name),
                 "count": count,
                 "right": right,
-                "recall": _percent(right / count) if count else "no pictures",
-                "confused": f"{_cell(record.label_names[other])} ({n})" if n else "",
+                "recall": _percent(right / count) if count else "not measured",
+                "confused": f"{markdown(record.label_names[-other])} ({n})" if n else "",
                 "order": right / count if count else 2.0,
             }
         )
@@ -145,26 +185,28 @@ def _paper(variant: str | None) -> str | None:
 
 
 def _limits(record: RunRecord) -> list[str]:
-    """Say what the data shows of where the network is weak."""
+    """Return what the data shows of where the model is weak."""
     names, limits = record.label_names, []
     counts = record.dataset.train_counts
     if counts is not None:
         rare = [i for i in np.argsort(counts, kind="stable") if counts[i] < max(FEW, np.mean(counts) / 4)]
         if rare:
-            listed = ", ".join(f"{_cell(names[i])} ({counts[i]})" for i in rare[:8])
+            listed = ", ".join(f"{markdown(names[i])} ({counts[i]})" for i in rare[:8])
             more = f" and {len(rare) - 8} more" if len(rare) > 8 else ""
-            limits.append(f"Few pictures to learn from: {listed}{more}.")
-    few = [i for i, count in enumerate(record.evaluation.measured) if count < 10]
+            limits.append(f"Few images to learn from: {listed}{more}.")
+    measured = record.evaluation.measured
+    few = [names[i] for i, count in enumerate(measured) if 0 < count < 10]
     if few:
-        listed = ", ".join(_cell(names[i]) for i in few[:8]) + (f" and {len(few) - 8} more" if len(few) > 8 else "")
-        limits.append(f"Fewer than 10 pictures to evaluate on, so that their recall says little: {listed}.")
+        limits.append(
+            f"Fewer than 10 images to evaluate on, so that their recall says little: {list_names(few, most=8)}."
+        )
     mistakes = [(-n, a, b) for a, row in enumerate(record.evaluation.confusion) for b, n in row if a != b]
-    said = [f"{_cell(names[a])} for {_cell(names[b])} ({_times(-n)})" for n, a, b in heapq.nsmallest(3, mistakes)]
+    said = [f"{markdown(names[a])} for {markdown(names[b])} ({_times(-n)})" for n, a, b in heapq.nsmallest(3, mistakes)]
     if said:
         limits.append(f"Most often it takes {', '.join(said)}.")
     limits.append(
-        "The figures hold for pictures like those of the evaluation split; how it does on others, and on what is of "
-        "none of its classes, was not measured."
+        "The figures hold for images like those of the evaluation split; accuracy on others, and on images of none of "
+        "its classes, was not measured."
     )
     return limits
 
@@ -176,26 +218,25 @@ def _times(count: int) -> str:
 def _dataset_link(record: RunRecord) -> str:
     dataset = record.dataset
     if dataset.hub_id:
-        return f"[{dataset.hub_id}](https://huggingface.co/datasets/{dataset.hub_id})"
+        return f"[{markdown(dataset.hub_id)}](https://huggingface.co/datasets/{quote(printable(dataset.hub_id))})"
     if dataset.id == "digits":
-        return "scikit-learn's bundled handwritten digits (1,797 pictures of 8 x 8 pixels)"
-    return f"`{dataset.id}`, a local dataset"
+        return "scikit-learn's bundled handwritten digits (1,797 images of 8 x 8 pixels)"
+    return f"{code_span(dataset.id)}, a local dataset"
 
 
 def _split_name(record: RunRecord) -> str:
     dataset = record.dataset
-    if dataset.eval_split is not None:
-        return f"split `{dataset.eval_split}`"
-    return f"held out of `{dataset.train_split}`, stratified, seed {record.config['split_seed']}"
+    if dataset.eval_split is None:
+        seed = printable(record.config["split_seed"])
+        return f"held out of {markdown(dataset.train_split)}, stratified, seed {seed}"
+    trained = ", which it was trained on" if dataset.eval_split == dataset.train_split else ""
+    return f"split {markdown(dataset.eval_split)}{trained}"
 
 
-def _class_list(names: list[str], most: int = 12) -> str:
-    shown = ", ".join(_cell(name) for name in names[:most])
+def list_names(names: Sequence[str], most: int = 12) -> str:
+    """Return class names in Markdown, and of many how many more there are."""
+    shown = ", ".join(markdown(name) for name in names[:most])
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _percent(fraction: float) -> str:
@@ -211,4 +252,4 @@ def _duration(seconds: float) -> str:
 def _hardware(hardware: HardwareFacts) -> str:
     precision = {"no": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}[hardware.mixed_precision]
     threads = f", {hardware.threads} threads" if hardware.device == "cpu" else ""
-    return f"{hardware.name} ({hardware.device}{threads}, {precision})"
+    return f"{markdown(hardware.name)} ({markdown(hardware.device)}{threads}, {precision})"

@@ -2,12 +2,15 @@
 
 import logging
 import os
+import re
 import shutil
 import tempfile
 import threading
+from collections.abc import Container, Mapping
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import CommitOperationDelete, HfApi, snapshot_download
+from huggingface_hub import CommitOperationDelete, HfApi, hf_hub_download
 from huggingface_hub.errors import (
     HFValidationError,
     OfflineModeIsEnabled,
@@ -16,9 +19,20 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoFile
 
+from resnext_hub.data.sources.digits import BUNDLED
+from resnext_hub.data.sources.hub import is_hub_id
 from resnext_hub.errors import RequestError, RunError, one_line
-from resnext_hub.files import new_folder
-from resnext_hub.hub.remote import HUB_ERRORS, commit_folder, differing_files, forget_wrong, no_bars, persist
+from resnext_hub.files import link_or_copy, new_folder
+from resnext_hub.hub.remote import (
+    HUB_ERRORS,
+    commit_files,
+    differing_files,
+    files_under,
+    forget_wrong,
+    no_bars,
+    persist,
+)
+from resnext_hub.text import printable
 
 _logger = logging.getLogger(__name__)
 
@@ -49,7 +63,7 @@ class CheckpointPusher:
     def push(self, checkpoint: Path) -> None:
         """Take a checkpoint as it is now, and upload it when those before are done; returns at once."""
         taken = tempfile.TemporaryDirectory(prefix=".partial-push-", dir=checkpoint.parent)
-        shutil.copytree(checkpoint, Path(taken.name, checkpoint.name), copy_function=os.link)  # it never changes
+        shutil.copytree(checkpoint, Path(taken.name, checkpoint.name), copy_function=link_or_copy)  # it never changes
         for pattern in LOGS:
             for log in checkpoint.parent.parent.glob(pattern):
                 shutil.copy2(log, taken.name)
@@ -88,7 +102,8 @@ class CheckpointPusher:
         api = HfApi(library_name="resnext-hub")
         api.create_repo(self.repo_id, private=self.private, exist_ok=True)
         api.create_branch(self.repo_id, branch=BRANCH, exist_ok=True)
-        if not differing_files(api, self.repo_id, BRANCH, folder):
+        files = files_under(folder)
+        if not differing_files(api, self.repo_id, BRANCH, files):
             return  # it landed, though the answer was lost
         head = api.repo_info(self.repo_id, revision=BRANCH).sha
         (step,) = (path.name for path in folder.glob("step-*"))
@@ -99,13 +114,11 @@ class CheckpointPusher:
             for name in sorted(old)
             if name.startswith("step-") and name != step
         ]
-        commit_folder(
-            api, self.repo_id, folder, f"checkpoint {step}", revision=BRANCH, parent=head, deletions=deletions
-        )
+        commit_files(api, self.repo_id, files, f"checkpoint {step}", revision=BRANCH, parent=head, deletions=deletions)
 
 
 def fetch_run(where: str) -> Path:
-    """Download a run's state; give a folder with config.yaml, the logs, and the checkpoint's folder.
+    """Download a run's state; return a folder with config.yaml, the logs, and the checkpoint's folder.
 
     Args:
         where: `hub:owner/name`.
@@ -117,14 +130,17 @@ def fetch_run(where: str) -> Path:
     kind, colon, repo_id = where.partition(":")
     if kind != "hub" or not colon:
         raise RequestError(f"--resume-from {where}: expected hub:owner/name")
+    api = HfApi(library_name="resnext-hub")
     try:
-        folder = Path(
-            snapshot_download(
-                repo_id, revision=BRANCH, allow_patterns=["config.yaml", "step-*/*", *LOGS], library_name="resnext-hub"
-            )
-        )
-        # a snapshot folder of the cache is named after its commit
-        listed = list(HfApi(library_name="resnext-hub").list_repo_tree(repo_id, revision=folder.name, recursive=True))
+        head = api.repo_info(repo_id, revision=BRANCH).sha
+        listed = {
+            entry.path: entry
+            for entry in api.list_repo_tree(repo_id, revision=head, recursive=True)
+            if isinstance(entry, RepoFile) and _STATE_FILE.fullmatch(entry.path)
+        }
+        paths = {
+            name: Path(hf_hub_download(repo_id, name, revision=head, library_name="resnext-hub")) for name in listed
+        }
     except (RevisionNotFoundError, RepositoryNotFoundError) as error:
         raise RequestError(
             f"--resume-from {where}: there is no such repository with a branch {BRANCH} that you may read; a run makes "
@@ -134,17 +150,65 @@ def fetch_run(where: str) -> Path:
         raise RequestError(f"--resume-from {where}: {repo_id} is not of the form owner/name") from error
     except (OfflineModeIsEnabled, *HUB_ERRORS) as error:
         raise RunError(f"--resume-from {where}: the Hub could not be reached: {one_line(error)}") from error
-    for entry in listed:
-        path = folder / entry.path
-        if isinstance(entry, RepoFile) and entry.lfs and path.is_file() and forget_wrong(path, entry.lfs.sha256, None):
-            # passed over as damaged, it would be replaced on the Hub by the first checkpoint of a run from the start
+    for name, path in paths.items():
+        entry = listed[name]
+        if forget_wrong(path, entry.lfs.sha256 if entry.lfs else None, entry.blob_id):
             raise RunError(
-                f"--resume-from {where}: {entry.path} has other bytes than the Hub lists; it was removed from the "
-                "cache, so that it is fetched anew"
+                f"--resume-from {where}: {name} has other bytes than the Hub lists; it was removed from the cache, so "
+                "that it is fetched anew"
             )
-    if not (folder / "config.yaml").is_file():
+    steps = sorted({name.partition("/")[0] for name in paths if "/" in name})
+    if "config.yaml" not in paths or not steps:
         raise RequestError(f"--resume-from {where}: its branch {BRANCH} holds no run")
-    return folder
+    return paths["config.yaml"].parent
+
+
+def fetched_settings(settings: Mapping[str, Any], asked: Container[str], where: str) -> dict[str, Any]:
+    """Return those settings of a fetched run that a run on this machine takes over, and say which it does not.
+
+    Where results go and how this machine works are for whoever types the command to say; a folder of another machine
+    is not here.
+
+    Args:
+        settings: Of the run on the Hub.
+        asked: Names of the settings that were asked for here.
+        where: The repository as it was typed.
+
+    Raises:
+        RequestError: If the dataset or the model was a local folder, and none was asked for.
+    """
+    model, dataset = str(settings.get("model", "")), str(settings.get("dataset", ""))
+    on_the_hub = is_hub_id(dataset) and "/" in dataset and not os.path.lexists(dataset)
+    if "dataset" not in asked and dataset != BUNDLED and not on_the_hub:
+        raise RequestError(
+            f"--resume-from {where}: the run was trained on a dataset called {printable(dataset)}, which may be a "
+            "folder; name it with --dataset"
+        )
+    if "model" not in asked and model.startswith("local-dir:"):
+        raise RequestError(
+            f"--resume-from {where}: the run started from a local model, {printable(model)}; name it with --model"
+        )
+    left = sorted(
+        name for name in _OF_A_MACHINE if name not in asked and settings.get(name) not in (None, False, "auto")
+    )
+    if left:
+        _logger.warning(
+            "not taken from %s: %s; type what you want of it",
+            where,
+            ", ".join(f"{name}={printable(settings[name])}" for name in left),
+        )
+    return {name: value for name, value in settings.items() if name not in _OF_A_MACHINE}
+
+
+_OF_A_MACHINE = frozenset(
+    {"push_to_hub", "push_checkpoints", "repo_id", "license", "private", "threads", "workers", "log_samples"}
+)
+"""Settings that a fetched run does not bring along."""
+
+_STATE_FILE = re.compile(
+    r"config\.yaml|metrics\.jsonl|unreadable-\d{1,6}\.jsonl|step-\d{8,12}/[a-z]+\.(?:safetensors|json)"
+)
+"""Names of a run's state on the Hub; no other file is fetched."""
 
 
 def restore_run(source: Path, folder: Path) -> None:
@@ -154,4 +218,4 @@ def restore_run(source: Path, folder: Path) -> None:
             shutil.copy2(log, folder / log.name)
     with new_folder(folder / "checkpoints") as aside:
         for step in source.glob("step-*"):
-            shutil.copytree(step, aside / step.name)
+            shutil.copytree(step, aside / step.name)  # of the links in the cache, what they lead to

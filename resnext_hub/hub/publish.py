@@ -1,25 +1,30 @@
 """From a model folder to a repository on the Hub: one commit, read back after it."""
 
-import json
+import difflib
 import logging
-import re
-import shutil
+import os
 import sys
 import tempfile
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
-from resnext_hub.errors import RequestError, RunError, one_line
-from resnext_hub.files import write_json
-from resnext_hub.hub.card import license_conflict, render_card
-from resnext_hub.hub.remote import HUB_ERRORS, commit_folder, differing_files, no_bars, persist, status_of
+from resnext_hub.data.columns import listing
+from resnext_hub.errors import RequestError, RunError, hide_tokens, one_line
+from resnext_hub.files import read_json, read_regular, sha256_of, write_json, yaml_fields
+from resnext_hub.hub.card import PLOTS, TAGS, card_parts, license_conflict
+from resnext_hub.hub.card_file import CardFile, Kept, choose_kept, put_together, take_apart
+from resnext_hub.hub.licenses import check_license
+from resnext_hub.hub.remote import HUB_ERRORS, commit_files, differing_files, fetch_text, no_bars, persist, status_of
 from resnext_hub.models.source import WEIGHTS
 from resnext_hub.record import RunRecord
+from resnext_hub.text import printable
 
 _logger = logging.getLogger(__name__)
 
@@ -44,22 +49,25 @@ def check_request(record: RunRecord | None, repo_id: str | None, license: str | 
     """
     if not repo_id:
         raise RequestError("--repo-id is needed, such as me/name")
+    said = hide_tokens(printable(repo_id))[:120]
+    if "hf_" in repo_id and "/" not in repo_id:
+        raise RequestError(f"--repo-id {said} is a token: expected owner/name; log in with `hf auth login`")
     if repo_id.count("/") != 1:
-        raise RequestError(f"--repo-id {repo_id}: expected owner/name")
+        raise RequestError(f"--repo-id {said}: expected owner/name")
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise RequestError(f"--repo-id {repo_id}: {error}") from error
+        raise RequestError(f"--repo-id {said}: {one_line(error)}") from error
     if not license:
         base = record.base_model if record else None
         hint = (
-            f" (the weights that training started from, {base.id}, have {base.license or 'none stated'})"
+            f" (the weights that training started from, {printable(base.id)}, have "
+            f"{printable(base.license or 'none stated')})"
             if base
             else ""
         )
         raise RequestError(f"--license is needed, such as apache-2.0, mit or cc-by-nc-4.0{hint}")
-    if not re.fullmatch(r"[a-z0-9]+(?:[.-][a-z0-9]+)*", license):
-        raise RequestError(f"--license {license}: expected an id of the Hub's list, such as apache-2.0 or mit")
+    check_license(license)
     return repo_id, license
 
 
@@ -73,6 +81,7 @@ def publish(
     create_pr: bool = False,
     revision: str = "main",
     dry_run: bool = False,
+    overwrite_card: bool = False,
 ) -> Publication:
     """Upload a model folder with its card made out for the repository, and compare what the Hub holds then.
 
@@ -88,44 +97,147 @@ def publish(
         create_pr: Open a pull request instead of committing.
         revision: Branch to commit to, made if it is not there.
         dry_run: Touch nothing and reach for nothing.
+        overwrite_card: Whether the README.md on the Hub, and one here that is not as it was written, may be lost.
 
     Raises:
-        RequestError: If there is nothing to publish, the id is no id, or there is no licence.
-        RunError: If the Hub refuses, cannot be reached, or holds other bytes in the end.
+        RequestError: If the request says too little, the folder does not hold the model of the record, or words that
+            somebody wrote into the card would be lost.
+        RunError: If the Hub refuses, cannot be reached, or gives back other bytes.
     """
-    if not (folder / WEIGHTS).is_file():
-        raise RequestError(f"{folder} holds no {WEIGHTS}: there is nothing to publish")
     repo_id, license = check_request(record, repo_id, license)
     conflict = license_conflict(record.base_model, license)
-    if conflict:
-        _logger.warning("--license %s: %s", license, conflict)
-    message = f"{record.model.variant or record.model.architecture} trained on {record.dataset.id}"
+    if conflict is not None:
+        _logger.warning("mind the licence: %s", conflict)
+    files, config = _check_model(folder, record)
+    here = _card_here(folder, overwrite_card)
+    metadata, body = card_parts(record, repo_id, license)
+    message = f"Upload {record.model.variant or record.model.architecture} trained on {printable(record.dataset.id)}"
     with tempfile.TemporaryDirectory() as scratch:
-        staged = Path(scratch, "model")
-        shutil.copytree(folder, staged, ignore=shutil.ignore_patterns(".*"))
-        (staged / "README.md").write_text(render_card(record, repo_id, license))
-        config = json.loads((staged / "config.json").read_text())
-        config["pretrained_cfg"]["license"] = license
-        write_json(staged / "config.json", config)
-        files = [(p.relative_to(staged).as_posix(), p.stat().st_size) for p in sorted(staged.rglob("*")) if p.is_file()]
+        write_json(
+            Path(scratch, "config.json"), config | {"pretrained_cfg": config["pretrained_cfg"] | {"license": license}}
+        )
+        staged = _Staged(files, Path(scratch), metadata, body, here, overwrite_card)
+        staged.join(None)
+        sizes = [(name, path.stat().st_size) for name, path in sorted(staged.files.items())]
         if dry_run:
-            return Publication(address=None, changed=True, files=files)
+            return Publication(address=None, changed=True, files=sizes)
         api = HfApi(library_name="resnext-hub")
         upload = _Upload(api, repo_id, staged, message, private, create_pr, revision)
         try:
             address, where = persist(upload.commit, repo_id)
-            wrong = persist(lambda: differing_files(api, repo_id, where, staged, read_back=True), repo_id)
+            wrong = persist(lambda: differing_files(api, repo_id, where, staged.files, read_back=True), repo_id)
         except HUB_ERRORS as error:
             raise RunError(
                 f"{repo_id} could not be published: {_reason(error)}. Everything is kept in {folder}; the same command "
                 "goes on"
             ) from error
+        sizes = [(name, path.stat().st_size) for name, path in sorted(staged.files.items())]
     if wrong:
         raise RunError(
             f"{repo_id} holds other bytes than were sent of {', '.join(wrong)}; all is kept in {folder}, and the "
             "same command sends them again"
         )
-    return Publication(address=address, changed=upload.sent, files=files)
+    return Publication(address=address, changed=upload.sent, files=sizes)
+
+
+CARD_BYTES = 1 << 20
+"""Size in bytes above which a README.md is not read."""
+
+
+def _check_model(folder: Path, record: RunRecord) -> tuple[dict[str, Path], dict[str, Any]]:
+    """Return the files of a model folder that are published, and its config.json.
+
+    Raises:
+        RequestError: If it does not hold the model of the record.
+    """
+    way_out = "remove record.json, and the command that trained the run writes the model folder anew"
+    weights = folder / WEIGHTS
+    for path in (weights, folder / "config.json"):
+        if path.is_symlink() or not path.is_file():
+            raise RequestError(f"{printable(path)} is missing, or not a regular file; {way_out}")
+    if sha256_of(weights) != record.model.weights_sha256:
+        raise RequestError(
+            f"{printable(weights)} does not hold the weights that record.json and the card describe; {way_out}"
+        )
+    config = read_json(folder / "config.json", dict[str, Any], way_out)
+    expected = {"architecture": record.model.architecture, "label_names": record.label_names}
+    for name, value in expected.items():
+        if config.get(name) != value:
+            raise RequestError(
+                f"the {name} of {printable(folder / 'config.json')} is not that of record.json; {way_out}"
+            )
+    if not isinstance(config.get("pretrained_cfg"), dict):
+        raise RequestError(f"{printable(folder / 'config.json')} has no pretrained_cfg; {way_out}")
+    plots = [folder / "plots" / name for name in PLOTS]
+    known = {weights, *(path for path in plots if path.is_file() and not path.is_symlink())}
+    generated = {folder / "config.json", folder / "README.md", folder / "plots"}
+    others = [
+        path.relative_to(folder).as_posix()
+        for path in sorted([*folder.iterdir(), *(folder / "plots").glob("*")])
+        if path not in known | generated
+    ]
+    if others:
+        _logger.warning("not uploaded, as they are not part of the model: %s", listing(others))
+    return {path.relative_to(folder).as_posix(): path for path in sorted(known)}, config
+
+
+def _card_here(folder: Path, overwrite: bool) -> CardFile | None:
+    """Read the card of the model folder, for what its owner wrote into it.
+
+    Raises:
+        RequestError: If it cannot be read and may not be overwritten.
+    """
+    path = folder / "README.md"
+    if not os.path.lexists(path):
+        return None
+    try:
+        card = take_apart(read_regular(path, CARD_BYTES).decode(), TAGS)
+    except (OSError, ValueError) as error:
+        if overwrite:
+            return None
+        raise RequestError(
+            f"{printable(path)} cannot be read ({one_line(error)}); mend it, or overwrite it with --overwrite-card"
+        ) from error
+    return None if overwrite and card.foreign else card
+
+
+class _Staged:
+    """The files of one upload by their names; the card is made anew for what stands on the Hub."""
+
+    def __init__(
+        self,
+        files: Mapping[str, Path],
+        scratch: Path,
+        metadata: str,
+        body: str,
+        here: CardFile | None,
+        overwrite_card: bool,
+    ) -> None:
+        self._metadata, self._body, self._here, self.overwrite_card = metadata, body, here, overwrite_card
+        self._card = scratch / "README.md"
+        self.files = {**files, "README.md": self._card, "config.json": scratch / "config.json"}
+
+    def join(self, there: str | None) -> None:
+        """Write the card, with what its owner wrote here and on the Hub.
+
+        Args:
+            there: The card on the Hub, if there is one.
+
+        Raises:
+            RequestError: If something of it would be lost.
+        """
+        own = set(yaml_fields(self._metadata))
+        try:
+            card = None if there is None else take_apart(there, TAGS)
+            kept = choose_kept(self._here, card, own)
+        except ValueError as error:
+            here = self._here.kept if self._here else Kept()
+            _log_difference(there or "", put_together(self._metadata, self._body, here))
+            raise RequestError(
+                f"{one_line(error)}: nothing was uploaded; move the words above or below the marks, or replace that "
+                "card with --overwrite-card"
+            ) from error
+        self._card.write_text(put_together(self._metadata, self._body, kept))
 
 
 def open_repository(repo_id: str, private: bool) -> None:
@@ -148,7 +260,7 @@ class _Upload:
     """One upload, as often tried as it takes; each attempt begins by asking what is there."""
 
     def __init__(
-        self, api: HfApi, repo_id: str, staged: Path, message: str, private: bool, create_pr: bool, revision: str
+        self, api: HfApi, repo_id: str, staged: _Staged, message: str, private: bool, create_pr: bool, revision: str
     ) -> None:
         self.api, self.repo_id, self.staged, self.message = api, repo_id, staged, message
         self.private, self.create_pr, self.revision = private, create_pr, revision
@@ -161,14 +273,22 @@ class _Upload:
         if self.revision != "main":
             api.create_branch(repo_id, branch=self.revision, exist_ok=True)
         head = api.repo_info(repo_id, revision=self.revision).sha or self.revision
-        if not differing_files(api, repo_id, head, self.staged):
+        there = None if self.staged.overwrite_card else fetch_text(repo_id, "README.md", head, CARD_BYTES)
+        self.staged.join(there)
+        if not differing_files(api, repo_id, head, self.staged.files):
             return f"{api.endpoint}/{repo_id}", head
         if self.create_pr and (pull := self._open_pull()):
             return pull
         self.sent = True
         with nullcontext() if sys.stderr.isatty() else no_bars():
-            commit = commit_folder(
-                api, repo_id, self.staged, self.message, revision=self.revision, parent=head, create_pr=self.create_pr
+            commit = commit_files(
+                api,
+                repo_id,
+                self.staged.files,
+                self.message,
+                revision=self.revision,
+                parent=head,
+                create_pr=self.create_pr,
             )
         if self.create_pr:
             return str(commit.pr_url), str(commit.pr_revision)
@@ -179,9 +299,22 @@ class _Upload:
         pulls = self.api.get_repo_discussions(self.repo_id, discussion_type="pull_request", discussion_status="open")
         for pull in pulls:
             revision = f"refs/pr/{pull.num}"
-            if pull.title == self.message and not differing_files(self.api, self.repo_id, revision, self.staged):
+            if pull.title == self.message and not differing_files(self.api, self.repo_id, revision, self.staged.files):
                 return pull.url, revision
         return None
+
+
+def _log_difference(old: str, new: str, most: int = 40) -> None:
+    """Log how a card would change."""
+    lines = [
+        line
+        for line in difflib.unified_diff(
+            old.splitlines(), new.splitlines(), "the card there", "the new card", lineterm=""
+        )
+        if not line.startswith("@@")
+    ]
+    more = [f"… and {len(lines) - most} more lines"] if len(lines) > most else []
+    _logger.warning("%s", "\n".join(printable(line)[:200] for line in [*lines[:most], *more]))
 
 
 def _reason(error: Exception) -> str:

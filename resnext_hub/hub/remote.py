@@ -1,22 +1,22 @@
 """What a repository on the Hub holds, compared with a folder here, and trying again where that is worth it."""
 
+import hashlib
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-from resnext_hub.errors import one_line
-from resnext_hub.files import same_content
-from resnext_hub.models.fetch import forget
+from resnext_hub.errors import RequestError, one_line
+from resnext_hub.files import FileTooLargeError, read_regular, sha256_of
 
 _logger = logging.getLogger(__name__)
 
@@ -68,10 +68,19 @@ def _wait_asked_for(error: Exception) -> float | None:
     return min(float(asked), 60.0) if asked.isdigit() else None
 
 
-def commit_folder(
+def files_under(folder: Path) -> dict[str, Path]:
+    """Return the files of a folder and those below it by their names in a repository."""
+    return {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.is_symlink()
+    }
+
+
+def commit_files(
     api: HfApi,
     repo_id: str,
-    folder: Path,
+    files: Mapping[str, Path],
     message: str,
     *,
     revision: str,
@@ -79,7 +88,7 @@ def commit_folder(
     create_pr: bool = False,
     deletions: Sequence[CommitOperationDelete] = (),
 ) -> CommitInfo:
-    """Upload a folder in one commit, or none.
+    """Upload files in one commit, or none.
 
     Not by the client's `upload_folder`: over Xet that may make several commits, leaves an empty pull request where the
     commit to it fails, and repeats a commit whose answer was lost.
@@ -87,18 +96,14 @@ def commit_folder(
     Args:
         api: The client.
         repo_id: The repository.
-        folder: All of its files are sent.
+        files: What is sent, by name in the repository.
         message: Of the commit.
         revision: The branch.
         parent: Its head, so that an attempt whose answer was lost and a second one cannot both land.
         create_pr: Open a pull request instead.
         deletions: What goes in the same commit.
     """
-    additions = [
-        CommitOperationAdd(path.relative_to(folder).as_posix(), path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    ]
+    additions = [CommitOperationAdd(name, path) for name, path in files.items()]
     try:
         return api.create_commit(
             repo_id,
@@ -127,8 +132,10 @@ def no_bars() -> Iterator[None]:
         enable_progress_bars()
 
 
-def differing_files(api: HfApi, repo_id: str, revision: str, folder: Path, read_back: bool = False) -> list[str]:
-    """Name the files of a folder that a revision does not hold to the byte.
+def differing_files(
+    api: HfApi, repo_id: str, revision: str, files: Mapping[str, Path], read_back: bool = False
+) -> list[str]:
+    """Name the files that a revision does not hold to the byte.
 
     Large files are compared by the SHA-256 that the Hub lists; small ones by git's hash, or where that says that they
     differ, and with `read_back` always, by the bytes that the Hub gives.
@@ -140,8 +147,7 @@ def differing_files(api: HfApi, repo_id: str, revision: str, folder: Path, read_
     }
     differing = []
     with tempfile.TemporaryDirectory() as cache:
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            name = path.relative_to(folder).as_posix()
+        for name, path in files.items():
             entry = listed.get(name)
             same = entry is not None and same_content(path, entry.lfs.sha256 if entry.lfs else None, entry.blob_id)
             if (
@@ -157,6 +163,31 @@ def differing_files(api: HfApi, repo_id: str, revision: str, folder: Path, read_
     return differing
 
 
+def fetch_text(repo_id: str, name: str, revision: str, limit: int) -> str | None:
+    """Return a text file of a repository as it is at a revision, or None if there is none.
+
+    Raises:
+        RequestError: If it is larger than the limit in bytes, or not UTF-8.
+    """
+    with tempfile.TemporaryDirectory() as cache:
+        try:
+            path = hf_hub_download(repo_id, name, revision=revision, cache_dir=cache)
+        except EntryNotFoundError:
+            return None
+        try:
+            return read_regular(path, limit).decode()
+        except (FileTooLargeError, UnicodeDecodeError) as error:
+            raise RequestError(f"{name} of {repo_id} cannot be read: {one_line(error)}") from error
+
+
+def same_content(path: Path, sha256: str | None, blob_id: str | None) -> bool:
+    """Say whether a file is what the Hub lists: by SHA-256 if it is a large one, else by git's hash."""
+    if sha256 is not None:
+        return sha256_of(path) == sha256
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == blob_id
+
+
 def forget_wrong(path: Path, sha256: str | None, blob_id: str | None) -> bool:
     """Say whether a file in the cache is not what the Hub lists; then remove it, so that it is fetched anew.
 
@@ -164,5 +195,6 @@ def forget_wrong(path: Path, sha256: str | None, blob_id: str | None) -> bool:
     """
     if same_content(path, sha256, blob_id):
         return False
-    forget(path)
+    path.resolve().unlink()
+    path.unlink(missing_ok=True)
     return True

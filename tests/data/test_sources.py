@@ -564,26 +564,6 @@ def test_numbers_and_class_labels_that_are_numbers_are_the_same(tmp_path: Path) 
     assert splits.eval.labels.tolist() == [1, 0]
 
 
-@mark.parametrize(
-    ("described", "words"),
-    [
-        (b"{bad json", "description of the columns is damaged"),
-        (b'{"info": {"features": 5}}', "description of the columns is damaged"),
-        (b'{"info": {"features": {"label": {"names": ["a", "a"], "_type": "ClassLabel"}}}}', "is damaged"),
-    ],
-)
-def test_a_damaged_description_of_columns_is_named(tmp_path: Path, described: bytes, words: str) -> None:
-    table = parquet.read_table(write(tmp_path / "train.parquet", [0, 1] * 2, named("a", "b")))
-    parquet.write_table(table.replace_schema_metadata({b"huggingface": described}), tmp_path / "train.parquet")
-    assert words in refused(tmp_path)
-
-
-def test_files_with_other_columns_are_named(tmp_path: Path) -> None:
-    path = write(tmp_path / "b.parquet", [0, 1] * 2, named("a", "b"))
-    parquet.write_table(parquet.read_table(path).rename_columns(["image", "kind"]), tmp_path / "a.parquet")
-    assert "b.parquet has the columns image, label, a.parquet has image, kind" in refused(tmp_path)
-
-
 def test_damaged_parquet_files_are_named(tmp_path: Path) -> None:
     whole = write(tmp_path / "whole.parquet", [0, 1] * 40, named("a", "b")).read_bytes()
     for name, content in (("empty", b""), ("cut", whole[: len(whole) // 2]), ("text", b"not parquet at all")):

@@ -115,11 +115,9 @@ def test_a_push_that_is_repeated_makes_no_second_commit(hub: LoopbackHub, client
 
 
 def test_other_files_of_the_repository_stay(hub: LoopbackHub, client: Client, finished: Path) -> None:
-    hub.create("models", "me/digits").commit("mine", {"notes.txt": b"keep this", "README.md": b"old"})
+    hub.create("models", "me/digits").commit("mine", {"notes.txt": b"keep this"})
     assert client.command("push", finished, "--repo-id", "me/digits", *WORDS)[0] == 0
-    files = hub.repos["models/me/digits"].commits[-1].files
-    assert files["notes.txt"] == b"keep this"
-    assert files["README.md"] != b"old"
+    assert hub.repos["models/me/digits"].commits[-1].files["notes.txt"] == b"keep this"
 
 
 @mark.parametrize("kind", [None, "lost reply", "503"])
@@ -221,7 +219,7 @@ def test_from_hub_refuses_a_wrong_byte_and_fetches_anew(
         "import shutil, huggingface_hub.constants as c; shutil.rmtree(c.HF_HUB_CACHE, ignore_errors=True)\n"
         + FROM_HUB.format(revision=None)
     )
-    assert f"{name} of me/digits has other bytes than the Hub lists" in answer["result"], answer
+    assert answer["result"].startswith(f"RunError: {name} of me/digits has other bytes than the Hub lists"), answer
     answer = client.run(FROM_HUB.format(revision=None))
     assert answer["result"][0] == repo.commits[-1].oid
 
@@ -257,3 +255,70 @@ def test_no_token_appears_at_the_highest_verbosity(hub: LoopbackHub, finished: P
             assert token.encode() not in path.read_bytes()
     commits = hub.repos["models/me/digits"].commits
     assert not re.search(r"hf_\w+", json.dumps([commit.message for commit in commits]))
+
+
+def card_of(hub: LoopbackHub) -> str:
+    return hub.repos["models/me/digits"].commits[-1].files["README.md"].decode()
+
+
+def edit_on_the_web(hub: LoopbackHub, card: str) -> None:
+    repo = hub.repos["models/me/digits"]
+    repo.commit("Update README.md", repo.commits[-1].files | {"README.md": card.encode()})
+
+
+def test_what_an_owner_wrote_on_the_web_survives_the_next_push(
+    hub: LoopbackHub, client: Client, finished: Path
+) -> None:
+    words = ("push", finished, "--repo-id", "me/digits")
+    assert client.command(*words, "--license", "mit")[0] == 0
+    mine = "\n## How I use it\n\n![my image](https://example.org/a.png)\n"
+    edit_on_the_web(hub, card_of(hub).replace("license: mit\n", "license: mit\nlanguage: no  # mine\n") + mine)
+    code, out, err = client.command(*words, "--license", "mit")
+    assert (code, "nothing has changed there" in out) == (0, False), err  # the order of the metadata
+    assert "language: no  # mine\n" in card_of(hub)
+    hub.faults.append(Fault("POST .*/commit/", "lost reply", 1))
+    assert client.command(*words, "--license", "apache-2.0")[0] == 0
+    assert card_of(hub).endswith(mine)
+    assert "language: no  # mine\n" in card_of(hub)
+    assert "license: apache-2.0\n" in card_of(hub)
+    code, out, _ = client.command(*words, "--license", "apache-2.0")
+    assert (code, "nothing has changed there" in out) == (0, True)
+
+
+@mark.parametrize("place", ["here", "there"])
+def test_a_card_that_was_edited_in_the_tools_part_is_lost_only_if_asked_for(
+    hub: LoopbackHub, client: Client, finished: Path, place: str
+) -> None:
+    words = ("push", finished, "--repo-id", "me/digits", *WORDS)
+    assert client.command(*words)[0] == 0
+    path = finished / "model" / "README.md"
+    before = path.read_text()
+    if place == "here":
+        path.write_text(before.replace("## Limits\n", "## Limits\n\nMine.\n"))
+    else:
+        edit_on_the_web(hub, card_of(hub).replace("## Limits\n", "## Limits\n\nMine.\n"))
+    commits = len(hub.repos["models/me/digits"].commits)
+    code, _, err = client.command(*words)
+    assert code == 2
+    assert len(hub.repos["models/me/digits"].commits) == commits
+    assert "was edited inside the part that push writes: nothing was uploaded" in err
+    assert err.count("error: ") == 1
+    if place == "there":
+        assert "\n-Mine.\n" in err  # what would be lost
+    assert client.command(*words, "--overwrite-card")[0] == 0
+    assert "Mine." not in card_of(hub)
+    path.write_text(before)
+
+
+def test_a_card_that_is_not_the_tools_is_not_replaced_unasked(hub: LoopbackHub, client: Client, finished: Path) -> None:
+    hub.create("models", "me/digits").commit("mine", {"README.md": b"# My own card\n"})
+    words = ("push", finished, "--repo-id", "me/digits", *WORDS)
+    code, _, err = client.command(*words)
+    assert code == 2
+    assert "the README.md on the Hub is not from push: nothing was uploaded" in err
+    assert "-# My own card" in err
+    assert card_of(hub) == "# My own card\n"
+    hub.repos["models/me/digits"].commit("odd", {"README.md": b"\xff" * 9})
+    assert client.command(*words)[0] == 2
+    assert client.command(*words, "--overwrite-card")[0] == 0
+    assert "license: mit" in card_of(hub)

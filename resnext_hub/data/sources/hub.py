@@ -5,7 +5,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from resnext_hub.data.sources.parquet import DAMAGED, check_cache, part_of, require_space
+from resnext_hub.data.sources.parquet import check_cache, part_of
 from resnext_hub.data.sources.source import Part, Source
 from resnext_hub.errors import RequestError, RunError, one_line
 from resnext_hub.text import printable
@@ -61,10 +61,6 @@ def load_from_hub(name: str, config: str | None, revision: str | None, streaming
         ) from error
     except datasets.data_files.EmptyDatasetError as error:
         raise RequestError(f"the Hub's {name} holds no files of data: {one_line(error)}") from error
-    except datasets.exceptions.DatasetGenerationError as error:
-        cause = error.__cause__ or error
-        require_space(cause)
-        raise RequestError(f"the Hub's {name} cannot be read: {one_line(cause)}") from error
     except (OSError, OfflineModeIsEnabled, HfHubHTTPError) as error:  # the library hides what was lost in the first
         raise RunError(
             f"{name} is no local folder, and the Hub could not be reached for it: {one_line(error)}. "
@@ -72,7 +68,7 @@ def load_from_hub(name: str, config: str | None, revision: str | None, streaming
         ) from error
     except RuntimeError as error:  # from Xet, over which large files come, or of a dataset that is a script
         raise RunError(f"{name} could not be loaded from the Hub: {one_line(error)}") from error
-    except (*DAMAGED, HFValidationError) as error:
+    except (ValueError, HFValidationError) as error:
         hint = "; name one with --dataset-config" if "config" in str(error).lower() else ""
         raise RequestError(f"{name} cannot be opened: {one_line(error)}{hint}") from error
 

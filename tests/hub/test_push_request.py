@@ -1,0 +1,159 @@
+"""What is published is the model of the record and nothing else; what is not is refused before anything is sent."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from pytest import MonkeyPatch, fixture, mark, raises
+from records import a_record, replace_by
+from safetensors.torch import save_file
+
+from resnext_hub.errors import RequestError
+from resnext_hub.files import sha256_of
+from resnext_hub.hub.card import render_card
+from resnext_hub.hub.checkpoints import fetched_settings
+from resnext_hub.hub.licenses import LICENSES, check_license
+from resnext_hub.hub.publish import check_request
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder with a model of one tensor."""
+    model = tmp_path / "model"
+    (model / "plots").mkdir(parents=True)
+    save_file({"w": torch.zeros(3)}, model / "model.safetensors")
+    record = a_record()
+    facts = {**vars(record.model), "weights_sha256": sha256_of(model / "model.safetensors")}
+    record = a_record(model=type(record.model)(**facts))
+    config = {"architecture": "test_resnet", "label_names": record.label_names, "pretrained_cfg": {"mean": [0.5]}}
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "README.md").write_text(render_card(record))
+    (model / "plots" / "curves.png").write_bytes(b"png")
+    record.save(tmp_path / "record.json")
+    return tmp_path
+
+
+def dry_run(command: Command, run: Path, *more: str) -> tuple[int, str, str]:
+    return command("push", run, "--repo-id", "me/x", "--license", "mit", "--dry-run", *more)
+
+
+def names(listing: str) -> set[str]:
+    return {line.split()[-1] for line in listing.splitlines()[1:]}
+
+
+def test_only_files_of_the_model_are_uploaded(run: Path, command: Command) -> None:
+    for name in ("pytorch_model.bin", ".secret", "model.onnx", "plots/samples.png", "modeling.py", "x.png"):
+        (run / "model" / name).write_text("planted")
+    (run / "model" / "plots" / "confusion_matrix.png").symlink_to("/etc/passwd")
+    (run / "model" / "folder").symlink_to("/etc")
+    code, out, err = dry_run(command, run)
+    assert code == 0, err
+    assert names(out) == {"README.md", "config.json", "model.safetensors", "plots/curves.png"}
+    assert "not uploaded, as they are not part of the model: .secret, folder" in err
+
+
+def test_a_model_folder_that_is_a_link_is_as_good(run: Path, command: Command) -> None:
+    (run / "model").rename(run / "elsewhere")
+    (run / "model").symlink_to("elsewhere")
+    assert dry_run(command, run)[0] == 0
+
+
+@mark.parametrize("name", ["model.safetensors", "config.json"])
+@mark.parametrize("kind", ["FIFO", "folder", "device", "dangling link", "other bytes"])
+def test_a_model_that_is_not_that_of_the_record_is_refused(run: Path, command: Command, name: str, kind: str) -> None:
+    path = run / "model" / name
+    if kind == "other bytes":
+        path.write_bytes(path.read_bytes() + b" x")
+    else:
+        replace_by(path, kind)
+    code, out, err = dry_run(command, run)
+    assert (code, out) == (2, "")
+    assert f"{path}" in err
+    assert err.count("\n") == 1
+    assert "remove record.json, and the command that trained the run writes the model folder anew" in err
+
+
+@mark.parametrize(
+    ("key", "value"), [("architecture", "resnet18"), ("label_names", ["a", "b", "c"]), ("pretrained_cfg", [])]
+)
+def test_a_config_of_another_model_is_refused(run: Path, command: Command, key: str, value: object) -> None:
+    path = run / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    code, _, err = dry_run(command, run)
+    assert code == 2
+    assert key in err
+
+
+@mark.parametrize("content", [b"\xff", b"---\n[\n---\n", b"# An own card\n"])
+def test_an_own_card_here_is_refused_or_overwritten_if_asked_for(run: Path, command: Command, content: bytes) -> None:
+    (run / "model" / "README.md").write_bytes(content)
+    code, _, err = dry_run(command, run)
+    assert code == 2
+    assert "--overwrite-card" in err
+    assert dry_run(command, run, "--overwrite-card")[0] == 0
+    assert (run / "model" / "README.md").read_bytes() == content
+
+
+def test_a_missing_card_is_written_anew(run: Path, command: Command) -> None:
+    (run / "model" / "README.md").unlink()
+    code, out, _ = dry_run(command, run)
+    assert code == 0
+    assert "README.md" in out
+
+
+@mark.parametrize(
+    ("asked", "close"),
+    [("apache", "apache-2.0"), ("Apache-2.0", "apache-2.0"), ("MIT", "mit"), ("cc-by", "cc-by-4.0"), ("gpl3", "gpl")],
+)
+def test_a_licence_that_the_hub_does_not_know_is_refused_with_close_ids(asked: str, close: str) -> None:
+    with raises(RequestError, match=f"--license {asked}: expected an id of the Hub's list, such as .*{close}"):
+        check_license(asked)
+
+
+def test_every_licence_of_the_hub_is_taken_and_no_other() -> None:
+    for license in LICENSES:
+        assert check_request(None, "me/x", license) == ("me/x", license)
+    for license in ("", " mit", "mit\n", "\x1b[31m", "hf_secretsecretsecret", "x" * 5000):
+        with raises(RequestError) as caught:
+            check_request(None, "me/x", license)
+        assert "secret" not in str(caught.value)
+        assert len(str(caught.value)) < 300
+
+
+@mark.parametrize("repo_id", ["hf_secretsecretsecret", "me/hf_secretsecretsecret/x", "hf_secretsecretsecret/a/b"])
+def test_a_token_as_repository_is_never_shown(run: Path, command: Command, repo_id: str) -> None:
+    code, out, err = command("push", run, "--repo-id", repo_id, "--license", "mit")
+    assert code == 2
+    assert "secret" not in out + err
+    assert "expected owner/name" in err
+
+
+FETCHED = {"dataset": "digits", "model": "test_resnet", "lr": 0.1, "push_to_hub": False, "private": False}
+
+
+def test_a_fetched_run_brings_no_places_to_publish_and_nothing_of_its_machine() -> None:
+    machine = {"push_to_hub": True, "repo_id": "me/x", "license": "mit", "private": True, "threads": "64", "workers": 9}
+    settings = fetched_settings(FETCHED | machine, {}, "hub:you/run")
+    assert settings == {"dataset": "digits", "model": "test_resnet", "lr": 0.1}
+
+
+@mark.parametrize("dataset", ["pets", "/home/you/pets", "../pets", "C:\\pets", ""])
+def test_a_dataset_of_another_machine_has_to_be_named(dataset: str) -> None:
+    with raises(RequestError, match="name it with --dataset"):
+        fetched_settings(FETCHED | {"dataset": dataset}, {}, "hub:you/run")
+    assert fetched_settings(FETCHED | {"dataset": dataset}, {"dataset"}, "hub:you/run")["lr"] == 0.1
+
+
+def test_a_hub_dataset_whose_name_is_a_folder_here_has_to_be_named(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    fetched = FETCHED | {"dataset": "you/pets"}
+    assert fetched_settings(fetched, {}, "hub:you/run")["dataset"] == "you/pets"
+    os.makedirs("you/pets")
+    with raises(RequestError, match="name it with --dataset"):
+        fetched_settings(fetched, {}, "hub:you/run")
+    with raises(RequestError, match="name it with --model"):
+        fetched_settings(FETCHED | {"model": "local-dir:a/model"}, {}, "hub:you/run")

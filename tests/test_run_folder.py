@@ -1,0 +1,179 @@
+"""A run folder belongs to one command at a time, and what stands in it belongs together."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+from conftest import TINY
+from pytest import fixture, mark, raises, skip
+from safetensors.torch import load_file, save_file
+
+from resnext_hub.errors import RequestError
+from resnext_hub.files import sha256_of
+from resnext_hub.plan import Plan, merge_settings, prepare, public_model
+from resnext_hub.record import RunRecord
+from resnext_hub.run import execute
+from resnext_hub.training.checkpoint import latest_checkpoint
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+def plan_of(folder: Path, **asked: object) -> Plan:
+    asked = {"model": "test_resnet", "max_steps": 30, "lr": 0.01, "warmup_epochs": 0.0, "threads": "1"} | asked
+    asked |= {"mixed_precision": "no"}
+    settings, recipe = merge_settings(asked)
+    return prepare(settings, asked=asked, recipe=recipe, output_dir=folder)
+
+
+@fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A finished run of 30 steps that a test may spoil."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def test_a_folder_that_another_command_used_since_the_plan_is_not_gone_on_with(finished: Path, tmp_path: Path) -> None:
+    plan = plan_of(tmp_path / "run", seed=7)
+    shutil.copytree(finished, tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with raises(RequestError, match=r"another command has worked in .*run since this one looked at it"):
+        execute(plan)
+    assert all(path.read_bytes() == content for path, content in before.items() if path.name != ".lock")
+
+
+GROWN = ("train", *TINY, "--lr", 0.01, "--max-steps", 32)
+
+
+def test_a_finished_run_that_grows_is_no_finished_run_until_it_is_again(run: Path, command: Command) -> None:
+    card, blocked = run / "model" / "README.md", run / "predictions.parquet"
+    card.write_text(card.read_text() + "\nMy words.\n")
+    blocked.unlink()
+    blocked.mkdir()  # which no file can replace, so that writing ends between the weights and the card
+    words = (*GROWN, "--output-dir", run)
+    code, _, err = command(*words)
+    assert code == 1
+    assert len(re.findall("^error: ", err, re.MULTILINE)) == 1
+    assert "training is done and kept: rerun the same command to write them" in err
+    for other in (("evaluate", run), ("push", run, "--repo-id", "me/x", "--license", "mit", "--dry-run")):
+        code, _, err = command(*other)
+        assert code == 2
+        assert "is not finished; rerun its training command, which resumes it" in err
+    blocked.rmdir()
+    code, _, err = command(*words)
+    assert code == 0, err
+    record = RunRecord.load(run / "record.json")
+    assert record.steps == 32
+    assert record.model.weights_sha256 == sha256_of(run / "model" / "model.safetensors")
+    assert record.model.weights_sha256 in card.read_text()
+    assert card.read_text().endswith("\nMy words.\n")
+    assert RunRecord.load(run / "record.previous.json").steps == 30
+
+
+def foreign(folder: Path, change: Callable[[dict[str, object]], None]) -> None:
+    """Make the newest checkpoint one that a version before digests of states wrote, of another run."""
+    found = latest_checkpoint(folder / "checkpoints")
+    assert found is not None
+    state = json.loads((found.path / "state.json").read_text())["state"]
+    del state["facts"]["settings"]
+    tensors = {name: load_file(found.path / name) for name in state["sha256"]}
+    change({"state": state, "tensors": tensors})
+    for name, group in tensors.items():
+        save_file(group, found.path / name)
+        state["sha256"][name] = sha256_of(found.path / name)
+    (found.path / "state.json").write_text(json.dumps(state))
+
+
+def drop_weight(content: dict) -> None:
+    del content["tensors"]["model.safetensors"]["fc.weight"]
+
+
+def other_optimizer(content: dict) -> None:
+    for group in content["state"]["facts"]["optimizer"]["group"].values():
+        del group["betas"]
+        group["momentum"] = 0.9
+
+
+def other_classes(content: dict) -> None:
+    tensors = content["tensors"]["model.safetensors"]
+    tensors["fc.weight"] = tensors["fc.weight"][:3].clone()
+
+
+def other_dataset(content: dict) -> None:
+    content["state"]["facts"]["fingerprint"] = "0" * 64
+
+
+def other_groups(content: dict) -> None:
+    content["state"]["facts"]["merged_groups"] = {"layer9.conv": 2}
+
+
+def odd_index(content: dict) -> None:
+    tensors = content["tensors"]["optimizer.safetensors"]
+    tensors["state.999.step"] = tensors["state.0.step"].clone()
+
+
+@mark.parametrize(
+    ("change", "said"),
+    [
+        (drop_weight, "model.safetensors lacks fc.weight"),
+        (other_classes, "the model's is (10,"),
+        (other_optimizer, "it has momentum where"),
+        (other_dataset, "the images of digits have changed"),
+        (other_groups, "merged groups are of another model"),
+        (odd_index, "its optimizer's state does not fit"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_by_name(
+    run: Path, command: Command, change: Callable[[dict], None], said: str
+) -> None:
+    foreign(run, change)
+    code, _, err = command(*GROWN, "--output-dir", run)
+    assert code == 2, err
+    assert "step-00000030" in err
+    assert said in err
+    assert len(re.findall("^error: ", err, re.MULTILINE)) == 1
+
+
+def test_resume_says_that_there_is_nothing_to_resume(tmp_path: Path, command: Command) -> None:
+    code, _, err = command("train", *TINY, "--resume", "--lr", -1, "--output-dir", tmp_path / "run")
+    assert code == 2
+    assert "--lr" in err
+    from resnext_hub import plan
+
+    settings, recipe = merge_settings({"model": "test_resnet"})
+    said: list[str] = []
+    plan._logger.addFilter(lambda entry: bool(said.append(entry.getMessage())) or True)
+    prepare(settings, asked={}, recipe=recipe, output_dir=tmp_path / "run", resume=True)
+    assert said == [f"--resume: {tmp_path / 'run'} holds no run, so this one starts at step 0"]
+    plan._logger.filters.clear()
+
+
+def test_a_local_model_is_named_without_a_folder_above_its_run(tmp_path: Path) -> None:
+    (tmp_path / "alice" / "model").mkdir(parents=True)
+    assert public_model(f"local-dir:{tmp_path / 'alice' / 'model'}") == "local-dir:model"
+    (tmp_path / "alice" / "config.yaml").touch()
+    assert public_model(f"local-dir:{tmp_path / 'alice' / 'model'}") == "local-dir:alice/model"
+    assert public_model("hf-hub:me/x@v1") == "hf-hub:me/x@v1"
+
+
+def test_a_disk_that_is_full_ends_a_run_in_a_line_and_later_it_goes_on(tmp_path: Path, command: Command) -> None:
+    """There is room for two checkpoints, and not for the weights after them."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=10200k", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
+        skip("needs the right to mount")
+    try:
+        words = ("train", *TINY, "--max-steps", 2, "--lr", 0.01, "--checkpoint-every", 1, "--output-dir", disk / "run")
+        code, _, err = command(*words)
+        assert code == 1
+        assert len(re.findall("^error: ", err, re.MULTILINE)) == 1
+        assert "No space left on device" in err
+        assert "rerun the same command to write them" in err
+        subprocess.run(["mount", "-o", "remount,size=40m", disk], check=True)
+        code, _, err = command(*words)
+        assert code == 0, err
+    finally:
+        subprocess.run(["umount", disk], check=True)
