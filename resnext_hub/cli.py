@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from resnext_hub.errors import RequestError, RunError, StoppedRun, hide_tokens, one_line
 from resnext_hub.text import printable
@@ -109,9 +109,17 @@ def _occupy_standard_files() -> None:
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
+class _PrintableFormatter(logging.Formatter):
+    """Escapes what could steer a terminal, whatever a message quotes."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the text of a record, with its own line breaks."""
+        return "\n".join(map(printable, super().format(record).split("\n")))
+
+
 def _set_up_logging(is_main: bool) -> None:
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_PrintableFormatter("%(message)s"))
     logger = logging.getLogger("resnext_hub")
     logger.handlers = [handler]
     logger.setLevel(logging.INFO if is_main else logging.ERROR)
@@ -256,10 +264,10 @@ def _predict(options: argparse.Namespace) -> None:
             unread += 1
             _logger.warning("%s: cannot be read: %s", printable(result.path), printable(result.reason))
             if options.json:
-                _print(json.dumps({"path": str(result.path), "error": result.reason}) + "\n")
+                _print(_json_line({"path": str(result.path), "error": result.reason}))
         elif options.json:
             guesses = [dataclasses.asdict(guess) for guess in result.guesses]
-            _print(json.dumps({"path": str(result.path), "predictions": guesses}) + "\n")
+            _print(_json_line({"path": str(result.path), "predictions": guesses}))
         else:
             # escaped, a tab or newline in a name cannot break the columns
             columns = (f"\t{printable(guess.label)}\t{guess.probability:.4f}" for guess in result.guesses)
@@ -268,6 +276,11 @@ def _predict(options: argparse.Namespace) -> None:
         raise RunError(f"none of the {unread} images could be read")
     if unread:
         _logger.warning("%d of %d images could not be read", unread, len(paths))
+
+
+def _json_line(content: dict[str, Any]) -> str:
+    """Return JSON in one line of printable ASCII."""
+    return json.dumps(content).replace("\x7f", "\\u007f") + "\n"
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -417,7 +430,9 @@ def _print(text: str) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     try:
-        sys.stdout.write(text.encode(errors="backslashreplace").decode())  # names of files need not be UTF-8
+        lines = ["\t".join(map(printable, line.split("\t"))) for line in text.split("\n")]
+        encoding = sys.stdout.encoding or "utf-8"  # which need not have every character of a name
+        sys.stdout.write("\n".join(lines).encode(encoding, errors="backslashreplace").decode(encoding))
         sys.stdout.flush()
     except BrokenPipeError:
         raise

@@ -264,10 +264,13 @@ def prepare_int8(model: TrainedModel, dataset: str | None, max_drop: float) -> I
         train = dataclasses.replace(train, indices=train.indices[some], labels=train.labels[some])
     pictures, batches = 0, []
     for batch in evaluation_samples(train, model.data_config).batches(25, 0, 1, 0, False):
-        batches.append(batch.images)
-        pictures += len(batch.images)
+        unreadable = torch.tensor([entry.index for entry in batch.unreadable], dtype=torch.int64)
+        batches.append(batch.images[~torch.isin(batch.indices, unreadable)])
+        pictures += len(batches[-1])
         if pictures >= CALIBRATION_PICTURES:
             break
+    if pictures == 0:
+        raise RequestError(f"none of the images of {printable(data.dataset)} can be read to calibrate on")
     return Int8(
         calibration=torch.cat(batches)[:CALIBRATION_PICTURES],
         samples=evaluation_samples(splits.eval, model.data_config),
