@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -105,6 +106,7 @@ def test_another_command_does_not_go_on_from_a_run(hub: LoopbackHub, tmp_path: P
     with contextlib.closing(Client(hub, tmp_path / "home")) as client:
         words = ("train", *TINY, "--max-steps", 4, "--lr", 0.01, *PUSHED, "--output-dir", tmp_path / "run")
         assert client.command(*words)[0] == 0
+        _refuse_damaged_states(hub, client, tmp_path)
         changed = ("--lr", 0.02, "--seed", 3, "--output-dir", tmp_path / "other")
         code, _, err = client.command("train", "--resume-from", "hub:me/run", *changed)
         assert code == 2
@@ -112,6 +114,32 @@ def test_another_command_does_not_go_on_from_a_run(hub: LoopbackHub, tmp_path: P
         code, _, err = client.command("train", "--resume-from", "hub:me/none")
         assert code == 2
         assert "there is no such repository with a branch checkpoints that you may read" in err
+
+
+def _refuse_damaged_states(hub: LoopbackHub, client: Client, tmp_path: Path) -> None:
+    """Check that no fetched state that is not what was pushed leads to a run from the start."""
+    history = hub.repos["models/me/run"].branches["checkpoints"]
+    words = ("train", "--resume-from", "hub:me/run", "--output-dir", tmp_path / "damaged", *PUSHED)
+    hub.faults.append(Fault("GET .*/resolve/.*/state.json", "wrong bytes", 1))
+    code, _, err = client.command(*words)
+    assert code == 1, err
+    assert re.search(r"step-00000004/state.json has other bytes than the Hub lists; it was removed from the cache", err)
+    good = history[-1]
+    state = good.files["step-00000004/state.json"]
+    odd = {"../evil.json": b"x", "step-00000004/../../evil.json": b"x", "/etc/evil": b"x", "pytorch_model.bin": b"x"}
+    for files in (
+        {"step-00000004/state.json": state.replace(b'"resumes": 0', b'"resumes": 1')} | odd,
+        {"step-00000004/state.json": b"[]"},
+        {"config.yaml": b"lr: ["},
+        {"config.yaml": b"push_to_hub: !!python/name:os.system x"},
+    ):
+        hub.repos["models/me/run"].commit("damaged", good.files | files, "checkpoints")
+        code, _, err = client.command(*words)
+        assert code in (1, 2), err
+        assert "is damaged" in err or "config.yaml cannot be read" in err
+        assert not list(tmp_path.rglob("evil*"))
+        assert history[-1].message == "damaged"
+    history.append(good)
 
 
 def test_a_hub_that_fails_stops_no_training_and_gets_the_model_in_the_end(hub: LoopbackHub, tmp_path: Path) -> None:
