@@ -30,7 +30,9 @@ def find_image_column(
     features = train.features
     column = asked
     if column is not None and column not in features:
-        raise RequestError(f"--image-column {column}: there is no such column, but {describe_columns(features)}")
+        raise RequestError(
+            f"--image-column {printable(column)}: there is no such column, but {describe_columns(features)}"
+        )
     if column is None:
         candidates = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
         candidates = candidates or [name for name, kind in features.items() if is_encoded_picture(kind)]
@@ -42,10 +44,13 @@ def find_image_column(
             )
         column = candidates[0]
     elif not isinstance(features[column], datasets.Image) and not is_encoded_picture(features[column]):
-        raise RequestError(f"--image-column {column} holds no pictures: the columns are {describe_columns(features)}")
+        raise RequestError(
+            f"--image-column {printable(column)} holds no images: the columns are {describe_columns(features)}"
+        )
     if evaluation is not None and column not in evaluation.features:
         raise RequestError(
-            f"the evaluation split has no image column {column}: it has {describe_columns(evaluation.features)}"
+            f"the evaluation split has no image column {printable(column)}: it has "
+            f"{describe_columns(evaluation.features)}"
         )
     undecoded = datasets.Image(decode=False)
     return (
@@ -62,7 +67,9 @@ def find_label_column(dataset: str, asked: str | None, table: "datasets.Dataset"
     features = table.features
     if asked is not None:
         if asked not in features:
-            raise RequestError(f"--label-column {asked}: there is no such column, but {describe_columns(features)}")
+            raise RequestError(
+                f"--label-column {printable(asked)}: there is no such column, but {describe_columns(features)}"
+            )
         return asked
     candidates = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
     candidates = candidates or [name for name, kind in features.items() if name != image_column and _kind_of(kind)]
@@ -111,7 +118,7 @@ def read_labels(
     order = list(dict.fromkeys(order if kind == "class label" else sorted(order)))
     if kind == "number":
         _check_numbers(dataset, column, order)
-    names = class_names_of(map(str, order), f"column {column} of {dataset}")
+    names = class_names_of(map(str, order), f"column {printable(column)} of {dataset}")
     label_names = tuple(dict.fromkeys(names.values()))
     number = {name: i for i, name in enumerate(label_names)}
     labels = {
@@ -162,12 +169,12 @@ def _shared_kind(dataset: str, column: str, parts: Sequence[Part]) -> str:
     for part in parts:
         if column not in part.features:
             raise RequestError(
-                f"{printable(part.name)} has no column {column}: it has {describe_columns(part.features)}"
+                f"{printable(part.name)} has no column {printable(column)}: it has {describe_columns(part.features)}"
             )
         kind = _kind_of(part.features[column])
         if kind is None:
             raise RequestError(
-                f"--label-column {column} holds no classes in {printable(part.name)} "
+                f"--label-column {printable(column)} holds no classes in {printable(part.name)} "
                 f"({describe_columns({column: part.features[column]})}): expected whole numbers, strings or class "
                 "labels"
             )
@@ -179,7 +186,7 @@ def _shared_kind(dataset: str, column: str, parts: Sequence[Part]) -> str:
         return "number"  # the names of the numbers are the numbers themselves
     if len(kinds) > 1:
         found = " and ".join(f"a {kind} in {printable(part.name)}" for kind, part in kinds.items())
-        raise RequestError(f"column {column} of {dataset} is {found}; store the labels alike in all files")
+        raise RequestError(f"column {printable(column)} of {dataset} is {found}; store the labels alike in all files")
     return next(iter(kinds))
 
 
@@ -193,8 +200,8 @@ def _column_of(column: str, split: LabelledTable) -> Any:
         missing += pyarrow.compute.sum(pyarrow.compute.equal(labels, "")).as_py() or 0
     if missing:
         raise RequestError(
-            f"column {column} of the {split.name} split has {missing} empty labels out of {len(labels)}; remove those "
-            "rows or name them"
+            f"column {printable(column)} of the {split.name} split has {missing} empty labels out of {len(labels)}; "
+            "remove those rows or name them"
         )
     return labels
 
@@ -212,8 +219,8 @@ def _read_class_labels(column: str, split: LabelledTable) -> tuple[list[str], np
         if len(wrong):
             raise RequestError(
                 f"label {codes[wrong[0]]} at index {first + wrong[0]} of the {split.name} split is out of range: "
-                f"column {column} has the classes 0 to {len(own) - 1} ({len(wrong)} such labels); name another "
-                "split or column"
+                f"column {printable(column)} has the classes 0 to {len(own) - 1} ({len(wrong)} such labels); "
+                "name another split or column"
             )
         if not names:
             names = list(own)
@@ -244,9 +251,10 @@ def _check_numbers(dataset: str, column: str, labels: Sequence[int]) -> None:
     if not odd and len(rest) >= 2 and rest == list(range(len(rest))):
         odd = [label for label in labels if label < 0]  # how images without a label are marked
     if odd:
+        others = listing((label for label in labels if label not in odd), 4)
         raise RequestError(
-            f"column {column} of {dataset} has the label {odd[0]}, which is no class beside {listing(rest, 4)}; remove "
-            "those rows, or store the classes as strings"
+            f"column {printable(column)} of {dataset} has the label {odd[0]}, which is no class beside {others}; "
+            "remove those rows, or store the classes as strings"
         )
 
 
@@ -259,21 +267,21 @@ def class_names(dataset: str, column: str, train: LabelledTable, evaluation: Lab
     parts = [*train.described(), *evaluation.described()]
     if _shared_kind(dataset, column, parts) != "class label":
         raise RequestError(
-            f"column {column} of {dataset} does not say what its classes are, and a stream cannot be searched for "
-            "them: leave out --streaming, or store the column as ClassLabel"
+            f"column {printable(column)} of {dataset} does not say what its classes are, and a stream cannot be "
+            "searched for them: leave out --streaming, or store the column as ClassLabel"
         )
     first = list(parts[0].features[column].names)
     for part in parts:
         if part.features[column].names != first:
             raise RequestError(
-                f"{printable(part.name)} has other classes in column {column}, or in another order, "
+                f"{printable(part.name)} has other classes in column {printable(column)}, or in another order, "
                 f"({listing(part.features[column].names, 4)}) than {printable(parts[0].name)} ({listing(first, 4)}); "
                 "leave out --streaming, and they are matched by name"
             )
-    names = class_names_of(first, f"column {column} of {dataset}")
+    names = class_names_of(first, f"column {printable(column)} of {dataset}")
     if len(set(names.values())) < len(first):
         raise RequestError(
-            f"column {column} of {dataset} has one class in two spellings of Unicode; leave out --streaming"
+            f"column {printable(column)} of {dataset} has one class in two spellings of Unicode; leave out --streaming"
         )
     if len(first) < 2:
         raise RequestError(f"{dataset} has a single class ({listing(first)}): a classifier needs at least two")

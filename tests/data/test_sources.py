@@ -258,6 +258,17 @@ def test_a_table_that_cannot_be_used_is_refused_by_name(
     assert words in message
 
 
+def test_a_split_without_labels_is_left_out_unless_it_is_the_training_split(tmp_path: Path) -> None:
+    fill(tmp_path, [f"{split}/{i}.png" for split in ("train", "test") for i in range(6)])
+    write_csv(tmp_path / "train" / "metadata.csv", "file_name,label", *(f"{i}.png,{'ab'[i % 2]}" for i in range(6)))
+    write_csv(tmp_path / "test" / "metadata.csv", "file_name", *(f"{i}.png" for i in range(6)))
+    source = opened(tmp_path)
+    assert {split: len(table) for split, table in source.tables.items()} == {"train": 6}
+    assert "6 images without a row left out, such as test/0.png" in source.notes
+    (tmp_path / "train" / "metadata.csv").rename(tmp_path / "test" / "metadata.csv")
+    assert "the training split has no table" in refused(tmp_path)
+
+
 def test_numbers_in_a_table_stay_as_they_are_written(tmp_path: Path) -> None:
     fill(tmp_path, [f"{i}.png" for i in range(6)])
     write_csv(tmp_path / "metadata.csv", "file_name;label", *(f"{i}.png;{'00' + str(i % 2)}" for i in range(6)))
@@ -562,6 +573,26 @@ def test_numbers_and_class_labels_that_are_numbers_are_the_same(tmp_path: Path) 
     splits = load(tmp_path)
     assert splits.label_names == ("0", "1")
     assert splits.eval.labels.tolist() == [1, 0]
+
+
+@mark.parametrize(
+    ("described", "words"),
+    [
+        (b"{bad json", "description of the columns is damaged"),
+        (b'{"info": {"features": 5}}', "description of the columns is damaged"),
+        (b'{"info": {"features": {"label": {"names": ["a", "a"], "_type": "ClassLabel"}}}}', "is damaged"),
+    ],
+)
+def test_a_damaged_description_of_columns_is_named(tmp_path: Path, described: bytes, words: str) -> None:
+    table = parquet.read_table(write(tmp_path / "train.parquet", [0, 1] * 2, named("a", "b")))
+    parquet.write_table(table.replace_schema_metadata({b"huggingface": described}), tmp_path / "train.parquet")
+    assert words in refused(tmp_path)
+
+
+def test_files_with_other_columns_are_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "b.parquet", [0, 1] * 2, named("a", "b"))
+    parquet.write_table(parquet.read_table(path).rename_columns(["image", "kind"]), tmp_path / "a.parquet")
+    assert "b.parquet has the columns image, label, a.parquet has image, kind" in refused(tmp_path)
 
 
 def test_damaged_parquet_files_are_named(tmp_path: Path) -> None:

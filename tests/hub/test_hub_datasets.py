@@ -114,7 +114,9 @@ def test_a_revision_is_taken_or_refused(running: tuple[LoopbackHub, Client], par
     assert "v9" in refused(client, tmp_path, "--dataset", "me/moved", "--dataset-revision", "v9")
 
 
-def test_files_that_are_no_pictures_are_refused(running: tuple[LoopbackHub, Client], tmp_path: Path) -> None:
+def test_files_that_are_no_pictures_are_refused(
+    running: tuple[LoopbackHub, Client], parquet: bytes, tmp_path: Path
+) -> None:
     hub, client = running
     dataset(hub, "me/text", {"data.csv": b"text,label\nhello,0\nbye,1\n"})
     said = refused(client, tmp_path, "--dataset", "me/text")
@@ -123,6 +125,9 @@ def test_files_that_are_no_pictures_are_refused(running: tuple[LoopbackHub, Clie
     assert "me/empty" in refused(client, tmp_path, "--dataset", "me/empty")
     dataset(hub, "me/broken", {"data/train-0.parquet": b"no parquet"})
     assert "me/broken" in refused(client, tmp_path, "--dataset", "me/broken")
+    damaged = parquet[:4] + b"\xff" * 40 + parquet[44:]  # the header of the first page; the footer is whole
+    dataset(hub, "me/damaged", {"data/train-0.parquet": damaged})
+    assert "the Hub's me/damaged cannot be read" in refused(client, tmp_path, "--dataset", "me/damaged")
 
 
 def test_a_hub_that_does_not_answer_is_said_to_be_out_of_reach(
@@ -194,3 +199,23 @@ def test_a_row_of_the_hub_cannot_name_a_file_of_this_disk(running: tuple[Loopbac
         "            result.append(str(error))\n"
     )
     assert answer["result"] == ["its path leads out of the dataset's folder"] * 8, answer["err"]
+
+
+def test_class_folders_on_the_hub_are_read_whole_and_streamed(running: tuple[LoopbackHub, Client]) -> None:
+    hub, client = running
+    images = {
+        f"{split}/{name}/{i}.png": load_digits_table()[10 * number + i]["image"]["bytes"]
+        for split in ("train", "test")
+        for number, name in enumerate(("cat", "dog"))
+        for i in range(3)
+    }
+    dataset(hub, "me/folders", images)
+    answer = client.run(
+        "from resnext_hub.data.dataset import *\n"
+        "result = []\n"
+        "for streaming in (False, True):\n"
+        "    pictures = load_splits(DataConfig(dataset='me/folders', streaming=streaming)).train\n"
+        "    items = pictures.read(range(pictures.shards)) if streaming else range(len(pictures))\n"
+        "    result.append([pictures.image(item).size for item in items])\n"
+    )
+    assert answer["result"] == [[[8, 8]] * 6] * 2, answer["err"]

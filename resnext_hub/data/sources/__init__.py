@@ -49,13 +49,13 @@ def bundled(config: DataConfig) -> bool:
 
 def local_path(config: DataConfig) -> Path | None:
     """Return the local path that is asked for, if it is one that exists."""
-    path = Path(config.dataset).expanduser()
+    path = Path(os.path.expanduser(config.dataset))
     return path if not bundled(config) and os.path.lexists(path) else None
 
 
 def dataset_name(config: DataConfig) -> str:
     """Return a short name for what is asked for, such as the last part of a path."""
-    path = Path(config.dataset).expanduser()
+    path = Path(os.path.expanduser(config.dataset))
     return BUNDLED if bundled(config) else path.name or path.resolve().name
 
 
@@ -114,7 +114,9 @@ def _open_file(path: Path, config: DataConfig) -> Source:
             f"{name} is a table, but not a parquet file: name it metadata.csv, with the columns file_name and label, "
             "and give the folder that holds it"
         )
-    what = "an image" if is_picture(path.name) else "a file" if path.is_file() else "no folder and no regular file"
+    if not path.is_file():
+        raise RequestError(f"{name} is no folder and no regular file; expected a folder: {LAYOUTS}")
+    what = "an image" if is_picture(path.name) else "a file"
     raise RequestError(f"{name} is {what}, but not a parquet file; expected a folder: {LAYOUTS}")
 
 

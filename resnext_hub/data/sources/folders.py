@@ -100,13 +100,17 @@ def image_table(
     import datasets
     import pyarrow
 
-    image = datasets.Image(decode=False)
-    paths = [stored_path(os.path.join(tree.root, tree.images[i])) for i in images]
+    image_column = "image" if label_column != "image" else "file_name"
+    root = os.path.join(tree.root, "")
+    paths = [stored_path(root + tree.images[i]) for i in images]
     struct = pyarrow.StructArray.from_arrays(
         [pyarrow.nulls(len(paths), pyarrow.binary()), pyarrow.array(paths, pyarrow.string())], ["bytes", "path"]
     )
-    features = datasets.Features({"image": image, label_column: feature})
-    columns = {"image": struct, label_column: pyarrow.array(labels, features.arrow_schema.field(label_column).type)}
+    features = datasets.Features({image_column: datasets.Image(decode=False), label_column: feature})
+    columns = {
+        image_column: struct,
+        label_column: pyarrow.array(labels, features.arrow_schema.field(label_column).type),
+    }
     table = datasets.table.InMemoryTable(pyarrow.table(columns))
     return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
 
@@ -204,7 +208,8 @@ def _split_names(tree: Tree, inside: Mapping[str, Folder], notes: list[str]) -> 
     Raises:
         RequestError: If they could be either.
     """
-    nested = [name for name, folder in inside.items() if not _below(tree, folder)[1]]
+    named = {name: folder for name, folder in inside.items() if split_role(name) or loose_role(name)}
+    nested = [name for name, folder in named.items() if not _below(tree, folder)[1]]
     exact = [name for name in inside if split_role(name)]
     splits = [name for name in nested if split_role(name)]
     roles = {split_role(name) for name in splits}
@@ -272,6 +277,12 @@ def refuse_tables(tree: Tree, folder: Folder) -> None:
     """Refuse images that lie apart from the table of their labels."""
     start = f"{folder.path}/" if folder.path else ""
     tables = [path for path in tree.others if path.startswith(start) and path.lower().endswith(TABLE_SUFFIXES)]
+    metadata = [path for path in tables if path.rpartition("/")[2].lower().startswith("metadata.")]
+    if metadata:
+        raise RequestError(
+            f"{printable(tree.root / metadata[0])} has no column file_name; expected the columns file_name (as seen "
+            "from the table) and label"
+        )
     if tables:
         raise RequestError(
             f"{printable(tree.root)} has its labels in a table, {printable(tables[0])}: name it metadata.csv, with the "

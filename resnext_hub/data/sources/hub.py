@@ -5,7 +5,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from resnext_hub.data.sources.parquet import check_cache, part_of
+from resnext_hub.data.sources.parquet import DAMAGED, check_cache, part_of, quiet_library, require_space
 from resnext_hub.data.sources.source import Part, Source
 from resnext_hub.errors import RequestError, RunError, one_line
 from resnext_hub.text import printable
@@ -41,7 +41,8 @@ def load_from_hub(name: str, config: str | None, revision: str | None, streaming
         if streaming:
             tables = {split: _undecoded(name, table) for split, table in builder.as_streaming_dataset().items()}
         else:
-            builder.download_and_prepare()
+            with quiet_library():
+                builder.download_and_prepare()
             tables = dict(builder.as_dataset())
         stated = {split: info.num_examples for split, info in (builder.info.splits or {}).items()}
         return Source(
@@ -61,6 +62,10 @@ def load_from_hub(name: str, config: str | None, revision: str | None, streaming
         ) from error
     except datasets.data_files.EmptyDatasetError as error:
         raise RequestError(f"the Hub's {name} holds no files of data: {one_line(error)}") from error
+    except datasets.exceptions.DatasetGenerationError as error:
+        cause = error.__cause__ or error
+        require_space(cause)
+        raise RequestError(f"the Hub's {name} cannot be read: {one_line(cause)}") from error
     except (OSError, OfflineModeIsEnabled, HfHubHTTPError) as error:  # the library hides what was lost in the first
         raise RunError(
             f"{name} is no local folder, and the Hub could not be reached for it: {one_line(error)}. "
@@ -68,7 +73,7 @@ def load_from_hub(name: str, config: str | None, revision: str | None, streaming
         ) from error
     except RuntimeError as error:  # from Xet, over which large files come, or of a dataset that is a script
         raise RunError(f"{name} could not be loaded from the Hub: {one_line(error)}") from error
-    except (ValueError, HFValidationError) as error:
+    except (*DAMAGED, HFValidationError) as error:
         hint = "; name one with --dataset-config" if "config" in str(error).lower() else ""
         raise RequestError(f"{name} cannot be opened: {one_line(error)}{hint}") from error
 

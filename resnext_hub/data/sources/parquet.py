@@ -6,9 +6,11 @@ labels are matched by their names.
 
 import errno
 import glob
+import logging
 import os
 import posixpath
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -20,6 +22,10 @@ from resnext_hub.text import listing, printable
 
 if TYPE_CHECKING:
     import datasets
+
+
+DAMAGED = (ValueError, TypeError, AttributeError, LookupError, RecursionError, NotImplementedError)
+"""What the library datasets raises for descriptions of columns that make no sense."""
 
 
 def open_parquet(root: Path, files: Sequence[str], streaming: bool) -> Source:
@@ -39,25 +45,19 @@ def open_parquet(root: Path, files: Sequence[str], streaming: bool) -> Source:
     import datasets
 
     parts = {file: read_part(root / file, file) for file in files}
+    _check_columns([*parts.values()])
     splits = splits_of(files)
     for split, members in splits.items():
         if not any(parts[file].rows for file in members):
             raise RequestError(f"{listing((root / file for file in members), 3)}: no rows (split {split})")
     check_cache()
+    data_files = {split: [glob.escape(str(root / file)) for file in members] for split, members in splits.items()}
     try:
-        tables = datasets.load_dataset(
-            "parquet",
-            data_files={
-                split: [glob.escape(str(root / file)) for file in members] for split, members in splits.items()
-            },
-            streaming=streaming,
-        )
+        with quiet_library():
+            tables = datasets.load_dataset("parquet", data_files=data_files, streaming=streaming)
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError, NotImplementedError) as error:
         cause = error.__cause__ or error
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise RunError(
-                f"the cache {datasets.config.HF_DATASETS_CACHE} is full; free space, or set HF_HOME to another disk"
-            ) from error
+        require_space(cause)
         raise RequestError(f"{printable(root)} cannot be read as parquet: {one_line(cause)}") from error
     return Source(
         tables=dict(tables),
@@ -89,6 +89,15 @@ def read_part(path: Path, name: str) -> Part:
         raise RequestError(f"{printable(path)} cannot be read as parquet: {reason}") from error
 
 
+def _check_columns(parts: Sequence[Part]) -> None:
+    for part in parts:
+        if part.features.keys() != parts[0].features.keys():
+            raise RequestError(
+                f"{printable(part.name)} has the columns {listing(part.features)}, {printable(parts[0].name)} has "
+                f"{listing(parts[0].features)}; store the same columns in all files, or move one away"
+            )
+
+
 def part_of(file: IO[bytes], name: str) -> Part:
     """Read the number of rows and the columns of an open parquet file.
 
@@ -99,7 +108,11 @@ def part_of(file: IO[bytes], name: str) -> Part:
     from pyarrow import parquet
 
     content = parquet.ParquetFile(file)
-    return Part(name, content.metadata.num_rows, dict(datasets.Features.from_arrow_schema(content.schema_arrow)))
+    try:
+        features = datasets.Features.from_arrow_schema(content.schema_arrow)
+    except DAMAGED as error:
+        raise ValueError(f"its description of the columns is damaged ({one_line(error)})") from error
+    return Part(name, content.metadata.num_rows, dict(features))
 
 
 def splits_of(files: Iterable[str]) -> dict[str, list[str]]:
@@ -147,6 +160,28 @@ def is_encoded_picture(feature: Any) -> bool:
 def parquet_files(tree: Tree) -> list[str]:
     """Return the parquet files of a folder."""
     return [path for path in tree.others if path.endswith(".parquet")]
+
+
+@contextmanager
+def quiet_library() -> Iterator[None]:
+    """Turn off what the library datasets logs of an error that it raises as well, and which is refused in one line."""
+    import datasets
+
+    before = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(before)
+
+
+def require_space(error: BaseException) -> None:
+    """Raise RunError if an error says that the disk of the cache is full."""
+    import datasets
+
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        cache = printable(datasets.config.HF_DATASETS_CACHE)
+        raise RunError(f"the cache {cache} is full; free space, or set HF_HOME to another disk") from error
 
 
 def check_cache() -> None:

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from resnext_hub.data.sources.parquet import DAMAGED
 from resnext_hub.data.sources.source import Source
 from resnext_hub.data.sources.walk import Tree
 from resnext_hub.errors import RequestError, one_line
@@ -27,7 +28,7 @@ def open_saved(tree: Tree) -> Source:
     root = tree.root
     try:
         found = datasets.load_from_disk(str(root))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, NotImplementedError) as error:
+    except (OSError, *DAMAGED) as error:
         raise RequestError(
             f"{printable(root)} is a folder of datasets.save_to_disk that cannot be read: {one_line(error)}"
         ) from error

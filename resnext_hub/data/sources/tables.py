@@ -60,25 +60,27 @@ def label_column_of(tree: Tree, tables: Sequence[Table], asked: str | None) -> s
     Raises:
         RequestError: If it cannot be found, and images lie directly beside a table, so that no folder says their class.
     """
-    shared = [name for name in tables[0].columns if all(name in table.columns for table in tables)]
-    known = [name for name in LABEL_NAMES if name in shared]
-    if asked in shared:
+    columns = dict.fromkeys(name for table in tables for name in table.columns)
+    known = [name for name in LABEL_NAMES if name in columns]
+    if asked in columns:
         return asked
     if known and asked is None:
         return known[0]
     if not {posixpath.dirname(path) for path in tree.images} & {table.folder for table in tables}:
         return None
-    others = [name for name in shared if name not in (FILE_NAME, SPLIT)]
+    others = [name for name in columns if name not in (FILE_NAME, SPLIT)]
     if len(others) == 1 and asked is None:
         return others[0]
     what = f"--label-column {printable(asked)}: there is no such column" if asked else "no column is called label"
     raise RequestError(
-        f"{printable(tree.root / tables[0].path)}: {what}; it has {listing(shared)}: name one with --label-column"
+        f"{printable(tree.root / tables[0].path)}: {what}; it has {listing(columns)}: name one with --label-column"
     )
 
 
 def open_tables(tree: Tree, tables: Sequence[Table], label_column: str) -> Source:
     """Open images whose labels stand in tables; splits come from a column `split`, or from the folders of the files.
+
+    Tables without labels, as of a test split, are left out.
 
     Raises:
         RequestError: If no row has a file, or a file has two labels.
@@ -87,6 +89,7 @@ def open_tables(tree: Tree, tables: Sequence[Table], label_column: str) -> Sourc
     labels: dict[int, Any] = {}
     splits: dict[int, str] = {}
     missing: list[str] = []
+    tables = [table for table in tables if label_column in table.columns]
     for table in tables:
         count = len(table.columns[FILE_NAME])
         wanted = table.columns.get(SPLIT, [None] * count)
@@ -114,6 +117,12 @@ def open_tables(tree: Tree, tables: Sequence[Table], label_column: str) -> Sourc
         notes.append(f"{len(missing)} rows without a file left out, such as {printable(missing[0])}")
     if unnamed:
         notes.append(f"{len(unnamed)} images without a row left out, such as {printable(unnamed[0])}")
+    roles = [{_role_of(tree.images[i]) for i in part} for part in (labels, [index[path] for path in unnamed])]
+    if "train" in roles[1] - roles[0] and "eval" in roles[0]:
+        raise RequestError(
+            f"{where} has the labels of an evaluation split, and the training split has no table; give it a "
+            f"metadata.csv, too, or move {printable(tables[0].path)} away"
+        )
     splits = splits if len(splits) == len(labels) else _splits_of(tree, sorted(labels), where)
     return Source(
         tables={
@@ -128,7 +137,7 @@ def open_tables(tree: Tree, tables: Sequence[Table], label_column: str) -> Sourc
 
 def _splits_of(tree: Tree, images: Sequence[int], where: str) -> dict[int, str]:
     """Return the split of each image: the topmost of its folders that is called like one."""
-    found = {i: next(filter(split_role, tree.images[i].split("/")[:-1]), None) for i in images}
+    found = {i: _split_folder(tree.images[i]) for i in images}
     names = {split for split in found.values() if split is not None}
     if {split_role(name) for name in names} != {"train", "eval"}:
         return dict.fromkeys(images, "train")
@@ -139,6 +148,15 @@ def _splits_of(tree: Tree, images: Sequence[int], where: str) -> dict[int, str]:
             f"{printable(outside[0])}; add a column split"
         )
     return {i: str(split) for i, split in found.items()}
+
+
+def _split_folder(path: str) -> str | None:
+    return next(filter(split_role, path.split("/")[:-1]), None)
+
+
+def _role_of(path: str) -> str | None:
+    folder = _split_folder(path)
+    return split_role(folder) if folder else None
 
 
 def _image_table(tree: Tree, images: Sequence[int], column: str, labels: dict[int, Any], where: str) -> Any:
