@@ -10,6 +10,7 @@ Files are hostile until shown otherwise: only regular files are opened, only the
 
 import contextlib
 import io
+import itertools
 import struct
 import warnings
 from collections.abc import Iterator
@@ -33,6 +34,9 @@ MAX_ASPECT = 1000
 
 MAX_SCANS = 100
 """Scans of a JPEG: each costs a pass over all pixels, however short it is. Progressive files have about ten."""
+
+MAX_PARTS = 10_000
+"""Chunks of a PNG or segments of a JPEG besides its pixels: Pillow takes some microseconds for each."""
 
 _MAX_PASSES = 20
 """How often the greatest number of pixels may be passed over by the scans of one image: some seconds."""
@@ -124,6 +128,7 @@ def opened(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Iterator[Image.Im
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata in what it can still read
+            _require_parts(data)
             if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
                 Image.MAX_IMAGE_PIXELS = max_pixels  # where Pillow would refuse what the request allows
             with Image.open(io.BytesIO(data), formats=_formats()) as image:
@@ -174,6 +179,33 @@ def require_scans(data: bytes, pixels: int, max_pixels: int) -> None:
         most = min(MAX_SCANS, _MAX_PASSES * max_pixels // pixels)
         if scans > most:
             raise UnreadablePictureError(f"{scans} scans of {pixels} pixels, more than {most}")
+
+
+def _require_parts(data: bytes) -> None:
+    """Refuse a file of so many parts beside its pixels that they can only be meant to take time."""
+    parts = _png_chunks(data) if data.startswith(b"\x89PNG") else segments(data)
+    if next(itertools.islice(parts, MAX_PARTS, None), None) is not None:
+        raise UnreadablePictureError(f"more than {MAX_PARTS} parts beside its pixels")
+
+
+def _png_chunks(data: bytes) -> Iterator[bytes]:
+    """Yield the kinds of the chunks of a PNG, without those of pixels."""
+    place = 8
+    while place + 8 <= len(data):
+        kind = data[place + 4 : place + 8]
+        if kind not in (b"IDAT", b"fdAT", b"fcTL"):
+            yield kind
+        place += 12 + int.from_bytes(data[place : place + 4], "big")
+
+
+def segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """Yield the parts of a JPEG from its first: the marker of each, and the place of what follows that, its length."""
+    place = 2
+    if data[:2] != b"\xff\xd8":
+        return
+    while place + 4 <= len(data) and data[place] == 0xFF:
+        yield data[place + 1], place + 2
+        place += 2 + (data[place + 2] << 8 | data[place + 3])
 
 
 @lru_cache(maxsize=1)

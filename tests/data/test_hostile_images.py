@@ -138,6 +138,11 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str | None]] = {
     ),
     "tiles": (tiled_tiff, "tiles of 65536 x 65536"),
     "scans": (lambda: repeated_scans(3000), "scans of 4096 pixels, more than 100"),
+    "chunks": (lambda: png(8, 8, chunk(b"tEXt", b"") * 20_000), "more than 10000 parts"),
+    "segments": (
+        lambda: (whole := encoded(Image.new("L", (8, 8)), "JPEG"))[:2] + b"\xff\xfe\0\2" * 20_000 + whole[2:],
+        "more than 10000 parts",
+    ),
     "cut off": (lambda: png(9000, 9000), "truncated"),
     "cut off in strips": (lambda: encoded(Image.effect_noise((64, 64), 50), "TIFF")[:3000], None),
 }
