@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 2
 """2 since the confusion matrix is sparse, so that a record grows with images and classes, not with classes squared."""
 
+PLOTS = ("curves.png", "confusion_matrix.png")
+"""Plots of a model folder, which its card shows and which are published."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
@@ -161,6 +164,8 @@ class RunRecord:
     decoders: list[str] = field(default_factory=list)
     """What decoded the pictures to train on, in the order of use: several if a run was told to go on with another."""
     broken_pictures: list[dict[str, str]] = field(default_factory=list)
+    plots: list[str] = field(default_factory=lambda: list(PLOTS))
+    """Plots of the model folder that could be drawn."""
     merged_groups: dict[str, int] = field(default_factory=dict)
     """How many neighbouring groups of a grouped convolution were computed as one in training, by the layer's name."""
 

@@ -41,7 +41,7 @@ from resnext_hub.machine import (
 )
 from resnext_hub.models.source import ModelSource, build_model, needs_plugin, portable_architecture, variant_of
 from resnext_hub.plan import Plan, folder_state, public_model, public_settings, read_config
-from resnext_hub.plots import plot_samples, write_plots
+from resnext_hub.plots import write_plots, write_samples
 from resnext_hub.recipes import QUICKSTART
 from resnext_hub.record import (
     BaseModelFacts,
@@ -372,10 +372,13 @@ def _write_files(plan: Plan, outcome: Outcome, accelerator: "Accelerator", preci
         record = _record_of(plan, outcome, accelerator, precision, digest)
         _write_predictions(evaluation, folder / "predictions.parquet")
         with new_folder(folder / "plots") as aside:
-            write_plots(record, aside)
+            record = dataclasses.replace(record, plots=write_plots(record, aside))
             if isinstance(splits.eval, Pictures):  # on this disk alone: whose images they are is not ours to publish
-                plot_samples(splits.eval, evaluation, splits.label_names, aside / "samples.png")
-        write_plots(record, model / "plots")
+                most = plan.config.loader.max_image_pixels
+                write_samples(splits.eval, evaluation, splits.label_names, aside / "samples.png", most)
+        (model / "plots").mkdir()
+        for name in record.plots:
+            shutil.copyfile(folder / "plots" / name, model / "plots" / name)
         write_atomic(model / "README.md", render_card(record, kept=kept))
     unmeasured = [name for name, count in zip(record.label_names, record.evaluation.measured, strict=True) if not count]
     if unmeasured:

@@ -24,9 +24,6 @@ MOST_CLASSES = 30
 """Rows of the per-class table; with more classes, those with the lowest recall are shown."""
 
 
-PLOTS = ("curves.png", "confusion_matrix.png")
-"""Plots of a model folder, which the card shows and which are published."""
-
 TAGS = ("image-classification", "timm", "transformers", "resnext")
 
 
@@ -86,7 +83,7 @@ def _body(record: RunRecord, repo_id: str | None, license: str | None) -> str:
         paper=_paper(record.model.variant),
         sample=", ".join(f"{markdown(name)} ({_percent(value)})" for name, value in record.sample.output),
         limits=_limits(record),
-        plots=PLOTS,
+        plots=record.plots,
     )
 
 

@@ -18,12 +18,12 @@ from huggingface_hub.utils._validators import validate_repo_id
 from resnext_hub.data.columns import listing
 from resnext_hub.errors import RequestError, RunError, hide_tokens, one_line
 from resnext_hub.files import read_json, read_regular, sha256_of, write_json, yaml_fields
-from resnext_hub.hub.card import PLOTS, TAGS, card_parts, license_conflict
+from resnext_hub.hub.card import TAGS, card_parts, license_conflict
 from resnext_hub.hub.card_file import CardFile, Kept, choose_kept, put_together, take_apart
 from resnext_hub.hub.licenses import check_license
 from resnext_hub.hub.remote import HUB_ERRORS, commit_files, differing_files, fetch_text, no_bars, persist, status_of
 from resnext_hub.models.source import WEIGHTS
-from resnext_hub.record import RunRecord
+from resnext_hub.record import PLOTS, RunRecord
 from resnext_hub.text import printable
 
 _logger = logging.getLogger(__name__)
