@@ -97,6 +97,7 @@ SPLITS = classes("train/") + classes("val/")
         ([*classes("train/images/"), *classes("val/images/")], {"train", "val"}, None),
         (classes("animals/train/") + classes("animals/val/"), {"train", "val"}, "animals/ was entered"),
         (classes("my/images/"), {"train"}, "my/images/ was entered"),
+        (classes("train/train/") + classes("train/test/"), {"train", "test"}, "train/ was entered"),
         ([*classes(), "cover.png"], {"train"}, "1 images outside class folders"),
         ([*classes(), "notes/a.txt", "empty/"], {"train"}, "folders without images left out: empty, notes"),
         ([*classes(), "dog/1.heic", ".hidden", "a.txt"], {"train"}, "3 files skipped (.heic: 1, .txt: 1, hidden: 1)"),
@@ -137,6 +138,11 @@ def test_classes_stay_classes_whatever_they_are_called(tmp_path: Path, files: li
         (flat("Training", "Validation"), ["--layout classes"]),
         (flat("training_set", "test_set"), ["--layout classes"]),
         (flat("train", "val", "bus"), ["--layout classes"]),
+        (flat("train", "test1"), ["test1, train", "--layout classes"]),
+        (
+            [*classes("cat/", ("train", "val")), *classes("dog/", ("train", "val"))],
+            ["splits (train, val) in each of cat, dog"],
+        ),
         ([*classes("train/"), *flat("unlabelled")], ["other folders beside train", "--layout classes"]),
         ([*flat("train"), *classes("val/")], ["train holding images and no class folders"]),
         ([*flat("images"), "labels.csv"], ["labels.csv", "metadata.csv", "file_name"]),
@@ -159,6 +165,12 @@ def test_a_layout_that_is_none_or_could_be_two_is_refused_with_a_way_out(
 ) -> None:
     message = refused(fill(tmp_path, files))
     assert all(word in message for word in words), message
+
+
+def test_folders_that_all_classes_have_are_named(tmp_path: Path) -> None:
+    fill(tmp_path, classes("fold1/") + classes("fold2/"))
+    assert any("each with folders cat, dog in it" in note for note in opened(tmp_path).notes)
+    assert load(tmp_path, layout="splits", train_split="fold1", eval_split="fold2").label_names == ("cat", "dog")
 
 
 def test_layout_decides_what_folders_called_like_splits_are(tmp_path: Path) -> None:
@@ -300,10 +312,11 @@ def test_each_real_folder_is_read_once(tmp_path: Path) -> None:
     (root / "b").symlink_to("a")
     outside = fill(tmp_path / "elsewhere", ["0.png", "1.png"])
     (root / "bird").symlink_to(outside)
+    (root / "horse").symlink_to("nowhere")
     source = opened(root)
     assert classes_of(source) == ["bird", "cat", "dog"]
     assert len(source.tables["train"]) == 8
-    assert any("link to a folder found elsewhere kitten" in note or "cat/all" in note for note in source.notes)
+    assert any("cat/all" in note and "link that leads nowhere horse" in note for note in source.notes)
 
 
 def test_the_root_of_the_file_system_is_refused_at_once(tmp_path: Path) -> None:

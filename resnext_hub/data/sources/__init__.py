@@ -173,6 +173,7 @@ def _described(source: Source, tree: Tree, used: list[str], left_out: list[str] 
         ("", tree.junk),
         ("run folder ", tree.runs),
         ("link to a folder found elsewhere ", tree.repeated),
+        ("link that leads nowhere ", tree.broken),
     ):
         left_out += [f"{what}{printable(place)}" for place in sorted(places)[:4]]
         left_out += [f"{len(places) - 4} more such folders"] if len(places) > 4 else []

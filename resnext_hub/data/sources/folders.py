@@ -137,7 +137,8 @@ def _entered(tree: Tree, notes: list[str]) -> Folder:
         if len(inside) == 1:
             (only,) = inside.values()
             deeper, flat = _below(tree, only)
-            if deeper and not flat and split_role(only.name) is None:
+            inner_roles = {split_role(name) for name in deeper}
+            if deeper and not flat and (split_role(only.name) is None or inner_roles == {"train", "eval"}):
                 top = only
                 notes.append(f"{printable(only.path)}/ was entered, as it alone holds the class folders")
                 continue
@@ -223,6 +224,8 @@ def _split_names(tree: Tree, inside: Mapping[str, Folder], notes: list[str]) -> 
         return splits
     if splits or len({split_role(name) for name in exact}) == 2:
         _refuse_ambiguous(tree, exact, splits)
+    if exact and len(named) == len(inside) and len({loose_role(name) for name in named}) == 2:  # train/ beside test1/
+        _refuse_ambiguous(tree, list(named), splits)
     if exact and len(inside) > 1:
         notes.append(f"{listing(exact)} is taken for a class, as the folders beside it are (--layout says otherwise)")
     if exact:
@@ -237,7 +240,24 @@ def _split_names(tree: Tree, inside: Mapping[str, Folder], notes: list[str]) -> 
             return within
         if len(loose) == len(inside):
             _refuse_ambiguous(tree, list(loose), within)
+    _doubt_shared_folders(tree, inside, notes)
     return []
+
+
+def _doubt_shared_folders(tree: Tree, inside: Mapping[str, Folder], notes: list[str]) -> None:
+    """Refuse splits within class folders, and name folders that all classes have, which could be the classes."""
+    inner = [set(_below(tree, folder)[0]) for folder in inside.values()]
+    shared = sorted(set.intersection(*inner)) if len(inner) > 1 else []
+    if {split_role(name) for name in shared} >= {"train", "eval"}:
+        raise RequestError(
+            f"{printable(tree.root)} has splits ({listing(shared)}) in each of {listing(inside)}; expected the classes "
+            "within the splits, such as train/cat; --layout classes takes all images of a class together"
+        )
+    if len(shared) > 1:
+        notes.append(
+            f"classes are {listing(inside)}, each with folders {listing(shared)} in it; if those are the classes, add "
+            "--layout splits"
+        )
 
 
 def _refuse_ambiguous(tree: Tree, names: Sequence[str], splits: Sequence[str]) -> NoReturn:

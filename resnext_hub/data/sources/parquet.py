@@ -159,7 +159,7 @@ def is_encoded_picture(feature: Any) -> bool:
 
 def parquet_files(tree: Tree) -> list[str]:
     """Return the parquet files of a folder."""
-    return [path for path in tree.others if path.endswith(".parquet")]
+    return [path for path in tree.others if path.lower().endswith(".parquet")]
 
 
 @contextmanager

@@ -45,6 +45,8 @@ class Tree:
     """Run folders of this package."""
     repeated: list[str] = field(default_factory=list)
     """Links to folders that were found elsewhere, or that hold the dataset itself."""
+    broken: list[str] = field(default_factory=list)
+    """Links that lead nowhere and are not called like an image."""
 
 
 def walk(root: Path) -> Tree:
@@ -115,6 +117,8 @@ def _scan(tree: Tree, place: str, found: list[tuple[str, int]], folders: list[st
             tree.hidden += 1
         elif is_picture(entry.name):
             found.append((path, _size(entry, is_link)))
+        elif is_link and not os.path.exists(entry.path):
+            tree.broken.append(path)
         else:
             tree.others.append(path)
 
