@@ -11,13 +11,15 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resnext_hub.errors import RequestError, RunError, StoppedRun, hide_tokens, one_line
+from resnext_hub.agreement import Peers, join
+from resnext_hub.errors import RequestError, RunError, StoppedRun, failed_system_call, hide_tokens, one_line
+from resnext_hub.machine import speaks_for_host
 from resnext_hub.text import printable
 
 if TYPE_CHECKING:
+    from resnext_hub.plan import Plan
     from resnext_hub.training.config import TrainConfig
 
 _logger = logging.getLogger(__name__)
@@ -54,40 +56,59 @@ OPTIONAL_PACKAGES = {"simplejpeg"}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; give its exit code: 2 for a wrong request, 1 for a failed run, above 128 for a stopped one."""
     _occupy_standard_files()
-    is_main = os.environ.get("RANK", "0") == "0"
-    _set_up_logging(is_main)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    speaks = speaks_for_host()  # one process of each host says what goes wrong
+    _set_up_logging(os.environ.get("RANK", "0") == "0")
     try:
-        from resnext_hub.flags import build_parser  # which needs what the extra `train` brings
-
-        COMMANDS[(options := build_parser().parse_args(arguments)).command](options)
+        # processes that train together fail together, down to a flag that one of them does not know
+        peers = join() if words[:1] == ["train"] else Peers()
+        options = peers.together(lambda: _parse(words))
+        with _named_extras():
+            if options.command == "train":
+                _train(options, peers)
+            else:
+                COMMANDS[options.command](options)
     except RequestError as error:
-        return _say(error, 2, is_main)
+        return _say(error, 2, speaks)
     except RunError as error:
-        return _say(error, 1, is_main or not error.everywhere)
-    except ModuleNotFoundError as error:
-        extra = EXTRA_OF_PACKAGE.get((error.name or "").partition(".")[0])
-        if extra is None:
-            raise
-        return _say(f'{error.name} is not installed; pip install "resnext-hub[{extra}]"', 2, is_main)
+        return _say(error, 1, speaks or not error.everywhere)
     except ImportError as error:
-        return _say(f"{error.name} is installed but cannot be imported: {one_line(error)}", 1, is_main)
+        return _say(f"{error.name} is installed but cannot be imported: {one_line(error)}", 1, speaks)
     except StoppedRun as stopped:
-        return _say(stopped, stopped.code, is_main)
+        return _say(stopped, stopped.code, speaks)
     except KeyboardInterrupt:
-        return _say("stopped; the same command goes on from the last checkpoint, or else starts over", 130, is_main)
+        return _say("stopped; the same command goes on from the last checkpoint, or else starts over", 130, speaks)
     except BrokenPipeError:  # the reader has seen enough, as head does; what is left unwritten has no place to go
         _discard_output()
         return 141
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        return _say(f"{where}{error.strerror or one_line(error)}", 1, is_main)
+        return _say(f"{where}{error.strerror or one_line(error)}", 1, True)
     except (MemoryError, RuntimeError) as error:
         from resnext_hub.machine import is_out_of_memory
 
         if not is_out_of_memory(error):
             raise
-        return _say(f"out of memory ({one_line(error)[:120]}); a smaller --batch-size or image needs less", 1, is_main)
+        return _say(f"out of memory ({one_line(error)[:120]}); a smaller --batch-size or image needs less", 1, True)
     return 0
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    with _named_extras():
+        from resnext_hub.flags import build_parser  # which needs what the extra `train` brings
+    return build_parser().parse_args(words)
+
+
+@contextlib.contextmanager
+def _named_extras() -> Iterator[None]:
+    """Name the extra that brings a package which is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        extra = EXTRA_OF_PACKAGE.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        raise RequestError(f'{error.name} is not installed; pip install "resnext-hub[{extra}]"') from error
 
 
 def _say(what: object, code: int, aloud: bool) -> int:
@@ -128,36 +149,19 @@ def _set_up_logging(is_main: bool) -> None:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
-def _train(options: argparse.Namespace) -> None:
-    from resnext_hub import plan as planning
-    from resnext_hub.hub.checkpoints import fetch_run, fetched_settings
+def _train(options: argparse.Namespace, peers: Peers) -> None:
+    plan = peers.agree(lambda: _plan(options, peers), _shared_facts)
     from resnext_hub.record import RunRecord
     from resnext_hub.run import execute, publish_run
-    from resnext_hub.training.config import flat_fields
 
-    asked = {name: value for name, value in vars(options).items() if name in flat_fields()}
-    state = fetch_run(options.resume_from) if options.resume_from else None
-    fetched = None
-    if state is not None and options.config is None:
-        fetched = fetched_settings(planning.read_config(state), asked, options.resume_from)
-    settings, recipe = planning.merge_settings(asked, options.recipe, options.config, fetched)
-    with _wrong_requests():
-        plan = planning.prepare(
-            settings,
-            asked=asked,
-            recipe=recipe,
-            output_dir=options.output_dir,
-            resume=options.resume,
-            resume_from=state,
-        )
-    _require_packages("train")
     if plan.finished:
-        record = RunRecord.load(plan.folder / "record.json")
+        record = peers.from_main(lambda: RunRecord.load(plan.folder / "record.json"))
         _print(f"{plan.folder} is finished already; nothing was computed (--epochs may grow)\n")
     else:
-        with _one_line_failures(plan.folder, plan.config), _bars_beside_logs():
-            record = execute(plan)
-    if plan.config.publish.push_to_hub and os.environ.get("RANK", "0") == "0":
+        with _one_line_failures(plan.config), _bars_beside_logs():
+            record = execute(plan, peers)
+    peers.close()
+    if plan.config.publish.push_to_hub and peers.is_main:
         _print(f"published and read back: {publish_run(plan, record).address}\n")
     model = plan.folder / "model"
     evaluation = record.evaluation
@@ -169,6 +173,38 @@ def _train(options: argparse.Namespace) -> None:
         + f'    model = timm.create_model("local-dir:{model}", pretrained=True).eval()\n'
         f"    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
     )
+
+
+def _plan(options: argparse.Namespace, peers: Peers) -> "Plan":
+    with _named_extras():
+        from resnext_hub import plan as planning
+        from resnext_hub.hub.checkpoints import fetch_run, fetched_settings
+        from resnext_hub.training.config import flat_fields
+
+        asked = {name: value for name, value in vars(options).items() if name in flat_fields()}
+        state = fetch_run(options.resume_from) if options.resume_from else None
+        fetched = None
+        if state is not None and options.config is None:
+            fetched = fetched_settings(planning.read_config(state), asked, options.resume_from)
+        settings, recipe = planning.merge_settings(asked, options.recipe, options.config, fetched)
+        with _wrong_requests():
+            plan = planning.prepare(
+                settings,
+                asked=asked,
+                recipe=recipe,
+                output_dir=options.output_dir,
+                resume=options.resume,
+                resume_from=state,
+                peers=peers,
+            )
+        _require_packages("train")
+        return plan
+
+
+def _shared_facts(plan: "Plan") -> dict[str, object]:
+    from resnext_hub.plan import shared_facts
+
+    return shared_facts(plan)
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -381,7 +417,7 @@ def _wrong_requests() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _one_line_failures(folder: Path, config: "TrainConfig") -> Iterator[None]:
+def _one_line_failures(config: "TrainConfig") -> Iterator[None]:
     """Say in a line what the operating system refused, or whom it killed."""
     from resnext_hub.data.batches import lost_reader
     from resnext_hub.machine import is_out_of_memory
@@ -398,10 +434,7 @@ def _one_line_failures(folder: Path, config: "TrainConfig") -> Iterator[None]:
             raise lost from None
         if not isinstance(error, OSError):
             raise
-        where = f" ({error.filename})" if error.filename else ""
-        raise RunError(
-            f"the run stopped: {error.strerror or error}{where}; mend that, and the same command goes on in {folder}"
-        ) from error
+        raise failed_system_call(error) from error
 
 
 def _memory_advice(config: "TrainConfig") -> str:
@@ -447,7 +480,6 @@ def _discard_output() -> None:
 
 
 COMMANDS = {
-    "train": _train,
     "info": _info,
     "evaluate": _evaluate,
     "predict": _predict,

@@ -35,6 +35,13 @@ class StoppedRun(Exception):
         self.code = 128 + number
 
 
+def failed_system_call(error: OSError) -> RunError:
+    """Return what the operating system refused in the middle of a run, as a line."""
+    where = f" ({printable(str(error.filename))})" if error.filename else ""
+    reason = printable(error.strerror or str(error))
+    return RunError(f"the run stopped: {reason}{where}; fix that and rerun the same command to resume")
+
+
 def one_line(error: BaseException) -> str:
     """Return an error's text in one printable line of at most 300 characters without tokens, for our own message."""
     return hide_tokens(printable(" ".join(str(error).split())))[:300] or type(error).__name__

@@ -3,12 +3,14 @@
 import contextlib
 import ctypes
 import errno
+import hashlib
 import logging
 import os
 import platform
 import subprocess
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +20,7 @@ import torch
 
 import resnext_hub
 from resnext_hub.errors import RequestError, RunError
+from resnext_hub.text import printable
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -165,14 +168,65 @@ _ALLOCATION_FAILED = (
 """What torch and its libraries say then; most of them have no class of their own for it."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands among those that the launcher started."""
+
+    rank: int
+    processes: int
+    address: str
+    """Host of the store through which the processes find each other."""
+    port: int
+
+    @classmethod
+    def read(cls) -> "Place":
+        """Read what the launcher says in the environment.
+
+        Raises:
+            RequestError: If it contradicts itself, or is incomplete, so that the processes would not find each other.
+        """
+        count, rank = _whole_number("WORLD_SIZE", 1), _whole_number("RANK", 0)
+        _whole_number("LOCAL_RANK", 0)
+        _whole_number("LOCAL_WORLD_SIZE", 1)
+        address = os.environ.get("MASTER_ADDR", "")
+        if "WORLD_SIZE" not in os.environ and address:
+            raise RequestError(
+                f"MASTER_ADDR is {printable(address)} but WORLD_SIZE is not set, so each process would train alone; "
+                "start several with torchrun (--nnodes, --nproc_per_node), or unset MASTER_ADDR"
+            )
+        if count < 1 or rank >= count:
+            raise RequestError(f"RANK {rank} of WORLD_SIZE {count}: expected a rank below the number of processes")
+        port = _whole_number("MASTER_PORT", 0) if count > 1 else 0
+        if count > 1 and not (address and 0 < port < 1 << 16):
+            raise RequestError(
+                f"WORLD_SIZE is {count} with MASTER_ADDR {printable(address) or 'not set'} and MASTER_PORT {port}; "
+                "expected the main process's host and a port (1 to 65535) that is free there; torchrun sets both"
+            )
+        return cls(rank, count, address, port)
+
+
+def _whole_number(variable: str, default: int) -> int:
+    text = os.environ.get(variable, "")
+    if not text:
+        return default
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise RequestError(f"{variable} is {printable(text)}; expected a whole number, as torchrun sets it")
+    return int(text)
+
+
 def processes() -> int:
-    """Give the number of processes that the launcher started."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """Return the number of processes that the launcher started."""
+    return max(_whole_number("WORLD_SIZE", 1), 1)
 
 
 def local_processes() -> int:
-    """Give the number of those that run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", processes()))
+    """Return the number of those that run on this machine."""
+    return max(_whole_number("LOCAL_WORLD_SIZE", processes()), 1)
+
+
+def speaks_for_host() -> bool:
+    """Return whether this process is the one of its host that reports errors."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def cores() -> int:
@@ -187,6 +241,16 @@ def versions() -> dict[str, str]:
     with contextlib.suppress(metadata.PackageNotFoundError):  # runs go without it, by another decoder
         found["simplejpeg"] = metadata.version("simplejpeg")
     return {"resnext-hub": resnext_hub.__version__, "python": platform.python_version(), **found}
+
+
+def source_digest() -> str:
+    """Return a SHA-256 of this package's own Python files, in hexadecimal."""
+    root = Path(__file__).resolve().parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
 
 
 def processor_name(device: torch.device) -> str:

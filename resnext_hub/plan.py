@@ -1,10 +1,11 @@
 """From what somebody asks for to a run that was found right, or one line that says what is wrong.
 
-Everything here happens in every process alike and before any process group exists, so that a wrong request stops all of
-them instead of leaving some to wait. Nothing is computed.
+Everything here happens in every process, except that the main one alone looks at the run folder. Nothing is computed.
 """
 
 import dataclasses
+import hashlib
+import json
 import logging
 import os
 import re
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from resnext_hub.agreement import Peers
 from resnext_hub.data.columns import listing
 from resnext_hub.data.dataset import Splits, check_source, load_splits
 from resnext_hub.data.jpeg import is_installed
@@ -25,13 +27,21 @@ from resnext_hub.data.transforms import published_input
 from resnext_hub.errors import RequestError, one_line
 from resnext_hub.files import read_yaml, sha256_of
 from resnext_hub.hub.publish import check_request
-from resnext_hub.machine import check_launcher, device_type, local_processes, processes, resolve_precision
+from resnext_hub.machine import (
+    check_launcher,
+    device_type,
+    local_processes,
+    processes,
+    resolve_precision,
+    source_digest,
+    versions,
+)
 from resnext_hub.models.source import ModelSource, build_model, find_model
 from resnext_hub.recipes import QUICKSTART, RECIPES
 from resnext_hub.record import RunRecord
 from resnext_hub.settings import did_you_mean, flag_of, shown
 from resnext_hub.text import printable
-from resnext_hub.training.config import GROWING_FIELDS, MACHINE_FIELDS, TrainConfig
+from resnext_hub.training.config import GROWING_FIELDS, MACHINE_FIELDS, PROCESS_FIELDS, TrainConfig
 from resnext_hub.training.optim import check_optimizer, derive_lr
 from resnext_hub.training.schedule import plan_schedule, sizes_of
 
@@ -65,6 +75,20 @@ class Plan:
     """A state from elsewhere to go on from, if the folder holds no checkpoints."""
     seen: tuple[str | None, ...]
     """What the folder held when it was looked at, as `folder_state` has it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderState:
+    """What a run folder holds. On several hosts, only the main process's one needs it."""
+
+    settings: dict[str, Any]
+    """The run's configuration; empty if there is no run."""
+    steps: int | None = None
+    """Steps of the run, if it is finished."""
+    fingerprint: str | None = None
+    """The dataset of the run, if it is finished."""
+    seen: tuple[str | None, ...] = ()
+    """Digests of its files, as `folder_state` has them."""
 
 
 def merge_settings(
@@ -102,6 +126,7 @@ def prepare(
     output_dir: Path | None = None,
     resume: bool | None = None,
     resume_from: Path | None = None,
+    peers: Peers | None = None,
 ) -> Plan:
     """Check a request and fill in what it leaves open, without computing anything.
 
@@ -113,6 +138,7 @@ def prepare(
         resume: Whether to go on with a run that the folder holds; None goes on if it holds one, and a folder in use is
             refused if not.
         resume_from: The state of a run, fetched from elsewhere, to go on from if the folder holds none.
+        peers: The processes of the run, of which the main one alone looks into the run folder; this one if not given.
 
     Raises:
         RequestError: If the request is wrong.
@@ -130,14 +156,14 @@ def prepare(
     check_source(config.data)
     source = find_model(config.model, config.pretrained)
     folder = output_dir or RUNS / f"{_slug(dataset_name(config.data))}-{_slug(_model_name(source))}"
-    seen = folder_state(folder)
-    before = read_config(folder)
+    peers = peers or Peers()
+    state = peers.from_main(lambda: _look_into(folder))
+    before = state.settings
     if resume and not before:
         _logger.warning("--resume: %s holds no run, so this one starts at step 0", printable(folder))
     if before and config.data.dataset_revision is None and before.get("dataset") == config.data.dataset:
         # a run goes on with the commit that it began with, even if the dataset has moved since
         config = _replace_data(config, dataset_revision=before.get("dataset_revision"))
-    _check_usable(folder)
     if resume is False and before:
         raise RequestError(f"--no-resume: {folder} holds a run already; give another --output-dir, or remove it")
 
@@ -149,18 +175,19 @@ def prepare(
     config = _resolve(config, source, splits, data_config, device)
     check_optimizer(config.optim, device)
     plan_schedule(config, splits.train.count)
-    _check_space(folder, _check_network(config, source, splits, data_config))
-    finished = _check_folder(folder, before, config.to_flat(), splits) if before else False
+    needed = _check_network(config, source, splits, data_config)
+
+    def check_folder() -> bool:
+        _check_space(folder, needed)
+        return _is_finished(folder, state, resume_from, config, splits)
+
+    # the main process's paths are compared with those of before: another host may have the dataset elsewhere
+    finished = peers.from_main(check_folder)
     if config.loader.decoder == "simplejpeg" and not finished and not is_installed():
         raise RequestError(
             f"{folder if before else '--decoder simplejpeg'} needs simplejpeg, which is not installed: "
             'pip install "resnext-hub[train]", or --decoder pil, whose pixels differ a little'
         )
-    if resume_from is not None and not before:
-        there, here = read_config(resume_from), public_settings(config, splits)
-        if all(settings["model"].startswith("local-dir:") for settings in (there, here)):
-            here["model"] = there["model"]  # which lies elsewhere on another machine; its tensors are compared
-        _check_folder(folder, there, here, splits)
     return Plan(
         config=config,
         asked=dict(asked),
@@ -171,7 +198,7 @@ def prepare(
         data_config=data_config,
         finished=finished,
         resume_from=resume_from,
-        seen=seen,
+        seen=state.seen,
     )
 
 
@@ -196,6 +223,52 @@ def folder_state(folder: Path) -> tuple[str | None, ...]:
     """
     paths = (folder / "config.yaml", folder / "record.json")
     return tuple(sha256_of(path) if path.is_file() else None for path in paths)
+
+
+def shared_facts(plan: Plan) -> dict[str, object]:
+    """Return what has to be the same in every process of a run, by the name that a message calls it.
+
+    A local dataset or model may lie elsewhere on another host: the dataset is compared by its content, and the main
+    process's weights are sent to all.
+    """
+    config, splits = plan.config, plan.splits
+    own = set(PROCESS_FIELDS)
+    if splits.hub_id is None:
+        own.add("dataset")
+    if config.model.startswith("local-dir:"):
+        own.add("model")
+    settings = {flag_of(name): value for name, value in config.to_flat().items() if name not in own}
+    device = device_type()
+    names = hashlib.sha256(json.dumps(splits.label_names).encode()).hexdigest()[:8]
+    computing = versions()
+    return settings | {
+        "architecture": f"{plan.source.architecture} {plan.source.model_args or ''}".rstrip(),
+        "class names": f"{listing(splits.label_names, 6)} ({len(splits.label_names)} in all, digest {names})",
+        "training images": splits.train.count,
+        "evaluation images": splits.eval.count,
+        "dataset fingerprint": splits.fingerprint[:16],
+        "device": device,
+        "precision": resolve_precision(config.mixed_precision, device),
+        "input": str(plan.data_config),
+        "resnext-hub": f"{computing['resnext-hub']} (source {source_digest()[:8]})",
+        **{name: computing.get(name) for name in ("torch", "timm", "numpy", "pillow", "simplejpeg")},
+    }
+
+
+def _look_into(folder: Path) -> FolderState:
+    """Return what a run folder holds.
+
+    Raises:
+        RequestError: If it cannot be a run folder, or what it holds cannot be read.
+    """
+    _check_usable(folder)
+    seen = folder_state(folder)
+    settings = read_config(folder)
+    path = folder / "record.json"
+    if not (settings and os.path.lexists(path)):
+        return FolderState(settings=settings, seen=seen)
+    record = RunRecord.load(path)
+    return FolderState(settings=settings, steps=record.steps, fingerprint=record.dataset.fingerprint, seen=seen)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -375,12 +448,27 @@ def _check_usable(folder: Path) -> None:
         )
 
 
-def _check_folder(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], splits: Splits) -> bool:
+def _is_finished(
+    folder: Path, state: FolderState, resume_from: Path | None, config: TrainConfig, splits: Splits
+) -> bool:
+    """Return whether the folder holds this very run, done; refuse to go on with another one, there or fetched."""
+    if state.settings:
+        return _check_folder(folder, state, config.to_flat(), splits)
+    if resume_from is not None:
+        there, here = read_config(resume_from), public_settings(config, splits)
+        if all(settings["model"].startswith("local-dir:") for settings in (there, here)):
+            here["model"] = there["model"]  # which lies elsewhere on another machine; its tensors are compared
+        _check_folder(folder, FolderState(settings=there), here, splits)
+    return False
+
+
+def _check_folder(folder: Path, state: FolderState, now: Mapping[str, Any], splits: Splits) -> bool:
     """Compare a request with the run that a folder holds; say whether that run is done.
 
     Raises:
         RequestError: If the run in the folder is another one; the settings that differ are named.
     """
+    before = state.settings
     fixed = [name for name in now if name not in MACHINE_FIELDS | GROWING_FIELDS]
     differing = [
         f"{flag_of(name)} {before.get(name)} there, {now[name]} now" for name in fixed if before.get(name) != now[name]
@@ -390,16 +478,14 @@ def _check_folder(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any
     steps = plan_schedule(TrainConfig.from_flat(now), count).steps
     if steps < old_steps:
         differing.append(f"{old_steps} steps there, {steps} now (--epochs and --max-steps may only grow)")
-    path = folder / "record.json"
-    record = RunRecord.load(path) if os.path.lexists(path) else None
-    if record and record.dataset.fingerprint != splits.fingerprint:
+    if state.fingerprint not in (None, splits.fingerprint):
         differing.append(f"the pictures of {splits.dataset_id} have changed")
     if differing:
         raise RequestError(
             f"{folder} holds another run: {'; '.join(differing)}. Give another --output-dir, or the same settings to "
             "go on"
         )
-    return record is not None and record.steps == steps
+    return state.steps == steps
 
 
 def _model_name(source: ModelSource) -> str:

@@ -17,10 +17,12 @@ import yaml
 from safetensors import SafetensorError
 
 import resnext_hub
+from resnext_hub.agreement import Peers, lost_peers
 from resnext_hub.data.columns import listing
 from resnext_hub.data.dataset import DataConfig, Pictures, Splits, StreamedPictures, load_splits
 from resnext_hub.errors import RequestError, RunError, StoppedRun, one_line
 from resnext_hub.files import new_folder, read_regular, remove_leftovers, write_atomic
+from resnext_hub.heartbeat import heartbeat
 from resnext_hub.hub.card import TAGS, render_card
 from resnext_hub.hub.card_file import Kept, take_apart
 from resnext_hub.hub.checkpoints import CheckpointPusher, restore_run
@@ -80,8 +82,12 @@ TOP5_CLASSES = 20
 """Classes above which five guesses are worth a figure: of 20 a quarter are right by chance."""
 
 
-def execute(plan: Plan) -> RunRecord:
-    """Train, and leave the whole run folder.
+def execute(plan: Plan, peers: Peers) -> RunRecord:
+    """Train, and leave the whole run folder on the main process's disk; return the record in every process.
+
+    Args:
+        plan: The request, the same in every process.
+        peers: The processes of the run.
 
     Raises:
         RequestError: If another process works on the folder.
@@ -103,22 +109,22 @@ def execute(plan: Plan) -> RunRecord:
     torch.backends.cudnn.benchmark = not deterministic
 
     with contextlib.ExitStack() as stack:
-        if accelerator.is_main_process:
-            _take_folder(plan, stack)
-        accelerator.wait_for_everyone()
+        peers.from_main(lambda: _take_folder(plan, stack))
         _log_plan(plan, accelerator, precision)
 
         torch.manual_seed(config.seed)
-        network = build_model(plan.source, len(plan.splits.label_names), config.drop_rate, config.drop_path)
-        with _lost_peers(accelerator), _pushed_checkpoints(plan) as on_checkpoint:
+        network = peers.together(
+            lambda: build_model(plan.source, len(plan.splits.label_names), config.drop_rate, config.drop_path)
+        )
+        if peers.size > 1:  # weights to start from, which another host may have in another version
+            network.load_state_dict(peers.share_tensors(network.state_dict))
+        with heartbeat(peers), lost_peers(peers.rank, peers.size), _pushed_checkpoints(plan) as on_checkpoint:
             outcome = train(
-                config, plan.splits, network, plan.data_config, folder, accelerator, precision, on_checkpoint
+                config, plan.splits, network, plan.data_config, folder, accelerator, precision, peers, on_checkpoint
             )
-        if accelerator.is_main_process:
-            _write_results(plan, outcome, accelerator, precision)
-        accelerator.wait_for_everyone()
+        record = peers.from_main(lambda: _write_results(plan, outcome, accelerator, precision))
     accelerator.end_training()
-    return RunRecord.load(folder / RECORD)
+    return record
 
 
 def _take_folder(plan: Plan, stack: contextlib.ExitStack) -> None:
@@ -186,23 +192,6 @@ def _pushed_checkpoints(plan: Plan) -> Iterator[Callable[[Path], None]]:
 
 def _yaml(settings: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
-
-
-@contextlib.contextmanager
-def _lost_peers(accelerator: "Accelerator") -> Iterator[None]:
-    """Say in a line that another process has ended, which shows as a broken connection to it."""
-    try:
-        yield
-    except RunError:
-        raise
-    except RuntimeError as error:
-        lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
-        if accelerator.num_processes == 1 or not lost:
-            raise
-        raise RunError(
-            f"process {accelerator.process_index} has lost another process of the run ({one_line(error)[:120]}); what "
-            "ended that one is said where it ran; the same command goes on from the last checkpoint"
-        ) from error
 
 
 def evaluate_run(folder: Path, threads: str = "auto") -> tuple[Evaluation, RunRecord]:
@@ -345,8 +334,8 @@ def _fitting_batch(count: int | None, epochs: float) -> int:
     return processes() * (1 << int(math.log2(part)) if part >= 2 else 2)
 
 
-def _write_results(plan: Plan, outcome: Outcome, accelerator: "Accelerator", precision: str) -> None:
-    """Write model folder, plots, card and record.
+def _write_results(plan: Plan, outcome: Outcome, accelerator: "Accelerator", precision: str) -> RunRecord:
+    """Write model folder, plots, card and record; return the record.
 
     Raises:
         RunError: If the disk does not take them, or the exported model is not the trained one.
@@ -358,6 +347,7 @@ def _write_results(plan: Plan, outcome: Outcome, accelerator: "Accelerator", pre
             f"the results could not be written to {printable(plan.folder)}: {one_line(error)}; training is done and "
             "kept: rerun the same command to write them"
         ) from error
+    return RunRecord.load(plan.folder / RECORD)
 
 
 def _write_files(plan: Plan, outcome: Outcome, accelerator: "Accelerator", precision: str) -> None:

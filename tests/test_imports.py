@@ -16,6 +16,8 @@ ORDER = (
     {"files"},
     {"settings"},
     {"machine", "record"},
+    {"agreement"},
+    {"heartbeat"},
     {"models"},
     {"data"},
     {"training", "hub", "inference"},

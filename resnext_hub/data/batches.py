@@ -163,6 +163,7 @@ def leave_stopping_to_the_parent(worker: int) -> None:
 
     After `GRACE` seconds a reader goes in any case, so that nobody who wants it gone waits for ever.
     """
+    signal.set_wakeup_fd(-1)  # the training process's, which would take this worker's signals for its own
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))

@@ -31,7 +31,9 @@ class PointwiseConv2d(nn.Conv2d):
         """Map `(N, in_channels, H, W)` to `(N, out_channels, H', W')`, in memory format channels_last."""
         rows, columns = self.stride
         pixels = x[:, :, ::rows, ::columns].permute(0, 2, 3, 1)
-        return F.linear(pixels, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        # permuted before it is flattened, so that the gradient comes in channels_last strides, as the weight lies
+        matrix = self.weight.permute(0, 2, 3, 1).flatten(1)
+        return F.linear(pixels, matrix, self.bias).permute(0, 3, 1, 2)
 
 
 def compute_pointwise_as_products(model: nn.Module) -> nn.Module:

@@ -239,6 +239,22 @@ MACHINE_FIELDS = frozenset(
 Another decoder gives slightly other pixels, so it has to be asked for by its flag.
 """
 
+PROCESS_FIELDS = frozenset(
+    {
+        "threads",
+        "workers",
+        "log_samples",
+        "keep_checkpoints",
+        "max_bad_fraction",
+        "push_to_hub",
+        "push_checkpoints",
+        "repo_id",
+        "license",
+        "private",
+    }
+)
+"""Fields that may differ between the processes of a run: what each does by itself, or the main process alone."""
+
 GROWING_FIELDS = frozenset({"epochs", "max_steps"})
 """Fields that may grow when a run is resumed."""
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from resnext_hub.agreement import Peers
 from resnext_hub.data.batches import read_batches
 from resnext_hub.data.dataset import Splits
 from resnext_hub.errors import RunError, one_line
@@ -48,6 +49,7 @@ def train(
     folder: Path,
     accelerator: "Accelerator",
     precision: str,
+    peers: Peers,
     on_checkpoint: Callable[[Path], None] = lambda path: None,
 ) -> Outcome:
     """Train a network from the newest checkpoint of a run folder, or from the start.
@@ -60,13 +62,14 @@ def train(
         folder: The run folder; the main process writes `metrics.jsonl` and `checkpoints/` in it.
         accelerator: Accelerate's view of devices and processes.
         precision: Resolved mixed precision, for the facts of a checkpoint.
+        peers: The processes of the run.
         on_checkpoint: Called with each checkpoint that the main process has written.
 
     Raises:
         RunError: If the loss is not finite, or more pictures cannot be read than may be.
         StoppedRun: If SIGTERM asked for it; the state was saved.
     """
-    run = RunState(config, splits, network, data_config, folder, accelerator, precision, on_checkpoint)
+    run = RunState(config, splits, network, data_config, folder, accelerator, precision, peers, on_checkpoint)
     run.restore()
     form = run.build_form()
     if config.compile:

@@ -1,6 +1,7 @@
 """The numbers of a run, a JSON object a line."""
 
 import contextlib
+import itertools
 import json
 import logging
 import time
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from resnext_hub.agreement import Peers
 from resnext_hub.data.batches import Unreadable
 from resnext_hub.data.columns import listing
 from resnext_hub.errors import RunError, one_line
@@ -101,24 +103,29 @@ def _parsed(text: bytes, kinds: tuple[type, ...]) -> dict[str, Any] | None:
 
 
 class UnreadableLog:
-    """What could not be read, each image once, in a file of this process that a resumed run continues.
+    """What could not be read, each image once, in a file of the main process that a resumed run continues.
 
     Args:
-        folder: The run folder.
-        process: Index of this process.
+        folder: The run folder, on the main process's disk.
+        peers: The processes of the run.
         limit: Part of a split above which the run stops.
     """
 
-    def __init__(self, folder: Path, process: int, limit: float) -> None:
-        self._path = folder / f"unreadable-{process}.jsonl"
+    def __init__(self, folder: Path, peers: Peers, limit: float) -> None:
+        self._path = folder / "unreadable-0.jsonl"
+        self._peers = peers
         self._limit = limit
-        self._known = {(line["split"], line.get("index")) for line in _unreadable_lines(folder)}
+        lines = _unreadable_lines(folder) if peers.is_main else []
+        self._known = {(line["split"], line.get("index")) for line in lines}
         self._found: dict[str, dict[int, str]] = {"training": {}, "evaluation": {}}
+        self._counts: dict[str, int] = {}
+        self._untold: list[tuple[str, Unreadable]] = []
+        """What the other processes have not heard of yet."""
         if self._known:
             _logger.warning("%d images are known to be unreadable, from before (%s)", len(self._known), self._path)
 
     def note(self, split: str, count: int, unreadable: list[Unreadable], in_all: int = 0) -> None:
-        """Write down what is new.
+        """Note what is new; the main process writes down its own at once.
 
         Images are told apart by their index: their names need not differ.
 
@@ -132,17 +139,46 @@ class UnreadableLog:
             RunError: If it is more of the split than may be, and more than one image. What was found before a resume
                 does not count, as it may have been mended.
         """
+        self._counts[split] = count
+        new = [entry for entry in unreadable if self._add(split, entry)]
+        if self._peers.size > 1:
+            self._untold += [(split, entry) for entry in new]
+        bad = max(len(self._found[split]), in_all)
+        if unreadable or in_all:
+            self._check(split, bad, everywhere=bad == in_all)
+
+    def collect(self) -> None:
+        """Let every process know, and the main one write down, what the others have noted since the last call.
+
+        Raises:
+            RunError: In every process, if it is more of a split than may be, and more than one image.
+        """
+        if self._peers.size == 1:
+            return
+        noted = self._peers.gather(self._untold)
+        self._untold = []
+        for split, entry in itertools.chain.from_iterable(noted):
+            self._add(split, entry)
+        for split in self._counts:
+            self._check(split, len(self._found[split]), everywhere=True)
+
+    def _add(self, split: str, entry: Unreadable) -> bool:
+        """Add an image if it is new, and return whether it is."""
         found = self._found[split]
-        for entry in unreadable:
-            if entry.index not in found:
-                found[entry.index] = f"{printable(entry.name)} ({printable(entry.reason)})"
-                self._write(split, entry, len(found))
-        bad = max(len(found), in_all)
-        if (unreadable or in_all) and bad > max(self._limit * count, 1):
+        if entry.index in found:
+            return False
+        found[entry.index] = f"{printable(entry.name)} ({printable(entry.reason)})"
+        if self._peers.is_main:
+            self._write(split, entry, len(found))
+        return True
+
+    def _check(self, split: str, bad: int, *, everywhere: bool) -> None:
+        count = self._counts[split]
+        if bad > max(self._limit * count, 1):
             raise RunError(
                 f"{bad} of {count} images of the {split} split cannot be read, more than --max-bad-fraction "
-                f"{self._limit:g}: {listing(found.values(), 8)}; mend them, or raise --max-bad-fraction",
-                everywhere=bad == in_all,
+                f"{self._limit:g}: {listing(self._found[split].values(), 8)}; mend them, or raise --max-bad-fraction",
+                everywhere=everywhere,
             )
 
     def _write(self, split: str, entry: Unreadable, number: int) -> None:
@@ -155,7 +191,6 @@ class UnreadableLog:
             _logger.warning("%s of the %s split cannot be read (%s): %s", name, split, reason, done)
         if number == MOST_SHOWN:
             _logger.warning("further ones of the %s split are listed in %s", split, self._path)
-        self._path.parent.mkdir(parents=True, exist_ok=True)  # on another host it need not be there
         with open(self._path, "a") as file:
             line = {"split": split, "index": entry.index, "picture": name, "reason": reason}
             file.write(json.dumps(line) + "\n")

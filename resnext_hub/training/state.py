@@ -19,6 +19,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader
 
+from resnext_hub.agreement import Peers
 from resnext_hub.data.batches import Batch, Parcel, Position
 from resnext_hub.data.dataset import Splits, StreamedPictures
 from resnext_hub.errors import RequestError, RunError, StoppedRun, one_line
@@ -26,7 +27,7 @@ from resnext_hub.machine import WAIT
 from resnext_hub.models.merged import grouped_convolutions
 from resnext_hub.models.widths import list_widths
 from resnext_hub.text import printable
-from resnext_hub.training.checkpoint import BestFacts, StateFacts, latest_checkpoint, save_checkpoint
+from resnext_hub.training.checkpoint import BestFacts, Checkpoint, StateFacts, latest_checkpoint, save_checkpoint
 from resnext_hub.training.config import GROWING_FIELDS, MACHINE_FIELDS, TrainConfig
 from resnext_hub.training.evaluate import Evaluation, EvaluationStoppedError, evaluate
 from resnext_hub.training.feed import StepInputs, evaluation_samples, training_loader
@@ -98,9 +99,11 @@ class RunState:
         folder: Path,
         accelerator: "Accelerator",
         precision: str,
+        peers: Peers,
         on_checkpoint: Callable[[Path], None],
     ) -> None:
         self.config, self.splits, self.folder, self.accelerator = config, splits, folder, accelerator
+        self.peers = peers
         self.data_config, self.on_checkpoint = data_config, on_checkpoint
         self.schedule = plan_schedule(config, splits.train.count)
         # the unwrapped network: what evaluates, and what is saved
@@ -136,7 +139,7 @@ class RunState:
         self.first_bad_step = torch.tensor(_NEVER, device=accelerator.device)
         self.best: Best | None = None
         self.timer = Timer(0.0, 0)
-        self.unreadable = UnreadableLog(folder, accelerator.process_index, config.data.max_bad_fraction)
+        self.unreadable = UnreadableLog(folder, peers, config.data.max_bad_fraction)
         self.metrics: LineLog | None = None
         self.samples: LineLog | None = None
 
@@ -170,35 +173,30 @@ class RunState:
         return self._epoch_at(self.step)
 
     def restore(self) -> None:
-        """Load the newest checkpoint, if any. The main process chooses, so that all load the same one."""
-        from accelerate.utils import broadcast_object_list
-
-        chosen = [latest_checkpoint(self.checkpoints) if self.accelerator.is_main_process else None]
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(chosen)
-        checkpoint = chosen[0]
+        """Load the newest checkpoint, if any. The main process alone reads it, and sends it to the others."""
+        checkpoint = self.peers.from_main(self._newest_checkpoint)
         if checkpoint is None:
             return
+
+        def tensors(name: str, expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return self.peers.share_tensors(lambda: checkpoint.matching(name, expected))
+
         facts = checkpoint.facts
-        if facts.fingerprint != self.splits.fingerprint:
-            raise RequestError(
-                f"the images of {printable(self.splits.dataset_id)} have changed since {checkpoint.path.name} was "
-                "written; give another --output-dir, or put them back"
-            )
         checkpoint.require_settings(self.fixed_settings)
         if checkpoint.step > self.schedule.steps:
             raise checkpoint.foreign(f"it is of step {checkpoint.step}, and the run has {self.schedule.steps}")
         weights = self.network.state_dict()
-        self.network.load_state_dict(checkpoint.matching("model", weights))
+        self.network.load_state_dict(tensors("model", weights))
+        moments = self.peers.share_tensors(lambda: checkpoint.tensors("optimizer"))
         try:
             require_same_kind(self.optimizer, facts.optimizer)
-            restore_optimizer(self.optimizer, checkpoint.tensors("optimizer"), facts.optimizer)
+            restore_optimizer(self.optimizer, moments, facts.optimizer)
             if self.accelerator.scaler is not None and facts.scaler is not None:
                 self.accelerator.scaler.load_state_dict(facts.scaler)
         except (ValueError, LookupError, TypeError, RuntimeError) as error:
             raise checkpoint.foreign(f"its optimizer's state does not fit: {one_line(error)}") from error
         if self.ema is not None:
-            self.ema.module.load_state_dict(checkpoint.matching("ema", self.ema.module.state_dict()))
+            self.ema.module.load_state_dict(tensors("ema", self.ema.module.state_dict()))
         if facts.best is not None:
             same = facts.best.step == checkpoint.step
             name = "best" if not same else "model" if self.ema is None else "ema"
@@ -207,7 +205,7 @@ class RunState:
                 correct=facts.best.correct,
                 loss=facts.best.loss,
                 epoch=self._epoch_at(facts.best.step) if facts.best.epoch is None else facts.best.epoch,
-                tensors=checkpoint.matching(name, weights),
+                tensors=tensors(name, weights),
             )
         self.step, self.resumes = checkpoint.step, facts.resumes + 1
         self.skipped_steps = facts.skipped_steps
@@ -231,6 +229,15 @@ class RunState:
                     self.how[name],
                     pixels,
                 )
+
+    def _newest_checkpoint(self) -> Checkpoint | None:
+        checkpoint = latest_checkpoint(self.checkpoints)
+        if checkpoint is not None and checkpoint.facts.fingerprint != self.splits.fingerprint:
+            raise RequestError(
+                f"the images of {printable(self.splits.dataset_id)} have changed since {checkpoint.path.name} was "
+                "written; give another --output-dir, or put them back"
+            )
+        return checkpoint
 
     @property
     def fixed_settings(self) -> dict[str, Any]:
@@ -281,6 +288,7 @@ class RunState:
                 LineLog(self.folder / "metrics.jsonl", self.step, self.evaluated, METRICS)
             )
         if self.config.log_samples:
+            self.folder.mkdir(parents=True, exist_ok=True)  # on another host than the main process's
             self.samples = stack.enter_context(LineLog(self.folder / f"samples-{process}.jsonl", self.step))
 
     def build_loader(self) -> DataLoader[Parcel]:
@@ -379,6 +387,7 @@ class RunState:
             with self.timer.apart():
                 evaluation = self.evaluate(self.published)
         except EvaluationStoppedError:
+            self.stop.stopping()
             return False
         if not math.isfinite(evaluation.loss):
             self._stop_not_finite(f"loss on the evaluation split is {evaluation.loss}", self.step)
@@ -434,8 +443,8 @@ class RunState:
         if not torch.nn.utils.get_total_norm(self.network.parameters()).isfinite():
             self._stop_not_finite("weights are not finite", self.step)
         with self.timer.apart():
-            if self.accelerator.is_main_process:
-                self._save()
+            self.unreadable.collect()
+            self.peers.from_main(self._save)
         self.timer.checkpointed()
 
     def _save(self) -> None:
@@ -468,12 +477,14 @@ class RunState:
             self.on_checkpoint(save_checkpoint(self.checkpoints, self.step, tensors, facts, keep))
         except (OSError, SafetensorError) as error:
             raise RunError(
-                f"the checkpoint of step {self.step} could not be written ({one_line(error)}); {self._last_good()}"
+                f"the checkpoint of step {self.step} could not be written ({one_line(error)}); {self._last_good()}",
+                everywhere=True,
             ) from error
 
     def _stop_not_finite(self, what: str, step: int) -> NoReturn:
+        good = self.peers.from_main(self._last_good)
         raise RunError(
-            f"the {what} at step {step}, so the run stops; {self._last_good()}; try a lower --lr, or --clip-grad 1",
+            f"the {what} at step {step}, so the run stops; {good}; try a lower --lr, or --clip-grad 1",
             everywhere=True,
         )
 
@@ -493,6 +504,7 @@ class RunState:
         try:
             evaluation = self.evaluate(self.network)
         except EvaluationStoppedError:
+            self.stop.stopping()
             self.say_stopped()
         if evaluation.correct != self.best.correct:  # without deterministic algorithms, an accelerator may do so
             _logger.warning(
@@ -502,6 +514,7 @@ class RunState:
                 self.best.step,
                 evaluation.correct,
             )
+        self.unreadable.collect()
         return Outcome(
             network=self.network.eval(),
             evaluation=evaluation,
@@ -519,7 +532,7 @@ class RunState:
         )
 
     def _last_good(self) -> str:
-        checkpoint = latest_checkpoint(self.checkpoints) if self.accelerator.is_main_process else None
+        checkpoint = latest_checkpoint(self.checkpoints)
         return f"the last good checkpoint is {checkpoint.path.name}" if checkpoint else "there is no checkpoint yet"
 
     def _broadcast_buffers(self) -> None:

@@ -105,15 +105,17 @@ from pathlib import Path
 os.environ["RESNEXT_HUB_CACHE"] = sys.argv[1 + int(os.environ["RANK"])]  # as on two machines
 import torch
 torch.set_num_threads(1)
+from resnext_hub.agreement import join
 from resnext_hub.machine import build_accelerator
 from resnext_hub.models.source import build_model
 from resnext_hub.plan import merge_settings, prepare
 from resnext_hub.training.state import RunState
 folder, flags = Path(sys.argv[3]), json.loads(sys.argv[4])
 plan = prepare(merge_settings(flags)[0], asked={}, output_dir=folder)
+peers = join()
 accelerator = build_accelerator("no", True)
 network = build_model(plan.source, len(plan.splits.label_names), 0.0, 0.0)
-run = RunState(plan.config, plan.splits, network, plan.data_config, folder, accelerator, "no", print)
+run = RunState(plan.config, plan.splits, network, plan.data_config, folder, accelerator, "no", peers, print)
 found = {name: m.merge_factor for name, m in run.build_form().named_modules() if hasattr(m, "merge_factor")}
 (folder / f"{accelerator.process_index}.json").write_text(json.dumps(found))
 """

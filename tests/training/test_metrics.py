@@ -12,6 +12,7 @@ import torch
 from conftest import TINY, write_pictures
 from pytest import mark, raises
 
+from resnext_hub.agreement import Peers
 from resnext_hub.data.batches import Unreadable
 from resnext_hub.data.dataset import Pictures
 from resnext_hub.data.loaders import EvaluationSamples
@@ -77,34 +78,34 @@ def test_what_is_no_file_of_lines_is_refused_by_name(tmp_path: Path) -> None:
 def test_damaged_lists_of_unreadable_images_stop_nothing(damage: bytes, tmp_path: Path) -> None:
     older = {"split": "training", "picture": "cat/1.png", "reason": "zero bytes"}
     (tmp_path / "unreadable-3.jsonl").write_bytes(damage + b"\n" + json.dumps(older).encode() + b"\n")
-    log = UnreadableLog(tmp_path, 0, 0.5)
+    log = UnreadableLog(tmp_path, Peers(), 0.5)
     log.note("training", 10, [Unreadable(4, "cat/1.png", "zero bytes"), Unreadable(5, "dog/2.png", "cut off")])
     expected = [older, {"split": "training", "picture": "dog/2.png", "reason": "cut off"}]
     assert read_unreadable(tmp_path) == expected  # one of an older version is told by its name
 
 
 def test_images_of_one_name_are_counted_by_their_index(tmp_path: Path) -> None:
-    log = UnreadableLog(tmp_path, 0, 0.1)
+    log = UnreadableLog(tmp_path, Peers(), 0.1)
     unreadable = [Unreadable(index, "image.png", "zero bytes") for index in range(40)]
     log.note("training", 100, unreadable[:10])
     log.note("training", 100, unreadable[:10])  # again in the next epoch
     with raises(RunError, match=r"11 of 100 images of the training split cannot be read, more than --max-bad-fraction"):
         log.note("training", 100, unreadable[:11])
     assert len(read_unreadable(tmp_path)) == 11
-    resumed = UnreadableLog(tmp_path, 0, 0.1)
+    resumed = UnreadableLog(tmp_path, Peers(), 0.1)
     resumed.note("training", 100, unreadable[:2])  # the others may have been mended
     assert len(read_unreadable(tmp_path)) == 11
 
 
 def test_what_other_processes_could_not_read_counts_in_evaluation(tmp_path: Path) -> None:
-    log = UnreadableLog(tmp_path, 0, 0.3)
+    log = UnreadableLog(tmp_path, Peers(), 0.3)
     log.note("evaluation", 100, [Unreadable(0, "a", "cut off")], in_all=30)
     with raises(RunError, match="40 of 100 images of the evaluation split"):
         log.note("evaluation", 100, [], in_all=40)
 
 
 def test_names_are_written_and_listed_in_one_printable_line(tmp_path: Path) -> None:
-    log = UnreadableLog(tmp_path, 0, 0.0)
+    log = UnreadableLog(tmp_path, Peers(), 0.0)
     with raises(RunError) as caught:
         log.note("training", 2, [Unreadable(i, f"a\n\x1b[1m\udce9{i}.png", "odd\treason") for i in range(2)])
     assert "a\\n\\x1b[1m\\xe90.png (odd\\treason)" in str(caught.value)
