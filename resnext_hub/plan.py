@@ -36,7 +36,7 @@ from resnext_hub.machine import (
     source_digest,
     versions,
 )
-from resnext_hub.models.source import ModelSource, build_model, find_model
+from resnext_hub.models.source import ModelSource, build_model, find_model, local_name
 from resnext_hub.recipes import QUICKSTART, RECIPES
 from resnext_hub.record import RunRecord
 from resnext_hub.settings import did_you_mean, flag_of, shown
@@ -208,12 +208,9 @@ def public_settings(config: TrainConfig, splits: Splits) -> dict[str, Any]:
 
 
 def public_model(requested: str) -> str:
-    """Reduce a local model to a name that holds no folder above the run it is of: `run/model`, or its own name."""
-    if not requested.startswith("local-dir:"):
-        return printable(requested)
-    folder = Path(requested.removeprefix("local-dir:")).expanduser().resolve()
-    of_a_run = any(os.path.isfile(folder.parent / name) for name in ("record.json", "config.yaml"))
-    return "local-dir:" + printable("/".join(folder.parts[-2:] if of_a_run else folder.parts[-1:]))
+    """Return what was asked for without the place of a local model."""
+    kind, _, place = requested.partition(":")
+    return f"local-dir:{local_name(Path(place))}" if kind == "local-dir" else printable(requested)
 
 
 def folder_state(folder: Path) -> tuple[str | None, ...]:

@@ -555,7 +555,7 @@ def _base_model(source: ModelSource) -> BaseModelFacts | None:
     stated: Any = source.base_license  # of a config.json that anybody may have written
     parts = stated if isinstance(stated, list) else [stated] if stated else []
     return BaseModelFacts(
-        id=source.base_id if hub else public_model(source.requested).removeprefix("local-dir:"),
+        id=source.base_id,
         hub_id=source.base_id.partition("@")[0] if hub else None,
         license=", ".join(printable(part) for part in parts) or None,
     )

@@ -186,7 +186,8 @@ def _limits(record: RunRecord) -> list[str]:
     names, limits = record.label_names, []
     counts = record.dataset.train_counts
     if counts is not None:
-        rare = [i for i in np.argsort(counts, kind="stable") if counts[i] < max(FEW, np.mean(counts) / 4)]
+        enough = max(FEW, sum(counts) / len(counts) / 4)
+        rare = [i for i in np.argsort(counts, kind="stable") if counts[i] < enough]
         if rare:
             listed = ", ".join(f"{markdown(names[i])} ({counts[i]})" for i in rare[:8])
             more = f" and {len(rare) - 8} more" if len(rare) > 8 else ""

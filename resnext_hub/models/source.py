@@ -25,6 +25,7 @@ from torch import nn
 
 from resnext_hub.errors import RequestError, RunError, one_line
 from resnext_hub.models.resnext import VARIANTS, Variant, stock_architecture
+from resnext_hub.text import printable
 
 WEIGHTS = "model.safetensors"
 
@@ -67,7 +68,7 @@ def find_model(requested: str, pretrained: bool | None = None) -> ModelSource:
             raise RequestError(f"--model {requested}: there is no config.json in {folder}")
         if pretrained and not (folder / WEIGHTS).is_file():
             raise RequestError(f"--model {requested}: there is no {WEIGHTS} in {folder}")
-        requested, base_id = f"local-dir:{folder}", "/".join(folder.parts[-2:])
+        requested, base_id = f"local-dir:{folder}", local_name(folder)
         cfg, architecture, model_args = load_model_config_from_path(folder)
     else:
         base_id = name
@@ -88,6 +89,13 @@ def find_model(requested: str, pretrained: bool | None = None) -> ModelSource:
         base_id=base_id if pretrained else None,
         base_license=cfg.get("license") if pretrained else None,
     )
+
+
+def local_name(folder: Path) -> str:
+    """Return a name for a model folder that holds no folder above its run: `run/model`, or the folder's own name."""
+    folder = folder.expanduser().resolve()
+    of_a_run = any(os.path.isfile(folder.parent / name) for name in ("record.json", "config.yaml"))
+    return printable("/".join(folder.parts[-2:] if of_a_run else folder.parts[-1:]))
 
 
 def _split_kind(requested: str) -> tuple[str | None, str]:
@@ -213,6 +221,7 @@ __all__ = [
     "ModelSource",
     "build_model",
     "find_model",
+    "local_name",
     "needs_plugin",
     "portable_architecture",
     "variant_of",
