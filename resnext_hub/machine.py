@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -166,6 +167,15 @@ _ALLOCATION_FAILED = (
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
 """What torch and its libraries say then; most of them have no class of their own for it."""
+
+
+def disable_telemetry() -> None:
+    """Keep OpenVINO and NNCF from reporting their use, which they do from the moment that they are imported.
+
+    Both do without the package that reports if it is not there, as after this. A program that has imported it before
+    has made its own choice, which stays.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # as Python marks what is not there
 
 
 @dataclass(frozen=True)

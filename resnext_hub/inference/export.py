@@ -21,9 +21,9 @@ from torch import nn
 from resnext_hub.data.loaders import EvaluationSamples
 from resnext_hub.data.stream import StreamedEvaluation
 from resnext_hub.errors import RequestError, RunError
-from resnext_hub.inference.optimize import merge_layers
+from resnext_hub.inference.optimize import merge_layers, require_finite
 from resnext_hub.inference.trained import TrainedModel
-from resnext_hub.machine import resolve_precision
+from resnext_hub.machine import disable_telemetry, resolve_precision
 from resnext_hub.models.widths import LayerChoice
 
 _logger = logging.getLogger(__name__)
@@ -160,10 +160,12 @@ def export(
         RunError: If the network cannot be exported, or the runtime's logits are not torch's, or int8 costs more
             accuracy than it may; no file is left.
     """
+    disable_telemetry()
     files: Format = importlib.import_module(f"resnext_hub.inference.export_{format}").FORMAT
     path = _default_path(model, files.suffix if int8 is None else f"-int8{files.suffix}") if path is None else path
     _check_place(path, files.suffix)
     files.check(model)
+    require_finite(model.network)
     network, layers = _merged(model, format, merge, None if int8 is None else int8.calibration)
     content = files.build(network, *_example_and_facts(model))
     absolute, relative = _errors(model, files.open(content))
@@ -284,6 +286,8 @@ def _errors(model: TrainedModel, run: Run) -> tuple[float, float]:
     for batch_size in BATCH_SIZES:
         images = torch.randn(batch_size, *model.data_config["input_size"], generator=generator)
         expected = model.network(images)
+        if not expected.isfinite().all():
+            raise RunError("the model's logits of normal noise are not finite, so no runtime can be compared with it")
         differences = (run(images) - expected).abs().amax(dim=1)
         absolute.append(differences)
         relative.append(differences / expected.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny))

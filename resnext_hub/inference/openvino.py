@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from resnext_hub.inference.fold import fold_batch_norms
-from resnext_hub.machine import quiet_compilers
+from resnext_hub.machine import disable_telemetry, quiet_compilers
 from resnext_hub.models.merged import dense_form, merge_factors, replace_module
 from resnext_hub.models.widths import ROUNDS, Layer
 
@@ -34,6 +34,7 @@ def _core() -> "openvino.Core":
     A core brings a stack for signal handlers. When several end in the order in which they were made, the process is
     left with a stack that is gone, and the next signal that it handles (a reader's end, Ctrl-C) kills it.
     """
+    disable_telemetry()
     import openvino
 
     return openvino.Core()
@@ -131,6 +132,7 @@ def convert(
         calibration: Normalised pictures `(M, C, H, W)` from which the ranges of the activations are taken.
         dynamic: Take any N instead of the example's.
     """
+    disable_telemetry()
     import openvino
 
     with quiet_compilers(), contextlib.redirect_stdout(io.StringIO()):
@@ -148,6 +150,7 @@ def calibrate(model: Any, inputs: Sequence[Any]) -> Any:
     try:
         # NNCF seeds both generators, Python's already when it is imported
         with quiet_compilers(), contextlib.redirect_stdout(io.StringIO()), torch.random.fork_rng(devices=[]):
+            disable_telemetry()
             import nncf
 
             _core()  # before the one that is made in there

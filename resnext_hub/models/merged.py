@@ -80,7 +80,7 @@ def grouped_convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
     """Give the convolutions of a network that have groups of more than one channel, by name.
 
     Depthwise convolutions are left out: they have kernels of their own, which merging would lose. So are subclasses,
-    which compute something else.
+    which compute something else, and those with hooks, which stay with the module that they are on.
     """
     return {
         name: module
@@ -89,6 +89,7 @@ def grouped_convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
         and module.groups > 1
         and module.in_channels > module.groups
         and module.padding_mode == "zeros"
+        and not (module._forward_hooks or module._forward_pre_hooks)
     }
 
 

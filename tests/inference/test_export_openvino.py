@@ -141,3 +141,23 @@ def test_requests_that_cannot_be_are_refused_in_a_line(vehicles_run: Path, comma
         assert code == 2, err
         assert part in err
         assert err.count("\n") == 1
+
+
+def test_nothing_is_reported_to_others_and_no_file_is_left_at_home(tmp_path: Path) -> None:
+    code = """
+import os, sys
+asked = []
+watched = ("socket.connect", "socket.getaddrinfo", "socket.sendto")
+sys.addaudithook(lambda event, details: asked.append(event) if event in watched else None)
+import torch
+from torch import nn
+from resnext_hub.inference.optimize import optimize
+model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+images = torch.randn(2, 3, 16, 16)
+fast = optimize(model, images, engine="openvino", merge="off", calibration=images)
+assert fast.report.dtype == "int8"
+print(asked, [name for _, _, names in os.walk(os.environ["HOME"]) for name in names])
+"""
+    done = run_process("-W", "ignore", "-c", code, HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[] []\n"

@@ -1,7 +1,10 @@
 """The fast network computes what the given one does, for any number of pictures, and says what it costs."""
 
+import copy
 import json
+import logging
 import os
+import pickle
 import platform
 import random
 import re
@@ -9,13 +12,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import timm
 import torch
 from conftest import run_process
-from pytest import MonkeyPatch, approx, fixture, importorskip, mark, raises
+from pytest import LogCaptureFixture, MonkeyPatch, approx, fixture, importorskip, mark, raises
 from torch import nn
 
+from resnext_hub.errors import RequestError
 from resnext_hub.inference.fold import fold_batch_norms
 from resnext_hub.inference.optimize import OptimizedModel, optimize
 from resnext_hub.models.merged import grouped_convolutions
@@ -380,7 +386,7 @@ def test_a_network_of_another_type_or_under_autocast_is_computed_in_the_type_tha
 
 
 def test_a_network_that_gives_several_tensors_is_refused() -> None:
-    with raises(ValueError, match="the network gives a list: expected one tensor"):
+    with raises(ValueError, match="the model returns a list: expected one tensor"):
         optimize(timm.create_model("test_resnet", features_only=True), pictures())
 
 
@@ -467,3 +473,96 @@ def test_a_process_without_its_openvino_networks_lives_on_when_a_signal_comes() 
     # the signal's handler then runs on a stack of its own, as in any process that shows where it crashes
     done = run_process("-X", "faulthandler", "-c", DROPPED_IN_THE_ORDER_OF_MAKING)
     assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+
+
+def quick(model: nn.Module, images: torch.Tensor, **settings: Any) -> OptimizedModel:
+    return optimize(model, images, **{"compile": False, "merge": "off", "dtype": torch.float32} | settings)
+
+
+def classifier() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
+
+
+@mark.parametrize("wrong", [[1, 2], "image", np.zeros((2, 3, 16, 16), np.float32), [torch.zeros(3, 16, 16)], None])
+def test_what_is_no_batch_is_refused_in_one_line(wrong: Any) -> None:
+    fast = quick(classifier(), pictures(2, 16))
+    for call in (lambda: fast(wrong), lambda: quick(classifier(), wrong)):
+        with raises(RequestError, match=r"^[^\n]+: expected a [^\n]*tensor \(N, C, H, W\)"):
+            call()
+    for images in (torch.zeros(2, 3, 16, 17), torch.zeros(2, 3, 16, 16, dtype=torch.uint8), torch.zeros(3, 16, 16)):
+        with raises(RequestError, match=r"expected \(N, 3, 16, 16\), float32"):
+            fast(images)
+
+
+@mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused_by_name(value: float) -> None:
+    model = classifier()
+    with raises(RequestError, match="example holds NaN or infinity"):
+        quick(model, torch.full((2, 3, 16, 16), value))
+    with torch.no_grad():
+        model[4].weight[1, 2] = value
+    with raises(RequestError, match=r"the weights of the model are not finite: 4\.weight holds NaN or infinity"):
+        quick(model, pictures(2, 16))
+
+
+def test_an_optimized_model_is_neither_pickled_nor_copied() -> None:
+    fast = quick(classifier(), pictures(2, 16))
+    for call in (copy.deepcopy, copy.copy, pickle.dumps):
+        with raises(
+            TypeError, match="cannot be pickled or copied, as it was compiled for this process; save the model"
+        ):
+            call(fast)
+
+
+class OfTheBatch(nn.Module):
+    """A classifier whose logits depend on the other images of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = classifier()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) * x.flatten(1).norm(dim=1).min()
+
+
+class OfABranch(nn.Module):
+    """A classifier that branches on its data, which tracing takes for constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = classifier()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) if x.sum() > 0 else -self.inner(x)
+
+
+@mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_whose_output_depends_on_the_batch_is_warned_of(
+    dtype: torch.dtype, caplog: LogCaptureFixture, monkeypatch: MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("resnext_hub"), "propagate", True)
+    fast = quick(OfTheBatch(), pictures(4, 16), dtype=dtype)
+    assert fast.report is not None
+    assert f"{fast.report.second_error:.1e} on a second batch, where rounding in" in caplog.text
+    assert "it computes something else" in caplog.text
+
+
+def test_a_branch_on_data_that_openvino_fixed_is_warned_of(caplog: LogCaptureFixture, monkeypatch: MonkeyPatch) -> None:
+    importorskip("openvino")
+    monkeypatch.setattr(logging.getLogger("resnext_hub"), "propagate", True)
+    fast = quick(OfABranch(), pictures(4, 16).abs(), engine="openvino")
+    assert fast.report is not None
+    assert fast.report.relative_error < 1e-3 < fast.report.second_error
+    assert "it computes something else" in caplog.text
+
+
+def test_a_hook_on_a_grouped_convolution_keeps_its_effect() -> None:
+    torch.manual_seed(0)
+    grouped = nn.Conv2d(8, 8, 3, groups=2)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), grouped, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
+    grouped.register_forward_hook(lambda module, inputs, output: 2 * output)
+    fast = quick(model, pictures(2, 16), merge=8)
+    assert fast.report is not None
+    assert fast.report.layers == ()
+    assert max(fast.report.relative_error, fast.report.second_error) < 1e-5
