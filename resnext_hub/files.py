@@ -66,28 +66,36 @@ def read_regular(path: str | os.PathLike[str], limit: int | None = None) -> byte
         return file.read()
 
 
-def read_json(path: Path, kind: type[Content], way_out: str) -> Content:
+def read_json(
+    path: Path, kind: type[Content], way_out: str, limit: int = JSON_BYTES, name: str | None = None
+) -> Content:
     """Read a JSON file and validate it against a type.
 
     Args:
         path: The file.
         kind: What it has to hold: a dataclass, a mapping, … as msgspec validates them; unknown keys are ignored.
         way_out: What the user can do if the file is damaged, to end the sentence with.
+        limit: Largest size in bytes.
+        name: How a message names the file; its path if not given.
 
     Raises:
         RequestError: If it is no regular file, cannot be read, or does not hold that.
     """
     import msgspec
 
+    name = printable(path) if name is None else name
     try:
-        return msgspec.json.decode(read_regular(path, JSON_BYTES), type=kind)
+        return msgspec.json.decode(read_regular(path, limit), type=kind)
     except OSError as error:
-        raise RequestError(
-            f"{printable(path)} cannot be read: {error.strerror or one_line(error)}; {way_out}"
-        ) from error
+        raise RequestError(f"{name} cannot be read: {error.strerror or one_line(error)}; {way_out}") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else one_line(error)
-        raise RequestError(f"{printable(path)} is damaged ({reason}); {way_out}") from error
+        raise RequestError(f"{name} is damaged ({reason}); {way_out}") from error
+
+
+def require_regular(path: Path) -> None:
+    """Raise NotAFileError if a path leads to something other than a regular file, for a library that would open it."""
+    _require_file(os.stat(path).st_mode, path)
 
 
 def convert(content: Any, kind: type[Content], path: Path, way_out: str) -> Content:
@@ -336,6 +344,14 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def same_content(path: Path, sha256: str | None, blob_id: str | None) -> bool:
+    """Return whether a file is what the Hub lists: by SHA-256 if it is a large one, else by git's hash."""
+    if sha256 is not None:
+        return sha256_of(path) == sha256
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == blob_id
 
 
 def _sync_file(path: Path) -> None:

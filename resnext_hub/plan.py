@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from resnext_hub.data.sources import dataset_name
 from resnext_hub.data.transforms import published_input
 from resnext_hub.errors import RequestError, one_line
 from resnext_hub.files import read_yaml, sha256_of
+from resnext_hub.hub.export import build_config
 from resnext_hub.hub.publish import check_request
 from resnext_hub.machine import (
     check_launcher,
@@ -36,7 +37,8 @@ from resnext_hub.machine import (
     source_digest,
     versions,
 )
-from resnext_hub.models.source import ModelSource, build_model, find_model, local_name
+from resnext_hub.models.saved import check_saving, without_values
+from resnext_hub.models.source import ModelSource, find_model, local_name, portable_architecture
 from resnext_hub.recipes import QUICKSTART, RECIPES
 from resnext_hub.record import RunRecord
 from resnext_hub.settings import did_you_mean, flag_of, shown
@@ -375,11 +377,8 @@ def _check_network(config: TrainConfig, source: ModelSource, splits: Splits, dat
     Returns:
         Bytes of the weights in float32.
     """
-    network = _without_values(
-        lambda: build_model(
-            dataclasses.replace(source, pretrained=False), len(splits.label_names), config.drop_rate, config.drop_path
-        )
-    )
+    classes = len(splits.label_names)
+    network = without_values(lambda: source.saved.build(classes, config.drop_rate, config.drop_path))
     full = data_config["input_size"][-1]
     size = config.progressive_size or full
     if size > full:
@@ -407,6 +406,18 @@ def _check_network(config: TrainConfig, source: ModelSource, splits: Splits, dat
             f"--batch-size {config.batch_size} leaves a pass of one picture of {size} px, over whose single last pixel "
             f"batch norm has nothing to average; take at least 2 pictures a pass, or {flag} {size + 1}"
         )
+    architecture, model_args = portable_architecture(source)
+    content = build_config(
+        network,
+        architecture=architecture,
+        model_args=model_args,
+        input_facts=data_config,
+        label_names=splits.label_names,
+        license=None,
+        plugin_facts={},
+    )
+    # before the first step, as it would fail after the last one
+    check_saving(f"--model {config.model}", content, network)
     return 4 * sum(parameter.numel() for parameter in network.parameters())
 
 
@@ -419,15 +430,6 @@ def _check_space(folder: Path, weight_bytes: int) -> None:
             f"the disk of {printable(folder)} has {free / 1e6:.0f} MB free, and a checkpoint with the model folder "
             f"takes {need / 1e6:.0f}; give another --output-dir, or make room"
         )
-
-
-def _without_values(build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
-    """Build a network that has shapes and no values."""
-    try:
-        with torch.device("meta"):
-            return build()
-    except NotImplementedError:  # with some versions, some networks compute their own widths with torch
-        return build().to("meta")
 
 
 def _check_usable(folder: Path) -> None:

@@ -29,7 +29,7 @@ from resnext_hub.hub.checkpoints import CheckpointPusher, restore_run
 from resnext_hub.hub.export import write_model
 from resnext_hub.hub.publish import CARD_BYTES, Publication, open_repository, publish
 from resnext_hub.inference.export import CALIBRATION_PICTURES, Int8
-from resnext_hub.inference.trained import TrainedModel
+from resnext_hub.inference.trained import TrainedModel, load_trained
 from resnext_hub.machine import (
     build_accelerator,
     device_type,
@@ -114,7 +114,7 @@ def execute(plan: Plan, peers: Peers) -> RunRecord:
 
         torch.manual_seed(config.seed)
         network = peers.together(
-            lambda: build_model(plan.source, len(plan.splits.label_names), config.drop_rate, config.drop_path)
+            lambda: build_model(plan.source, plan.splits.label_names, config.drop_rate, config.drop_path)
         )
         if peers.size > 1:  # weights to start from, which another host may have in another version
             network.load_state_dict(peers.share_tensors(network.state_dict))
@@ -200,8 +200,6 @@ def evaluate_run(folder: Path, threads: str = "auto") -> tuple[Evaluation, RunRe
     Raises:
         RequestError: If the folder holds no finished run, or its dataset is not where it was.
     """
-    import timm
-
     record = RunRecord.load(folder / RECORD)
     config = TrainConfig.from_flat(read_config(folder))
     splits = load_splits(config.data)
@@ -212,11 +210,10 @@ def evaluate_run(folder: Path, threads: str = "auto") -> tuple[Evaluation, RunRe
         )
     device = torch.device(device_type())
     set_threads(threads, device.type)
-    network = timm.create_model(f"local-dir:{folder / 'model'}", pretrained=True)
-    data_config = timm.data.resolve_model_data_config(network)
+    model = load_trained(f"local-dir:{folder / 'model'}")
     evaluation = evaluate(
-        network.to(device).to(memory_format=torch.channels_last),
-        evaluation_samples(splits.eval, data_config, config.loader.max_image_pixels),
+        model.network.to(device).to(memory_format=torch.channels_last),
+        evaluation_samples(splits.eval, model.data_config, config.loader.max_image_pixels),
         batch_size=record.evaluation.batch_size,
         device=device,
     )

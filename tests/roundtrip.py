@@ -1,4 +1,4 @@
-"""Publish a run of every variant to a loopback Hub, and load each in other environments, to the bit.
+"""Publish a run of every variant to a loopback Hub, and load each in other environments: weights equal to the bit.
 
     python tests/roundtrip.py --timm PYTHON --transformers PYTHON [--xet] [NAME ...]
 
@@ -34,12 +34,16 @@ if {plugin}:
 case = load_file({case!r})
 model = timm.create_model("hf-hub:me/model", pretrained=True).eval()
 with torch.inference_mode():
+    # both sides copied the weights into tensors of torch's own, which are aligned alike
     assert torch.equal(model(case["images"]), case["logits"]), "timm"
 if {transformers}:
     from transformers import AutoModelForImageClassification, pipeline
     wrapped = AutoModelForImageClassification.from_pretrained("me/model").eval()
+    state_dict = wrapped.timm_model.state_dict()
+    assert all(torch.equal(tensor, state_dict[name]) for name, tensor in model.state_dict().items()), "transformers"
     with torch.inference_mode():
-        assert torch.equal(wrapped(case["images"]).logits, case["logits"]), "transformers"
+        # transformers maps the file, where tensors begin at any eighth byte, and kernels may add in another order
+        torch.testing.assert_close(wrapped(case["images"]).logits, case["logits"], rtol=1e-4, atol=1e-5)
     found = pipeline("image-classification", model="me/model", top_k=10)({picture!r})
     assert sorted(entry["label"] for entry in found) == [str(n) for n in range(10)], found
 else:
@@ -88,12 +92,12 @@ def check(name: str, python: dict[str, str], scratch: Path, xet: bool) -> str:
             if done.returncode:
                 cells.append(done.stderr.strip().splitlines()[-1])
             else:
-                cells.append("bit-equal" if ways == {"xorbs" if xet else "cdn"} else f"came by way of {ways}")
+                cells.append("equal" if ways == {"xorbs" if xet else "cdn"} else f"came by way of {ways}")
     return f"| {' | '.join(cells)} |"
 
 
 def main() -> int:
-    """Print the table; give 1 if anything did not load to the bit."""
+    """Print the table; give 1 if anything did not load with equal weights."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--timm", required=True, metavar="PYTHON")
     parser.add_argument("--transformers", required=True, metavar="PYTHON")
@@ -107,7 +111,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as scratch:
             row = check(name, python, Path(scratch), options.xet)
         print(row, flush=True)
-        wrong += row.count("bit-equal") < 2 and "not promised" not in row
+        wrong += row.count("| equal") < 2 and "not promised" not in row
     return 1 if wrong else 0
 
 

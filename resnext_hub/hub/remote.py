@@ -1,6 +1,5 @@
 """What a repository on the Hub holds, compared with a folder here, and trying again where that is worth it."""
 
-import hashlib
 import logging
 import tempfile
 import time
@@ -16,7 +15,8 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from resnext_hub.errors import RequestError, one_line
-from resnext_hub.files import FileTooLargeError, read_regular, sha256_of
+from resnext_hub.files import FileTooLargeError, read_regular, same_content
+from resnext_hub.models.fetch import forget
 
 _logger = logging.getLogger(__name__)
 
@@ -180,14 +180,6 @@ def fetch_text(repo_id: str, name: str, revision: str, limit: int) -> str | None
             raise RequestError(f"{name} of {repo_id} cannot be read: {one_line(error)}") from error
 
 
-def same_content(path: Path, sha256: str | None, blob_id: str | None) -> bool:
-    """Say whether a file is what the Hub lists: by SHA-256 if it is a large one, else by git's hash."""
-    if sha256 is not None:
-        return sha256_of(path) == sha256
-    data = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == blob_id
-
-
 def forget_wrong(path: Path, sha256: str | None, blob_id: str | None) -> bool:
     """Say whether a file in the cache is not what the Hub lists; then remove it, so that it is fetched anew.
 
@@ -195,6 +187,5 @@ def forget_wrong(path: Path, sha256: str | None, blob_id: str | None) -> bool:
     """
     if same_content(path, sha256, blob_id):
         return False
-    path.resolve().unlink()
-    path.unlink(missing_ok=True)
+    forget(path)
     return True

@@ -1,104 +1,112 @@
-"""A network by the words that people use for it: a name, `hf-hub:owner/repo`, or `local-dir:folder`."""
+"""A model by the words that people use for it: a name, `hf-hub:owner/repo`, or `local-dir:folder`."""
 
 import difflib
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import timm
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    LocalEntryNotFoundError,
-)
-from timm.models import (
-    get_pretrained_cfg,
-    list_pretrained,
-    split_model_name_tag,
-)
-from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
+from timm.models import get_pretrained_cfg, list_pretrained, split_model_name_tag
 from torch import nn
 
-from resnext_hub.errors import RequestError, RunError, one_line
+from resnext_hub.errors import RequestError
+from resnext_hub.models.fetch import commit_of, fetch_file
 from resnext_hub.models.resnext import VARIANTS, Variant, stock_architecture
+from resnext_hub.models.saved import CONFIG, WEIGHTS, SavedModel, check_fit, named_config, read_model
 from resnext_hub.text import printable
 
-WEIGHTS = "model.safetensors"
+_RANDOM = ", or start from random weights with --no-pretrained"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """What is known of a network before it is built."""
+    """What is known of a model before it is built, and where it comes from."""
 
     requested: str
-    architecture: str
-    """timm architecture, or the name of a variant of this package."""
-    model_args: dict[str, Any]
-    """Arguments by which a saved model differs from its architecture."""
-    pretrained_cfg: dict[str, Any]
-    pretrained: bool
-    """Whether to start from its weights."""
+    saved: SavedModel
     base_id: str | None
     """Hub id, or the folder's own name, of the weights to start from."""
     base_license: str | None
 
+    @property
+    def architecture(self) -> str:
+        """timm architecture, or the name of a variant of this package."""
+        return self.saved.config.architecture
 
-def find_model(requested: str, pretrained: bool | None = None) -> ModelSource:
-    """Look a network up, and its weights if they are wanted, without building it.
+    @property
+    def model_args(self) -> dict[str, Any]:
+        """Arguments by which a saved model differs from its architecture."""
+        return self.saved.config.model_args
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """What the model says of its input, in timm's keys."""
+        return self.saved.config.pretrained_cfg
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether to start from its weights."""
+        return self.saved.weights is not None
+
+
+def find_model(requested: str, pretrained: bool | None = None, where: str | None = None) -> ModelSource:
+    """Look a model up, and its weights if they are wanted, without building it.
 
     Args:
         requested: A name that timm knows, with or without a tag; `hf-hub:owner/repo[@revision]`; `local-dir:folder`.
         pretrained: Whether to start from its weights; None means yes for the last two forms and no for a name.
+        where: How a message names it; `--model REQUESTED` if not given.
 
     Raises:
-        RequestError: If there is no such network, or it has no weights, or only pickled ones on the Hub.
+        RequestError: If there is no such model, it has no weights, or only pickled ones, or what is there does not
+            fit together.
         RunError: If the Hub cannot be reached.
     """
-    kind, name = _split_kind(requested)
+    where = printable(f"--model {requested}" if where is None else where)
+    kind, name = _split_kind(requested, where)
     pretrained = kind is not None if pretrained is None else pretrained
     if kind is None:
-        return _find_by_name(name, pretrained)
+        return _find_by_name(name, pretrained, where)
     if kind == "local-dir":
-        folder = Path(name).expanduser().resolve()
-        if not (folder / "config.json").is_file():
-            raise RequestError(f"--model {requested}: there is no config.json in {folder}")
-        if pretrained and not (folder / WEIGHTS).is_file():
-            raise RequestError(f"--model {requested}: there is no {WEIGHTS} in {folder}")
+        folder = _absolute(name)
+        config, weights = folder / CONFIG, folder / WEIGHTS
+        for path in (config, weights) if pretrained else (config,):
+            if not os.path.lexists(path):
+                raise RequestError(f"{where}: there is no {path.name} in {printable(folder)}")
         requested, base_id = f"local-dir:{folder}", local_name(folder)
-        cfg, architecture, model_args = load_model_config_from_path(folder)
     else:
+        repo_id, _, revision = name.partition("@")
         base_id = name
-        _require_hub_file(requested, name, "config.json")
-        if pretrained:
-            _require_hub_file(requested, name, WEIGHTS)
-        cfg, architecture, model_args = load_model_config_from_hf(name)
-    if not timm.is_model(architecture):
-        raise RequestError(
-            f"--model {requested}: its architecture {architecture} is unknown to timm {timm.__version__}"
-        )
+        config = fetch_file(where, repo_id, CONFIG, revision or None, ", or take a model folder or a name")
+        if pretrained:  # of the same commit, even if the repository moves on in between
+            weights = fetch_file(where, repo_id, WEIGHTS, commit_of(config), _RANDOM)
+    saved = read_model(where, config, weights if pretrained else None)
     return ModelSource(
         requested=requested,
-        architecture=architecture,
-        model_args=dict(model_args),
-        pretrained_cfg=dict(cfg),
-        pretrained=pretrained,
+        saved=saved,
         base_id=base_id if pretrained else None,
-        base_license=cfg.get("license") if pretrained else None,
+        base_license=saved.config.pretrained_cfg["license"] if pretrained else None,
     )
 
 
 def local_name(folder: Path) -> str:
-    """Return a name for a model folder that holds no folder above its run: `run/model`, or the folder's own name."""
-    folder = folder.expanduser().resolve()
+    """Return a name for a model folder that is fit to be published: it holds no folder above the run or the model."""
+    folder = folder.expanduser().absolute()
     of_a_run = any(os.path.isfile(folder.parent / name) for name in ("record.json", "config.yaml"))
     return printable("/".join(folder.parts[-2:] if of_a_run else folder.parts[-1:]))
 
 
-def _split_kind(requested: str) -> tuple[str | None, str]:
+def _absolute(folder: str) -> Path:
+    """Return a folder's place; if it is a link, its own and not that of what it leads to."""
+    path = Path(os.path.expanduser(folder))
+    if path.name in ("", ".."):
+        return Path(os.path.realpath(path))
+    return Path(os.path.realpath(path.parent), path.name)
+
+
+def _split_kind(requested: str, where: str) -> tuple[str | None, str]:
     """Split `hf-hub:owner/repo` and `local-dir:folder`; a plain name has no kind.
 
     A path without a prefix is refused here, because older timm takes its last part for a name.
@@ -108,91 +116,77 @@ def _split_kind(requested: str) -> tuple[str | None, str]:
         return prefix.replace("_", "-"), rest
     if colon or "/" in requested or os.sep in requested:
         raise RequestError(
-            f"--model {requested} is neither a name nor of a known form; for a repository on the Hub say "
-            f"hf-hub:{rest or prefix}, for a folder local-dir:{rest or prefix}"
+            f"{where} is neither a name nor of a known form; for a repository on the Hub say "
+            f"hf-hub:{printable(rest or prefix)}, for a folder local-dir:{printable(rest or prefix)}"
         )
     return None, requested
 
 
-def _find_by_name(name: str, pretrained: bool) -> ModelSource:
+def _find_by_name(name: str, pretrained: bool, where: str) -> ModelSource:
     architecture, tag = split_model_name_tag(name)
     if not timm.is_model(architecture):
-        close = difflib.get_close_matches(architecture, timm.list_models(), n=4) or list(VARIANTS)
-        raise RequestError(f"--model {name}: there is no such network; close: {', '.join(close)}")
+        raise RequestError(f"{where}: there is no such model; close: {', '.join(_close_names(architecture))}")
     try:
         cfg = get_pretrained_cfg(name)
     except RuntimeError as error:
         tags = [known.partition(".")[2] for known in list_pretrained(f"{architecture}.*")]
         raise RequestError(
-            f"--model {name}: {architecture} has no weights {tag}, but {', '.join(tags) or 'none at all'}"
+            f"{where}: {architecture} has no weights {printable(tag)}, but {', '.join(tags) or 'none at all'}"
         ) from error
-    facts: dict[str, Any] = {"input_size": (3, 224, 224)} if cfg is None else cfg.to_dict()
-    base_id = facts.get("hf_hub_id")
-    if pretrained:
-        if not base_id:
-            tagged = sorted({split_model_name_tag(known)[0] for known in list_pretrained("resnext*_g*")})
-            raise RequestError(
-                f"--model {name} has no released weights to start from: begin with random ones (--no-pretrained) or "
-                f"take one of {', '.join(tagged)}"
-            )
-        _require_hub_file(name, base_id, facts.get("hf_hub_filename") or WEIGHTS)
+    saved = SavedModel(where=where, config=named_config(architecture, cfg))
+    base_id: str | None = saved.config.pretrained_cfg.get("hf_hub_id")
+    if not pretrained:
+        return ModelSource(requested=name, saved=saved, base_id=None, base_license=None)
+    if not base_id:
+        tagged = sorted({split_model_name_tag(known)[0] for known in list_pretrained("resnext*_g*")})
+        raise RequestError(
+            f"{where} has no released weights to start from: begin with random ones (--no-pretrained) or take one of "
+            f"{', '.join(tagged)}"
+        )
+    filename = saved.config.pretrained_cfg.get("hf_hub_filename") or WEIGHTS
+    if not filename.endswith(".safetensors"):
+        raise RequestError(f"{where}: its weights are in {filename}, and pickled weights are not loaded")
+    repo_id, _, revision = base_id.partition("@")
+    weights = fetch_file(where, repo_id, filename, revision or None, _RANDOM)
     return ModelSource(
         requested=name,
-        architecture=architecture,
-        model_args={},
-        pretrained_cfg=facts,
-        pretrained=pretrained,
-        base_id=base_id if pretrained else None,
-        base_license=facts.get("license") if pretrained else None,
+        saved=check_fit(replace(saved, weights=weights)),
+        base_id=base_id,
+        base_license=saved.config.pretrained_cfg.get("license"),
     )
 
 
-def _require_hub_file(requested: str, repo: str, filename: str) -> None:
-    """Fetch a file into the Hub's cache before anything depends on it; weights are read from safetensors alone."""
-    repo_id, _, revision = repo.partition("@")
-    try:
-        hf_hub_download(repo_id, filename, revision=revision or None)
-    except LocalEntryNotFoundError as error:
-        raise RunError(
-            f"the Hub could not be reached for {filename} of {repo_id}, and it is not in the cache; try again later, "
-            "or start from random weights with --no-pretrained"
-        ) from error
-    except EntryNotFoundError as error:
-        raise RequestError(
-            f"--model {requested}: {repo_id} has no {filename} (pickled weights are not loaded)"
-        ) from error
-    except HFValidationError as error:
-        raise RequestError(f"--model {requested}: {repo_id} is not a Hub id of the form owner/name") from error
-    except HfHubHTTPError as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise RequestError(f"--model {requested}: {repo_id} cannot be read from the Hub: {reason}") from error
-    except (HTTPError, OSError, RuntimeError) as error:  # the last comes from Xet, over which large files go
-        raise RunError(f"{filename} of {repo_id} could not be fetched from the Hub: {one_line(error)}") from error
+def _close_names(name: str) -> list[str]:
+    """Return names to suggest: the family's first, by its own depths, then what is spelled alike."""
+    known = [*VARIANTS, *timm.list_models("resnext*"), *timm.list_models("resnet*")]
+    lower = name.lower().replace("-", "")
+    same = [known_name for known_name in known if known_name.startswith(lower)]
+    if lower in ("resnext", "resnext50"):
+        same = ["resnext_g32", *same]  # depth 50 is left out of our names
+    alike = difflib.get_close_matches(lower, [*known, *timm.list_models()], n=4)
+    return list(dict.fromkeys([*same, *alike]))[:4] or list(VARIANTS)[:4]
 
 
 def build_model(
-    source: ModelSource, num_classes: int, drop_rate: float = 0.0, drop_path_rate: float = 0.0
+    source: ModelSource, classes: int | Sequence[str], drop_rate: float = 0.0, drop_path_rate: float = 0.0
 ) -> nn.Module:
-    """Build a network with a classifier of its own size, and its weights if the source says so.
+    """Build a model with a classifier of its own, and its weights if the source says so.
+
+    Args:
+        source: The model.
+        classes: Names of the classes in their order, or their number. A saved classifier is kept where it has these.
+        drop_rate: Dropout probability before the classifier.
+        drop_path_rate: Probability of dropping a residual branch.
 
     Raises:
-        RequestError: If the architecture does not take the arguments.
+        RequestError: If the architecture does not take the arguments, or weights are not finite.
     """
-    rates = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
-    extra: dict[str, Any] = {name: rate for name, rate in rates.items() if rate}
-    try:
-        model: nn.Module = timm.create_model(
-            source.requested, pretrained=source.pretrained, num_classes=num_classes, **extra
-        )
-    except TypeError as error:
-        if not extra:
-            raise
-        raise RequestError(f"--model {source.requested} does not take {', '.join(extra)}: {error}") from error
-    return model
+    names = tuple(map(str, range(classes))) if isinstance(classes, int) else classes
+    return source.saved.start(names, drop_rate, drop_path_rate)
 
 
 def variant_of(source: ModelSource) -> Variant | None:
-    """Give the row of the family that a source stands for, whatever name it goes by, or None if it is of no row."""
+    """Return the row of the family that a source stands for, whatever name it goes by, or None if it is of no row."""
     if source.architecture in VARIANTS:
         return VARIANTS[source.architecture] if not source.model_args else None
     for variant in VARIANTS.values():
@@ -203,7 +197,7 @@ def variant_of(source: ModelSource) -> Variant | None:
 
 
 def portable_architecture(source: ModelSource) -> tuple[str, dict[str, Any]]:
-    """Give the architecture and arguments to publish: stock timm's own words wherever it has some."""
+    """Return the architecture and arguments to publish: stock timm's own words wherever it has some."""
     if source.architecture in VARIANTS:
         stock = stock_architecture(VARIANTS[source.architecture])
         if stock is not None:
@@ -212,7 +206,7 @@ def portable_architecture(source: ModelSource) -> tuple[str, dict[str, Any]]:
 
 
 def needs_plugin(architecture: str) -> bool:
-    """Say whether an architecture can be built only after `import resnext_hub`."""
+    """Return whether an architecture can be built only after `import resnext_hub`."""
     return architecture in VARIANTS
 
 

@@ -1,15 +1,22 @@
 """State dicts in, from files and from other libraries, with every tensor that does not fit named."""
 
+import math
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from timm.models import clean_state_dict, load_state_dict
 from torch import nn
 
-_WRAPPERS = ("timm_model.", "model.", "network.", "backbone.")
-"""Names under which other libraries keep a whole network: transformers' wrapper, training frameworks, this package."""
+_WRAPPERS = ("timm_model.", "module.", "model.", "network.", "backbone.")
+"""Names under which other libraries keep a whole model: transformers' wrapper, training frameworks, this package."""
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+LARGEST = 2.0**63
+"""Largest weight that is believed: the square of a larger one is not finite in float32."""
 
 
 def load_weights(
@@ -36,11 +43,13 @@ def load_weights(
             raise FileNotFoundError(f"there is no file of weights {source}")
         try:
             state_dict = load_state_dict(str(source), weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError) as error:  # timm's versions differ in what they raise
+        except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:  # timm's versions differ
             raise ValueError(
                 f"{source} holds more than tensors, or is no file of weights, and is not unpickled: {error}"
             ) from error
-    state_dict = _without_wrapper(state_dict)
+    if not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state_dict.items()):
+        raise ValueError(f"{source if isinstance(source, (str, Path)) else 'the state dict'} holds more than tensors")
+    state_dict = {name: state_dict[key] for name, key in strip_wrapper(state_dict).items()}
 
     expected = model.state_dict()
     if skip_classifier:
@@ -51,11 +60,27 @@ def load_weights(
     model.load_state_dict(state_dict, strict=False)  # what may be missing was looked at above
 
 
-def _without_wrapper(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def strip_wrapper(names: Iterable[str]) -> dict[str, str]:
+    """Return the names of tensors by what they are without a prefix that all of them have."""
+    names = list(names)
     for prefix in _WRAPPERS:
-        if state_dict and all(key.startswith(prefix) for key in state_dict):
-            return {key.removeprefix(prefix): value for key, value in state_dict.items()}
-    return dict(state_dict)
+        if names and all(name.startswith(prefix) for name in names):
+            return {name.removeprefix(prefix): name for name in names}
+    return {name: name for name in names}
+
+
+def problem_of(name: str, tensor: torch.Tensor) -> str | None:
+    """Return what is wrong with the values of a tensor of float32 weights, or None."""
+    if not tensor.numel():
+        return None
+    low, high = (float(value) for value in torch.aminmax(tensor))
+    if math.isnan(low) or math.isnan(high):
+        return "holds NaN: expected finite numbers"
+    if max(-low, high) > LARGEST:
+        return f"holds {high if high > -low else low:.3g}: expected numbers of which float32 can hold the square"
+    if low < 0 and name.endswith(("running_var", "num_batches_tracked")):
+        return f"holds {low:.3g}: expected no negative numbers"
+    return None
 
 
 def _require_fit(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
@@ -65,6 +90,10 @@ def _require_fit(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch
             problems.append(f"{key} {_shape(tensor)}: not in the network")
         elif tensor.shape != expected[key].shape:
             problems.append(f"{key}: {_shape(tensor)} in the weights, {_shape(expected[key])} in the network")
+        elif tensor.dtype not in ((torch.int64,) if key.endswith("num_batches_tracked") else _FLOATS):
+            problems.append(f"{key}: of type {str(tensor.dtype).removeprefix('torch.')} in the weights")
+        elif problem := problem_of(key, tensor.detach()):
+            problems.append(f"{key} {problem}")
     # the oldest files of torchvision come without the counters of the norm layers, which evaluation does not read
     missing = [key for key in expected if key not in found and not key.endswith("num_batches_tracked")]
     problems += [f"{key} {_shape(expected[key])}: not in the weights" for key in missing]

@@ -219,7 +219,7 @@ def test_from_hub_refuses_a_wrong_byte_and_fetches_anew(
         "import shutil, huggingface_hub.constants as c; shutil.rmtree(c.HF_HUB_CACHE, ignore_errors=True)\n"
         + FROM_HUB.format(revision=None)
     )
-    assert answer["result"].startswith(f"RunError: {name} of me/digits has other bytes than the Hub lists"), answer
+    assert f"{name} of me/digits has other bytes than the Hub lists" in answer["result"], answer
     answer = client.run(FROM_HUB.format(revision=None))
     assert answer["result"][0] == repo.commits[-1].oid
 

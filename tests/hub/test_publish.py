@@ -1,4 +1,4 @@
-"""A published folder loads in stock timm and in transformers to the bit, and goes up in one commit."""
+"""A published folder loads in stock timm and in transformers with equal weights, and goes up in one commit."""
 
 import dataclasses
 import json
@@ -38,23 +38,28 @@ LOAD = """
 import sys
 import timm, torch
 from safetensors.torch import load_file
-source, expected = sys.argv[1:]
-case = load_file(expected)
+source, expected, published = sys.argv[1:]
+case, weights = load_file(expected), load_file(published)
 model = timm.create_model(source, pretrained=True).eval()
+assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items()), "timm"
 with torch.inference_mode():
+    # timm copies the weights into tensors of torch's own, aligned as those of the model that was exported
     assert torch.equal(model(case["images"]), case["logits"]), "timm"
 if source.startswith("local-dir:"):
     from transformers import AutoModelForImageClassification
     wrapped = AutoModelForImageClassification.from_pretrained(source.removeprefix("local-dir:")).eval()
+    state_dict = wrapped.timm_model.state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in state_dict.items()), "transformers"
     with torch.inference_mode():
-        assert torch.equal(wrapped(case["images"]).logits, case["logits"]), "transformers"
+        # transformers maps the file, where tensors begin at any eighth byte, and kernels may add in another order
+        torch.testing.assert_close(wrapped(case["images"]).logits, case["logits"], rtol=1e-4, atol=1e-5)
     assert wrapped.config.id2label[0] == "first class", wrapped.config.id2label
 assert "resnext_hub" not in sys.modules
 """
 
 
 @mark.parametrize("name", ["resnext_g1", "resnext_g8", "resnext_g32", "resnext26_g32"])
-def test_an_exported_variant_loads_to_the_bit_in_stock_timm_and_transformers(name: str, tmp_path: Path) -> None:
+def test_an_exported_variant_loads_with_equal_weights_in_stock_timm_and_transformers(name: str, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     source = find_model(name)
@@ -82,7 +87,10 @@ def test_an_exported_variant_loads_to_the_bit_in_stock_timm_and_transformers(nam
         logits = network.to(memory_format=torch.contiguous_format)(images)
     save_file({"images": images, "logits": logits}, tmp_path / "case.safetensors")
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, f"local-dir:{tmp_path / 'model'}", str(tmp_path / "case.safetensors")],
+        [
+            sys.executable, "-c", LOAD, f"local-dir:{tmp_path / 'model'}", str(tmp_path / "case.safetensors"),
+            str(tmp_path / "model" / "model.safetensors"),
+        ],
         capture_output=True, text=True, check=False, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -115,7 +123,10 @@ def test_push_uploads_the_folder_in_one_commit_that_timm_loads(
         save_file({"images": images, "logits": network(images)}, tmp_path / "case.safetensors")
     environment = os.environ | hub.environment() | {"HF_HOME": str(tmp_path / "other-home")}
     loaded = subprocess.run(
-        [sys.executable, "-c", LOAD, "hf-hub:me/digits", str(tmp_path / "case.safetensors")],
+        [
+            sys.executable, "-c", LOAD, "hf-hub:me/digits", str(tmp_path / "case.safetensors"),
+            str(finished / "model" / "model.safetensors"),
+        ],
         env=environment, capture_output=True, text=True, check=False, cwd=tmp_path,
     )  # fmt: skip
     assert loaded.returncode == 0, loaded.stderr
@@ -200,7 +211,7 @@ def test_a_dataset_and_a_base_model_come_from_the_hub(
     assert "there is no folder me/none here and no such dataset on the Hub" in missing.stderr
     missing = run_process("scripts/train.py", "--model", "hf-hub:me/none", **environment)
     assert missing.returncode == 2
-    assert "--model hf-hub:me/none: me/none cannot be read from the Hub" in missing.stderr
+    assert "--model hf-hub:me/none: there is no repository me/none that you may read" in missing.stderr
 
     pickled = {"config.json": files["config.json"], "pytorch_model.bin": b"a pickle"}
     hub.create("models", "me/pickled").commit("model", pickled)

@@ -231,11 +231,11 @@ def test_what_is_no_trained_model_exits_with_2_in_a_line(vehicles_run: Path, com
     for where, part in (
         ("resnext_g32", "resnext_g32 holds no trained model: expected the folder of a finished run"),
         (tmp_path, "holds no trained model"),
-        (unnamed, "its label_names do not name each of its 1000 classes"),
+        (unnamed, "1 of them do not name each of the 1000 classes once"),
         (foreign, "model.safetensors and config.json do not make a test_vit"),
-        (unknown, "its architecture sparkle is unknown to timm"),
-        (no_json, "its config.json is not JSON"),
-        (damaged, "model.safetensors and config.json do not make a test_resnet"),
+        (unknown, 'config.json states architecture "sparkle": unknown to timm'),
+        (no_json, "config.json is damaged (Input data was truncated)"),
+        (damaged, "model.safetensors cannot be read (Error while deserializing header"),
         (without, "there is no model.safetensors in"),
     ):
         code, out, err = command("predict", where, tmp_path / "pictures")
@@ -249,7 +249,7 @@ def test_a_model_on_a_hub_out_of_reach_exits_with_1(command: Command, tmp_path: 
     write_pictures(tmp_path / "pictures", 1, 100)
     code, _, err = command("predict", "hf-hub:me/vehicles", tmp_path / "pictures")
     assert code == 1
-    assert "the Hub could not be reached for hf-hub:me/vehicles" in err
+    assert "hf-hub:me/vehicles: the Hub could not be reached for config.json of me/vehicles" in err
 
 
 def test_paths_without_pictures_exit_with_2(vehicles_run: Path, command: Command, tmp_path: Path) -> None:

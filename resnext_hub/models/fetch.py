@@ -1,0 +1,93 @@
+"""One file of a repository on the Hub, in the Hub's cache, compared with what the Hub said of it."""
+
+import re
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from resnext_hub.errors import RequestError, RunError, one_line
+from resnext_hub.files import same_content
+from resnext_hub.text import printable
+
+
+def fetch_file(where: str, repo_id: str, filename: str, revision: str | None, hint: str = "") -> Path:
+    """Download a file of a model repository, or take it from the cache.
+
+    Args:
+        where: How the user names the model, to begin a message with.
+        repo_id: `owner/name`.
+        filename: Of the file.
+        revision: Branch, tag or commit; None for main.
+        hint: What else the user can do if the Hub cannot be reached.
+
+    Raises:
+        RequestError: If there is no such file that you may read.
+        RunError: If the Hub cannot be reached, or the bytes are not those that it announced.
+    """
+    shown = printable(repo_id)
+    try:
+        path = Path(hf_hub_download(repo_id, filename, revision=revision))
+    except LocalEntryNotFoundError as error:
+        raise RunError(
+            f"{where}: the Hub could not be reached for {filename} of {shown}, and it is not in the cache; try again "
+            f"later{hint}"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise RequestError(f"{where}: {shown} has no revision {printable(revision)}") from error
+    except EntryNotFoundError as error:
+        raise RequestError(f"{where}: {shown} has no {filename} (pickled weights are not loaded)") from error
+    except GatedRepoError as error:
+        raise RequestError(
+            f"{where}: {shown} is gated: ask for access at its page, and log in with `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise RequestError(
+            f"{where}: there is no repository {shown} that you may read; a private one needs a login"
+        ) from error
+    except HFValidationError as error:
+        raise RequestError(f"{where}: {shown} is not a Hub id of the form owner/name") from error
+    except (HTTPError, OSError, RuntimeError) as error:  # the last comes from Xet, over which large files go
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
+        kind = RequestError if 400 <= status < 500 and status not in (408, 429) else RunError
+        raise kind(f"{where}: {filename} of {shown} could not be fetched from the Hub: {one_line(error)}") from error
+    if not _is_announced(path):
+        forget(path)
+        raise RunError(
+            f"{where}: {filename} of {shown} has other bytes than the Hub lists; it was removed from the cache, so "
+            "rerun the same command to fetch it anew"
+        )
+    return path
+
+
+def commit_of(path: Path) -> str:
+    """Return the commit of a file in the cache, after which its snapshot folder is named."""
+    return next((folder.name for folder in path.parents if folder.parent.name == "snapshots"), path.parent.name)
+
+
+def forget(path: Path) -> None:
+    """Remove a file of a snapshot from the Hub's cache, and its content where that is in the same cache."""
+    repository = next((folder.parent for folder in path.parents if folder.name == "snapshots"), path.parent)
+    blob = path.resolve()
+    if blob.is_relative_to(repository.resolve()):
+        blob.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
+def _is_announced(path: Path) -> bool:
+    """Return whether a file has the hash after which the cache names it; the client compares its length alone."""
+    announced = path.resolve().name
+    if re.fullmatch(r"[0-9a-f]{64}", announced):
+        return same_content(path, announced, None)
+    if re.fullmatch(r"[0-9a-f]{40}", announced):
+        return same_content(path, None, announced)
+    return True  # a cache without links has no such names

@@ -1,0 +1,362 @@
+"""A saved model: `config.json` and `model.safetensors` of one folder, checked against each other, then loaded.
+
+The one way in for run folders, model folders, repositories on the Hub and timm's released weights. What a file claims
+is compared with the header of the weights on a model without values, so that nothing is allocated for a claim that is
+wrong. Nothing but `model.safetensors` is read, by the safetensors library alone.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from resnext_hub.errors import RequestError, one_line
+from resnext_hub.files import require_regular
+from resnext_hub.models.saved_config import WAY_OUT, ModelConfig, named_config, parse_config, read_config
+from resnext_hub.models.weights import problem_of, strip_wrapper
+from resnext_hub.text import printable
+
+__all__ = [
+    "CONFIG",
+    "WEIGHTS",
+    "ModelConfig",
+    "SavedModel",
+    "check_fit",
+    "check_saving",
+    "classifier_names",
+    "named_config",
+    "read_model",
+    "without_values",
+]
+
+CONFIG = "config.json"
+
+WEIGHTS = "model.safetensors"
+
+_BUILD_ERRORS = (TypeError, ValueError, RuntimeError, AssertionError, AttributeError, LookupError, ArithmeticError)
+"""What architectures raise for arguments that they do not take: each has its own way."""
+
+_FLOATS = ("F16", "BF16", "F32", "F64")
+
+_Shapes = dict[str, tuple[tuple[int, ...], bool]]
+"""Shape of each tensor, and whether it is of a floating-point type."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedModel:
+    """A model that can be built, and the weights that fit it, if any."""
+
+    where: str
+    """How the user names it."""
+    config: ModelConfig
+    weights: Path | None = None
+    """A safetensors file whose header fits; None for random weights."""
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Names of the classes: the stated ones, ImageNet's for timm's own weights of it, else their numbers."""
+        if self.config.label_names is not None:
+            return self.config.label_names
+        classes = self.config.num_classes
+        if classes == 1000 and str(self.config.pretrained_cfg.get("tag")).endswith("in1k"):
+            return tuple(timm.data.ImageNetInfo().label_descriptions())
+        return tuple(map(str, range(classes)))
+
+    @property
+    def data_config(self) -> dict[str, Any]:
+        """How images have to come: input_size, crop_pct, crop_mode, interpolation, mean and std in timm's words."""
+        resolved: dict[str, Any] = timm.data.resolve_data_config(pretrained_cfg=self.config.pretrained_cfg)
+        return resolved
+
+    def load(self) -> nn.Module:
+        """Build the model with its weights, in float32 and evaluation mode, on the CPU.
+
+        Raises:
+            RequestError: If a value of the weights is not one that a model can have.
+        """
+        model = self.build(self.config.num_classes)
+        self._fill(model, frozenset())
+        return model.eval()
+
+    def start(self, label_names: Sequence[str], drop_rate: float = 0.0, drop_path_rate: float = 0.0) -> nn.Module:
+        """Build the model that a training on other classes starts from.
+
+        Its classifier is kept if it has the same classes, its rows in their new order; else it is a new one.
+
+        Raises:
+            RequestError: If the architecture does not take a rate, or a value of the weights is not one that a model
+                can have.
+        """
+        model = self.build(len(label_names), drop_rate, drop_path_rate)
+        if self.weights is None:
+            return model
+        head = classifier_names(model)
+        if not self.keeps_classifier(label_names):
+            self._fill(model, head)
+            return model
+        self._fill(model, frozenset())
+        old = self.config.label_names
+        if old is not None and old != tuple(label_names):
+            rows = torch.tensor([old.index(name) for name in label_names])
+            with torch.no_grad():
+                for name, tensor in model.state_dict().items():
+                    if name in head:
+                        tensor.copy_(tensor[rows])
+        return model
+
+    def keeps_classifier(self, label_names: Sequence[str]) -> bool:
+        """Return whether the weights hold a classifier for these classes; if they state no names, for as many."""
+        if self.weights is None or self.config.num_classes != len(label_names):
+            return False
+        old = self.config.label_names
+        if old is None or old == tuple(label_names):
+            return True
+        return len(set(old)) == len(old) and set(old) == set(label_names)
+
+    def build(self, num_classes: int, drop_rate: float = 0.0, drop_path_rate: float = 0.0) -> nn.Module:
+        """Build the model with random weights and another number of classes.
+
+        Raises:
+            RequestError: If the architecture does not take the arguments.
+        """
+        rates = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
+        extra = {name: rate for name, rate in rates.items() if rate}
+        try:
+            return _create(self.config, num_classes, **extra)
+        except NotImplementedError:  # without values alone, see without_values
+            raise
+        except _BUILD_ERRORS as error:
+            stated = {**self.config.model_args, **extra}
+            raise RequestError(
+                f"{self.where}: {self.config.architecture} cannot be built with {_shown(stated)}: {one_line(error)}"
+            ) from error
+
+    @torch.no_grad()
+    def _fill(self, model: nn.Module, skip: frozenset[str]) -> None:
+        """Copy the weights into a model, whose own tensors are aligned as the kernels like them."""
+        assert self.weights is not None
+        try:
+            with safe_open(self.weights, "pt") as file:
+                names = strip_wrapper(file.keys())
+                for name, target in model.state_dict().items():
+                    if name in skip or name not in names:
+                        continue
+                    target.copy_(file.get_tensor(names[name]))
+                    problem = problem_of(name, target)
+                    if problem:
+                        raise RequestError(f"{self.where}: {name} in {self.weights.name} {problem}; take other weights")
+        except (SafetensorError, OSError) as error:
+            raise _damaged(self.where, self.weights, error) from error
+
+
+def read_model(where: str, config: Path, weights: Path | None) -> SavedModel:
+    """Read config.json and the header of the weights, and compare them; nothing is allocated.
+
+    Args:
+        where: How the user names the model, to begin a message with.
+        config: The configuration.
+        weights: The safetensors file; None if the model is to start from random weights.
+
+    Raises:
+        RequestError: If one of them is not what it has to be, or they do not fit each other.
+    """
+    return check_fit(SavedModel(where=printable(where), config=read_config(config, printable(where)), weights=weights))
+
+
+def check_fit(saved: SavedModel) -> SavedModel:
+    """Compare a model with the header of its weights, without values.
+
+    Raises:
+        RequestError: If they do not fit; what differs is named.
+    """
+    config = saved.config
+    found = None if saved.weights is None else _header(saved.where, saved.weights)
+    if found is not None:
+        _bound_arguments(saved.where, config, found)
+    expected, head = _expected(saved)
+    _bound_memory(saved, expected)
+    if found is not None:
+        _compare(saved, found, expected, head)
+    return saved
+
+
+def check_saving(where: str, config: dict[str, Any], model: nn.Module) -> None:
+    """Raise RequestError unless a model, with values or without, could be loaded again from such a config.json."""
+    saved = SavedModel(where=where, config=parse_config(config, where))
+    expected, head = _expected(saved)
+    _compare(saved, _shapes_of(model), expected, head)
+
+
+def _compare(saved: SavedModel, found: _Shapes, expected: _Shapes, head: frozenset[str]) -> None:
+    config = saved.config
+    for name in sorted(head & found.keys()):
+        rows = found[name][0][:1]
+        if rows not in ((), (config.num_classes,)) and found[name][0][1:] == expected[name][0][1:]:
+            raise RequestError(
+                f"{saved.where}: {CONFIG} states num_classes {config.num_classes}: expected {rows[0]}, the rows of "
+                f"{name} in {WEIGHTS}; {WAY_OUT}"
+            )
+    problems = _differences(found, expected)
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        stated = f" with {_shown(config.model_args)}" if config.model_args else ""
+        raise RequestError(
+            f"{saved.where}: {WEIGHTS} and {CONFIG} do not make a {config.architecture}{stated}: "
+            f"{'; '.join(problems[:3])}{more}"
+        )
+
+
+def classifier_names(model: nn.Module) -> frozenset[str]:
+    """Return the names of a classifier's tensors."""
+    head: Any = model.get_classifier()  # type: ignore[operator]
+    heads = head if isinstance(head, (tuple, list, nn.ModuleList)) else [head]
+    prefixes = [name for name, module in model.named_modules() if any(module is part for part in heads)]
+    return frozenset(
+        name for name in model.state_dict() if any(name.startswith(f"{prefix}.") for prefix in prefixes if prefix)
+    )
+
+
+def without_values(build: Callable[[], nn.Module]) -> nn.Module:
+    """Build a model that has shapes and no values."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except NotImplementedError:  # with some versions, some architectures compute their own widths with torch
+        return build().to("meta")
+
+
+def _create(config: ModelConfig, num_classes: int, **rates: float) -> nn.Module:
+    model: nn.Module = timm.create_model(
+        config.architecture,
+        pretrained=False,
+        pretrained_cfg=dict(config.pretrained_cfg),
+        num_classes=num_classes,
+        **{**config.model_args, **rates},
+    )
+    return model
+
+
+def _header(where: str, weights: Path) -> _Shapes:
+    """Return what the header of a safetensors file lists; the library checks it against the size of the file."""
+    try:
+        require_regular(weights)
+        with safe_open(weights, "pt") as file:
+            found = {}
+            for name, key in strip_wrapper(file.keys()).items():
+                part = file.get_slice(key)
+                dtype = part.get_dtype()
+                if dtype not in (*_FLOATS, "I64"):
+                    raise RequestError(
+                        f"{where}: {printable(name)} in {weights.name} is of type {dtype}: expected "
+                        f"{', '.join(_FLOATS)}; take weights that are not quantized"
+                    )
+                found[name] = (tuple(part.get_shape()), dtype != "I64")
+            return found
+    except (SafetensorError, OSError) as error:
+        raise _damaged(where, weights, error) from error
+
+
+def _damaged(where: str, weights: Path, error: Exception) -> RequestError:
+    reason = (error.strerror if isinstance(error, OSError) else None) or one_line(error)
+    return RequestError(f"{where}: {weights.name} cannot be read ({reason}): expected a whole safetensors file")
+
+
+def _bound_arguments(where: str, config: ModelConfig, found: _Shapes) -> None:
+    """Refuse numbers for which the weights hold too little, before a model of that size is even outlined.
+
+    An integer is a number of layers or of channels, and both show in the shapes; layers have a tensor at least.
+    """
+    largest = max([1024, len(found), *(max(shape, default=1) for shape, _ in found.values())])
+    for key, value in config.model_args.items():
+        total = sum(value) if key == "layers" else 0
+        numbers = value if isinstance(value, list) else [value]
+        if total > len(found) or any(isinstance(number, int) and number > largest for number in numbers):
+            raise RequestError(
+                f"{where}: {CONFIG} states model_args.{printable(key)} {value}: more than the {len(found)} tensors of "
+                f"{WEIGHTS} can be; {WAY_OUT}"
+            )
+
+
+def _bound_memory(saved: SavedModel, expected: _Shapes) -> None:
+    needed = 4 * sum(math.prod(shape) for shape, _ in expected.values())
+    present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > present:
+        raise RequestError(
+            f"{saved.where}: a {saved.config.architecture} with {_shown(saved.config.model_args)} takes "
+            f"{needed / 1e9:.0f} GB: expected less than this machine's {present / 1e9:.0f} GB; take a smaller model"
+        )
+
+
+def _expected(saved: SavedModel) -> tuple[_Shapes, frozenset[str]]:
+    """Return the tensors that a model has, and the names of its classifier's.
+
+    Raises:
+        RequestError: If there can be no such model.
+    """
+    config = saved.config
+    size = list(config.pretrained_cfg["input_size"])
+    fixed = config.pretrained_cfg.get("fixed_input_size", False)
+    try:
+        return _outline(config.architecture, config.num_classes, json.dumps([config.model_args, size, fixed]))
+    except _BUILD_ERRORS as error:
+        raise RequestError(
+            f"{saved.where}: {CONFIG} does not make a {config.architecture} with {_shown(config.model_args)} for "
+            f"input_size {size}: {one_line(error)}; {WAY_OUT}"
+        ) from error
+
+
+@lru_cache(maxsize=64)
+def _outline(architecture: str, num_classes: int, words: str) -> tuple[_Shapes, frozenset[str]]:
+    model_args, size, fixed = json.loads(words)
+    config = ModelConfig(
+        architecture=architecture,
+        model_args=model_args,
+        num_classes=num_classes,
+        label_names=None,
+        pretrained_cfg={"input_size": tuple(size), "fixed_input_size": fixed},
+    )
+    model = without_values(lambda: _create(config, num_classes)).eval()
+    _check_input(model, size, num_classes)
+    return _shapes_of(model), classifier_names(model)
+
+
+def _shapes_of(model: nn.Module) -> _Shapes:
+    return {name: (tuple(tensor.shape), tensor.is_floating_point()) for name, tensor in model.state_dict().items()}
+
+
+@torch.no_grad()
+def _check_input(model: nn.Module, input_size: Sequence[int], num_classes: int) -> None:
+    """Raise AssertionError if a model does not map such images to one logit a class."""
+    try:
+        output = model(torch.empty(1, *input_size, device="meta"))
+    except RuntimeError:  # some architectures cannot be run without values
+        return
+    shape = tuple(getattr(output, "shape", ()))
+    assert not num_classes or shape == (1, num_classes), f"its output is {list(shape)}, not {[1, num_classes]}"
+
+
+def _differences(found: _Shapes, expected: _Shapes) -> list[str]:
+    """Name the tensors that differ; an old file may lack the counters of batch norm, which evaluation does not read."""
+    missing = [name for name in expected if name not in found and not name.endswith("num_batches_tracked")]
+    problems = [f"{name} is missing" for name in missing]
+    problems += [f"{printable(name)} is unexpected" for name in found if name not in expected]
+    for name in found.keys() & expected.keys():
+        (shape, floating), (expected_shape, expected_floating) = found[name], expected[name]
+        if shape != expected_shape:
+            problems.append(f"{name} is {list(shape)}, expected {list(expected_shape)}")
+        elif floating != expected_floating:
+            problems.append(f"{name} is {'not ' if expected_floating else ''}of a floating-point type")
+    return problems
+
+
+def _shown(model_args: dict[str, Any]) -> str:
+    return printable(", ".join(f"{key}={value}" for key, value in model_args.items()))[:200] or "no arguments"

@@ -1,0 +1,477 @@
+"""What a model folder says is checked before anything is built, and what was checked is what is loaded."""
+
+import copy
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from conftest import save_with_timm
+from pytest import MonkeyPatch, fixture, mark, raises
+from safetensors.torch import load_file, save_file
+
+from resnext_hub.errors import RequestError
+from resnext_hub.inference.trained import load_trained
+from resnext_hub.models.saved import read_model
+from resnext_hub.models.source import build_model, find_model, portable_architecture, variant_of
+
+NAMES = [str(number) for number in range(10)]
+
+
+@fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    """A model folder of test_resnet with 10 classes at 32 px, as timm writes it."""
+    folder = save_with_timm(tmp_path_factory.mktemp("saved") / "model", "test_resnet", 32)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"label_names": NAMES}))
+    return folder
+
+
+@fixture
+def folder(written: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(written, tmp_path / "model"))
+
+
+def change(folder: Path, **entries: Any) -> None:
+    """Change entries of config.json; those named with __ are within another one."""
+    config = json.loads((folder / "config.json").read_text())
+    for name, value in entries.items():
+        *outer, key = name.split("__")
+        within = config
+        for part in outer:
+            within = within.setdefault(part, {})
+        within[key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def refusal(folder: Path) -> str:
+    """The one line that refuses a folder; it begins with the folder's name."""
+    with raises(RequestError) as caught:
+        load_trained(str(folder))
+    message = str(caught.value)
+    assert message.startswith(str(folder))
+    assert "\n" not in message
+    assert message.isprintable()
+    return message
+
+
+@mark.parametrize(
+    ("key", "value"),
+    [
+        ("hf_hub_filename", "other.safetensors"),
+        ("hf_hub_filename", "pytorch_model.bin"),
+        ("hf_hub_id", "you/model"),
+        ("file", "/etc/passwd"),
+        ("file", "other.safetensors"),
+        ("url", "http://example.com/model.pth"),
+        ("url", ["http://example.com/model.pth", "model.pth"]),
+        ("source", "hf-hub"),
+        ("source", "local-dir"),
+        ("state_dict", {"fc.weight": [1]}),
+        ("custom_load", True),
+        ("custom_load", "hf"),
+        ("label_offset", 1),
+        ("sparkle", 1),
+    ],
+)
+def test_a_key_that_steers_loading_is_refused_by_name(folder: Path, key: str, value: Any) -> None:
+    change(folder, **{f"pretrained_cfg__{key}": value})
+    assert f"config.json states pretrained_cfg.{key} {json.dumps(value)}" in refusal(folder)
+
+
+def test_keys_that_are_not_set_and_unknown_ones_at_the_top_are_ignored(folder: Path) -> None:
+    change(folder, pretrained_cfg__url="", pretrained_cfg__file=None, pretrained_cfg__custom_load=False, sparkle=[1])
+    assert load_trained(str(folder)).label_names == tuple(NAMES)
+
+
+def test_no_other_file_of_the_folder_is_ever_opened(folder: Path) -> None:
+    for name in ("pytorch_model.bin", "model.pth", "open_clip_model.safetensors"):
+        os.mkfifo(folder / name)  # opening one would block
+    assert load_trained(str(folder)).label_names == tuple(NAMES)
+    (folder / "model.safetensors").unlink()
+    assert "there is no model.safetensors in" in refusal(folder)
+
+
+@mark.parametrize(
+    ("key", "value", "part"),
+    [
+        ("architecture", 5, "architecture 5: expected str, got int"),
+        ("architecture", None, "architecture null: expected str"),
+        ("architecture", ["test_resnet"], "expected str, got array"),
+        ("architecture", "sparkle", "unknown to timm"),
+        ("architecture", "test_vit", "do not make a test_vit"),
+        ("architecture", "resnet18", "do not make a resnet18"),
+        ("architecture", "hf-hub:you/model", "unknown to timm"),
+        ("num_classes", 10**9, "num_classes 1000000000: expected int <= "),
+        ("num_classes", 1000, "model_args.num_classes 10: expected num_classes, 1000"),
+        ("num_classes", -1, "num_classes -1: expected int >= 0"),
+        ("num_classes", "10", 'num_classes "10": expected int'),
+        ("num_classes", True, "num_classes true: expected int"),
+        ("pretrained_cfg", [], "pretrained_cfg []: expected object, got array"),
+        ("pretrained_cfg", "x", "expected object, got str"),
+        ("model_args", [], "model_args []: expected object | null, got array"),
+        ("model_args", "x", "expected object | null, got str"),
+        ("model_args__num_classes", 7, "model_args.num_classes 7: expected num_classes, 10"),
+        ("model_args__base_width", 2_000_000, "model_args.base_width 2000000: expected int <= 1024"),
+        ("model_args__base_width", 63, "test_resnet with base_width=63"),
+        ("model_args__base_width", "wide", 'model_args.base_width "wide": expected int'),
+        ("model_args__cardinality", 0, "model_args.cardinality 0: expected int >= 1"),
+        ("model_args__cardinality", 3, "cardinality=3"),
+        ("model_args__layers", [10**7] * 4, "model_args.layers[0] 10000000: expected int <= 200"),
+        ("model_args__layers", [150] * 4, "model_args.layers [150, 150, 150, 150]: more than the"),
+        ("model_args__layers", 10_000, "model_args.layers 10000: expected array"),
+        ("model_args__layers", [1, 1], "expected array of length >= 4"),
+        ("model_args__act_layer", "nope", "act_layer=nope"),
+        ("model_args__act_layer", "os.system", "expected str matching regex"),
+        ("model_args__block", "os.system", 'model_args.block "os.system": not allowed'),
+        ("model_args__features_only", True, "model_args.features_only true: not allowed"),
+        ("model_args__pretrained", True, "model_args.pretrained true: not allowed"),
+        ("model_args__checkpoint_path", "/etc/passwd", "not allowed"),
+        ("model_args__pretrained_strict", False, "not allowed"),
+        ("model_args__device", "cuda", "not allowed"),
+        ("model_args__block_args", {"attn_layer": "se"}, "not allowed"),
+        ("model_args__sparkle", 1, "model_args.sparkle 1: test_resnet does not take it"),
+        ("model_args__drop_rate", "x", 'model_args.drop_rate "x": expected float'),
+        ("model_args__drop_rate", 1.5, "model_args.drop_rate 1.5: expected float < 1.0"),
+        ("model_args__drop_block_rate", -0.5, "expected float >= 0.0"),
+        ("model_args__output_stride", 7, "model_args.output_stride 7: expected one of 8, 16, 32"),
+        ("model_args__global_pool", "sparkle", "expected one of avg, max"),
+        ("model_args__global_pool", "", "expected one of avg, max"),
+        ("model_args__in_chans", 0, "expected int >= 1"),
+        ("pretrained_cfg__input_size", [32, 32], "input_size [32, 32]: expected array of length 3"),
+        ("pretrained_cfg__input_size", [3, 0, 32], "input_size[1] 0: expected int >= 1"),
+        ("pretrained_cfg__input_size", [3, 32, -32], "input_size[2] -32: expected int >= 1"),
+        ("pretrained_cfg__input_size", [3, 200_000, 200_000], "input_size[1] 200000: expected int <= 4096"),
+        ("pretrained_cfg__input_size", [3, 32.5, 32], "input_size[1] 32.5: expected int"),
+        ("pretrained_cfg__input_size", "abc", 'input_size "abc": expected array'),
+        ("pretrained_cfg__crop_pct", -1, "crop_pct -1: expected float >= 0.05"),
+        ("pretrained_cfg__crop_pct", 1e-9, "crop_pct 1e-09: expected float >= 0.05"),
+        ("pretrained_cfg__crop_pct", 20, "crop_pct 20: expected float <= 1.25"),
+        ("pretrained_cfg__crop_pct", "x", 'crop_pct "x": expected float'),
+        ("pretrained_cfg__crop_mode", "evil", "expected one of center, squash, border"),
+        ("pretrained_cfg__interpolation", "evil", 'interpolation "evil": expected one of nearest, bilinear'),
+        ("pretrained_cfg__interpolation", 3, "interpolation 3: expected str"),
+        ("pretrained_cfg__mean", "abc", 'mean "abc": expected array'),
+        ("pretrained_cfg__mean", [0.5, 0.5], "mean [0.5, 0.5]: expected 3, one for each channel"),
+        ("pretrained_cfg__mean", [0.5, 0.5, 1e30], "mean[2] 1e+30: expected float <= 10000.0"),
+        ("pretrained_cfg__std", [0.5, 0, 0.5], "std[1] 0: expected float >= 0.0001"),
+        ("pretrained_cfg__std", 0.5, "std 0.5: expected array"),
+        ("pretrained_cfg__license", ["mit"], 'license ["mit"]: expected str'),
+        ("label_names", "abcdefghij", 'label_names "abcdefghij": expected'),
+        ("label_names", 10, "label_names 10: expected"),
+        ("label_names", NAMES[:9], "9 of them do not name each of the 10 classes once"),
+        ("label_names", [], "0 of them do not name each of the 10 classes once"),
+        ("label_names", [*NAMES[:9], 9], "label_names[9] 9: expected str"),
+        ("label_names", [*NAMES[:9], None], "label_names[9] null: expected str"),
+        ("label_names", {str(n + 1): "x" for n in range(10)}, "expected the numbers 0 to 9 as keys"),
+        ("label_names", {"0": "cat"}, "expected the numbers 0 to 9 as keys"),
+        ("label_names", ["\x1b[2J\n" * 99, *NAMES], r"\u001b[2J"),
+    ],
+)  # fmt: skip
+def test_a_value_that_cannot_be_is_refused_with_its_key(folder: Path, key: str, value: Any, part: str) -> None:
+    change(folder, **{key: value})
+    assert part in refusal(folder)
+
+
+@mark.parametrize(
+    ("content", "part"),
+    [
+        (b"", "damaged"),
+        (b"{}", "missing required field architecture"),
+        (b"[]", "expected `object`, got `array`"),
+        (b"null", "expected `object`, got `null`"),
+        (b"5", "expected `object`, got `int`"),
+        (b"{", "truncated"),
+        (b'{"architecture": "\xff"}', "config.json is damaged"),
+        (b"\xff\xfe{\x00}\x00", "malformed"),
+        (b"[" * 200_000, "expected `object`, got `array`"),
+        (b'{"a":' * 200_000, "nested too deeply"),
+        (b'{"architecture": "test_resnet", "pretrained_cfg": {"crop_pct": NaN}}', "malformed"),
+        (b'{"architecture": "test_resnet", "pretrained_cfg": {"crop_pct": 1e999}}', "out of range"),
+        (b'{"architecture": "test_resnet", "num_classes": 1' + b"0" * 5000 + b"}", "out of range"),
+        (b" " * (1 << 24) + b"{}", "more than 16777216"),
+    ],
+    ids=lambda value: repr(value[:30]) if isinstance(value, bytes) else value,
+)
+def test_a_config_that_is_no_object_of_json_is_refused(folder: Path, content: bytes, part: str) -> None:
+    (folder / "config.json").write_bytes(content)
+    assert part.lower() in refusal(folder).lower()
+
+
+def test_files_that_are_no_files_are_not_opened(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.unlink()
+    os.mkfifo(weights)
+    assert "not a regular file but a FIFO" in refusal(folder)
+    weights.unlink()
+    weights.symlink_to("/dev/zero")
+    assert "not a regular file but a device" in refusal(folder)
+    weights.unlink()
+    weights.symlink_to(weights)
+    assert "model.safetensors cannot be read" in refusal(folder)
+
+
+def rewrite(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
+    """Replace a tensor of the weights, or take it out."""
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[name]
+    save_file(tensors if tensor is None else tensors | {name: tensor}, folder / "model.safetensors")
+
+
+def with_value(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def apply(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.clone()
+        tensor.view(-1)[0] = value
+        return tensor
+
+    return apply
+
+
+@mark.parametrize(
+    ("name", "make", "part"),
+    [
+        ("fc.weight", lambda t: None, "fc.weight is missing"),
+        ("layer1.0.bn1.running_mean", lambda t: None, "layer1.0.bn1.running_mean is missing"),
+        ("fc.weight", lambda t: t[:9], "num_classes 10: expected 9, the rows of fc.weight"),
+        ("fc.weight", lambda t: t[:, :5], "fc.weight is [10, 5], expected [10, 96]"),
+        ("fc.weight", lambda t: t[0, 0], "fc.weight is [], expected [10, 96]"),
+        ("conv1.0.weight", lambda t: t[..., 0], "conv1.0.weight is"),
+        ("fc.weight", lambda t: t.to(torch.int8), "fc.weight in model.safetensors is of type I8"),
+        ("fc.weight", lambda t: t.bool(), "is of type BOOL"),
+        ("fc.weight", lambda t: t.to(torch.complex64), "is of type C64"),
+        ("fc.weight", lambda t: t.to(torch.float8_e4m3fn), "is of type F8_E4M3"),
+        ("fc.weight", lambda t: t.long(), "fc.weight is not of a floating-point type"),
+        ("bn1.num_batches_tracked", lambda t: t.float(), "bn1.num_batches_tracked is of a floating-point type"),
+        ("bn1.num_batches_tracked", lambda t: t - 10**6, "expected no negative numbers"),
+        ("fc.weight", with_value(float("nan")), "fc.weight in model.safetensors holds NaN"),
+        ("fc.bias", with_value(float("inf")), "fc.bias in model.safetensors holds inf"),
+        ("conv1.0.weight", with_value(float("-inf")), "holds -inf"),
+        ("fc.weight", with_value(1e38), "fc.weight in model.safetensors holds 1e+38"),
+        ("bn1.running_mean", with_value(-1e25), "bn1.running_mean in model.safetensors holds -1e+25"),
+        ("bn1.running_var", with_value(-0.5), "bn1.running_var in model.safetensors holds -0.5"),
+        ("fc.weight", lambda t: with_value(1e300)(t.double()), "fc.weight in model.safetensors holds inf"),
+    ],
+)  # fmt: skip
+def test_weights_that_cannot_be_right_are_refused_with_tensor_and_reason(
+    folder: Path, name: str, make: Callable[[torch.Tensor], torch.Tensor | None], part: str
+) -> None:
+    changed = make(load_file(folder / "model.safetensors")[name])
+    rewrite(folder, name, None if changed is None else changed.contiguous())
+    assert part in refusal(folder)
+
+
+def test_a_tensor_too_many_is_refused(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"fc2.\x1bweight": torch.zeros(2)}, folder / "model.safetensors")
+    assert r"fc2.\x1bweight is unexpected" in refusal(folder)
+
+
+def header_of(folder: Path) -> tuple[dict[str, Any], bytes]:
+    data = (folder / "model.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def write_header(folder: Path, header: bytes, body: bytes, length: int | None = None) -> None:
+    stated = struct.pack("<Q", len(header) if length is None else length)
+    (folder / "model.safetensors").write_bytes(stated + header + body)
+
+
+@mark.parametrize("content", [b"", b"1234", b"\xff" * 64, b"\x80\x02}q\x00.", b"PK\x03\x04" + b"0" * 100])
+def test_a_file_that_is_no_safetensors_is_refused(folder: Path, content: bytes) -> None:
+    (folder / "model.safetensors").write_bytes(content)
+    assert "model.safetensors cannot be read" in refusal(folder)
+
+
+def test_a_header_that_promises_what_is_not_there_is_refused_before_anything_is_allocated(folder: Path) -> None:
+    header, body = header_of(folder)
+    write_header(folder, json.dumps(header).encode(), body, length=2**63)
+    assert "model.safetensors cannot be read" in refusal(folder)
+    write_header(folder, json.dumps(header).encode(), body[:-4])
+    assert "model.safetensors cannot be read" in refusal(folder)
+    write_header(folder, json.dumps(header | {"fc.weight": {"dtype": "F32", "shape": [10**12, 96]}}).encode(), body)
+    assert "model.safetensors cannot be read" in refusal(folder)
+    overlapping = copy.deepcopy(header)
+    overlapping["fc.weight"]["data_offsets"] = [0, 10 * 96 * 4]
+    write_header(folder, json.dumps(overlapping).encode(), body)
+    assert "model.safetensors cannot be read" in refusal(folder)
+
+
+def judge(folder: Path) -> str | None:
+    """Load a folder; return the message if it is refused."""
+    try:
+        load_trained(str(folder))
+    except RequestError as error:
+        return str(error)
+    return None
+
+
+def test_mutated_folders_are_loaded_or_refused_in_one_line(folder: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    config = (folder / "config.json").read_bytes()
+    header, body = header_of(folder)
+    text = json.dumps(header).encode()
+    loaded = 0
+    for turn in range(60):
+        # from a few bytes of the configuration, or of the header, to others
+        data = bytearray(config if turn % 2 else text)
+        for _ in range(int(rng.integers(1, 4))):
+            data[int(rng.integers(len(data)))] = int(rng.integers(32, 127))
+        if turn % 2:
+            (folder / "config.json").write_bytes(data)
+            write_header(folder, text, body)
+        else:
+            (folder / "config.json").write_bytes(config)
+            write_header(folder, bytes(data), body)
+        message = judge(folder)
+        loaded += message is None
+        assert message is None or message.isprintable()
+    assert 0 < loaded < 60
+
+
+@mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_floating_point_types_become_float32(folder: Path, dtype: torch.dtype) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    converted = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    save_file(converted, folder / "model.safetensors")
+    for name, tensor in load_trained(str(folder)).network.state_dict().items():
+        assert torch.equal(tensor, converted[name].to(tensor.dtype)), name
+
+
+def test_weights_without_the_counters_of_batch_norm_load(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    older = {name: tensor for name, tensor in tensors.items() if not name.endswith("num_batches_tracked")}
+    save_file(older, folder / "model.safetensors")
+    assert torch.equal(load_trained(str(folder)).network.fc.weight, tensors["fc.weight"])
+
+
+def test_loaded_tensors_are_the_files_to_the_bit_and_aligned(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    network = load_trained(str(folder)).network
+    assert not network.training
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, tensors[name]), name
+        assert tensor.data_ptr() % 64 == 0, name
+
+
+@mark.parametrize("prefix", ["timm_model.", "module."])
+def test_weights_under_a_wrappers_name_load(folder: Path, prefix: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({f"{prefix}{name}": tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+    assert torch.equal(load_trained(str(folder)).network.fc.weight, tensors["fc.weight"])
+
+
+@mark.parametrize("names", [{str(n): f"kind {n}" for n in reversed(range(10))}, [f"kind {n}" for n in range(10)]])
+def test_label_names_come_in_the_order_of_the_classes(folder: Path, names: Any) -> None:
+    change(folder, label_names=names)
+    assert load_trained(str(folder)).label_names == tuple(f"kind {n}" for n in range(10))
+
+
+def test_two_classes_may_share_a_name_and_names_are_kept_as_they_are(folder: Path) -> None:
+    names = ["crane", "crane", "\x1b[31mred", "a\nb", "\u202eevil", *NAMES[:5]]
+    change(folder, label_names=names)
+    assert load_trained(str(folder)).label_names == tuple(names)
+
+
+def test_the_layout_of_the_first_timm_loads(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    flat = {**config["pretrained_cfg"], "architecture": "test_resnet", "num_classes": 10, "labels": NAMES, "other": 1}
+    (folder / "config.json").write_text(json.dumps(flat))
+    model = load_trained(str(folder))
+    assert (model.label_names, model.data_config["input_size"]) == (tuple(NAMES), (3, 32, 32))
+
+
+@mark.parametrize("name", ["run#1", "run?2", "a b", "50%", "ünï"])
+def test_a_folders_name_is_no_address(folder: Path, name: str) -> None:
+    moved = folder.rename(folder.parent / name)
+    assert load_trained(str(moved)).folder == moved
+    source = find_model(f"local-dir:{moved}")
+    assert build_model(source, NAMES).num_classes == 10
+
+
+def test_a_model_folder_may_be_a_link(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model").symlink_to(folder)
+    assert load_trained(str(tmp_path / "run")).folder == tmp_path / "run" / "model"
+
+
+@mark.parametrize("classes", [2, 10, 17])
+def test_what_timm_saved_starts_a_training_with_any_classes(written: Path, classes: int) -> None:
+    source = find_model(f"local-dir:{written}")
+    assert portable_architecture(source) == ("test_resnet", {})
+    names = [f"class {number}" for number in range(classes)]
+    model = build_model(source, names, drop_rate=0.2)
+    tensors = load_file(written / "model.safetensors")
+    assert model.fc.weight.shape[0] == classes
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, tensors[name]) == (not name.startswith("fc.")), name
+
+
+def test_a_classifier_is_kept_by_the_names_of_its_classes(written: Path) -> None:
+    source = find_model(f"local-dir:{written}")
+    weight = load_file(written / "model.safetensors")["fc.weight"]
+    assert torch.equal(build_model(source, NAMES).fc.weight, weight)
+    order = [3, 1, 0, 2, 9, 8, 7, 6, 5, 4]
+    assert torch.equal(build_model(source, [NAMES[n] for n in order]).fc.weight, weight[order])
+    assert not torch.equal(build_model(source, [*NAMES[:9], "other"]).fc.weight, weight)
+
+
+def test_a_variant_saved_by_timm_is_known_as_what_it_is(tmp_path: Path) -> None:
+    args = {"num_classes": 10, "in_chans": 3, "global_pool": "avg", "cardinality": 8, "base_width": 14}
+    config = {"architecture": "resnext50_32x4d", "num_classes": 10, "pretrained_cfg": {}, "model_args": args}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    source = find_model(f"local-dir:{tmp_path}", pretrained=False)
+    variant = variant_of(source)
+    assert variant is not None
+    assert variant.name == "resnext_g8"
+    assert portable_architecture(source) == ("resnext50_32x4d", {"cardinality": 8, "base_width": 14})
+
+
+def test_grey_images_and_other_arguments_load(tmp_path: Path) -> None:
+    from timm.models._hub import save_for_hf
+
+    torch.manual_seed(0)
+    network = timm.create_model("test_resnet", num_classes=3, in_chans=1, stem_width=16, act_layer="silu").eval()
+    data = {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,)}
+    save_for_hf(network, tmp_path / "model", safe_serialization=True, data_config=data)
+    model = load_trained(str(tmp_path / "model"))
+    assert model.data_config["input_size"] == (1, 32, 32)
+    images = torch.randn(2, 1, 32, 32)
+    with torch.inference_mode():
+        assert torch.equal(model.network(images), network(images))
+
+
+def test_a_model_larger_than_the_machine_is_refused_unbuilt(folder: Path) -> None:
+    change(folder, architecture="resnext101_32x8d", model_args={"cardinality": 1024, "base_width": 1024})
+    with raises(RequestError, match=r"takes .* GB: expected less than this machine's"):
+        find_model(f"local-dir:{folder}", pretrained=False)
+
+
+@mark.parametrize(
+    ("name", "close"),
+    [
+        ("resnext50", "resnext_g32, resnext50_32x4d"),
+        ("ResNeXt-50", "resnext_g32, resnext50_32x4d"),
+        ("resnext", "resnext_g32, "),
+        ("resnext101", "resnext101_g1, resnext101_g2"),
+        ("resnet-50", "resnet50"),
+    ],
+)
+def test_the_familys_own_names_are_suggested_first(name: str, close: str) -> None:
+    with raises(RequestError, match=f"there is no such model; close: {close}"):
+        find_model(name)
+
+
+def test_nothing_of_a_saved_model_passes_timms_loading(written: Path, monkeypatch: MonkeyPatch) -> None:
+    for module in (timm.models._builder, timm.models._hub, timm.models._factory):
+        for name in ("load_pretrained", "load_state_dict_from_hf", "load_state_dict", "load_checkpoint"):
+            monkeypatch.delattr(module, name, raising=False)
+    monkeypatch.delattr(torch, "load")
+    assert read_model("it", written / "config.json", written / "model.safetensors").load().num_classes == 10
+    assert build_model(find_model(f"local-dir:{written}"), 4).num_classes == 4
