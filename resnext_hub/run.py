@@ -269,6 +269,8 @@ def _log_plan(plan: Plan, accelerator: "Accelerator", precision: str) -> None:
     schedule = plan_schedule(config, splits.train.count)
     part = config.batch_size // accelerator.num_processes
     _logger.info("run folder: %s", plan.folder)
+    if plan.source.pretrained:
+        _logger.info("classifier: %s", plan.source.saved.classifier_for(splits.label_names))
     _logger.info("settings: %s", " ".join(f"{k}={printable(v)}" for k, v in config.to_flat().items() if v is not None))
     _logger.info(
         "%s: %s images to train on, %s to evaluate on (%s), %d classes",

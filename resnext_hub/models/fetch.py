@@ -1,5 +1,6 @@
 """One file of a repository on the Hub, in the Hub's cache, compared with what the Hub said of it."""
 
+import os
 import re
 from pathlib import Path
 
@@ -75,11 +76,17 @@ def commit_of(path: Path) -> str:
 
 
 def forget(path: Path) -> None:
-    """Remove a file of a snapshot from the Hub's cache, and its content where that is in the same cache."""
-    repository = next((folder.parent for folder in path.parents if folder.name == "snapshots"), path.parent)
-    blob = path.resolve()
-    if blob.is_relative_to(repository.resolve()):
-        blob.unlink(missing_ok=True)
+    """Remove a file of a snapshot from the Hub's cache, and its content where that is in the same cache.
+
+    Nothing outside a repository's folder of a cache is ever removed, whatever a name or a link leads to.
+    """
+    path = Path(os.path.abspath(path))  # without the `..` that a hostile listing may hold
+    repository = next((folder.parent for folder in path.parents if folder.name == "snapshots"), None)
+    if repository is None:
+        return
+    content = path.resolve()
+    if content.is_relative_to(repository.resolve()):
+        content.unlink(missing_ok=True)
     path.unlink(missing_ok=True)
 
 

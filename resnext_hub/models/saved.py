@@ -122,6 +122,18 @@ class SavedModel:
             return True
         return len(set(old)) == len(old) and set(old) == set(label_names)
 
+    def classifier_for(self, label_names: Sequence[str]) -> str:
+        """Say what a training on these classes does with the classifier."""
+        old = self.config.label_names
+        if not self.keeps_classifier(label_names):
+            differing = (
+                "other class names" if self.config.num_classes == len(label_names) else "another number of classes"
+            )
+            return f"a new one, as the weights have {differing}"
+        if old is None:
+            return "kept as it is, as the weights name no classes"
+        return "kept" if old == tuple(label_names) else "kept, its rows in the order of these class names"
+
     def build(self, num_classes: int, drop_rate: float = 0.0, drop_path_rate: float = 0.0) -> nn.Module:
         """Build the model with random weights and another number of classes.
 

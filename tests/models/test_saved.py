@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from resnext_hub.errors import RequestError
 from resnext_hub.inference.trained import load_trained
+from resnext_hub.models.fetch import forget
 from resnext_hub.models.saved import read_model
 from resnext_hub.models.source import build_model, find_model, portable_architecture, variant_of
 
@@ -417,9 +418,12 @@ def test_a_classifier_is_kept_by_the_names_of_its_classes(written: Path) -> None
     source = find_model(f"local-dir:{written}")
     weight = load_file(written / "model.safetensors")["fc.weight"]
     assert torch.equal(build_model(source, NAMES).fc.weight, weight)
+    assert source.saved.classifier_for(NAMES) == "kept"
     order = [3, 1, 0, 2, 9, 8, 7, 6, 5, 4]
     assert torch.equal(build_model(source, [NAMES[n] for n in order]).fc.weight, weight[order])
+    assert "in the order of these class names" in source.saved.classifier_for([NAMES[n] for n in order])
     assert not torch.equal(build_model(source, [*NAMES[:9], "other"]).fc.weight, weight)
+    assert "a new one, as the weights have other class names" in source.saved.classifier_for([*NAMES[:9], "other"])
 
 
 def test_a_variant_saved_by_timm_is_known_as_what_it_is(tmp_path: Path) -> None:
@@ -451,6 +455,26 @@ def test_a_model_larger_than_the_machine_is_refused_unbuilt(folder: Path) -> Non
     change(folder, architecture="resnext101_32x8d", model_args={"cardinality": 1024, "base_width": 1024})
     with raises(RequestError, match=r"takes .* GB: expected less than this machine's"):
         find_model(f"local-dir:{folder}", pretrained=False)
+
+
+def test_nothing_outside_the_cache_is_removed(tmp_path: Path) -> None:
+    snapshot = tmp_path / "cache" / "models--me--model" / "snapshots" / "abc"
+    blobs = snapshot.parent.parent / "blobs"
+    for place in (snapshot, blobs):
+        place.mkdir(parents=True)
+    outside, blob = tmp_path / "victim", blobs / "123"
+    for file in (outside, blob):
+        file.write_text("kept")
+    forget(snapshot / ".." / ".." / ".." / ".." / "victim")
+    forget(outside)
+    (snapshot / "linked").symlink_to(outside)
+    forget(snapshot / "linked")
+    assert outside.read_text() == "kept"
+    assert not (snapshot / "linked").is_symlink()
+    (snapshot / "model.safetensors").symlink_to(blob)
+    forget(snapshot / "model.safetensors")
+    assert not blob.exists()
+    assert list(snapshot.iterdir()) == []
 
 
 @mark.parametrize(
