@@ -16,7 +16,7 @@ from conftest import save_with_timm
 from pytest import MonkeyPatch, fixture, mark, raises
 from safetensors.torch import load_file, save_file
 
-from resnext_hub.errors import RequestError
+from resnext_hub.errors import RequestError, RunError
 from resnext_hub.inference.trained import load_trained
 from resnext_hub.models.fetch import forget
 from resnext_hub.models.saved import read_model
@@ -475,6 +475,17 @@ def test_nothing_outside_the_cache_is_removed(tmp_path: Path) -> None:
     forget(snapshot / "model.safetensors")
     assert not blob.exists()
     assert list(snapshot.iterdir()) == []
+
+
+def test_without_the_hub_each_advice_is_one_that_works() -> None:
+    for pretrained in (True, False):
+        with raises(RunError) as caught:
+            find_model("hf-hub:nobody/nothing", pretrained)
+        message = str(caught.value)
+        assert "hf-hub:nobody/nothing: the Hub could not be reached for config.json of nobody/nothing" in message
+        assert message.endswith("try again later, or take a model folder or a name")
+    with raises(RunError, match="or start from random weights with --no-pretrained"):
+        find_model("resnext_g32", True)
 
 
 @mark.parametrize(
