@@ -168,7 +168,7 @@ def _check_model(folder: Path, record: RunRecord) -> tuple[dict[str, Path], dict
             )
     if not isinstance(config.get("pretrained_cfg"), dict):
         raise RequestError(f"{printable(folder / 'config.json')} has no pretrained_cfg; {way_out}")
-    plots = [folder / "plots" / name for name in PLOTS]
+    plots = [] if (folder / "plots").is_symlink() else [folder / "plots" / name for name in PLOTS]
     known = {weights, *(path for path in plots if path.is_file() and not path.is_symlink())}
     generated = {folder / "config.json", folder / "README.md", folder / "plots"}
     others = [

@@ -56,6 +56,14 @@ def test_only_files_of_the_model_are_uploaded(run: Path, command: Command) -> No
     assert "not uploaded, as they are not part of the model: .secret, folder" in err
 
 
+def test_plots_behind_a_link_are_not_uploaded(run: Path, command: Command) -> None:
+    (run / "model" / "plots").rename(run / "elsewhere")
+    (run / "model" / "plots").symlink_to(run / "elsewhere")
+    code, out, err = dry_run(command, run)
+    assert code == 0, err
+    assert names(out) == {"README.md", "config.json", "model.safetensors"}
+
+
 def test_a_model_folder_that_is_a_link_is_as_good(run: Path, command: Command) -> None:
     (run / "model").rename(run / "elsewhere")
     (run / "model").symlink_to("elsewhere")
