@@ -205,9 +205,9 @@ def test_a_model_on_the_hub_predicts(vehicles_run: Path, pictures: Path, command
 @mark.parametrize(
     ("flags", "parts"),
     [
-        (["--top", "0"], ["--top: 0: expected a positive number"]),
-        (["--batch-size", "-1"], ["--batch-size: -1: expected a positive number"]),
-        (["--threads", "none"], ["--threads: none: expected auto or a positive number"]),
+        (["--top", "0"], ["--top: 0: expected a whole number from 1 to"]),
+        (["--batch-size", "-1"], ["--batch-size: -1: expected a whole number from 1 to"]),
+        (["--threads", "none"], ["--threads: none: expected auto or a number of threads from 1 to"]),
     ],
 )
 def test_a_wrong_number_exits_with_2(flags: list[str], parts: list[str], command: Command) -> None:
@@ -281,17 +281,18 @@ def test_what_is_no_file_is_refused_by_name_and_never_opened(command: Command, t
 
 
 def test_names_break_neither_lines_nor_columns_nor_json(command: Command, tmp_path: Path) -> None:
-    model = small_model(tmp_path / "model-folder", label_names=["a\tb\nc\x1b[1m\u202e\x7f"] * 1000)
+    model = small_model(tmp_path / "model-folder", label_names=[f"{n}a\tb\nc\x1b[1m\u202e\x7f" for n in range(1000)])
     odd = tmp_path / "x\t\n\x1b.png"
     write_pictures(tmp_path / "images", 1, 100)
     (tmp_path / "images" / "000.png").rename(odd)
     _, out, _ = command("predict", model, odd)
     path, label, _ = out.split("\t")
-    assert (path, label) == (f"{tmp_path}/x\\t\\n\\x1b.png", "a\\tb\\nc\\x1b[1m\\u202e\\x7f")
+    assert (path, label.lstrip("0123456789")) == (f"{tmp_path}/x\\t\\n\\x1b.png", "a\\tb\\nc\\x1b[1m\\u202e\\x7f")
     assert out.count("\n") == 1
     _, out, _ = command("predict", model, odd, "--json")
     (line,) = objects(out)
-    assert (line["path"], line["predictions"][0]["label"]) == (str(odd), "a\tb\nc\x1b[1m\u202e\x7f")
+    assert line["path"] == str(odd)
+    assert line["predictions"][0]["label"].endswith("a\tb\nc\x1b[1m\u202e\x7f")
     assert out[:-1].isprintable()
 
 
