@@ -82,7 +82,7 @@ def test_an_optimizer_that_cannot_train_here_is_refused_before_training(name: st
         check_optimizer(OptimConfig(optimizer=name), "cpu")
 
 
-@mark.parametrize("name", ["matplotlib", "sklearn", "jinja2", "pyarrow"])
+@mark.parametrize("name", ["matplotlib", "jinja2"])
 def test_a_package_that_is_needed_at_the_end_is_missed_at_the_start(
     name: str, command: Command, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:

@@ -7,9 +7,11 @@ paper draws the block in three equal forms (Figure 3); the one built here is for
 two 1x1 convolutions. Parameter names are those of timm and torchvision, so state dicts interchange in both directions.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -32,6 +34,12 @@ __all__ = ["VARIANTS", "Bottleneck", "ResNeXt", "StockArchitecture", "Variant", 
 
 STAGE_WIDTHS = (64, 128, 256, 512)
 """Channels of a plain bottleneck's 3x3 convolution in the four stages (paper, Table 1, at C=1 and d=64)."""
+
+
+CHANNELS = 1 << 16
+CLASSES = 1 << 24
+BLOCKS = 1000
+"""More than these fit no memory: what asks for it is a slip, or hostile."""
 
 
 class Bottleneck(nn.Module):
@@ -137,8 +145,8 @@ class ResNeXt(nn.Module):
         zero_init_last: Start every residual branch at zero (the last batch norm's weight).
 
     Raises:
-        ValueError: If the groups would have no channels, the output stride is not 8, 16 or 32, or there are not three
-            or four stages.
+        ValueError: If an argument is not a number within its range, or the groups would have no channels; nothing is
+            allocated then.
         AssertionError: In a call, if the picture is smaller than the network's stride.
     """
 
@@ -159,12 +167,22 @@ class ResNeXt(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        _check_layers(layers)
+        _check_count("num_classes", num_classes, 0, CLASSES)
+        _check_count("in_chans", in_chans, 1, CHANNELS)
+        _check_count("cardinality", cardinality, 1, CHANNELS)
+        _check_count("base_width", base_width, 1, CHANNELS)
         if output_stride not in (8, 16, 32):
-            raise ValueError(f"output_stride={output_stride} is not one of 8, 16, 32")
-        if not 3 <= len(layers) <= 4:
-            raise ValueError(f"layers={tuple(layers)} are {len(layers)} stages; expected three or four")
-        if cardinality < 1:
-            raise ValueError(f"cardinality={cardinality} is not a positive number of groups")
+            raise ValueError(f"output_stride={output_stride!r} is not one of 8, 16, 32")
+        widest = math.floor(STAGE_WIDTHS[len(layers) - 1] * (base_width / 64)) * cardinality
+        if widest > CHANNELS:
+            raise ValueError(
+                f"cardinality={cardinality} with base_width={base_width} makes {widest:,} channels in the 3x3 "
+                f"convolutions of the last stage; expected at most {CHANNELS:,}"
+            )
+        for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
+            if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0.0 <= rate < 1.0:
+                raise ValueError(f"{name}={rate!r}: expected a number from 0 to below 1")
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -348,6 +366,18 @@ class ResNeXt(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+def _check_count(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) <= high:
+        raise ValueError(f"{name}={value!r}: expected a whole number from {low} to {high:,}")
+
+
+def _check_layers(layers: object) -> None:
+    if not isinstance(layers, (list, tuple)) or not 3 <= len(layers) <= 4:
+        raise ValueError(f"layers={layers!r}: expected the numbers of blocks of three or four stages")
+    for depth in layers:
+        _check_count("layers", depth, 1, BLOCKS)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """One row of the family: a name and the network it stands for."""
@@ -514,7 +544,21 @@ def _released_cfgs(variant: Variant) -> dict[str, PretrainedCfg | dict[str, Any]
     return cfgs or {f"{variant.name}.untrained": _cifar_cfg() if variant.small_stem else _cfg()}
 
 
+_OF_A_VARIANT = {"layers", "small_stem"}
+"""Arguments that the name of a variant stands for."""
+
+_ARGUMENTS = tuple(name for name in inspect.signature(ResNeXt).parameters if name not in _OF_A_VARIANT)
+
+_OF_TIMM = set(inspect.signature(build_model_with_cfg).parameters) | {"features_only", "out_indices", "feature_cls"}
+"""Arguments that timm takes for every model before it builds it."""
+
+
 def _create_resnext(variant: Variant, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    if unknown := [name for name in kwargs if name not in (*_ARGUMENTS, *_OF_TIMM)]:
+        raise TypeError(
+            f"{variant.name} does not take {', '.join(unknown)}; it takes {', '.join(_ARGUMENTS)}. timm's own ResNet "
+            "takes more, as in timm.create_model('resnext50_32x4d', act_layer='silu')"
+        )
     setting = {"cardinality": variant.cardinality, "base_width": variant.base_width} | kwargs
     model: nn.Module = build_model_with_cfg(
         ResNeXt,

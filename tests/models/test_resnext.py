@@ -7,6 +7,7 @@ from pytest import mark, raises
 from timm.models import get_pretrained_cfg, list_pretrained
 
 from resnext_hub.models import VARIANTS, stock_architecture
+from resnext_hub.models.resnext import ResNeXt
 
 STOCK = [name for name, variant in VARIANTS.items() if stock_architecture(variant) is not None]
 
@@ -126,3 +127,40 @@ def test_feature_maps_have_the_stated_channels_and_reductions() -> None:
     maps = model(torch.randn(1, 3, 64, 64))
     assert [tuple(m.shape[1:]) for m in maps] == [(64, 32, 32), (256, 16, 16), (512, 8, 8), (1024, 4, 4), (2048, 2, 2)]
     assert [info["reduction"] for info in model.feature_info] == [2, 4, 8, 16, 32]
+
+
+@mark.parametrize(
+    "name", ["act_layer", "norm_layer", "aa_layer", "stem_width", "drop_block_rate", "layers", "nonsense"]
+)
+def test_an_argument_of_other_models_is_refused_by_name(name: str) -> None:
+    with raises(TypeError, match=f"resnext_g32 does not take {name}; it takes num_classes, in_chans, cardinality"):
+        timm.create_model("resnext_g32", **{name: "silu"})
+
+
+@mark.parametrize(
+    ("name", "value"),
+    [
+        ("cardinality", 0),
+        ("cardinality", "32"),
+        ("cardinality", True),
+        ("base_width", -4),
+        ("base_width", 2_000_000),
+        ("base_width", 4.5),
+        ("num_classes", -1),
+        ("num_classes", 10**12),
+        ("in_chans", 0),
+        ("drop_rate", 1.0),
+        ("drop_path_rate", float("nan")),
+        ("output_stride", 7),
+        ("layers", (10**7, 1, 1)),
+        ("layers", (1, 0, 1)),
+        ("layers", 10**7),
+        ("layers", "abc"),
+    ],
+)
+def test_an_argument_out_of_its_range_is_refused_by_name_before_anything_is_allocated(name: str, value: object) -> None:
+    arguments = {"layers": (1, 1, 1)} | {name: value}
+    with raises(ValueError, match=f"^{name}="):
+        ResNeXt(**arguments)  # type: ignore[arg-type]
+    with raises(ValueError, match="makes 524,288 channels"):
+        ResNeXt((1, 1, 1, 1), cardinality=1024, base_width=64)
