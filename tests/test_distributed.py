@@ -1,7 +1,6 @@
 """Two processes are one run."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -36,13 +35,27 @@ def samples(folder: Path, process: int) -> list[dict[str, object]]:
     return [json.loads(line) for line in (folder / f"samples-{process}.jsonl").read_text().splitlines()]
 
 
+@fixture(scope="module")
+def one(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    done = run_process("scripts/train.py", *FLAGS, "--output-dir", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_two_processes_learn_what_one_learns(pair: Path, one: Path) -> None:
+    """tests/test_learning.py has the other ways to start a run."""
+    correct = [RunRecord.load(folder / "record.json").evaluation.correct for folder in (pair, one)]
+    assert min(correct) > 200  # of 360; a model whose batch norm never learned has about 36
+    assert abs(correct[0] - correct[1]) <= 18
+
+
 def test_the_record_says_two_processes(pair: Path) -> None:
     assert RunRecord.load(pair / "record.json").processes == 2
 
 
-def test_the_indices_of_two_processes_are_disjoint_and_make_up_the_global_batch(pair: Path, tmp_path: Path) -> None:
-    assert run_process("scripts/train.py", *FLAGS, "--output-dir", tmp_path / "one").returncode == 0
-    first, second, alone = samples(pair, 0), samples(pair, 1), samples(tmp_path / "one", 0)
+def test_the_indices_of_two_processes_are_disjoint_and_make_up_the_global_batch(pair: Path, one: Path) -> None:
+    first, second, alone = samples(pair, 0), samples(pair, 1), samples(one, 0)
     assert len(first) == len(second) == len(alone) == 50
     seen: list[int] = []
     for a, b, whole in zip(first, second, alone, strict=True):
@@ -74,26 +87,6 @@ def test_a_wrong_request_is_said_once_and_no_process_hangs(tmp_path: Path) -> No
     assert done.returncode != 0
     assert done.stderr.count("--batch-size 33 is the global batch, and 2 processes do not divide it") == 1
     assert "nearest: 32 or 34" in done.stderr
-
-
-def test_accelerate_launch_trains_with_one_process(tmp_path: Path) -> None:
-    words = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "-m",
-        "resnext_hub",
-        "train",
-        *TINY,
-        "--threads",
-        "auto",
-    ]
-    words += ["--max-steps", "2", "--output-dir", str(tmp_path / "run")]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    record = RunRecord.load(tmp_path / "run" / "record.json")
-    assert record.processes == 1
-    assert record.hardware.threads == len(os.sched_getaffinity(0))  # the launcher sets one
 
 
 def stop_and_go_on(folder: Path, flags: tuple[object, ...], at: int) -> tuple[list[list[int]], int, str]:
