@@ -1,6 +1,6 @@
 """The ResNeXt family for timm. Importing this package registers the variants with `timm.create_model`."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 from typing import Any
 
