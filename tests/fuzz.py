@@ -8,6 +8,7 @@ import csv
 import faulthandler
 import io
 import json
+import logging
 import resource
 import struct
 import tempfile
@@ -32,8 +33,9 @@ from resnext_hub.data.decode import UnreadablePictureError, decode
 from resnext_hub.errors import RequestError, RunError
 from resnext_hub.inference.trained import load_trained
 from resnext_hub.record import RunRecord
-from resnext_hub.training.checkpoint import latest_checkpoint, save_checkpoint
-from resnext_hub.training.metrics import LineLog, read_lines, read_unreadable
+from resnext_hub.text import printable
+from resnext_hub.training.checkpoint import BestFacts, StateFacts, latest_checkpoint, save_checkpoint
+from resnext_hub.training.metrics import METRICS, LineLog, read_lines, read_unreadable
 
 SECONDS = 10
 """Time within which each input is judged."""
@@ -163,6 +165,7 @@ def lines_of(value: Any) -> bytes:
 class Target:
     """A kind of file: what to draw, and how to judge one; judging raises AssertionError for a wrong reading."""
 
+    original: bytes
     inputs: st.SearchStrategy[bytes]
     judge: Callable[[Path, bytes], None]
 
@@ -251,16 +254,19 @@ def judge_record(folder: Path, content: bytes) -> None:
     assert record.model.model_args == stated["model"]["model_args"]
 
 
-FACTS = {
-    "optimizer": {"state": {"0": {"betas": [0.9, 0.999]}}, "group": {"0": {"lr": 0.1}}},
-    "scaler": None,
-    "best": {"step": 2, "correct": 5, "loss": 0.25},
-    "how": {"processes": 1, "threads": 1},
-    "decoders": ["pil"],
-    "wall_seconds": 1.5,
-    "position": [0, 48],
-    "fingerprint": "0" * 64,
-}
+FACTS = StateFacts(
+    optimizer={"state": {"0": {"betas": [0.9, 0.999]}}, "group": {"0": {"lr": 0.1}}},
+    scaler=None,
+    best=BestFacts(step=2, correct=5, loss=0.25, epoch=0.2),
+    how={"processes": 1, "threads": 1},
+    wall_seconds=1.5,
+    resumes=0,
+    skipped_steps=0,
+    evaluated=True,
+    position=(0, 48),
+    fingerprint="0" * 64,
+    settings={"lr": 0.1},
+)
 
 
 @cache
@@ -281,27 +287,38 @@ def judge_state(folder: Path, content: bytes) -> None:
     found = latest_checkpoint(folder)
     if found is not None:
         assert found.step == 2
-        assert json.loads(json.dumps(found.facts)) == json.loads(json.dumps(FACTS))
+        assert found.facts == FACTS
 
 
-METRICS = [
+LINES = [
     {"step": 1, "epoch": 0.1, "lr": 0.1, "loss": 2.25, "images_per_second": 10.5, "data_wait": 0.1},
     {"step": 2, "epoch": 0.2, "eval_loss": 2.0, "eval_top1": 0.5, "eval_correct": 5, "eval_count": 10},
 ]
+
+
+def parsed(text: bytes) -> Any:
+    """Return what a line of JSON holds, or None."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def judge_metrics(folder: Path, content: bytes) -> None:
     """A run can always go on: whole lines that hold a step are kept, nothing else."""
     path = folder / "metrics.jsonl"
     path.write_bytes(content)
-    kept = read_lines(path)
+    read_lines(path, *METRICS)
+    written = content.split(b"\n")
     (folder / "unreadable-0.jsonl").write_bytes(content)
     read_unreadable(folder)
     with LineLog(path, 2) as log:
         log.write(step=3, loss=1.0)
-    after = [json.loads(line) for line in path.read_text().splitlines()]
-    assert after[-1] == {"step": 3, "loss": 1.0}
-    assert all(line in kept for line in after[:-1])
+    *kept, last = map(json.loads, path.read_text().splitlines())
+    assert last == {"step": 3, "loss": 1.0}
+    known = [line for text in written if (line := parsed(text)) is not None]
+    assert all(line in known for line in kept)
+    assert all(type(line["step"]) is int and line["step"] <= 2 for line in kept)
 
 
 @cache
@@ -340,63 +357,66 @@ def judge_image(folder: Path, content: bytes) -> None:
     assert np.asarray(image).shape == (image.height, image.width, 3)
 
 
-TABLE = "file_name,label\n" + "".join(f"{n}.png,{'cat' if n % 2 else 'dog'}\n" for n in range(12))
+ROWS = [{"file_name": f"{n}.png", "label": "cat" if n % 2 else "dog"} for n in range(12)]
+
+TABLE = "file_name,label\n" + "".join(f"{row['file_name']},{row['label']}\n" for row in ROWS)
 
 
 def judge_table(folder: Path, content: bytes) -> None:
-    """Where a table of labels is accepted, every image has the label of its row."""
-    root = folder / "images"
-    for split, count in (("train", 12), ("test", 12)):
-        (root / split).mkdir(parents=True)
-        for n in range(count):
-            (root / split / f"{n}.png").write_bytes(images()[0])
-    (root / "test" / "metadata.csv").write_text(TABLE)
-    (root / "train" / "metadata.csv").write_bytes(content)
-    splits = load_splits(DataConfig(dataset=str(root)))
-    rows = csv.DictReader(io.StringIO(content.decode("utf-8-sig")))
-    stated = {row["file_name"]: row["label"] for row in rows}
+    """Where a CSV of labels is accepted, every image has the label of its row."""
+    rows = csv.DictReader(io.StringIO(_judge_labels(folder, "metadata.csv", content), newline=""))
+    _require_labels(folder, list(rows))
+
+
+def judge_json_table(folder: Path, content: bytes) -> None:
+    """The same of JSON lines."""
+    lines = _judge_labels(folder, "metadata.jsonl", content).splitlines()
+    _require_labels(folder, [row for line in lines if isinstance(row := parsed(line.encode()), dict)])
+
+
+def _judge_labels(folder: Path, name: str, content: bytes) -> str:
+    for split in ("train", "test"):
+        (folder / "set" / split).mkdir(parents=True)
+        for n in range(12):
+            (folder / "set" / split / f"{n}.png").write_bytes(images()[0])
+    (folder / "set" / "test" / "metadata.csv").write_text(TABLE)
+    (folder / "set" / "train" / name).write_bytes(content)
+    load_splits(DataConfig(dataset=str(folder / "set")))
+    return content.decode("utf-8-sig")
+
+
+def _require_labels(folder: Path, rows: list[dict[str, Any]]) -> None:
+    splits = load_splits(DataConfig(dataset=str(folder / "set")))
     part: Any = splits.train
+    stated = {(row.get("file_name"), printable(row.get("label"))) for row in rows}
     for index, label in enumerate(part.labels):
-        name = Path(part.row(index)["path"]).name
-        assert splits.label_names[label] == stated[name], name
+        path = Path(part.row(index)["path"])
+        assert path.parent.name == "train", path
+        assert (path.name, splits.label_names[label]) in stated, path
+
+
+def _json_target(original: bytes, judge: Callable[[Path, bytes], None]) -> Target:
+    return Target(original, st.one_of(changed_json(json.loads(original)).map(text_of), changed_bytes(original)), judge)
+
+
+def _weights_target() -> Target:
+    original = (model_folder() / "model.safetensors").read_bytes()
+    return Target(original, st.one_of(changed_header(original), changed_bytes(original)), judge_weights)
 
 
 TARGETS: dict[str, Callable[[], Target]] = {
-    "config.json": lambda: Target(
-        st.one_of(
-            changed_json(json.loads((model_folder() / "config.json").read_bytes())).map(text_of),
-            changed_bytes((model_folder() / "config.json").read_bytes()),
-        ),
-        judge_model_config,
-    ),
-    "model.safetensors": lambda: Target(
-        st.one_of(
-            changed_header((model_folder() / "model.safetensors").read_bytes()),
-            changed_bytes((model_folder() / "model.safetensors").read_bytes()),
-        ),
-        judge_weights,
-    ),
-    "record.json": lambda: Target(
-        st.one_of(changed_json(record_content()).map(text_of), changed_bytes(text_of(record_content()))), judge_record
-    ),
-    "state.json": lambda: Target(
-        st.one_of(
-            changed_json(json.loads(state_content())).map(text_of),
-            changed_bytes(state_content()),
-        ),
-        judge_state,
-    ),
+    "config.json": lambda: _json_target((model_folder() / "config.json").read_bytes(), judge_model_config),
+    "model.safetensors": _weights_target,
+    "record.json": lambda: _json_target(text_of(record_content()), judge_record),
+    "state.json": lambda: _json_target(state_content(), judge_state),
     "metrics.jsonl": lambda: Target(
-        st.one_of(
-            changed_json(METRICS).map(
-                lambda lines: b"\n".join(map(text_of, lines if isinstance(lines, list) else [lines]))
-            ),
-            changed_bytes(lines_of(METRICS)),
-        ),
-        judge_metrics,
+        lines_of(LINES), st.one_of(changed_json(LINES).map(lines_of), changed_bytes(lines_of(LINES))), judge_metrics
     ),
-    "image": lambda: Target(st.one_of(*map(changed_bytes, images())), judge_image),
-    "metadata.csv": lambda: Target(changed_bytes(TABLE.encode()), judge_table),
+    "image": lambda: Target(images()[0], st.one_of(*map(changed_bytes, images())), judge_image),
+    "metadata.csv": lambda: Target(TABLE.encode(), changed_bytes(TABLE.encode()), judge_table),
+    "metadata.jsonl": lambda: Target(
+        lines_of(ROWS), st.one_of(changed_json(ROWS).map(lines_of), changed_bytes(lines_of(ROWS))), judge_json_table
+    ),
 }
 
 
@@ -431,7 +451,10 @@ def fuzz(name: str, examples: int, number: int = 0) -> dict[str, int]:
         Exception: Whatever else reading one raises: a traceback for a user.
     """
     target = TARGETS[name]()
+    logging.getLogger("resnext_hub").setLevel(logging.ERROR)
     counts = {"accepted": 0, "refused": 0}
+    with tempfile.TemporaryDirectory() as folder:
+        target.judge(Path(folder), target.original)  # what is imported at the first use is not timed below
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     @seed(number)
