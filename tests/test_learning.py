@@ -35,8 +35,8 @@ GROUPED = {
 }
 """A small model with grouped convolutions, as the config.json of a model folder."""
 
-NOISE = 18
-"""Images of 360 by which two runs may differ; a model without statistics has about 36 correct, these runs over 300."""
+NOISE = 36
+"""Images of 360 by which two short runs may differ; without statistics a model has about 36 correct, these over 280."""
 
 
 def launch(processes: int, *runs: tuple[object, ...]) -> None:
