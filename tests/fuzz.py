@@ -1,10 +1,11 @@
 """Mutate files that come from elsewhere: each is read as it says, or refused in a line, in bounded time and memory.
 
-The long form is `python tests/fuzz.py [--examples N] [--seed N] [TARGET ...]`; tests/test_fuzz.py is the short form.
+The long form is `python tests/fuzz.py [--examples N] [--seed N] [TARGET ...]`; tests/test_fuzz_files.py is the short form.
 """
 
 import argparse
 import csv
+import dataclasses
 import faulthandler
 import io
 import json
@@ -24,6 +25,7 @@ import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
+from records import a_record
 from safetensors.torch import load_file
 from timm.models._hub import save_for_hf
 
@@ -227,21 +229,6 @@ def require_weights(loaded: Any, tensors: dict[str, torch.Tensor]) -> None:
         assert found[name].isfinite().all(), name
 
 
-@cache
-def record_content() -> dict[str, Any]:
-    """Return the record of a small finished run, made by a real one."""
-    import subprocess
-    import sys
-
-    folder = Path(tempfile.mkdtemp(prefix="fuzz-run-")) / "run"
-    root = Path(__file__).resolve().parent.parent
-    words = ["-m", "resnext_hub", "train", "--model", "test_resnet", "--max-steps", "2", "--threads", "1"]
-    done = subprocess.run([sys.executable, *words, "--output-dir", folder], cwd=root, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr.decode()
-    content: dict[str, Any] = json.loads((folder / "record.json").read_bytes())
-    return content
-
-
 def judge_record(folder: Path, content: bytes) -> None:
     """Where a record is accepted, it says what the file says."""
     path = folder / "record.json"
@@ -407,7 +394,7 @@ def _weights_target() -> Target:
 TARGETS: dict[str, Callable[[], Target]] = {
     "config.json": lambda: _json_target((model_folder() / "config.json").read_bytes(), judge_model_config),
     "model.safetensors": _weights_target,
-    "record.json": lambda: _json_target(text_of(record_content()), judge_record),
+    "record.json": lambda: _json_target(text_of(dataclasses.asdict(a_record())), judge_record),
     "state.json": lambda: _json_target(state_content(), judge_state),
     "metrics.jsonl": lambda: Target(
         lines_of(LINES), st.one_of(changed_json(LINES).map(lines_of), changed_bytes(lines_of(LINES))), judge_metrics
