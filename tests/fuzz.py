@@ -1,6 +1,6 @@
 """Mutate files that come from elsewhere: each is read as it says, or refused in a line, in bounded time and memory.
 
-The long form is `python tests/fuzz.py [--examples N] [--seed N] [TARGET ...]`; tests/test_fuzz_files.py is the short form.
+The long form is `python tests/fuzz.py [--examples N] [--seed N] [TARGET ...]`; the short one is test_fuzz_files.py.
 """
 
 import argparse
