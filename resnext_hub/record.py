@@ -6,7 +6,9 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+from msgspec import Meta
 
 from resnext_hub.errors import RequestError
 from resnext_hub.files import convert, read_json, write_json
@@ -21,6 +23,12 @@ FORMAT_VERSION = 2
 PLOTS = ("curves.png", "confusion_matrix.png")
 """Plots of a model folder, which its card shows and which are published."""
 
+_Count = Annotated[int, Meta(ge=0)]
+_Some = Annotated[int, Meta(ge=1)]
+_Amount = Annotated[float, Meta(ge=0)]
+_Fraction = Annotated[float, Meta(ge=0, le=1.0001)]
+"""0 to 1, and what rounding may add."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
@@ -33,7 +41,7 @@ class ModelFacts:
     model_args: dict[str, Any]
     """Arguments that differ from the architecture's own."""
     needs_plugin: bool
-    parameters: int
+    parameters: _Count
     variant: str | None
     """Name in this package, and its template such as 32x4d, if the network is of the family."""
     template: str | None
@@ -63,32 +71,32 @@ class DatasetFacts:
     train_split: str
     eval_split: str | None
     """None if the evaluation split was cut from the training split."""
-    train_count: int | None
+    train_count: _Count | None
     """None for a stream that does not state it."""
-    eval_count: int
-    train_counts: list[int] | None
+    eval_count: _Count
+    train_counts: list[_Count] | None
     """Pictures by class; None for a stream."""
-    eval_counts: list[int] | None
+    eval_counts: list[_Count] | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationFacts:
     """How the published weights do on the evaluation split."""
 
-    step: int
-    epoch: float
-    correct: int
-    count: int
-    top1: float
+    step: _Count
+    epoch: _Amount
+    correct: _Count
+    count: _Some
+    top1: _Fraction
     loss: float
-    top5: float | None
+    top5: _Fraction | None
     """None where there are so few classes that five guesses say little."""
-    macro_f1: float
-    calibration_error: float
+    macro_f1: _Fraction
+    calibration_error: _Fraction
     """Expected calibration error over 15 bins, 0 to 1."""
-    batch_size: int
+    batch_size: _Some
     """Shape of every forward pass; float32 logits depend on it in their last bits."""
-    confusion: list[list[tuple[int, int]]]
+    confusion: list[list[tuple[_Count, _Some]]]
     """For each true class, the classes predicted and how often; only those that occur."""
 
     @property
@@ -112,10 +120,10 @@ class EvaluationFacts:
 class SampleFacts:
     """What the published weights say of one evaluation sample."""
 
-    index: int
+    index: _Count
     """Place in the evaluation split."""
     label: str
-    output: list[tuple[str, float]]
+    output: list[tuple[str, _Fraction]]
     """The most probable classes with their probabilities, the first one first."""
 
 
@@ -126,7 +134,7 @@ class HardwareFacts:
     device: str
     name: str
     """Of the processor or accelerator."""
-    threads: int
+    threads: _Some
     mixed_precision: Literal["no", "bf16", "fp16"]
 
 
@@ -146,8 +154,8 @@ class RunRecord:
     base_model: BaseModelFacts | None
     dataset: DatasetFacts
     label_names: list[str]
-    steps: int
-    epochs: float
+    steps: _Count
+    epochs: _Amount
     """Passes over the training split."""
     evaluation: EvaluationFacts
     sample: SampleFacts
@@ -155,18 +163,18 @@ class RunRecord:
     """The lines of metrics.jsonl."""
     versions: dict[str, str]
     hardware: HardwareFacts
-    processes: int
+    processes: _Some
     git_commit: str | None
-    wall_seconds: float
-    resumes: int
-    skipped_steps: int
+    wall_seconds: _Amount
+    resumes: _Count
+    skipped_steps: _Count
     """Steps whose gradients overflowed in fp16, so that the weights were left as they were."""
     decoders: list[str] = field(default_factory=list)
     """What decoded the pictures to train on, in the order of use: several if a run was told to go on with another."""
     broken_pictures: list[dict[str, str]] = field(default_factory=list)
     plots: list[str] = field(default_factory=lambda: list(PLOTS))
     """Plots of the model folder that could be drawn."""
-    merged_groups: dict[str, int] = field(default_factory=dict)
+    merged_groups: dict[str, _Some] = field(default_factory=dict)
     """How many neighbouring groups of a grouped convolution were computed as one in training, by the layer's name."""
 
     def __post_init__(self) -> None:
@@ -184,7 +192,13 @@ class RunRecord:
             (len(counts) == classes, "a row of confusion for each class"),
             (sum(counts) == evaluation.count, "confusion to sum up to count"),
             (all(0 <= column < classes for column in columns), "columns of confusion that are classes"),
+            (
+                all(len(dict(row)) == len(row) for row in evaluation.confusion),
+                "each column of a row of confusion once",
+            ),
             (0 <= evaluation.correct <= evaluation.count > 0, "0 <= correct <= count"),
+            (evaluation.count <= dataset.eval_count, "count <= eval_count"),
+            (evaluation.step <= self.steps, "the step of the evaluation to be one of the steps"),
             (evaluation.correct == right, "correct to be the diagonal of confusion"),
             (abs(evaluation.top1 * evaluation.count - evaluation.correct) < 1e-6, "top1 to be correct / count"),
             (re.fullmatch("[0-9a-f]{64}", self.model.weights_sha256), "a SHA-256 in weights_sha256"),
@@ -192,8 +206,20 @@ class RunRecord:
             (_is_count_of(dataset.eval_counts, classes), "eval_counts of each class"),
             (set(self.changed) <= self.config.keys(), "settings in changed that are in config"),
             (self.config.keys() >= _CARD_SETTINGS, f"config with {', '.join(sorted(_CARD_SETTINGS))}"),
-            (isinstance(size, list) and [type(n) for n in size] == [int] * 3, "an input_size of three numbers"),
+            (
+                isinstance(size, list) and [type(n) for n in size] == [int] * 3 and min(size) > 0,
+                "an input_size of three positive numbers",
+            ),
             (self.sample.output, "an output of the sample"),
+            (
+                {*self.label_names} >= {self.sample.label, *(name for name, _ in self.sample.output)},
+                "classes in sample that are in label_names",
+            ),
+            (set(self.plots) <= set(PLOTS), f"plots of {', '.join(PLOTS)}"),
+            (
+                all(entry.keys() >= {"picture", "reason"} for entry in self.broken_pictures),
+                "picture and reason in broken_pictures",
+            ),
         ):
             if not holds:
                 raise ValueError(f"expected {what}")

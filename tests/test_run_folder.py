@@ -12,6 +12,7 @@ from conftest import TINY
 from pytest import fixture, mark, raises, skip
 from safetensors.torch import load_file, save_file
 
+from resnext_hub.agreement import Peers
 from resnext_hub.errors import RequestError
 from resnext_hub.files import sha256_of
 from resnext_hub.plan import Plan, merge_settings, prepare, public_model
@@ -40,7 +41,7 @@ def test_a_folder_that_another_command_used_since_the_plan_is_not_gone_on_with(f
     shutil.copytree(finished, tmp_path / "run")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     with raises(RequestError, match=r"another command has worked in .*run since this one looked at it"):
-        execute(plan)
+        execute(plan, Peers())
     assert all(path.read_bytes() == content for path, content in before.items() if path.name != ".lock")
 
 

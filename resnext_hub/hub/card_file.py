@@ -9,7 +9,7 @@ from typing import Any
 
 from resnext_hub.files import parse_yaml, yaml_fields
 
-_BEGIN = re.compile(r"^<!-- resnext-hub card (\{.*?\}) .*?-->\n", re.MULTILINE)
+_BEGIN = re.compile(r"^<!-- resnext-hub card (\{.{1,8000}) -->\n", re.MULTILINE)
 _END = "<!-- resnext-hub card end -->\n"
 _ADVICE = "What stands between this line and the end mark is written anew by push: write above or below it."
 
@@ -65,7 +65,7 @@ def take_apart(text: str, own_tags: Sequence[str]) -> CardFile:
     Raises:
         ValueError: If its metadata cannot be read.
     """
-    text = text.replace("\r\n", "\n")
+    text = text.removeprefix("\ufeff").replace("\r\n", "\n")
     metadata, body = _split(text)
     fields = yaml_fields(metadata)
     found = parse_yaml(metadata).get("tags")
@@ -75,10 +75,8 @@ def take_apart(text: str, own_tags: Sequence[str]) -> CardFile:
     if begin is None or end < 0:
         others = {name: text for name, text in fields.items() if name != "tags"}
         return CardFile(Kept(others, _without(tags, own_tags), body), marked=False)
-    mark = json.loads(begin[1])
-    keys = mark.get("keys")
-    if not isinstance(keys, list):
-        raise ValueError("its mark is damaged")
+    mark = _read_mark(begin[1])
+    keys = mark["keys"]
     own = {name: text for name, text in fields.items() if name in keys}
     kept = Kept(
         {name: text for name, text in fields.items() if name not in keys and name != "tags"},
@@ -86,8 +84,21 @@ def take_apart(text: str, own_tags: Sequence[str]) -> CardFile:
         body[: begin.start()],
         body[end + len(_END) :],
     )
-    edited = mark.get("own") != _digest([own, body[begin.end() : end]])
+    # a second part of this package is a copy, whose figures would be published as the owner's words
+    twice = _BEGIN.search(kept.after) is not None
+    edited = twice or mark.get("own") != _digest([own, body[begin.end() : end]])
     return CardFile(kept, marked=True, edited=edited, kept_then=mark.get("kept"))
+
+
+def _read_mark(text: str) -> dict[str, Any]:
+    """Return what the mark holds, before the advice."""
+    try:
+        mark, _ = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("its mark is damaged") from error
+    if not isinstance(mark.get("keys"), list):
+        raise ValueError("its mark is damaged")
+    return dict(mark)
 
 
 def put_together(metadata: str, body: str, kept: Kept) -> str:

@@ -1,5 +1,6 @@
 """A trained model by the words that people use for it: a run folder, a model folder, or `hf-hub:owner/repo`."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,9 @@ def _model_words(where: str) -> str:
         return where
     folder = Path(where.removeprefix("local-dir:")).expanduser()
     for candidate in (folder / "model", folder):
-        if (candidate / CONFIG).is_file():
+        if os.path.isfile(candidate / CONFIG):  # False for a name that is too long as well
             return f"local-dir:{candidate}"
-    if folder.suffix in (".onnx", ".xml", ".bin") and folder.is_file():
+    if folder.suffix in (".onnx", ".xml", ".bin") and os.path.isfile(folder):
         raise RequestError(
             f"{printable(where)} is a file for another runtime: expected the folder that it was exported from; "
             "docs/exporting.md says how it is used"

@@ -360,7 +360,7 @@ def _differences(found: _Shapes, expected: _Shapes) -> list[str]:
     """Name the tensors that differ; an old file may lack the counters of batch norm, which evaluation does not read."""
     missing = [name for name in expected if name not in found and not name.endswith("num_batches_tracked")]
     problems = [f"{name} is missing" for name in missing]
-    problems += [f"{printable(name)} is unexpected" for name in found if name not in expected]
+    problems += [f"{printable(name)[:80]} is unexpected" for name in found if name not in expected]
     for name in found.keys() & expected.keys():
         (shape, floating), (expected_shape, expected_floating) = found[name], expected[name]
         if shape != expected_shape:

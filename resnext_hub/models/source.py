@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,6 +52,10 @@ class ModelSource:
         return self.saved.weights is not None
 
 
+_REVISION = re.compile(r"(?!.*(?:\.\.|//|/$))[A-Za-z0-9_][A-Za-z0-9._/@+-]{0,249}")
+"""A branch, tag or commit; the client makes a path of its cache out of it."""
+
+
 def find_model(requested: str, pretrained: bool | None = None, where: str | None = None) -> ModelSource:
     """Look a model up, and its weights if they are wanted, without building it.
 
@@ -77,7 +82,12 @@ def find_model(requested: str, pretrained: bool | None = None, where: str | None
                 raise RequestError(f"{where}: there is no {path.name} in {printable(folder)}")
         requested, base_id = f"local-dir:{folder}", local_name(folder)
     else:
-        repo_id, _, revision = name.partition("@")
+        repo_id, at, revision = name.partition("@")
+        if at and not _REVISION.fullmatch(revision):
+            raise RequestError(
+                f"{where}: {printable(revision) or 'nothing'} after @ is no revision: expected a branch, tag or commit, such "
+                "as main or refs/pr/1"
+            )
         base_id = name
         config = fetch_file(where, repo_id, CONFIG, revision or None, ", or take a model folder or a name")
         if pretrained:  # of the same commit, even if the repository moves on in between

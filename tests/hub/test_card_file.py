@@ -1,5 +1,6 @@
 """What an owner writes into a card stays when the card is written anew, or nothing is written."""
 
+import time
 from pathlib import Path
 
 from pytest import mark, raises
@@ -47,8 +48,9 @@ def test_what_stands_outside_the_marks_is_kept_to_the_letter(words: dict[str, st
     assert take_apart(text, TAGS).kept.digest == take_apart(edited(PRISTINE, **words), TAGS).kept.digest
 
 
-def test_line_ends_of_another_system_change_nothing() -> None:
-    card = take_apart(PRISTINE.replace("\n", "\r\n"), TAGS)
+@mark.parametrize("text", [PRISTINE.replace("\n", "\r\n"), "\ufeff" + PRISTINE], ids=["line ends", "byte order mark"])
+def test_line_ends_and_a_byte_order_mark_of_another_system_change_nothing(text: str) -> None:
+    card = take_apart(text, TAGS)
     assert not card.foreign
     assert not card.kept
 
@@ -134,3 +136,28 @@ def test_a_card_is_made_of_a_record_alone(tmp_path: Path) -> None:
     assert render_card(RECORD, "me/name", "mit") == PRISTINE
     card = take_apart(PRISTINE, TAGS)
     assert (card.marked, card.edited, bool(card.kept)) == (True, False, False)
+
+
+def test_a_second_part_of_the_tool_is_no_word_of_the_owner() -> None:
+    own = PRISTINE[PRISTINE.index("<!-- resnext-hub card {") :]
+    assert take_apart(PRISTINE + own, TAGS).edited
+    assert not take_apart(PRISTINE + "<!-- resnext-hub card end -->\n", TAGS).edited
+
+
+@mark.parametrize(
+    "mark_text",
+    ["{}", '{"keys": 1}', "{bad}", "{" * 7000, '{"a":' * 1500],
+    ids=["empty", "keys", "bad", "open", "deep"],
+)
+def test_a_damaged_mark_is_refused(mark_text: str) -> None:
+    text = f"<!-- resnext-hub card {mark_text} -->\nx\n<!-- resnext-hub card end -->\n"
+    with raises(ValueError, match="its mark is damaged"):
+        take_apart(text, TAGS)
+
+
+@mark.parametrize("part", ["} ", "{ ", "<!-- resnext-hub card {", "{}} -->\r"])
+def test_a_page_made_to_take_time_takes_none(part: str) -> None:
+    text = "<!-- resnext-hub card {" + part * ((1 << 20) // len(part))
+    begin = time.process_time()
+    assert not take_apart(text, TAGS).marked
+    assert time.process_time() - begin < 5

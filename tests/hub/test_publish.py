@@ -179,6 +179,7 @@ def test_a_dataset_and_a_base_model_come_from_the_hub(
     splits = load_splits(DataConfig(dataset=str(folder_of_classes)))
     table = splits.train.rows.add_column("label", np_labels(splits.train.rows))
     table = table.cast_column("label", datasets.ClassLabel(names=["bus", "car", "train"]))
+    table = table.map(lambda row: {"image": {"bytes": Path(row["image"]["path"]).read_bytes(), "path": None}})
     table.cast_column("image", datasets.Image()).to_parquet(tmp_path / "train.parquet")
     repo = hub.create("datasets", "me/vehicles")
     repo.commit("data", {"data/train-00000-of-00001.parquet": (tmp_path / "train.parquet").read_bytes()})

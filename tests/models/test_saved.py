@@ -488,6 +488,25 @@ def test_without_the_hub_each_advice_is_one_that_works() -> None:
         find_model("resnext_g32", True)
 
 
+@mark.parametrize("revision", ["", "../../x", "a//b", "refs/", "-x", "a b", "\x1b[31m", "\ud800", "r" * 300])
+def test_a_revision_that_can_be_none_is_refused_before_the_hub_is_asked(revision: str) -> None:
+    with raises(RequestError, match="after @ is no revision: expected a branch, tag or commit") as caught:
+        find_model(f"hf-hub:me/model@{revision}")
+    assert str(caught.value).isprintable()
+
+
+@mark.parametrize("revision", ["main", "v1.0", "refs/pr/1", "a" * 40, "user@fix/1"])
+def test_branches_tags_and_commits_are_asked_for(revision: str) -> None:
+    with raises(RunError, match="the Hub could not be reached"):
+        find_model(f"hf-hub:me/model@{revision}")
+
+
+@mark.parametrize("name", ["a" * 5000, "a/" * 5000, "\0", "~nobody/x"], ids=["long", "deep", "null", "home"])
+def test_a_path_that_cannot_be_is_refused_like_one_that_is_not_there(name: str) -> None:
+    with raises(RequestError, match="holds no trained model"):
+        load_trained(name)
+
+
 @mark.parametrize(
     ("name", "close"),
     [
