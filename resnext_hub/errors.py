@@ -48,5 +48,5 @@ def one_line(error: BaseException) -> str:
 
 
 def hide_tokens(text: str) -> str:
-    """Return text without the tokens of the Hub that are in it."""
-    return re.sub(r"hf_\w{6,}", "hf_…", text)
+    """Return text without the tokens of the Hub that are in it; `hf_hub_filename` is none."""
+    return re.sub(r"hf_[A-Za-z0-9]{6,}\w*", "hf_…", text)

@@ -70,6 +70,17 @@ def fetch_file(where: str, repo_id: str, filename: str, revision: str | None, hi
     return path
 
 
+def check_revision(where: str, revision: str) -> None:
+    """Raise RequestError unless a text can be a branch, tag or commit; the client makes a path of its cache of it.
+
+    Args:
+        where: How the user gave it, to begin a message with.
+        revision: The text.
+    """
+    if not re.fullmatch(r"(?!.*(?:\.\.|//|/$))[A-Za-z0-9_][A-Za-z0-9._/@+-]{0,249}", revision):
+        raise RequestError(f"{where} is no revision: expected a branch, tag or commit, such as main or refs/pr/1")
+
+
 def commit_of(path: Path) -> str:
     """Return the commit of a file in the cache, after which its snapshot folder is named."""
     return next((folder.name for folder in path.parents if folder.parent.name == "snapshots"), path.parent.name)

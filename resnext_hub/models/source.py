@@ -2,7 +2,6 @@
 
 import difflib
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from timm.models import get_pretrained_cfg, list_pretrained, split_model_name_ta
 from torch import nn
 
 from resnext_hub.errors import RequestError
-from resnext_hub.models.fetch import commit_of, fetch_file
+from resnext_hub.models.fetch import check_revision, commit_of, fetch_file
 from resnext_hub.models.resnext import VARIANTS, Variant, stock_architecture
 from resnext_hub.models.saved import CONFIG, WEIGHTS, SavedModel, check_fit, named_config, read_model
 from resnext_hub.text import printable
@@ -52,10 +51,6 @@ class ModelSource:
         return self.saved.weights is not None
 
 
-_REVISION = re.compile(r"(?!.*(?:\.\.|//|/$))[A-Za-z0-9_][A-Za-z0-9._/@+-]{0,249}")
-"""A branch, tag or commit; the client makes a path of its cache out of it."""
-
-
 def find_model(requested: str, pretrained: bool | None = None, where: str | None = None) -> ModelSource:
     """Look a model up, and its weights if they are wanted, without building it.
 
@@ -83,11 +78,8 @@ def find_model(requested: str, pretrained: bool | None = None, where: str | None
         requested, base_id = f"local-dir:{folder}", local_name(folder)
     else:
         repo_id, at, revision = name.partition("@")
-        if at and not _REVISION.fullmatch(revision):
-            raise RequestError(
-                f"{where}: {printable(revision) or 'nothing'} after @ is no revision: expected a branch, tag or commit, such "
-                "as main or refs/pr/1"
-            )
+        if at:
+            check_revision(f"{where}: {printable(revision) or 'nothing'} after @", revision)
         base_id = name
         config = fetch_file(where, repo_id, CONFIG, revision or None, ", or take a model folder or a name")
         if pretrained:  # of the same commit, even if the repository moves on in between
