@@ -22,6 +22,8 @@ from resnext_hub.hub.card import TAGS, card_parts, license_conflict
 from resnext_hub.hub.card_file import CardFile, Kept, choose_kept, put_together, take_apart
 from resnext_hub.hub.licenses import check_license
 from resnext_hub.hub.remote import HUB_ERRORS, commit_files, differing_files, fetch_text, no_bars, persist, status_of
+from resnext_hub.models.fetch import check_revision
+from resnext_hub.models.saved_config import parse_config
 from resnext_hub.models.source import WEIGHTS
 from resnext_hub.record import PLOTS, RunRecord
 from resnext_hub.text import printable
@@ -105,6 +107,7 @@ def publish(
         RunError: If the Hub refuses, cannot be reached, or gives back other bytes.
     """
     repo_id, license = check_request(record, repo_id, license)
+    check_revision(f"--revision {printable(revision)}", revision)
     conflict = license_conflict(record.base_model, license)
     if conflict is not None:
         _logger.warning("mind the licence: %s", conflict)
@@ -160,14 +163,7 @@ def _check_model(folder: Path, record: RunRecord) -> tuple[dict[str, Path], dict
             f"{printable(weights)} does not hold the weights that record.json and the card describe; {way_out}"
         )
     config = read_json(folder / "config.json", dict[str, Any], way_out)
-    expected = {"architecture": record.model.architecture, "label_names": record.label_names}
-    for name, value in expected.items():
-        if config.get(name) != value:
-            raise RequestError(
-                f"the {name} of {printable(folder / 'config.json')} is not that of record.json; {way_out}"
-            )
-    if not isinstance(config.get("pretrained_cfg"), dict):
-        raise RequestError(f"{printable(folder / 'config.json')} has no pretrained_cfg; {way_out}")
+    _check_config(config, record, printable(folder), way_out)
     plots = [] if (folder / "plots").is_symlink() else [folder / "plots" / name for name in PLOTS]
     known = {weights, *(path for path in plots if path.is_file() and not path.is_symlink())}
     generated = {folder / "config.json", folder / "README.md", folder / "plots"}
@@ -179,6 +175,29 @@ def _check_model(folder: Path, record: RunRecord) -> tuple[dict[str, Path], dict
     if others:
         _logger.warning("not uploaded, as they are not part of the model: %s", listing(others))
     return {path.relative_to(folder).as_posix(): path for path in sorted(known)}, config
+
+
+_CONFIG_KEYS = frozenset(
+    {"architecture", "num_classes", "num_features", "global_pool", "label_names", "model_args", "pretrained_cfg"}
+    | {"resnext_hub"}
+)
+
+
+def _check_config(config: Mapping[str, Any], record: RunRecord, where: str, way_out: str) -> None:
+    """Raise RequestError unless a config.json holds what training wrote, and nothing by which other code is loaded."""
+    unknown = sorted(config.keys() - _CONFIG_KEYS)
+    if unknown:
+        raise RequestError(f"{where}: config.json holds {listing(unknown)}, which is not of the model; {way_out}")
+    parse_config(dict(config), where)
+    cfg = config["pretrained_cfg"]
+    for name, found, expected in (
+        ("architecture", config["architecture"], record.model.architecture),
+        ("label_names", config.get("label_names"), record.label_names),
+        ("model_args", config.get("model_args") or {}, record.model.model_args),
+        *((f"pretrained_cfg.{name}", cfg.get(name), value) for name, value in record.model.input.items()),
+    ):
+        if found != expected:
+            raise RequestError(f"{where}: the {name} of config.json is not that of record.json; {way_out}")
 
 
 def _card_here(folder: Path, overwrite: bool) -> CardFile | None:

@@ -20,6 +20,9 @@ from resnext_hub.hub.publish import check_request
 Command = Callable[..., tuple[int, str, str]]
 
 
+CFG = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3}
+
+
 @fixture
 def run(tmp_path: Path) -> Path:
     """A run folder with a model of one tensor."""
@@ -29,7 +32,7 @@ def run(tmp_path: Path) -> Path:
     record = a_record()
     facts = {**vars(record.model), "weights_sha256": sha256_of(model / "model.safetensors")}
     record = a_record(model=type(record.model)(**facts))
-    config = {"architecture": "test_resnet", "label_names": record.label_names, "pretrained_cfg": {"mean": [0.5]}}
+    config = {"architecture": "test_resnet", "num_classes": 3, "label_names": record.label_names, "pretrained_cfg": CFG}
     (model / "config.json").write_text(json.dumps(config))
     (model / "README.md").write_text(render_card(record))
     (model / "plots" / "curves.png").write_bytes(b"png")
@@ -86,7 +89,19 @@ def test_a_model_that_is_not_that_of_the_record_is_refused(run: Path, command: C
 
 
 @mark.parametrize(
-    ("key", "value"), [("architecture", "resnet18"), ("label_names", ["a", "b", "c"]), ("pretrained_cfg", [])]
+    ("key", "value"),
+    [
+        ("architecture", "resnet18"),
+        ("label_names", ["a", "b", "c"]),
+        ("num_classes", "3"),
+        ("model_args", {"cardinality": 7}),
+        ("auto_map", {"AutoModel": "you/evil--code.Model"}),
+        ("pretrained_cfg", []),
+        ("pretrained_cfg", CFG | {"url": "http://example.com/weights.pth"}),
+        ("pretrained_cfg", CFG | {"hf_hub_id": "you/model"}),
+        ("pretrained_cfg", CFG | {"input_size": [3, 64, 64]}),
+        ("pretrained_cfg", {}),
+    ],
 )
 def test_a_config_of_another_model_is_refused(run: Path, command: Command, key: str, value: object) -> None:
     path = run / "model" / "config.json"
@@ -104,6 +119,15 @@ def test_an_own_card_here_is_refused_or_overwritten_if_asked_for(run: Path, comm
     assert "--overwrite-card" in err
     assert dry_run(command, run, "--overwrite-card")[0] == 0
     assert (run / "model" / "README.md").read_bytes() == content
+
+
+@mark.parametrize("revision", ["", "../x", "a b", "refs/"])
+def test_a_branch_that_can_be_none_is_refused_before_the_hub_is_asked(
+    run: Path, command: Command, revision: str
+) -> None:
+    code, _, err = dry_run(command, run, "--revision", revision)
+    assert code == 2
+    assert "is no revision: expected a branch" in err
 
 
 def test_a_missing_card_is_written_anew(run: Path, command: Command) -> None:
