@@ -24,6 +24,9 @@ MOST_CLASSES = 30
 """Rows of the per-class table; with more classes, those with the lowest recall are shown."""
 
 
+NAME = 100
+"""Characters of a class name above which a card shortens it; all of it stands in config.json."""
+
 TAGS = ("image-classification", "timm", "transformers", "resnext")
 
 
@@ -55,7 +58,13 @@ def _body(record: RunRecord, repo_id: str | None, license: str | None) -> str:
         keep_trailing_newline=True,
         autoescape=False,  # Markdown, not HTML: the filters below escape what comes from data
     )
-    environment.filters |= {"md": markdown, "code": code_span, "line": printable, "string": json.dumps}
+    environment.filters |= {
+        "md": markdown,
+        "code": code_span,
+        "line": printable,
+        "string": json.dumps,
+        "cls": class_name,
+    }
     evaluation, dataset, settings = record.evaluation, record.dataset, record.config
     rows = [row for row in _per_class(record) if row["count"] or len(record.label_names) <= MOST_CLASSES]
     unmeasured = [name for name, count in zip(record.label_names, evaluation.measured, strict=True) if not count]
@@ -81,7 +90,7 @@ def _body(record: RunRecord, repo_id: str | None, license: str | None) -> str:
         settings=[(name, settings[name]) for name in record.changed if settings[name] is not None],
         defaults=[(n, v) for n, v in settings.items() if n not in record.changed and v is not None],
         paper=_paper(record.model.variant),
-        sample=", ".join(f"{markdown(name)} ({_percent(value)})" for name, value in record.sample.output),
+        sample=", ".join(f"{class_name(name)} ({_percent(value)})" for name, value in record.sample.output),
         limits=_limits(record),
         plots=record.plots,
     )
@@ -163,11 +172,11 @@ def _per_class(record: RunRecord) -> list[dict[str, Any]]:
         n, other = max(((n, -other) for other, n in counts if other != label), default=(0, 0))
         rows.append(
             {
-                "name": markdown(name),
+                "name": class_name(name),
                 "count": count,
                 "right": right,
                 "recall": _percent(right / count) if count else "not measured",
-                "confused": f"{markdown(record.label_names[-other])} ({n})" if n else "",
+                "confused": f"{class_name(record.label_names[-other])} ({n})" if n else "",
                 "order": right / count if count else 2.0,
             }
         )
@@ -189,7 +198,7 @@ def _limits(record: RunRecord) -> list[str]:
         enough = max(FEW, sum(counts) / len(counts) / 4)
         rare = [i for i in np.argsort(counts, kind="stable") if counts[i] < enough]
         if rare:
-            listed = ", ".join(f"{markdown(names[i])} ({counts[i]})" for i in rare[:8])
+            listed = ", ".join(f"{class_name(names[i])} ({counts[i]})" for i in rare[:8])
             more = f" and {len(rare) - 8} more" if len(rare) > 8 else ""
             limits.append(f"Few images to learn from: {listed}{more}.")
     measured = record.evaluation.measured
@@ -199,7 +208,9 @@ def _limits(record: RunRecord) -> list[str]:
             f"Fewer than 10 images to evaluate on, so that their recall says little: {list_names(few, most=8)}."
         )
     mistakes = [(-n, a, b) for a, row in enumerate(record.evaluation.confusion) for b, n in row if a != b]
-    said = [f"{markdown(names[a])} for {markdown(names[b])} ({_times(-n)})" for n, a, b in heapq.nsmallest(3, mistakes)]
+    said = [
+        f"{class_name(names[a])} for {class_name(names[b])} ({_times(-n)})" for n, a, b in heapq.nsmallest(3, mistakes)
+    ]
     if said:
         limits.append(f"Most often it takes {', '.join(said)}.")
     limits.append(
@@ -231,9 +242,15 @@ def _split_name(record: RunRecord) -> str:
     return f"split {markdown(dataset.eval_split)}{trained}"
 
 
+def class_name(name: str) -> str:
+    """Return a class name in Markdown: a long one shortened, as a card has to be read back, a blank one in quotes."""
+    text = printable(name)
+    return markdown(f"{text[: NAME - 1]}…" if len(text) > NAME else text if text.strip() else f'"{text}"')
+
+
 def list_names(names: Sequence[str], most: int = 12) -> str:
     """Return class names in Markdown, and of many how many more there are."""
-    shown = ", ".join(markdown(name) for name in names[:most])
+    shown = ", ".join(class_name(name) for name in names[:most])
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 

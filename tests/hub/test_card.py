@@ -10,6 +10,7 @@ from pytest import mark
 from records import a_record
 
 from resnext_hub.hub.card import MOST_CLASSES, render_card
+from resnext_hub.hub.publish import CARD_BYTES
 from resnext_hub.record import BaseModelFacts, DatasetFacts, SampleFacts
 
 HOSTILE = (
@@ -128,3 +129,13 @@ def test_a_card_of_many_classes_is_short_and_soon_made() -> None:
     start = time.process_time()
     assert len(many([(1, 2)] * 10_000)) < 20_000
     assert time.process_time() - start < 10  # it takes 1 s; with a pass over the classes for each class, 20 s
+
+
+def test_long_class_names_are_shortened_and_blank_ones_shown() -> None:
+    names = ["", " ", *(f"{n}{'|' * 100_000}" for n in range(30))]
+    count, escaped = len(names), "\\|"
+    card = render_card(a_record(names, [[(n, 1), ((n + 1) % count, 1)] for n in range(count)]))
+    assert len(card.encode()) < CARD_BYTES / 10
+    assert f"| 0{escaped * 98}… | 2 | 1 |" in card
+    assert '| "" | 2 | 1 |' in card
+    assert '| " " | 2 | 1 |' in card
