@@ -197,7 +197,9 @@ def _column_of(column: str, split: LabelledTable) -> Any:
     labels = split.table.data.column(column)
     missing = labels.null_count
     if pyarrow.types.is_string(labels.type) or pyarrow.types.is_large_string(labels.type):
-        missing += pyarrow.compute.sum(pyarrow.compute.equal(labels, "")).as_py() or 0
+        missing += (
+            pyarrow.compute.sum(pyarrow.compute.equal(pyarrow.compute.utf8_trim_whitespace(labels), "")).as_py() or 0
+        )
     if missing:
         raise RequestError(
             f"column {printable(column)} of the {split.name} split has {missing} empty labels out of {len(labels)}; "

@@ -29,7 +29,7 @@ from resnext_hub.data.config import DataConfig as DataConfig
 from resnext_hub.data.decode import UnreadablePictureError, decode
 from resnext_hub.data.sources import BUNDLED, bundled, local_path, open_source
 from resnext_hub.data.sources import check_source as check_source
-from resnext_hub.data.sources.names import Role, pick_split
+from resnext_hub.data.sources.names import Role, likely_splits, loose_role
 from resnext_hub.data.sources.walk import real_path
 from resnext_hub.data.splits import doubts, stratified_cut
 from resnext_hub.errors import RequestError, RunError, one_line
@@ -348,8 +348,14 @@ def _find_splits(config: DataConfig, tables: Mapping[str, Any]) -> tuple[str, st
         RequestError: If a split that is asked for is not there, both are the same, or none is for training.
     """
     train = _pick_split(tables, config.train_split, "train")
-    if train is None and len(tables) == 1:
-        train = next(iter(tables))
+    only = next(iter(tables)) if len(tables) == 1 else None
+    if train is None and only is not None:
+        if loose_role(only) == "eval":
+            raise RequestError(
+                f"{printable(config.dataset)} has no split to train on, but {printable(only)}; --train-split "
+                f"{printable(only)} trains on it, and holds out a part"
+            )
+        train = only
     if train is None:
         raise RequestError(
             f"{printable(config.dataset)} has no split called train: it has {listing(tables)}; "
@@ -367,7 +373,10 @@ def _find_splits(config: DataConfig, tables: Mapping[str, Any]) -> tuple[str, st
 def _pick_split(tables: Mapping[str, Any], asked: str | None, role: Role) -> str | None:
     if asked is not None and asked not in tables:
         raise RequestError(f"--{role}-split {printable(asked)}: there is no such split, but {listing(tables)}")
-    return asked or pick_split(tables, role)
+    found = likely_splits(tables, role)
+    if asked is None and len(found) > 1:
+        raise RequestError(f"there are several splits of one kind ({listing(found)}); name one with --{role}-split")
+    return asked or next(iter(found), None)
 
 
 def _fingerprint(

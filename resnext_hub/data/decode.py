@@ -11,6 +11,7 @@ Files are hostile until shown otherwise: only regular files are opened, only the
 import contextlib
 import io
 import itertools
+import re
 import struct
 import warnings
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, JpegImagePlugin, UnidentifiedImageError
 
 from resnext_hub.errors import one_line
 from resnext_hub.files import FileTooLargeError, read_regular
@@ -36,10 +37,16 @@ MAX_SCANS = 100
 """Scans of a JPEG: each costs a pass over all pixels, however short it is. Progressive files have about ten."""
 
 MAX_PARTS = 10_000
-"""Chunks of a PNG or segments of a JPEG besides its pixels: Pillow takes some microseconds for each."""
+"""Chunks of a PNG, segments or fill bytes of a JPEG besides its pixels: Pillow takes some microseconds for each."""
 
 _MAX_PASSES = 20
 """How often the greatest number of pixels may be passed over by the scans of one image: some seconds."""
+
+_BARE = {marker & 0xFF for marker, (_, _, handler) in JpegImagePlugin.MARKER.items() if handler is None} | {0}
+"""Markers of a JPEG after which Pillow expects no length."""
+
+_PPM_HEADER = 1 << 16
+"""Bytes in which the header of a PPM has to end."""
 
 _BAND_PIXELS = 1 << 20
 """Pixels of which the depth is reduced at once."""
@@ -129,6 +136,7 @@ def opened(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Iterator[Image.Im
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata in what it can still read
             _require_parts(data)
+            _require_ppm_header(data)
             if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
                 Image.MAX_IMAGE_PIXELS = max_pixels  # where Pillow would refuse what the request allows
             with Image.open(io.BytesIO(data), formats=_formats()) as image:
@@ -188,6 +196,14 @@ def _require_parts(data: bytes) -> None:
         raise UnreadablePictureError(f"more than {MAX_PARTS} parts beside its pixels")
 
 
+def _require_ppm_header(data: bytes) -> None:
+    """Refuse a PPM whose header has no end: Pillow reads it byte by byte, with comments of any length."""
+    if re.match(rb"P[0-7fyFY][\s#]", data):
+        words = re.sub(rb"#[^\r\n]*", b"", data[:_PPM_HEADER]).split(maxsplit=4)
+        if len(data) > _PPM_HEADER and len(words) < 4:
+            raise UnreadablePictureError(f"a header of more than {_PPM_HEADER} bytes")
+
+
 def _png_chunks(data: bytes) -> Iterator[bytes]:
     """Yield the kinds of the chunks of a PNG, without those of pixels."""
     place = 8
@@ -205,7 +221,10 @@ def segments(data: bytes) -> Iterator[tuple[int, int]]:
         return
     while place + 4 <= len(data) and data[place] == 0xFF:
         yield data[place + 1], place + 2
-        place += 2 + (data[place + 2] << 8 | data[place + 3])
+        if data[place + 1] == 0xFF:  # any number of these may stand before a marker
+            place += 1
+        else:
+            place += 2 if data[place + 1] in _BARE else 2 + (data[place + 2] << 8 | data[place + 3])
 
 
 @lru_cache(maxsize=1)

@@ -5,7 +5,7 @@ import re
 from resnext_hub.errors import RequestError
 from resnext_hub.settings import Range, shown
 
-_STD = Range(0, 100)
+_STD = Range(0, 1000)  # timm draws uniformly above 100: mstd101 makes TrivialAugment
 _FLAG = Range(0, 1)
 _WHOLE = {"m", "n", "mmax", "inc", "w", "d", "b"}
 

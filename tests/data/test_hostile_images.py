@@ -268,6 +268,24 @@ def test_pixels_that_are_no_numbers_are_unreadable() -> None:
             decode(row(encoded(Image.fromarray(np.full((4, 4), value, np.float32)), "TIFF")))
 
 
+@mark.parametrize("filling", [b"\xff", b"\xff\x00", b"\xff\xd8", b"\xff\xd0"])
+def test_a_jpeg_of_endless_filling_is_refused_before_it_costs_time(filling: bytes) -> None:
+    whole = encoded(Image.new("RGB", (40, 40)), "JPEG")
+    begin = time.process_time()
+    with raises(UnreadablePictureError, match="parts beside its pixels"):
+        decode(row(whole[:2] + filling * 4_000_000 + whole[2:]))
+    assert time.process_time() - begin < 1.0
+    assert decode(row(whole[:2] + b"\xff" * 100 + whole[2:])).size == (40, 40)
+
+
+@mark.parametrize("header", [b"P6\n" + b"#x\n" * 400_000, b"P6" + b" " * 1_000_000, b"P5 4 #" + b"x" * 1_000_000])
+def test_a_header_of_endless_comments_is_refused_before_it_costs_time(header: bytes) -> None:
+    with raises(UnreadablePictureError, match="a header of more than 65536 bytes"):
+        decode(row(header + b"\n4 4 255\n" + b"\0" * 48))
+    assert decode(row(b"P6 # made by hand\n4 4\n# at noon\n255\n" + b"\0" * 70_000)).size == (4, 4)
+    assert decode(row(b"P4 8 8\n" + b"\0" * 70_000)).size == (8, 8)
+
+
 @mark.parametrize("kind", FORMATS)
 def test_damaged_files_of_every_format_are_decoded_or_unreadable(kind: str) -> None:
     draw = random.Random(kind)

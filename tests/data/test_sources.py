@@ -19,7 +19,7 @@ from resnext_hub.data.config import DataConfig
 from resnext_hub.data.dataset import Pictures, Splits, load_splits
 from resnext_hub.data.decode import UnreadablePictureError
 from resnext_hub.data.sources import Source, check_source, dataset_name, open_source
-from resnext_hub.data.sources.names import class_names_of, pick_split, split_keyword
+from resnext_hub.data.sources.names import class_names_of, likely_splits, split_keyword
 from resnext_hub.data.sources.parquet import splits_of
 from resnext_hub.data.sources.walk import list_pictures, real_path, stored_path, walk
 from resnext_hub.data.splits import doubts, stratified_cut
@@ -158,6 +158,15 @@ def test_classes_stay_classes_whatever_they_are_called(tmp_path: Path, files: li
         ([*classes(), "bird/p001", "bird/p002"], ["class folder bird", "(no suffix: 2)"]),
         ([*classes("train/"), *classes("val/"), "val/bird/1.dng"], ["class folder val/bird", "(.dng: 1)"]),
         ([*classes(), "config.yaml", "record.json"], ["is a run folder"]),
+        (
+            [*classes("set/train/"), *classes("set/val/"), *flat("demo")],
+            ["(train, val) in its folder set", "--dataset"],
+        ),
+        (classes("test/"), ["no split to train on, but test; --train-split test"]),
+        (classes("data/Val/"), ["no split to train on, but Val"]),
+        ([*classes("Train/"), *classes("train/"), *classes("val/")], ["(Train, train)", "--train-split"]),
+        ([*classes("train_a/"), *classes("train_b/"), *classes("test/")], ["(train_a, train_b)", "--train-split"]),
+        ([*classes("train/"), *classes("VAL/"), *classes("val/")], ["(VAL, val)", "--eval-split"]),
     ],
 )
 def test_a_layout_that_is_none_or_could_be_two_is_refused_with_a_way_out(
@@ -268,6 +277,129 @@ def test_a_table_that_cannot_be_used_is_refused_by_name(
     write_csv(tmp_path / "metadata.csv", header, *rows)
     message = refused(tmp_path)
     assert words in message
+
+
+def labelled(count: int = 6, prefix: str = "", more: Callable[[int], str] = lambda i: "") -> str:
+    return "".join(f"{prefix}{i}.png,{'ab'[i % 2]}{more(i)}\n" for i in range(count))
+
+
+@mark.parametrize(
+    ("content", "words"),
+    [
+        (f"file_name,label,label\n{labelled(more=lambda i: ',c')}", "several of its columns are called label"),
+        (f"file_name,label\n{labelled()}".encode("utf-16-le"), "null characters; store it as UTF-8"),
+        (f"file_name,label\n{labelled()}\xe9".encode("latin-1"), "it is not UTF-8: byte 0xe9"),
+        ("file_name,label\n0.png,a\0\n1.png,b\n", "null characters"),
+        ("file_name,label\n0.png,nan\n1.png,1.5\n", "no column of classes"),
+        (f"file_name,label\n0.png,\u00a0\n{labelled()[8:]}", "1 empty labels out of 6"),
+        (f"file_name,label,split\n{labelled(more=lambda i: ',test' if i > 2 else ',')}", "split is empty for 3 of 6"),
+        (f"file_name,label,split\n{labelled(more=lambda i: ',test' if i > 2 else ', ')}", "split is empty for 3 of 6"),
+        (f"file_name,label,split\n{labelled(more=lambda i: ',test')}", "no split to train on, but test"),
+        (
+            f"file_name,label,split\n{labelled(more=lambda i: ',' + ('Train', 'train', 'val')[i % 3])}",
+            "upper case alone",
+        ),
+    ],
+)
+def test_a_table_that_could_mislead_is_refused(tmp_path: Path, content: str | bytes, words: str) -> None:
+    fill(tmp_path, [f"{i}.png" for i in range(6)])
+    (tmp_path / "metadata.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert words in refused(tmp_path)
+
+
+@mark.parametrize(
+    ("name", "content"),
+    [
+        ("csv", f"\ufefffile_name,label\n{labelled()}".replace("\n", "\r\n").encode()),
+        ("csv", f"file_name\tlabel\n{labelled()}".replace(",", "\t").encode("utf-16")),
+        ("csv", f"file_name,label\n\n{labelled()} \n,\n".encode()),
+        ("csv", ",file_name,kind\n" + "".join(f"{i},{i}.png,{'ab'[i % 2]}\n" for i in range(6))),
+        ("csv", "file_name,label\n" + labelled(prefix="{root}/")),
+        ("csv", "file_name,label\n" + labelled(prefix=".\\")),
+        (
+            "jsonl",
+            "\ufeff" + "".join(json.dumps({"file_name": f"{i}.png", "label": "ab"[i % 2]}) + "\n" for i in range(6)),
+        ),
+    ],
+)
+def test_tables_are_read_as_other_programs_write_them(tmp_path: Path, name: str, content: str | bytes) -> None:
+    fill(tmp_path, [f"{i}.png" for i in range(6)])
+    text = content if isinstance(content, bytes) else content.replace("{root}", str(tmp_path)).encode()
+    (tmp_path / f"metadata.{name}").write_bytes(text)
+    source = opened(tmp_path)
+    assert len(source.tables["train"]) == 6
+    assert load(tmp_path).label_names == ("a", "b")
+
+
+def test_file_names_match_in_either_spelling_of_unicode(tmp_path: Path) -> None:
+    composed, apart = "\u00e9", "e\u0301"
+    fill(tmp_path, [f"{composed}{i}.png" for i in range(4)] + [f"{apart}0.png"])
+    write_csv(
+        tmp_path / "metadata.csv",
+        "file_name,label",
+        f"{composed}0.png,a",
+        f"{apart}0.png,b",
+        *(f"{apart}{i}.png,{'ab'[i % 2]}" for i in (1, 2, 3)),
+    )
+    paths = dict(_paths_and_labels(opened(tmp_path)))
+    assert paths[f"{apart}0.png"] == paths[f"{composed}1.png"] == paths[f"{composed}3.png"] == "b"
+    assert paths[f"{composed}0.png"] == paths[f"{composed}2.png"] == "a"
+
+
+def _paths_and_labels(source: Source) -> list[tuple[str, str]]:
+    table = source.tables["train"]
+    return [(os.path.basename(row["path"]), label) for row, label in zip(table["image"], table["label"], strict=True)]
+
+
+def test_a_table_of_any_size_is_not_read(tmp_path: Path) -> None:
+    fill(tmp_path, classes())
+    with open(tmp_path / "metadata.jsonl", "wb") as file:
+        file.truncate(1 << 40)
+    assert "metadata.jsonl cannot be read as jsonl (more than 512 MB)" in refused(tmp_path)
+
+
+@mark.parametrize("folders", [("training_set", "test_set"), ("x/seg_train", "x/seg_test"), ("train", "TestImages")])
+def test_folders_that_mention_a_split_are_splits_if_they_share_labels(tmp_path: Path, folders: tuple[str, str]) -> None:
+    fill(tmp_path, [f"{folder}/{i}.png" for folder in folders for i in range(6)])
+    for folder in folders:
+        (tmp_path / folder / "metadata.csv").write_text(f"file_name,label\n{labelled()}")
+    names = {folder.rpartition("/")[2] for folder in folders}
+    assert {split: len(table) for split, table in opened(tmp_path).tables.items()} == dict.fromkeys(names, 6)
+    (tmp_path / folders[0] / "metadata.csv").unlink()
+    assert "the training split has no table" in refused(tmp_path)
+
+
+def test_folders_that_mention_a_split_are_classes_if_they_share_no_label(tmp_path: Path) -> None:
+    fill(tmp_path, flat("bullet_train", "test_tube"))
+    rows = [f"{name}/{i}.png,{name}" for name in ("bullet_train", "test_tube") for i in range(3)]
+    write_csv(tmp_path / "metadata.csv", "file_name,label", *rows)
+    assert {split: len(table) for split, table in opened(tmp_path).tables.items()} == {"train": 6}
+
+
+@mark.parametrize("names", [("label", "class"), ("class", "label")])
+def test_tables_have_to_call_their_labels_alike(tmp_path: Path, names: tuple[str, str]) -> None:
+    for split, name in zip(("train", "test"), names, strict=True):
+        fill(tmp_path, [f"{split}/{i}.png" for i in range(6)])
+        (tmp_path / split / "metadata.csv").write_text(f"file_name,{name}\n{labelled()}")
+    assert "has a column class where another table has label" in refused(tmp_path)
+
+
+@mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+@mark.parametrize("fault", ["missing", "empty", "no label", "no file_name", "other files"])
+def test_a_training_split_whose_table_is_of_no_use_is_refused(tmp_path: Path, kind: str, fault: str) -> None:
+    fill(tmp_path, [f"{split}/{i}.png" for split in ("train", "test") for i in range(6)])
+    table = datasets.Dataset.from_dict({"file_name": [f"{i}.png" for i in range(6)], "label": list("ababab")})
+    faulty = {
+        "empty": lambda: table.select([]),
+        "no label": lambda: table.remove_columns("label"),
+        "no file_name": lambda: table.remove_columns("file_name"),
+        "other files": lambda: table.map(lambda row: {"file_name": f"z{row['file_name']}"}),
+    }
+    for split, content in (("test", table), ("train", faulty[fault]() if fault in faulty else None)):
+        if content is not None:
+            write = {"csv": content.to_csv, "jsonl": content.to_json, "parquet": content.to_parquet}[kind]
+            write(tmp_path / split / f"metadata.{kind}")
+    assert "the training split has no table" in refused(tmp_path)
 
 
 def test_a_split_without_labels_is_left_out_unless_it_is_the_training_split(tmp_path: Path) -> None:
@@ -519,8 +651,8 @@ def test_a_parquet_file_of_no_split_beside_others_is_refused() -> None:
 def test_names_mention_splits_as_words() -> None:
     words = {"cats-val-00000-of-1": "val", "TestImages": "test", "contest": None, "train-test": None, "test2": "test"}
     assert {name: split_keyword(name) for name in words} == words
-    assert pick_split(["seg_pred", "seg_test", "seg_train"], "eval") == "seg_test"
-    assert pick_split(["a", "b"], "train") is None
+    assert likely_splits(["seg_pred", "seg_test", "seg_train"], "eval") == ["seg_test"]
+    assert likely_splits(["a", "b"], "train") == []
 
 
 def test_labels_of_shards_and_splits_are_matched_by_name(tmp_path: Path) -> None:
@@ -649,6 +781,32 @@ def test_rows_with_one_path_for_all_are_named_apart(tmp_path: Path) -> None:
     train = load(tmp_path).train
     assert len({train.name(i) for i in range(len(train))}) == len(train)
     assert train.name(0) == f"image.png (index {train.indices[0]})"
+
+
+def test_shards_without_rows_are_passed_over_and_missing_ones_named(tmp_path: Path) -> None:
+    write(tmp_path / "train-00000-of-00004.parquet", [0, 1] * 4, named("a", "b"))
+    write(tmp_path / "train-00002-of-00004.parquet", [], named("a", "b"))
+    assert opened(tmp_path).notes == ("2 of 4 shards of train are here: number 1 is missing",)
+    assert len(load(tmp_path).train) == 6
+
+
+def test_parquet_whose_first_row_group_is_empty_is_named(tmp_path: Path) -> None:
+    table = parquet.read_table(write(tmp_path / "x.parquet", [0, 1] * 4, named("a", "b")))
+    with parquet.ParquetWriter(tmp_path / "x.parquet", table.schema) as writer:
+        writer.write_table(table.slice(0, 0))
+        writer.write_table(table)
+    assert "x.parquet cannot be read as parquet: its first row group is empty" in refused(tmp_path)
+
+
+def test_an_evaluation_split_alone_is_trained_on_only_if_asked_for(tmp_path: Path) -> None:
+    write(tmp_path / "test-0.parquet", [0, 1] * 4, named("a", "b"))
+    assert "no split to train on, but test; --train-split test" in refused(tmp_path)
+    assert len(load(tmp_path, train_split="test").train) == 6
+
+
+@mark.parametrize("name", ["-", "-x/y", "a" * 5000])
+def test_what_can_be_no_id_of_the_hub_is_not_looked_for_there(name: str) -> None:
+    assert "is no dataset id of the Hub either" in refused(name)
 
 
 def test_parquet_of_images_among_class_folders_asks_which(tmp_path: Path) -> None:

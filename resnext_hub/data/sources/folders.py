@@ -246,12 +246,20 @@ def _split_names(tree: Tree, inside: Mapping[str, Folder], notes: list[str]) -> 
 
 def _doubt_shared_folders(tree: Tree, inside: Mapping[str, Folder], notes: list[str]) -> None:
     """Refuse splits within class folders, and name folders that all classes have, which could be the classes."""
-    inner = [set(_below(tree, folder)[0]) for folder in inside.values()]
-    shared = sorted(set.intersection(*inner)) if len(inner) > 1 else []
+    below = {name: set(_below(tree, folder)[0]) for name, folder in inside.items()}
+    shared = sorted(set.intersection(*below.values())) if len(below) > 1 else []
     if {split_role(name) for name in shared} >= {"train", "eval"}:
         raise RequestError(
             f"{printable(tree.root)} has splits ({listing(shared)}) in each of {listing(inside)}; expected the classes "
             "within the splits, such as train/cat; --layout classes takes all images of a class together"
+        )
+    holders = [name for name, inner in below.items() if {split_role(folder) for folder in inner} >= {"train", "eval"}]
+    if holders:
+        holder = inside[holders[0]]
+        raise RequestError(
+            f"{printable(tree.root)} has splits ({listing(sorted(below[holders[0]]), 4)}) in its folder "
+            f"{printable(holders[0])} and more beside them; give {printable(tree.root / holder.path)} as --dataset, or "
+            "add --layout classes"
         )
     if len(shared) > 1:
         notes.append(

@@ -13,13 +13,16 @@ from resnext_hub.text import printable
 if TYPE_CHECKING:
     import datasets
 
+_ID_LENGTH = 96 * 2 + 1
+"""Characters of the longest id, with owner and name of the Hub's greatest length."""
+
 _FOOTERS_AT_ONCE = 16
 """Parquet files whose footers are fetched side by side."""
 
 
 def is_hub_id(name: str) -> bool:
     """Return whether a name has the form of a dataset id: `owner/name`, or a name alone."""
-    return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) is not None
+    return len(name) <= _ID_LENGTH and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is not None
 
 
 def load_from_hub(name: str, config: str | None, revision: str | None, streaming: bool = False) -> Source:

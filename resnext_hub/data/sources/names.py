@@ -36,12 +36,16 @@ def loose_role(name: str) -> Role | None:
     return _role_of(keyword) if keyword else None
 
 
-def pick_split(splits: Iterable[str], role: Role) -> str | None:
-    """Return the split that is most likely meant to train or to evaluate on."""
+def likely_splits(splits: Iterable[str], role: Role) -> list[str]:
+    """Return the splits that are most likely meant to train or to evaluate on: several only if named alike."""
+    splits = list(splits)
     names = TRAIN_NAMES if role == "train" else EVAL_NAMES
-    exact = {split.lower(): split for split in splits}
-    loose = {split_keyword(split): split for split in splits}
-    return next((found[name] for found in (exact, loose) for name in names if name in found), None)
+    for keyword in (str.lower, split_keyword):
+        for name in names:
+            found = [split for split in splits if keyword(split) == name]
+            if found:
+                return found
+    return []
 
 
 def class_names_of(raw: Iterable[str], where: str) -> dict[str, str]:

@@ -9,6 +9,7 @@ import glob
 import logging
 import os
 import posixpath
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +51,8 @@ def open_parquet(root: Path, files: Sequence[str], streaming: bool) -> Source:
     for split, members in splits.items():
         if not any(parts[file].rows for file in members):
             raise RequestError(f"{listing((root / file for file in members), 3)}: no rows (split {split})")
+    # the library datasets fails on files without a row
+    splits = {split: [file for file in members if parts[file].rows] for split, members in splits.items()}
     check_cache()
     data_files = {split: [glob.escape(str(root / file)) for file in members] for split, members in splits.items()}
     try:
@@ -64,6 +67,22 @@ def open_parquet(root: Path, files: Sequence[str], streaming: bool) -> Source:
         parts={split: tuple(parts[file] for file in members) for split, members in splits.items()},
         files=tuple((file, (root / file).stat().st_size) for file in files),
         roots=(os.path.realpath(root),),
+        notes=_missing_shards(files),
+    )
+
+
+def _missing_shards(files: Iterable[str]) -> tuple[str, ...]:
+    """Describe the shards that are not here of those that names such as train-00000-of-00005 count."""
+    found: dict[tuple[str, str], set[int]] = {}
+    for file in files:
+        match = re.fullmatch(r"(.*)-(\d+)-of-(\d+)\.parquet", file, re.ASCII | re.DOTALL)
+        if match:
+            found.setdefault((match[1], match[3]), set()).add(int(match[2]))
+    return tuple(
+        f"{len(here)} of {int(total)} shards of {printable(name)} are here: number "
+        f"{next(i for i in range(len(here) + 1) if i not in here)} is missing"
+        for (name, total), here in found.items()
+        if len(here) < int(total)
     )
 
 
@@ -108,6 +127,8 @@ def part_of(file: IO[bytes], name: str) -> Part:
     from pyarrow import parquet
 
     content = parquet.ParquetFile(file)
+    if content.metadata.num_rows and not content.metadata.row_group(0).num_rows:  # on which the library datasets fails
+        raise ValueError("its first row group is empty; write the file again without it")
     try:
         features = datasets.Features.from_arrow_schema(content.schema_arrow)
     except DAMAGED as error:
