@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from resnext_hub.agreement import Peers, join
 from resnext_hub.errors import RequestError, RunError, StoppedRun, failed_system_call, hide_tokens, one_line
-from resnext_hub.machine import speaks_for_host
+from resnext_hub.machine import speaks_for_host, speaks_for_run
 from resnext_hub.text import printable
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _occupy_standard_files()
     words = list(sys.argv[1:] if arguments is None else arguments)
     speaks = speaks_for_host()  # one process of each host says what goes wrong
-    _set_up_logging(os.environ.get("RANK", "0") == "0")
+    _set_up_logging(speaks_for_run())
     try:
         # processes that train together fail together, down to a flag that one of them does not know
         peers = join() if words[:1] == ["train"] else Peers()
@@ -214,7 +214,12 @@ def _info(options: argparse.Namespace) -> None:
     if options.write_cards is not None:
         from resnext_hub.hub.variant_card import write_variant_cards
 
-        _print("".join(f"{path}\n" for path in write_variant_cards(options.write_cards)))
+        try:
+            written = write_variant_cards(options.write_cards)
+        except OSError as error:
+            where, reason = printable(options.write_cards), error.strerror or one_line(error)
+            raise RequestError(f"--write-cards {where} cannot be written: {reason}; give another folder") from error
+        _print("".join(f"{path}\n" for path in written))
         return
     if (options.like is None) != (options.cardinality is None):
         raise RequestError("--like and --cardinality go together: info --like resnet50 --cardinality 16")
@@ -460,7 +465,7 @@ def _bars_beside_logs() -> Iterator[None]:
 
 
 def _print(text: str) -> None:
-    if os.environ.get("RANK", "0") != "0":
+    if not speaks_for_run():
         return
     try:
         lines = ["\t".join(map(printable, line.split("\t"))) for line in text.split("\n")]

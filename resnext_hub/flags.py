@@ -77,7 +77,9 @@ def build_parser() -> argparse.ArgumentParser:
     train = _add(commands, "train", "train a network and leave a run folder")
     train.add_argument("--recipe", help="a named configuration: quickstart, finetune, imagenet")
     train.add_argument("--config", type=_path, metavar="FILE", help="settings in YAML, such as a run's config.yaml")
-    train.add_argument("--output-dir", type=_path, metavar="DIR", help="the run folder (default: runs/DATASET-MODEL)")
+    train.add_argument(
+        "--output-dir", type=_new_path, metavar="DIR", help="the run folder (default: runs/DATASET-MODEL)"
+    )
     train.add_argument(
         "--resume",
         action=argparse.BooleanOptionalAction,
@@ -241,6 +243,13 @@ def _path(text: str) -> Path:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             raise argparse.ArgumentTypeError(f"{shown(text)}: {error.strerror}; expected another path") from error
     return Path(text)
+
+
+def _new_path(text: str) -> Path:
+    """Return a path to write to, which safetensors and Parquet can only do where it is valid UTF-8."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise argparse.ArgumentTypeError(f"{shown(text)}: not valid UTF-8; expected another path")
+    return _path(text)
 
 
 def _points(text: str) -> float:

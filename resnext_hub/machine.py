@@ -236,7 +236,20 @@ def local_processes() -> int:
 
 def speaks_for_host() -> bool:
     """Return whether this process is the one of its host that reports errors."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    return _is_first("LOCAL_RANK")
+
+
+def speaks_for_run() -> bool:
+    """Return whether this process is the one of its run that logs and prints results.
+
+    A rank without a number of processes, or one that is no number, was not set by a launcher: such a process is alone.
+    """
+    return os.environ.get("WORLD_SIZE", "") in ("", "1") or _is_first("RANK")
+
+
+def _is_first(variable: str) -> bool:
+    text = os.environ.get(variable, "")
+    return not text.isdigit() or not text.strip("0")
 
 
 def cores() -> int:

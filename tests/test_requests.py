@@ -175,6 +175,37 @@ def test_a_mistyped_word_is_answered_in_one_line(words: list[str], hint: str, co
     assert hint in err
 
 
+@mark.parametrize(
+    ("variables", "speaks"),
+    [
+        ({"RANK": ""}, True),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, True),
+        ({"RANK": "1"}, True),
+        ({"RANK": "00", "WORLD_SIZE": "2", "LOCAL_RANK": ""}, True),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, False),
+    ],
+)
+def test_a_process_is_silent_only_beside_another(
+    variables: dict[str, str], speaks: bool, command: Command, monkeypatch: MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    code, out, _ = command("info", "resnext_g32")
+    assert (code, "resnext_g32" in out) == (0, speaks)
+    code, _, err = command("info", "nonsense")
+    assert (code, "no such variant" in err) == (2, speaks)
+
+
+def test_places_that_cannot_be_written_are_refused_by_name(command: Command) -> None:
+    code, _, err = command("info", "--write-cards", "/dev/full")
+    assert (code, err) == (
+        2, "error: --write-cards /dev/full cannot be written: File exists; give another folder\n"
+    )  # fmt: skip
+    code, _, err = command("train", "--output-dir", "caf\udce9")
+    assert code == 2
+    assert "caf\\xe9: not valid UTF-8; expected another path" in err
+
+
 def test_output_that_cannot_be_written_is_said_in_one_line(
     capsys: CaptureFixture[str], monkeypatch: MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ from resnext_hub.data.decode import MAX_IMAGE_PIXELS, UnreadablePictureError
 from resnext_hub.data.jpeg import FastTransform
 from resnext_hub.data.loaders import PICTURE_MODES, derive_workers, read_transformed
 from resnext_hub.data.sources import PICTURE_SUFFIXES, list_pictures
+from resnext_hub.data.sources.walk import is_run_folder
 from resnext_hub.data.transforms import build_eval_transform
 from resnext_hub.errors import RequestError, RunError, one_line
 from resnext_hub.inference.trained import TrainedModel
@@ -66,6 +67,10 @@ def find_pictures(paths: Sequence[Path]) -> list[Path]:
             raise RequestError(f"{printable(path)} cannot be read: {reason}; expected an image or a folder") from error
         if stat.S_ISDIR(mode):
             inside = list_pictures(path)
+            if is_run_folder(os.listdir(path)):
+                raise RequestError(
+                    f"{printable(path)} is a run folder, whose images are its plots: expected a folder of images"
+                )
             if not inside:
                 raise RequestError(f"{printable(path)} holds no images; known suffixes: {' '.join(PICTURE_SUFFIXES)}")
             found += inside

@@ -311,3 +311,12 @@ def test_probabilities_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     next(model.network.parameters()).data.fill_(float("nan"))
     with raises(RunError, match="the probabilities are not finite: the model's weights"):
         list(predict(model, find_pictures([tmp_path / "images"]), batch_size=1, device=torch.device("cpu")))
+
+
+def test_plots_of_a_run_are_no_images_to_classify(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "curves.png")
+    assert find_pictures([tmp_path]) == [tmp_path / "curves.png"]
+    for name in ("config.yaml", "record.json"):
+        (tmp_path / name).write_text("{}")
+    with raises(RequestError, match="is a run folder, whose images are its plots"):
+        find_pictures([tmp_path])
