@@ -201,7 +201,7 @@ def fetched_settings(settings: Mapping[str, Any], asked: Container[str], where: 
 
 
 _OF_A_MACHINE = frozenset(
-    {"push_to_hub", "push_checkpoints", "repo_id", "license", "private", "threads", "workers", "log_samples"}
+    {"push_to_hub", "push_checkpoints", "repo_id", "license", "private", "workers", "log_samples"}
 )
 """Settings that a fetched run does not bring along."""
 
