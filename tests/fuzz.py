@@ -439,6 +439,7 @@ def fuzz(name: str, examples: int, number: int = 0) -> dict[str, int]:
     """
     target = TARGETS[name]()
     logging.getLogger("resnext_hub").setLevel(logging.ERROR)
+    torch.set_num_threads(1)  # small tensors: threads would wait for each other
     counts = {"accepted": 0, "refused": 0}
     with tempfile.TemporaryDirectory() as folder:
         target.judge(Path(folder), target.original)  # what is imported at the first use is not timed below
