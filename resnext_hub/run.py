@@ -138,6 +138,7 @@ def _take_folder(plan: Plan, stack: contextlib.ExitStack) -> None:
     _make_folder(folder)
     stack.enter_context(RunLock(folder))
     remove_leftovers(folder)
+    require_places(folder)
     if folder_state(folder) != plan.seen:
         raise RequestError(
             f"another command has worked in {printable(folder)} since this one looked at it; type this one again"
@@ -152,6 +153,18 @@ def _take_folder(plan: Plan, stack: contextlib.ExitStack) -> None:
         restore_run(plan.resume_from, folder)
         if latest_checkpoint(folder / "checkpoints") is None:
             raise RunError("the checkpoint that was fetched is damaged, so there is nothing to go on from")
+
+
+def require_places(folder: Path) -> None:
+    """Raise RequestError if something else lies where results will go, which would show after training."""
+    for name in ("model", "plots", "checkpoints"):
+        path = folder / name
+        replaceable = path.is_symlink() and name != "checkpoints"
+        if os.path.lexists(path) and not path.is_dir() and not replaceable:
+            raise RequestError(f"{printable(path)} is not a folder; remove it, or give another --output-dir")
+    for name in (PREVIOUS_RECORD, "README.previous.md"):
+        if (folder / name).is_dir():
+            raise RequestError(f"{printable(folder / name)} is a folder; remove it, or give another --output-dir")
 
 
 def _make_folder(folder: Path) -> None:

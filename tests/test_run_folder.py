@@ -17,7 +17,7 @@ from resnext_hub.errors import RequestError
 from resnext_hub.files import sha256_of
 from resnext_hub.plan import Plan, merge_settings, prepare, public_model
 from resnext_hub.record import RunRecord
-from resnext_hub.run import execute
+from resnext_hub.run import execute, require_places
 from resnext_hub.training.checkpoint import latest_checkpoint
 
 Command = Callable[..., tuple[int, str, str]]
@@ -43,6 +43,18 @@ def test_a_folder_that_another_command_used_since_the_plan_is_not_gone_on_with(f
     with raises(RequestError, match=r"another command has worked in .*run since this one looked at it"):
         execute(plan, Peers())
     assert all(path.read_bytes() == content for path, content in before.items() if path.name != ".lock")
+
+
+@mark.parametrize("kind", ["file", "FIFO", "folder"])
+@mark.parametrize("name", ["model", "plots", "checkpoints", "record.previous.json", "README.previous.md"])
+def test_what_lies_where_results_go_is_refused_before_training(tmp_path: Path, name: str, kind: str) -> None:
+    path = tmp_path / name
+    {"file": path.touch, "FIFO": lambda: os.mkfifo(path), "folder": path.mkdir}[kind]()
+    if (kind == "folder") == ("." not in name):
+        require_places(tmp_path)
+    else:
+        with raises(RequestError, match=f"{name} is .*; remove it, or give another --output-dir"):
+            require_places(tmp_path)
 
 
 GROWN = ("train", *TINY, "--lr", 0.01, "--max-steps", 32)
