@@ -259,8 +259,9 @@ class _Reader:
         channels = model_args.get("in_chans", channels)
         side = model_args.get("img_size")
         if side is not None and facts.fixed_input_size:
-            sides = self.convert(side, tuple[_Side, _Side] | _Side, "model_args.img_size")
-            height, width = (sides, sides) if isinstance(sides, int) else sides
+            # one form at a time: msgspec 0.22 crashes over a union with a tuple of fixed length
+            sides = side if isinstance(side, list) else [side, side]
+            height, width = self.convert(sides, tuple[_Side, _Side], "model_args.img_size")
         for key, values in (("mean", facts.mean), ("std", facts.std)):
             if len(values) != channels:
                 raise self.error(f"pretrained_cfg.{key}", values, f"expected {channels}, one for each channel")
