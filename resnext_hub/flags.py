@@ -253,7 +253,10 @@ def _new_path(text: str) -> Path:
 
 
 def _points(text: str) -> float:
-    value = check_value("max_drop", text, Annotated[float, Range(0, 100)])
+    try:
+        value = check_value("max_drop", text, Annotated[float, Range(0, 100)])
+    except RequestError as error:  # argparse takes a ValueError for one of its own, and names this function
+        raise argparse.ArgumentTypeError(str(error).removeprefix("--max-drop ")) from error
     return float(value)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from client import Client
-from conftest import run_process
+from conftest import ROOT, run_process
 from loopback_hub import Fault, LoopbackHub, serve
 from pytest import fixture, mark
 
@@ -260,7 +260,10 @@ def test_only_the_file_that_was_checked_is_loaded_from_the_hub(
         refused = client.run(FROM_HUB.format(revision=None))["result"]
         stated = f'me/digits: config.json states pretrained_cfg.hf_hub_filename "{name}": not allowed'
         assert refused.startswith(f"RequestError: {stated}")
-        for words in (("predict", "hf-hub:me/digits", finished), ("train", "--model", "hf-hub:me/digits")):
+        for words in (
+            ("predict", "hf-hub:me/digits", ROOT / "docs" / "quickstart.png"),
+            ("train", "--model", "hf-hub:me/digits"),
+        ):
             code, _, err = client.command(*words)
             assert code == 2, err
             assert stated in err

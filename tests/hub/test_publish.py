@@ -285,7 +285,8 @@ def test_a_stream_that_breaks_off_ends_the_run_in_a_line_and_goes_on_later(hub: 
     )  # fmt: skip
     environment = hub.environment() | {"HF_HOME": str(tmp_path / "home")}
     hub.faults.append(Fault("GET .*train-[01].parquet", "507", 1000))
-    hub.faults.insert(0, Fault("GET .*train-[01].parquet", "slow", 1))  # the first file that is read is read
+    # the schemas of both files are read before the run, and then the first file that is read is read
+    hub.faults.insert(0, Fault("GET .*train-[01].parquet", "nothing", 4))
     done = run_process(*words, **environment)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
@@ -317,7 +318,9 @@ def test_pictures_that_lie_in_a_repository_as_files_stream_too(
     record = RunRecord.load(tmp_path / "run" / "record.json")
     assert record.label_names == ["bus", "car", "train"]
     assert record.evaluation.count == 30
-    assert record.broken_pictures == [{"split": "training", "picture": "bus/000.png", "reason": "not an image"}]
+    assert record.broken_pictures == [
+        {"split": "training", "picture": "bus/000.png (shard 0, record 8)", "reason": "not an image"}
+    ]
 
 
 def np_labels(table) -> list[int]:

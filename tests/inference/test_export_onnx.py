@@ -221,4 +221,4 @@ def test_a_place_that_takes_no_file_exits_with_2(vehicles_run: Path, command: Co
         assert part in err
     code, _, err = command("export", vehicles_run, "--format", "sparkle")
     assert code == 2
-    assert "invalid choice: 'sparkle'" in err
+    assert "--format: sparkle is not one of onnx, openvino" in err
