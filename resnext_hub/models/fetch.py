@@ -89,21 +89,28 @@ def commit_of(path: Path) -> str:
 def forget(path: Path) -> None:
     """Remove a file of a snapshot from the Hub's cache, and its content where that is in the same cache.
 
-    Nothing outside a repository's folder of a cache is ever removed, whatever a name or a link leads to.
+    A snapshot links to the blob of its repository, and what came over Xet is linked from there to a store that the
+    repositories of a cache share. Nothing outside the cache is ever removed, whatever a name or a link leads to.
     """
     path = Path(os.path.abspath(path))  # without the `..` that a hostile listing may hold
     repository = next((folder.parent for folder in path.parents if folder.name == "snapshots"), None)
     if repository is None:
         return
-    content = path.resolve()
-    if content.is_relative_to(repository.resolve()):
-        content.unlink(missing_ok=True)
-    path.unlink(missing_ok=True)
+    places = [path]
+    while places[-1].is_symlink() and len(places) < 3:
+        places.append(Path(os.path.abspath(places[-1].parent / os.readlink(places[-1]))))
+    for place in reversed(places):
+        shared = re.fullmatch(r"[0-9a-f]{64}", place.name) and place.is_relative_to(repository.parent)
+        if (shared or place.is_relative_to(repository)) and (place.is_symlink() or place.is_file()):
+            place.unlink()
 
 
 def _is_announced(path: Path) -> bool:
-    """Return whether a file has the hash after which the cache names it; the client compares its length alone."""
-    announced = path.resolve().name
+    """Return whether a file has the hash that the Hub announced, after which the cache names the blob that it links to.
+
+    The client compares its length alone.
+    """
+    announced = os.path.basename(os.readlink(path)) if path.is_symlink() else path.name
     if re.fullmatch(r"[0-9a-f]{64}", announced):
         return same_content(path, announced, None)
     if re.fullmatch(r"[0-9a-f]{40}", announced):

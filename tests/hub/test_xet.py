@@ -149,8 +149,14 @@ def test_what_comes_over_xet_gives_the_same_logits_in_stock_timm_and_here(
 @mark.parametrize(
     ("place", "said"),
     [
-        (-1000, "model.safetensors of me/cars has other bytes than the Hub lists; it was removed from the cache"),
-        (6, "me/cars could not be loaded from the Hub: "),  # the length of a chunk, which the client compares itself
+        (
+            -1000,
+            "has other bytes than the Hub lists; it was removed from the cache",
+        ),
+        (
+            6,
+            "me/cars: model.safetensors of me/cars could not be fetched from the Hub: ",
+        ),  # the length of a chunk, which the client compares itself
     ],
 )
 def test_from_hub_refuses_a_wrong_byte_and_fetches_anew(
@@ -163,7 +169,8 @@ def test_from_hub_refuses_a_wrong_byte_and_fetches_anew(
     hub.xet.xorbs[name] = bytes(wrong)
     answer = client.run(FROM_HUB)
     assert answer["code"] == 0, answer["err"]
-    assert answer["result"].startswith(said)
+    assert answer["result"].startswith("me/cars: model.safetensors of me/cars ")
+    assert said in answer["result"]
     hub.xet.xorbs[name] = right
     assert client.run(FROM_HUB)["result"][0] == hub.repos["models/me/cars"].commits[-1].oid
 
@@ -260,7 +267,7 @@ def test_a_download_that_fails_is_said_in_a_line(
     hub.faults.append(Fault(route, kind, 1000))
     answer = client.run(FROM_HUB)
     assert answer["code"] == 0, answer["err"]
-    assert answer["result"].startswith("me/cars could not be loaded from the Hub: ")
+    assert answer["result"].startswith("me/cars: model.safetensors of me/cars could not be fetched from the Hub: ")
     hub.faults[0] = Fault(route, kind, 1)
     assert client.run(FROM_HUB)["result"][0] == hub.repos["models/me/cars"].commits[-1].oid
     assert hub.faults[0].times == 0

@@ -131,7 +131,7 @@ def test_int8_calibrates_on_training_pictures_and_counts_the_readable_held_out_o
 
 def test_requests_that_cannot_be_are_refused_in_a_line(vehicles_run: Path, command: Command, tmp_path: Path) -> None:
     for arguments, part in (
-        ((vehicles_run, "--int8", "--max-drop", -1), "--max-drop: -1: expected a number from 0 to 100"),
+        ((vehicles_run, "--int8", "--max-drop", -1), "--max-drop: -1.0: expected a number from 0 to 100"),
         ((vehicles_run, "--max-drop", 1), "--calibration and --max-drop go with --int8"),
         ((vehicles_run, "--merge-groups", "wide"), "wide: expected off, auto or a number of channels"),
         ((vehicles_run, "--int8", "--calibration", "digits"), "--calibration digits has the classes 0, 1, 2"),
