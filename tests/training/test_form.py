@@ -171,8 +171,8 @@ def test_a_killed_run_with_merged_groups_and_growing_pictures_goes_on_to_the_sam
 @mark.parametrize(
     ("flags", "said"),
     [
-        (("--merge-groups", "wide"), "--merge-groups wide: expected auto, off or a width, such as 32"),
-        (("--merge-groups", "0"), "--merge-groups 0: expected auto, off or a width, such as 32"),
+        (("--merge-groups", "wide"), "--merge-groups wide: expected auto, off or a width in channels from 1 to 65,536"),
+        (("--merge-groups", "0"), "--merge-groups 0: expected auto, off or a width in channels from 1 to 65,536"),
         (("--progressive-size", "64"), "--progressive-size 64: expected less than --image-size, which is 32"),
         (
             ("--model", "test_vit", "--image-size", "160", "--progressive-size", "128"),
