@@ -179,6 +179,7 @@ class _Reader:
     where: str
 
     def config(self, raw: dict[str, Any]) -> ModelConfig:
+        """Return what a config.json states, checked against the schema."""
         config = self.convert(raw, _Config, "")
         architecture = self.architecture(config.architecture)
         stated = {key: value for key, value in config.pretrained_cfg.items() if value is not None}
@@ -202,11 +203,13 @@ class _Reader:
         )
 
     def architecture(self, name: str) -> str:
+        """Return a stated architecture, which timm has to know."""
         if not timm.is_model(name):
             raise self.error("architecture", name, f"unknown to timm {timm.__version__}")
         return name.partition(".")[0]  # a tag would name weights, which are those of the folder
 
     def steering(self, cfg: dict[str, Any]) -> None:
+        """Refuse keys that would make timm load something other than the checked weights."""
         known = {field.name for field in dataclasses.fields(PretrainedCfg)}
         for key, value in cfg.items():
             if key in _STEERING and value:
@@ -254,6 +257,7 @@ class _Reader:
                 raise self.error(f"model_args.{key}", value, "expected numbers or the short name of a layer")
 
     def input_facts(self, facts: _PretrainedCfg, model_args: dict[str, Any]) -> dict[str, Any]:
+        """Return how images have to come, in timm's keys."""
         channels, height, width = facts.input_size
         # timm repairs what its older versions wrote in the same way
         channels = model_args.get("in_chans", channels)
@@ -292,6 +296,7 @@ class _Reader:
         return tuple(names)
 
     def convert(self, raw: Any, kind: Any, prefix: str) -> Any:
+        """Return a value converted to a type, or raise RequestError naming the key at fault."""
         try:
             return msgspec.convert(raw, kind)
         except msgspec.ValidationError as error:
@@ -307,6 +312,7 @@ class _Reader:
             raise self.error(shown, value, reason[0].lower() + reason[1:].replace("`", "")) from error
 
     def error(self, key: str, value: Any, reason: str) -> RequestError:
+        """Return the error that names a key, its value and what was expected."""
         text = printable(json.dumps(value, ensure_ascii=False, default=str))
         stated = f"{printable(key)[:80]} {text if len(text) <= 60 else f'{text[:59]}…'}".strip()
         return RequestError(f"{self.where}: config.json states {stated}: {reason}; {WAY_OUT}")
