@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -219,9 +218,8 @@ def lost_peers(rank: int, size: int) -> Iterator[None]:
         ) from error
 
 
-@lru_cache(maxsize=1)
 def join() -> Peers:
-    """Open the process group of the processes that the launcher started, once.
+    """Open the process group of the processes that the launcher started.
 
     Raises:
         RequestError: If the launcher's variables are wrong, or processes were started as parts of different runs.

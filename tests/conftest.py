@@ -42,8 +42,10 @@ TINY = ("--model", "test_resnet", "--mixed-precision", "no", "--warmup-epochs", 
 @pytest.fixture(autouse=True)
 def _fresh_process_state() -> Iterator[None]:
     """Put back what a training run in this process sets for the whole process."""
-    threads = torch.get_num_threads()
+    threads, environment = torch.get_num_threads(), dict(os.environ)
     yield
+    os.environ.clear()
+    os.environ.update(environment)
     from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state(reset_partial_state=True)

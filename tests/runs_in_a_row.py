@@ -9,7 +9,6 @@ import sys
 
 from accelerate.state import AcceleratorState, GradientState
 
-from resnext_hub.agreement import join
 from resnext_hub.cli import main
 
 os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # the launcher's store still holds the keys of the run before
@@ -21,4 +20,3 @@ for words in json.loads(sys.argv[1]):
         sys.exit(code)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    join.cache_clear()

@@ -397,10 +397,10 @@ import resource
 import timm, torch
 import resnext_hub
 
-model, pictures = timm.create_model("resnet18").eval(), torch.zeros(12, 3, 224, 224)
+model, pictures = timm.create_model("test_resnet").eval(), torch.zeros(8, 3, 512, 512)
 for keep in (False, True):
     fast = resnext_hub.optimize(
-        model, pictures, dtype=torch.float32, compile=False, at_once=12, keep_memory=keep
+        model, pictures, dtype=torch.float32, compile=False, at_once=8, keep_memory=keep
     )
     fast(pictures)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -414,7 +414,7 @@ def test_memory_that_is_kept_is_not_fetched_again() -> None:
     done = run_process("-c", FAULTS)
     assert done.returncode == 0, done.stderr
     without, kept = map(int, done.stdout.split())
-    assert without > 9000  # a single activation has 38 MB, in pages of 4 kB
+    assert without > 9000  # of pages of 4 kB: the largest activations are too large for what a C library keeps unasked
     assert kept < 1000
 
 
