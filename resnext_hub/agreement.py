@@ -172,6 +172,7 @@ class _Failure:
 
     @classmethod
     def of(cls, error: RequestError | RunError) -> "_Failure":
+        """Describe an error of this process."""
         return cls(platform.node(), str(error), isinstance(error, RequestError))
 
 

@@ -206,6 +206,7 @@ def _plain_loader() -> type:
         depth = 0
 
         def compose_node(self, parent: Any, index: Any) -> Any:
+            """Refuse aliases and tags, with which a short file could take all memory or name code."""
             event: Any = self.peek_event()  # type: ignore[no-untyped-call]
             start: Any = event.start_mark
             if event.__class__ is yaml.AliasEvent:
@@ -220,6 +221,7 @@ def _plain_loader() -> type:
             return node
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            """Refuse a name that is given twice, of which PyYAML would take the last."""
             start: Any = node.start_mark
             content = super().construct_mapping(node, deep)
             if len(content) < len(node.value):

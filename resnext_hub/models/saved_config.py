@@ -38,8 +38,10 @@ _Side = Annotated[int, Meta(ge=1, le=MAX_SIDE)]
 _Channels = Annotated[int, Meta(ge=1, le=64)]
 _Size = tuple[_Channels, _Side, _Side]
 _Crop = Annotated[float, Meta(ge=0.05, le=1.25)]
-_Mean = Annotated[float, Meta(ge=-1e4, le=1e4)]
-_Std = Annotated[float, Meta(ge=1e-4, le=1e4)]
+_Mean = Annotated[float, Meta(ge=-1.0, le=1.0)]
+_Std = Annotated[float, Meta(ge=1e-4, le=1.0)]
+"""Both are of pixels from 0 to 1, which timm's transforms make: 123.675 is of pixels up to 255."""
+
 _Classes = Annotated[int, Meta(ge=0, le=10_000_000)]
 _Rate = Annotated[float, Meta(ge=0.0, lt=1.0)]
 _Width = Annotated[int, Meta(ge=1, le=1024)]
