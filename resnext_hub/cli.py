@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from resnext_hub.agreement import Peers, join
 from resnext_hub.errors import RequestError, RunError, StoppedRun, failed_system_call, hide_tokens, one_line
 from resnext_hub.machine import speaks_for_host, speaks_for_run
-from resnext_hub.text import printable
+from resnext_hub.text import printable, python_string
 
 if TYPE_CHECKING:
     from resnext_hub.plan import Plan
@@ -170,7 +170,7 @@ def _train(options: argparse.Namespace, peers: Peers) -> None:
         f"model folder: {model}\n\n"
         f"    import timm\n"
         + ("    import resnext_hub\n" if record.model.needs_plugin else "")
-        + f'    model = timm.create_model("local-dir:{model}", pretrained=True).eval()\n'
+        + f"    model = timm.create_model({python_string(f'local-dir:{model}')}, pretrained=True).eval()\n"
         f"    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
     )
 

@@ -55,7 +55,7 @@ from resnext_hub.record import (
     SampleFacts,
 )
 from resnext_hub.settings import flag_of
-from resnext_hub.text import printable
+from resnext_hub.text import is_printable, printable
 from resnext_hub.training.checkpoint import RunLock, latest_checkpoint
 from resnext_hub.training.config import TrainConfig
 from resnext_hub.training.evaluate import Evaluation, evaluate
@@ -204,7 +204,10 @@ def _pushed_checkpoints(plan: Plan) -> Iterator[Callable[[Path], None]]:
 
 
 def _yaml(settings: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
+    text = str(yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
+    if not is_printable(text.replace("\n", "")):  # escapes are all or none
+        text = str(yaml.safe_dump(dict(settings), sort_keys=False))
+    return text
 
 
 def evaluate_run(folder: Path, threads: str = "auto") -> tuple[Evaluation, RunRecord]:

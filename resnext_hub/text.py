@@ -1,7 +1,7 @@
 """Text that comes from data (names of files, classes and datasets), made safe for the place where it is shown.
 
 Every name passes one of these functions at the border where it leaves the program: `printable` for terminals, logs and
-errors, the others for Markdown, HTML and plots.
+errors, the others for Markdown, HTML, plots and Python.
 """
 
 import html
@@ -41,15 +41,31 @@ def plot_text(text: object) -> str:
     return printable(text).replace("$", r"\$")
 
 
+def python_string(text: str) -> str:
+    """Return the Python string literal, in double quotes, that stands for text; it is printable itself."""
+    return '"' + "".join(f"\\{char}" if char in '"\\' else _for_python(char) for char in text) + '"'
+
+
 def listing(names: Iterable[object], most: int = 12) -> str:
     """Return names in one printable line, at most so many of them."""
     names = list(names)
     return ", ".join(map(printable, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def is_printable(text: str) -> bool:
+    """Return whether text holds none of the characters that `printable` escapes."""
+    return not any(map(_is_unsafe, text))
+
+
 def _is_unsafe(character: str) -> bool:
     category = unicodedata.category(character)
+    if category == "Cn":  # unknown to this Python, though perhaps a letter to the next one; some never will be
+        return 0xFDD0 <= ord(character) <= 0xFDEF or ord(character) & 0xFFFE == 0xFFFE
     return (category[0] == "C" and character not in _JOINERS) or category in ("Zl", "Zp")
+
+
+def _for_python(character: str) -> str:
+    return character.encode("unicode_escape").decode() if _is_unsafe(character) else character
 
 
 def _escaped(character: str) -> str:

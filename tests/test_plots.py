@@ -26,6 +26,7 @@ from resnext_hub.plots import (
     write_plots,
 )
 from resnext_hub.record import RunRecord
+from resnext_hub.text import is_printable
 from resnext_hub.training.evaluate import Evaluation
 
 Command = Callable[..., tuple[int, str, str]]
@@ -176,19 +177,22 @@ def test_a_card_shows_the_plots_that_were_drawn(tmp_path: Path) -> None:
 
 
 def test_a_run_with_odd_names_and_damaged_logs_is_finished(tmp_path: Path, command: Command) -> None:
+    images, run = tmp_path / "im\u202eages", tmp_path / 'r "😀\\ 1'
     for name, shade in (("$", 60), ("$$", 110), ("猫\n", 160)):
-        write_pictures(tmp_path / "images" / name, 6, shade)
-    flags = ("train", *TINY, "--dataset", tmp_path / "images", "--image-size", 32, "--batch-size", 6)
-    flags += ("--eval-fraction", 0.5, "--checkpoint-every", 1, "--output-dir", tmp_path / "run")
+        write_pictures(images / name, 6, shade)
+    flags = ("train", *TINY, "--dataset", images, "--image-size", 32, "--batch-size", 6)
+    flags += ("--eval-fraction", 0.5, "--checkpoint-every", 1, "--output-dir", run)
     assert command(*flags, "--max-steps", 1)[0] == 0
-    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics = run / "metrics.jsonl"
     metrics.write_bytes(b"\xff\x00\n" + b"{}\n" + metrics.read_bytes())
-    (tmp_path / "run" / "unreadable-0.jsonl").write_bytes(b"null\n\xff\n")
-    code, _, err = command(*flags, "--max-steps", 2)
+    (run / "unreadable-0.jsonl").write_bytes(b"null\n\xff\n")
+    code, out, err = command(*flags, "--max-steps", 2)
     assert code == 0, err
+    exec("\n".join(line.strip() for line in out.splitlines() if line.startswith("    ")), {})
+    assert is_printable((run / "config.yaml").read_text().replace("\n", ""))
     assert "Traceback" not in err
     assert "2 damaged lines are ignored" in err
-    record = RunRecord.load(tmp_path / "run" / "record.json")
+    record = RunRecord.load(run / "record.json")
     assert [line["step"] for line in record.history if "eval_loss" in line][-1] == 2
     assert record.plots == ["curves.png", "confusion_matrix.png"]
-    assert (tmp_path / "run" / "plots" / "samples.png").is_file()
+    assert (run / "plots" / "samples.png").is_file()

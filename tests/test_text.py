@@ -1,9 +1,11 @@
 """Names that come from data are shown as text, wherever they are shown."""
 
+import ast
+
 import matplotlib
 from pytest import mark
 
-from resnext_hub.text import code_span, markdown, plot_text, printable
+from resnext_hub.text import code_span, is_printable, markdown, plot_text, printable, python_string
 
 
 @mark.parametrize(
@@ -20,6 +22,8 @@ from resnext_hub.text import code_span, markdown, plot_text, printable
         ("Zürich 東京", "Zürich 東京"),
         ("می\u200cخواهم",) * 2,  # noqa: RUF001 - a joiner that spells a word stays
         ("👩\u200d🚀", "👩\u200d🚀"),
+        ("\U0001fae8 \U000323af", "\U0001fae8 \U000323af"),  # which Python 3.11 does not know yet
+        ("\ufffe\ufdd0\U0010ffff", r"\ufffe\ufdd0\U0010ffff"),
     ],
 )
 def test_names_are_printed_in_one_line_without_control_characters(name: str, shown: str) -> None:
@@ -43,6 +47,16 @@ def test_back_ticks_do_not_end_inline_code() -> None:
     assert code_span("plain") == "`plain`"
     assert code_span("a`b``c") == "```a`b``c```"
     assert code_span("`x`") == "`` `x` ``"
+
+
+@mark.parametrize(
+    "text",
+    ['r "1"', "r\\x", "r 😀`|$", "line\nend", "a\u202eb", "\U000e0041", "caf\udce9", "ends\\", "%s", "\0"],
+)
+def test_a_string_for_python_is_that_text_and_printable(text: str) -> None:
+    literal = python_string(text)
+    assert ast.literal_eval(literal) == text
+    assert is_printable(literal)
 
 
 @mark.parametrize("name", ["$", "$$", "$5_$10", r"$\frac{1}{0$", "a$b$c", r"\$"])

@@ -1,7 +1,6 @@
 """The model card: a pure function of a record."""
 
 import heapq
-import json
 import math
 from collections.abc import Sequence
 from importlib import resources
@@ -15,7 +14,7 @@ from resnext_hub.hub.card_file import Kept, put_together
 from resnext_hub.models.complexity import PAPER_ERROR
 from resnext_hub.models.resnext import VARIANTS
 from resnext_hub.record import BaseModelFacts, EvaluationFacts, HardwareFacts, RunRecord
-from resnext_hub.text import code_span, markdown, printable
+from resnext_hub.text import code_span, markdown, printable, python_string
 
 FEW = 20
 """Training images of a class below which it counts as rare; a quarter of the mean does as well."""
@@ -62,7 +61,7 @@ def _body(record: RunRecord, repo_id: str | None, license: str | None) -> str:
         "md": markdown,
         "code": code_span,
         "line": printable,
-        "string": json.dumps,
+        "string": python_string,
         "cls": class_name,
     }
     evaluation, dataset, settings = record.evaluation, record.dataset, record.config
