@@ -255,8 +255,9 @@ def _check_numbers(dataset: str, column: str, labels: Sequence[int]) -> None:
     if odd:
         others = listing((label for label in labels if label not in odd), 4)
         raise RequestError(
-            f"column {printable(column)} of {dataset} has the label {odd[0]}, which is no class beside {others}; "
-            "remove those rows, or store the classes as strings"
+            f"column {printable(column)} of {dataset} has the label {odd[0]}, which is no class"
+            f"{f' beside {others}' if others else ': expected -2147483648 to 2147483647'}; remove those rows, or store "
+            "the classes as strings"
         )
 
 

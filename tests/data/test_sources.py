@@ -10,6 +10,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow
 from conftest import TINY
 from PIL import Image
 from pyarrow import parquet
@@ -23,7 +24,7 @@ from resnext_hub.data.sources.names import class_names_of, likely_splits, split_
 from resnext_hub.data.sources.parquet import splits_of
 from resnext_hub.data.sources.walk import list_pictures, real_path, stored_path, walk
 from resnext_hub.data.splits import doubts, stratified_cut
-from resnext_hub.errors import RequestError
+from resnext_hub.errors import RequestError, RunError
 
 
 def png(shade: int = 100) -> bytes:
@@ -612,9 +613,9 @@ def write(path: Path, labels: Sequence[object], kind: object, rows: Sequence[dic
     """Write a parquet file as it is given, without what the library datasets would mend."""
     features = datasets.Features({"image": datasets.Image(decode=False), "label": kind})
     rows = rows or [{"bytes": PNG, "path": "image.png"}] * len(labels)
-    table = datasets.Dataset.from_dict({"image": list(rows), "label": list(labels)}, features=features).data.table
+    table = pyarrow.table({"image": list(rows), "label": list(labels)}, schema=features.arrow_schema)
     path.parent.mkdir(parents=True, exist_ok=True)
-    parquet.write_table(table.replace_schema_metadata(features.arrow_schema.metadata), path)
+    parquet.write_table(table, path)
     return path
 
 
@@ -829,7 +830,98 @@ def test_saved_datasets_are_opened_by_their_own_splits(tmp_path: Path) -> None:
     assert "is a folder of datasets.save_to_disk that cannot be read" in refused(tmp_path / "one")
 
 
-@mark.parametrize("name", ["with [1] and *", "what?"])
+def write_at(path: Path, labels: Sequence[object], time: int = 315532800, kind: object = None) -> Path:
+    write(path, labels, kind or named("a", "b"))
+    os.utime(path, (time, time))
+    return path
+
+
+@mark.parametrize("how", ["in place", "replaced", "other folder moved here"])
+def test_rows_are_those_of_the_file_whatever_its_time_of_modification(tmp_path: Path, how: str) -> None:
+    write_at(tmp_path / "data" / "train.parquet", [0, 1, 0, 1, 1, 0])
+    write_at(tmp_path / "data" / "test.parquet", [0, 1])
+    assert load(tmp_path / "data").train.labels.tolist() == [0, 1, 0, 1, 1, 0]
+    path = write_at(tmp_path / "new" / "train.parquet", [1, 0, 1, 0, 0, 1])
+    if how == "in place":
+        assert path.stat().st_size == (tmp_path / "data" / "train.parquet").stat().st_size
+        write_at(tmp_path / "data" / "train.parquet", [1, 0, 1, 0, 0, 1])
+    elif how == "replaced":
+        path.replace(tmp_path / "data" / "train.parquet")
+    else:
+        (tmp_path / "data" / "test.parquet").rename(tmp_path / "new" / "test.parquet")
+        shutil.rmtree(tmp_path / "data")
+        (tmp_path / "new").rename(tmp_path / "data")
+    assert load(tmp_path / "data").train.labels.tolist() == [1, 0, 1, 0, 0, 1]
+
+
+def test_an_unchanged_file_is_prepared_once(tmp_path: Path) -> None:
+    write_at(tmp_path / "train.parquet", [0, 1] * 4)
+    first, again = (opened(tmp_path).tables["train"] for _ in range(2))
+    assert first.cache_files == again.cache_files
+    assert not isinstance(first.data, datasets.table.InMemoryTable)
+
+
+def test_a_file_that_changes_while_it_is_read_ends_in_a_line(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    path = write_at(tmp_path / "train.parquet", [0, 1] * 4)
+    library = datasets.load_dataset
+
+    def late(*args: object, **settings: object) -> object:
+        write_at(path, [1, 0] * 4)
+        return library(*args, **settings)
+
+    monkeypatch.setattr(datasets, "load_dataset", late)
+    with raises(RunError, match="changed while it was read; run the same command again"):
+        opened(tmp_path)
+
+
+@mark.parametrize("name", ["a::b/train.parquet", "train::x.parquet", "zip://x::y/train.parquet"])
+def test_a_path_that_would_be_taken_for_a_chain_of_addresses_is_refused(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, [0, 1] * 4, named("a", "b"))
+    assert "has '::' in it" in refused(path.parent)
+    assert "has '::' in it" in refused(path, streaming=True)
+
+
+@mark.parametrize(
+    ("first", "second", "names"),
+    [
+        (("int8", [0, 1]), ("int64", [300, 1]), ("0", "1", "300")),
+        (("uint8", [200, 1]), ("int8", [-3, 1]), ("-3", "1", "200")),
+        (("int64", [70000, 1]), ("int16", [5, 1]), ("1", "5", "70000")),
+        (("uint64", [7, 1]), ("uint8", [5, 1]), ("1", "5", "7")),
+    ],
+)
+def test_numbers_of_shards_are_as_wide_as_the_widest(
+    tmp_path: Path, first: tuple[str, list[int]], second: tuple[str, list[int]], names: tuple[str, ...]
+) -> None:
+    for shard, (kind, labels) in enumerate((first, second)):
+        write(tmp_path / f"train-{shard}.parquet", labels * 4, datasets.Value(kind))
+    assert load(tmp_path).label_names == names
+
+
+@mark.parametrize(
+    ("kind", "labels"),
+    [("uint64", [2**63, 2**63 + 1]), ("int64", [2**40, 2**41]), ("uint32", [2**31, 2**32 - 1])],
+)
+def test_numbers_that_are_no_classes_are_named_even_where_all_are_such(
+    tmp_path: Path, kind: str, labels: list[int]
+) -> None:
+    write(tmp_path / "train.parquet", labels * 4, datasets.Value(kind))
+    assert f"has the label {labels[0]}, which is no class: expected -2147483648 to 2147483647" in refused(tmp_path)
+
+
+def test_shards_of_numbers_that_no_type_holds_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "train-0.parquet", [-1, 1] * 4, datasets.Value("int8"))
+    write(tmp_path / "train-1.parquet", [2**63, 1] * 4, datasets.Value("uint64"))
+    assert "cannot be read as parquet" in refused(tmp_path)
+
+
+def test_pointers_of_git_lfs_say_what_fetches_the_file(tmp_path: Path) -> None:
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123\n"
+    (tmp_path / "train.parquet").write_text(pointer)
+    assert "git lfs pull" in refused(tmp_path)
+
+
+@mark.parametrize("name", ["with [1] and *", "what?", "hf:", "zip:", "a%20b", "a#b", "{x}"])
 def test_folders_may_be_called_like_patterns(tmp_path: Path, name: str) -> None:
     write(tmp_path / name / "train.parquet", [0, 1] * 2, named("a", "b"))
     write(tmp_path / name / "test.parquet", [0, 1] * 2, named("a", "b"))

@@ -1,16 +1,18 @@
 """Parquet files: their splits by folder and name, and what each file itself says of its columns.
 
 The library datasets lays the first file's columns over all the others. What each file says is therefore read here, and
-labels are matched by their names.
+labels are matched by their names. The library also takes its copy of a file for current as long as path and time of
+modification are the same, which `cp -p`, archives and reproducible builds keep; `_version_of` tells contents apart.
 """
 
 import errno
 import glob
+import hashlib
 import logging
 import os
 import posixpath
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -28,11 +30,18 @@ if TYPE_CHECKING:
 DAMAGED = (ValueError, TypeError, AttributeError, LookupError, RecursionError, NotImplementedError)
 """What the library datasets raises for descriptions of columns that make no sense."""
 
+_FOOTER_BYTES = 1 << 26
+"""How much of a footer tells versions of a file apart; what is no parquet could state any length."""
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""How a file begins that stands for one that Git LFS keeps."""
+
 
 def open_parquet(root: Path, files: Sequence[str], streaming: bool) -> Source:
     """Open parquet files.
 
-    Streamed, they are read in place; else they are copied into the library's cache, where each row is at hand.
+    Streamed, they are read in place; else they are copied into the library's cache, where each row is at hand. The copy
+    is used again only for the same version of each file; the library locks it while a process prepares it.
 
     Args:
         root: Their folder.
@@ -41,10 +50,13 @@ def open_parquet(root: Path, files: Sequence[str], streaming: bool) -> Source:
 
     Raises:
         RequestError: If one cannot be read or belongs to no split, or a split is empty.
-        RunError: If the cache is full.
+        RunError: If the cache is full, or a file changes while it is read.
     """
     import datasets
 
+    for file in files:
+        require_readable(root / file)
+    version = _version_of(root, files)
     parts = {file: read_part(root / file, file) for file in files}
     _check_columns([*parts.values()])
     splits = splits_of(files)
@@ -57,11 +69,16 @@ def open_parquet(root: Path, files: Sequence[str], streaming: bool) -> Source:
     data_files = {split: [glob.escape(str(root / file)) for file in members] for split, members in splits.items()}
     try:
         with quiet_library():
-            tables = datasets.load_dataset("parquet", data_files=data_files, streaming=streaming)
+            # the description is part of the name of the cached copy
+            tables = datasets.load_dataset(
+                "parquet", data_files=data_files, streaming=streaming, description=version, features=_widened(parts)
+            )
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError, NotImplementedError) as error:
         cause = error.__cause__ or error
         require_space(cause)
         raise RequestError(f"{printable(root)} cannot be read as parquet: {one_line(cause)}") from error
+    if _version_of(root, files) != version:
+        raise RunError(f"{printable(root)} changed while it was read; run the same command again")
     return Source(
         tables=dict(tables),
         parts={split: tuple(parts[file] for file in members) for split, members in splits.items()},
@@ -69,6 +86,41 @@ def open_parquet(root: Path, files: Sequence[str], streaming: bool) -> Source:
         roots=(os.path.realpath(root),),
         notes=_missing_shards(files),
     )
+
+
+def _version_of(root: Path, files: Iterable[str]) -> str:
+    """Return a digest that differs if the content of a file does, without reading all of it.
+
+    A write or a replacement sets the time of change, which unlike the time of modification no user can set, or brings
+    another inode. Footers, which hold sizes and ranges of all columns, tell versions apart where a file system makes
+    those up.
+
+    Raises:
+        RequestError: If a file cannot be read any more.
+    """
+    digest = hashlib.sha256()
+    for name in files:
+        path = root / name
+        try:
+            with open(path, "rb") as file:
+                status = os.fstat(file.fileno())
+                digest.update(
+                    repr((name, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)).encode(
+                        errors="surrogateescape"
+                    )
+                )
+                digest.update(_footer_of(file, status.st_size))
+        except OSError as error:
+            raise RequestError(f"{printable(path)} cannot be read as parquet: {one_line(error)}") from error
+    return digest.hexdigest()
+
+
+def _footer_of(file: IO[bytes], size: int) -> bytes:
+    """Return the end of a parquet file: its description, the length of that in 4 bytes, and 4 bytes as a mark."""
+    file.seek(max(0, size - 8))
+    length = min(int.from_bytes(file.read(4), "little"), _FOOTER_BYTES)
+    file.seek(max(0, size - 8 - length))
+    return file.read()
 
 
 def _missing_shards(files: Iterable[str]) -> tuple[str, ...]:
@@ -86,26 +138,62 @@ def _missing_shards(files: Iterable[str]) -> tuple[str, ...]:
     )
 
 
+def require_readable(path: Path) -> None:
+    """Raise RequestError for what the library datasets cannot open, or would never finish opening."""
+    if not path.is_file():
+        raise RequestError(f"{printable(path)} is not a regular file; expected a parquet file")
+    try:
+        os.path.abspath(path).encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"the path {printable(path)} is not valid UTF-8, which reading parquet needs; rename it"
+        ) from error
+    if "::" in os.path.abspath(path):
+        raise RequestError(
+            f"the path {printable(os.path.abspath(path))} has '::' in it, which the library datasets takes for a chain "
+            "of addresses; rename the file or folder"
+        )
+
+
 def read_part(path: Path, name: str) -> Part:
     """Read what a parquet file says of itself.
 
     Raises:
         RequestError: If it cannot be read.
     """
-    if not path.is_file():
-        raise RequestError(f"{printable(path)} is not a regular file; expected a parquet file")
-    try:
-        str(path).encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(
-            f"the path {printable(path)} is not valid UTF-8, which reading parquet needs; rename it"
-        ) from error
+    require_readable(path)
     try:
         with open(path, "rb") as file:
             return part_of(file, name)
     except (OSError, ValueError, NotImplementedError) as error:
-        reason = "zero bytes" if path.stat().st_size == 0 else one_line(error)
+        reason = "zero bytes" if path.stat().st_size == 0 else pointer_reason(path) or one_line(error)
         raise RequestError(f"{printable(path)} cannot be read as parquet: {reason}") from error
+
+
+def pointer_reason(path: Path) -> str | None:
+    """Describe a file that only names the content that Git LFS keeps elsewhere, or return None."""
+    with open(path, "rb") as file:
+        is_pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    return "it is a pointer of Git LFS; run `git lfs pull` in its repository" if is_pointer else None
+
+
+def _widened(parts: Mapping[str, Part]) -> "datasets.Features | None":
+    """Return the columns with every whole number as wide as its widest file has it, or None if they are so already.
+
+    The library would force numbers of the other files into the first file's type.
+    """
+    import datasets
+    import pyarrow
+
+    kinds = [part.features for part in parts.values()]
+    wide = dict(kinds[0])
+    for column in wide:
+        if all(isinstance(kind[column], datasets.Value) for kind in kinds):
+            types = {kind[column].pa_type for kind in kinds}
+            if len(types) > 1 and all(map(pyarrow.types.is_integer, types)):
+                is_huge = pyarrow.uint64() in types and not any(map(pyarrow.types.is_signed_integer, types))
+                wide[column] = datasets.Value("uint64" if is_huge else "int64")
+    return datasets.Features(wide) if wide != kinds[0] else None
 
 
 def _check_columns(parts: Sequence[Part]) -> None:
