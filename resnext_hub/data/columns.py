@@ -13,7 +13,7 @@ import numpy as np
 from resnext_hub.data.sources import Part
 from resnext_hub.data.sources.names import class_names_of
 from resnext_hub.data.sources.parquet import is_encoded_picture
-from resnext_hub.errors import RequestError
+from resnext_hub.errors import RequestError, one_line
 from resnext_hub.text import listing as listing
 from resnext_hub.text import printable
 
@@ -118,6 +118,8 @@ def read_labels(
     order = list(dict.fromkeys(order if kind == "class label" else sorted(order)))
     if kind == "number":
         _check_numbers(dataset, column, order)
+    if kind == "class label":
+        _check_named(dataset, column, order)
     names = class_names_of(map(str, order), f"column {printable(column)} of {dataset}")
     label_names = tuple(dict.fromkeys(names.values()))
     number = {name: i for i, name in enumerate(label_names)}
@@ -195,7 +197,16 @@ def _column_of(column: str, split: LabelledTable) -> Any:
     import pyarrow
 
     labels = split.table.data.column(column)
+    try:
+        labels.validate(full=True)
+    except ValueError as error:
+        raise RequestError(
+            f"column {printable(column)} of the {split.name} split is damaged ({one_line(error)}); write it again, "
+            "text as UTF-8"
+        ) from error
     missing = labels.null_count
+    if pyarrow.types.is_string_view(labels.type):
+        labels = labels.cast(pyarrow.large_string())
     if pyarrow.types.is_string(labels.type) or pyarrow.types.is_large_string(labels.type):
         missing += (
             pyarrow.compute.sum(pyarrow.compute.equal(pyarrow.compute.utf8_trim_whitespace(labels), "")).as_py() or 0
@@ -261,6 +272,16 @@ def _check_numbers(dataset: str, column: str, labels: Sequence[int]) -> None:
         )
 
 
+def _check_named(dataset: str, column: str, names: Sequence[Any]) -> None:
+    """Refuse class labels that state a class without a name."""
+    blank = [i for i, name in enumerate(names) if name is None or not str(name).strip()]
+    if blank:
+        raise RequestError(
+            f"column {printable(column)} of {dataset} states a class without a name (number {blank[0]} of "
+            f"{listing(names, 4)}); name it in the ClassLabel"
+        )
+
+
 def class_names(dataset: str, column: str, train: LabelledTable, evaluation: LabelledTable) -> tuple[str, ...]:
     """Return the class names of two streams, whose files have to state the same ones, as nothing is read.
 
@@ -281,6 +302,7 @@ def class_names(dataset: str, column: str, train: LabelledTable, evaluation: Lab
                 f"({listing(part.features[column].names, 4)}) than {printable(parts[0].name)} ({listing(first, 4)}); "
                 "leave out --streaming, and they are matched by name"
             )
+    _check_named(dataset, column, first)
     names = class_names_of(first, f"column {printable(column)} of {dataset}")
     if len(set(names.values())) < len(first):
         raise RequestError(

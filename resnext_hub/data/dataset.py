@@ -96,8 +96,12 @@ class Pictures:
 
     def _stored(self, index: int) -> dict[str, Any]:
         # from the table itself: what datasets does around it takes as long as a tenth of decoding an image
-        row = self.rows.data.column(self.image_column)[int(self.indices[index])].as_py()
-        return row or {"bytes": None, "path": None}
+        row = self.rows.data.column(self.image_column)[int(self.indices[index])]
+        try:
+            return row.as_py() or {"bytes": None, "path": None}
+        except UnicodeDecodeError:  # parquet stores text of any bytes
+            path = row["path"].as_buffer().to_pybytes()
+            return {"bytes": row["bytes"].as_py(), "path": path.decode("utf-8", "surrogateescape")}
 
 
 def short_name(path: str) -> str:
@@ -194,6 +198,11 @@ class StreamedPictures:
         rows = self.rows.shard(num_shards=self.shards, index=int(shard)).iter(batch_size=16)
         try:
             yield from rows
+        except UnicodeDecodeError as error:
+            raise RunError(
+                f"shard {shard} holds text that is not valid UTF-8 ({one_line(error)}), which cannot be streamed; "
+                "leave out --streaming, or write the file again"
+            ) from error
         except (HTTPError, OSError, ValueError) as error:  # the last is what the reader of broken parquet raises
             raise RunError(
                 f"the stream broke off in shard {shard} ({one_line(error)}); the same command goes on from the last "

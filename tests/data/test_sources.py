@@ -826,8 +826,109 @@ def test_saved_datasets_are_opened_by_their_own_splits(tmp_path: Path) -> None:
     assert both.eval.image(0).size == (8, 8)
     one = load(tmp_path / "one")
     assert len(one.train) + len(one.eval) == 8
-    (tmp_path / "one" / "state.json").write_text("[]")
-    assert "is a folder of datasets.save_to_disk that cannot be read" in refused(tmp_path / "one")
+
+
+@fixture
+def saved(tmp_path: Path) -> Path:
+    """A saved dataset with a training and a test split, in a folder that fsspec would take for a chain of addresses."""
+    table = datasets.Dataset.from_parquet(str(write(tmp_path / "a.parquet", [0, 1] * 4, named("a", "b"))))
+    datasets.DatasetDict({"train": table, "test": table.select(range(2))}).save_to_disk(tmp_path / "saved")
+    return (tmp_path / "saved").rename(tmp_path / "saved::here")
+
+
+def test_a_saved_dataset_is_opened_whatever_its_path_and_format(saved: Path) -> None:
+    state = json.loads((saved / "train" / "state.json").read_text())
+    (saved / "train" / "state.json").write_text(json.dumps(state | {"_format_type": "tensorflow"}))
+    assert load(saved).train.labels.tolist() == [0, 1] * 4
+
+
+SAVED = "train/data-00000-of-00001.arrow"
+
+
+@mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (SAVED, None, "train/data-00000-of-00001.arrow of a folder of datasets.save_to_disk cannot be read: not a"),
+        ("train/state.json", None, "state.json cannot be read: not a regular file but a FIFO"),
+        ("test/dataset_info.json", None, "dataset_info.json cannot be read: not a regular file but a FIFO"),
+        (SAVED, b"x" * 100, "data-00000-of-00001.arrow of a folder"),
+        (SAVED, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "run `git lfs pull`"),
+        ("train/state.json", b"[]", "state.json is damaged (Expected `object`, got `array`)"),
+        ("train/state.json", b'{"_data_files": [{"filename": "/dev/zero"}]}', "names /dev/zero, which is no name"),
+        ("train/state.json", b'{"_data_files": [{"filename": "../../a.arrow"}]}', "names ../../a.arrow"),
+        ("train/state.json", b'{"_data_files": [{"filename": "gone.arrow"}]}', "gone.arrow of a folder"),
+        ("test/state.json", b'{"_data_files": []}', "test: no rows (split test); save the dataset without it"),
+        (
+            "train/state.json",
+            b'{"_data_files": [{"filename": "x"}], "_indices_data_files": [{"filename": "indices.arrow"}]}',
+            "lists rows selected by an old version of datasets",
+        ),
+        ("dataset_dict.json", b'{"splits": []}', "lists no splits"),
+        ("dataset_dict.json", b'{"splits": ["../saved"]}', "names ../saved, which is no name of a file"),
+        ("dataset_dict.json", b'{"splits": ["train", "other"]}', "other/state.json cannot be read: No such file"),
+        ("train/dataset_info.json", b'{"features": {"image": {"_type": "Image"}}}', "train of a folder"),
+        ("train/dataset_info.json", b'{"features": 5}', "train of a folder of datasets.save_to_disk cannot be read"),
+    ],
+)
+def test_a_damaged_saved_dataset_is_refused_by_the_file(
+    saved: Path, name: str, content: bytes | None, words: str
+) -> None:
+    (saved / name).unlink()
+    if content is None:
+        os.mkfifo(saved / name)
+    else:
+        (saved / name).write_bytes(content)
+    assert words in refused(saved)
+
+
+def test_an_empty_split_of_a_saved_dataset_is_named(tmp_path: Path) -> None:
+    table = datasets.Dataset.from_parquet(str(write(tmp_path / "a.parquet", [0, 1] * 4, named("a", "b"))))
+    datasets.DatasetDict({"train": table, "test": table.select([])}).save_to_disk(tmp_path / "both")
+    assert "both/test: no rows (split test); save the dataset without it" in refused(tmp_path / "both")
+
+
+def not_utf8(count: int) -> pyarrow.StringArray:
+    """Return one text `\xff` for each row, which Arrow and parquet store without a look."""
+    offsets = np.arange(count + 1, dtype=np.int32).tobytes()
+    return pyarrow.StringArray.from_buffers(count, pyarrow.py_buffer(offsets), pyarrow.py_buffer(b"\xff" * count))
+
+
+def test_labels_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
+    parquet.write_table(pyarrow.table({"image": [PNG] * 4, "label": not_utf8(4)}), tmp_path / "train.parquet")
+    assert "column label of the training split is damaged (In chunk 0: Invalid: Invalid UTF8" in refused(tmp_path)
+
+
+@mark.parametrize("content", [PNG, None])
+def test_a_path_that_is_not_utf8_is_that_of_its_file_and_printed_escaped(tmp_path: Path, content: bytes | None) -> None:
+    (tmp_path / os.fsdecode(b"\xff")).write_bytes(PNG)
+    images = pyarrow.StructArray.from_arrays(
+        [pyarrow.array([content] * 8, pyarrow.binary()), not_utf8(8)], ["bytes", "path"]
+    )
+    parquet.write_table(pyarrow.table({"image": images, "label": ["a", "b"] * 4}), tmp_path / "train.parquet")
+    train = load(tmp_path).train
+    assert train.image(0).size == (8, 8)
+    assert train.name(0).startswith("\\xff")
+
+
+def test_a_stream_of_text_that_is_not_utf8_ends_in_a_line(tmp_path: Path) -> None:
+    features = datasets.Features({"image": datasets.Image(decode=False), "label": named("a", "b")})
+    images = pyarrow.StructArray.from_arrays(
+        [pyarrow.array([PNG] * 8, pyarrow.binary()), not_utf8(8)], ["bytes", "path"]
+    )
+    for split in ("train", "test"):
+        table = pyarrow.table({"image": images, "label": [0, 1] * 4}, schema=features.arrow_schema)
+        parquet.write_table(table, tmp_path / f"{split}.parquet")
+    train = load(tmp_path, streaming=True).train
+    with raises(RunError, match=r"shard 0 holds text that is not valid UTF-8 .* leave out --streaming"):
+        list(train.read([0]))
+
+
+@mark.parametrize("blank", ["", " ", "\u00a0", "\t"])
+@mark.parametrize("streaming", [False, True])
+def test_a_class_without_a_name_is_refused(tmp_path: Path, blank: str, streaming: bool) -> None:
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.parquet", [0, 1] * 4, named("a", blank))
+    assert "states a class without a name (number 1 of a, " in refused(tmp_path, streaming=streaming)
 
 
 def write_at(path: Path, labels: Sequence[object], time: int = 315532800, kind: object = None) -> Path:
