@@ -126,8 +126,8 @@ def _occupy_standard_files() -> None:
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
     os.close(number)
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for the rest of the process
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 class _PrintableFormatter(logging.Formatter):
@@ -167,7 +167,7 @@ def _train(options: argparse.Namespace, peers: Peers) -> None:
     evaluation = record.evaluation
     _print(
         f"accuracy {evaluation.top1:.4f}: {evaluation.correct} of {evaluation.count} held-out pictures right\n"
-        f"model folder: {model}\n\n"
+        f"model folder: {printable(model)}\n\n"
         f"    import timm\n"
         + ("    import resnext_hub\n" if record.model.needs_plugin else "")
         + f"    model = timm.create_model({python_string(f'local-dir:{model}')}, pretrained=True).eval()\n"
@@ -265,6 +265,7 @@ def _table(rows: list[tuple[str, ...]]) -> str:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from resnext_hub.files import sha256_of
     from resnext_hub.run import evaluate_run
 
     evaluation, record = evaluate_run(options.run, options.threads)
@@ -276,6 +277,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     classes = len(record.label_names)
     if evaluation.confusion(classes) != recorded.confusion:
         raise RunError(f"the counts differ from the record: {text}")
+    if sha256_of(options.run / "model" / "model.safetensors") != record.model.weights_sha256:
+        raise RunError(f"the counts are those of the record, but model.safetensors is not its file: {text}")
     _print(f"{text}: the same counts in every class\n")
 
 

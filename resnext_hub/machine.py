@@ -53,6 +53,16 @@ def check_launcher() -> None:
     ):
         if os.environ.get(variable, "false").lower() not in ("false", "0", ""):
             raise RequestError(f"{what} is asked for; expected plain data parallelism, as a ResNeXt fits one device")
+    for variable, harmless, way_out in (
+        # by which Accelerate would divide every gradient
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("", "1"), "unset it; --micro-batch-size makes a batch in parts"),
+        ("ACCELERATE_DYNAMO_BACKEND", ("", "no"), "unset it, or launch without --dynamo_backend; --compile compiles"),
+        ("ACCELERATE_TORCH_DEVICE", ("",), "unset it; CUDA_VISIBLE_DEVICES chooses GPUs, ACCELERATE_USE_CPU the CPU"),
+        ("ACCELERATE_MIXED_PRECISION", ("", "no", "bf16", "fp16"), "expected no, bf16 or fp16"),
+    ):
+        value = os.environ.get(variable, "")
+        if value.lower() not in harmless:
+            raise RequestError(f"{variable} is {printable(value)[:80]}: {way_out}")
 
 
 def resolve_precision(asked: str, device: str) -> str:
@@ -281,7 +291,7 @@ def processor_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     except OSError:

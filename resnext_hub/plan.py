@@ -27,7 +27,7 @@ from resnext_hub.data.transforms import published_input
 from resnext_hub.errors import RequestError, one_line
 from resnext_hub.files import read_yaml, sha256_of
 from resnext_hub.hub.export import build_config
-from resnext_hub.hub.publish import check_request
+from resnext_hub.hub.publish import check_request, require_model
 from resnext_hub.machine import (
     check_launcher,
     device_type,
@@ -91,6 +91,8 @@ class FolderState:
     """The dataset of the run, if it is finished."""
     seen: tuple[str | None, ...] = ()
     """Digests of its files, as `folder_state` has them."""
+    fault: str | None = None
+    """Why the model folder does not hold the model of the record, if it does not."""
 
 
 def merge_settings(
@@ -267,7 +269,14 @@ def _look_into(folder: Path) -> FolderState:
     if not (settings and os.path.lexists(path)):
         return FolderState(settings=settings, seen=seen)
     record = RunRecord.load(path)
-    return FolderState(settings=settings, steps=record.steps, fingerprint=record.dataset.fingerprint, seen=seen)
+    fault = None
+    try:
+        require_model(folder / "model", record)
+    except RequestError as error:
+        fault = str(error)
+    return FolderState(
+        settings=settings, steps=record.steps, fingerprint=record.dataset.fingerprint, seen=seen, fault=fault
+    )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -484,7 +493,11 @@ def _check_folder(folder: Path, state: FolderState, now: Mapping[str, Any], spli
             f"{folder} holds another run: {'; '.join(differing)}. Give another --output-dir, or the same settings to "
             "go on"
         )
-    return state.steps == steps
+    if state.steps == steps and state.fault is not None:
+        if not any((folder / "checkpoints").glob("step-*")):
+            raise RequestError(f"{state.fault}, but there is no checkpoint left to do so from; train in another folder")
+        _logger.warning("%s", state.fault)
+    return state.steps == steps and state.fault is None
 
 
 def _model_name(source: ModelSource) -> str:

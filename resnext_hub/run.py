@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import math
 import os
@@ -27,7 +28,7 @@ from resnext_hub.hub.card import TAGS, render_card
 from resnext_hub.hub.card_file import Kept, take_apart
 from resnext_hub.hub.checkpoints import CheckpointPusher, restore_run
 from resnext_hub.hub.export import write_model
-from resnext_hub.hub.publish import CARD_BYTES, Publication, open_repository, publish
+from resnext_hub.hub.publish import CARD_BYTES, Publication, open_repository, publish, require_config
 from resnext_hub.inference.export import CALIBRATION_PICTURES, Int8
 from resnext_hub.inference.trained import TrainedModel, load_trained
 from resnext_hub.machine import (
@@ -46,6 +47,7 @@ from resnext_hub.plan import Plan, folder_state, public_model, public_settings, 
 from resnext_hub.plots import write_plots, write_samples
 from resnext_hub.recipes import QUICKSTART
 from resnext_hub.record import (
+    PLOTS,
     BaseModelFacts,
     DatasetFacts,
     EvaluationFacts,
@@ -77,6 +79,9 @@ PUSH_GRACE = 20
 RECORD = "record.json"
 PREVIOUS_RECORD = "record.previous.json"
 """The record of a finished run that goes on; nothing reads it."""
+
+MODEL_FILES = {"README.md", "config.json", "model.safetensors", "plots"}
+SAMPLES = "samples.png"
 
 TOP5_CLASSES = 20
 """Classes above which five guesses are worth a figure: of 20 a quarter are right by chance."""
@@ -136,9 +141,9 @@ def _take_folder(plan: Plan, stack: contextlib.ExitStack) -> None:
     """
     config, folder = plan.config, plan.folder
     _make_folder(folder)
+    require_places(folder)
     stack.enter_context(RunLock(folder))
     remove_leftovers(folder)
-    require_places(folder)
     if folder_state(folder) != plan.seen:
         raise RequestError(
             f"another command has worked in {printable(folder)} since this one looked at it; type this one again"
@@ -156,15 +161,23 @@ def _take_folder(plan: Plan, stack: contextlib.ExitStack) -> None:
 
 
 def require_places(folder: Path) -> None:
-    """Raise RequestError if something else lies where results will go, which would show after training."""
+    """Raise RequestError if something else lies where results will go, which would show after training.
+
+    A link would lead the writing to a file elsewhere. Most files are written aside and replace what was there, links
+    too; those that are written in place may be no links.
+    """
     for name in ("model", "plots", "checkpoints"):
         path = folder / name
         replaceable = path.is_symlink() and name != "checkpoints"
         if os.path.lexists(path) and not path.is_dir() and not replaceable:
             raise RequestError(f"{printable(path)} is not a folder; remove it, or give another --output-dir")
-    for name in (PREVIOUS_RECORD, "README.previous.md"):
-        if (folder / name).is_dir():
-            raise RequestError(f"{printable(folder / name)} is a folder; remove it, or give another --output-dir")
+    replaced = [folder / name for name in ("config.yaml", "metrics.jsonl", "predictions.parquet", PREVIOUS_RECORD)]
+    in_place = [folder / ".lock", *sorted(folder.glob("unreadable-*.jsonl"))]
+    for path in (*replaced, *in_place):
+        if path.is_symlink() and path in replaced:
+            continue
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+            raise RequestError(f"{printable(path)} is not a regular file; remove it, or give another --output-dir")
 
 
 def _make_folder(folder: Path) -> None:
@@ -217,7 +230,11 @@ def evaluate_run(folder: Path, threads: str = "auto") -> tuple[Evaluation, RunRe
         RequestError: If the folder holds no finished run, or its dataset is not where it was.
     """
     record = RunRecord.load(folder / RECORD)
-    config = TrainConfig.from_flat(read_config(folder))
+    settings = read_config(folder)
+    if not settings:
+        raise RequestError(f"there is no config.yaml in {printable(folder)}, which says what to evaluate on")
+    require_config(folder / "model", record)
+    config = TrainConfig.from_flat(settings)
     splits = load_splits(config.data)
     if splits.fingerprint != record.dataset.fingerprint:
         raise RequestError(
@@ -372,6 +389,8 @@ def _write_files(plan: Plan, outcome: Outcome, accelerator: "Accelerator", preci
     """
     folder, splits, evaluation = plan.folder, plan.splits, outcome.evaluation
     kept = _kept_of_card(folder)
+    _keep_others(folder, "model", MODEL_FILES)
+    _keep_others(folder, "plots", {*PLOTS, SAMPLES})
     with new_folder(folder / "model") as model:
         digest = _write_model(plan, outcome.network, model)
         record = _record_of(plan, outcome, accelerator, precision, digest)
@@ -380,7 +399,7 @@ def _write_files(plan: Plan, outcome: Outcome, accelerator: "Accelerator", preci
             record = dataclasses.replace(record, plots=write_plots(record, aside))
             if isinstance(splits.eval, Pictures):  # on this disk alone: whose images they are is not ours to publish
                 most = plan.config.loader.max_image_pixels
-                write_samples(splits.eval, evaluation, splits.label_names, aside / "samples.png", most)
+                write_samples(splits.eval, evaluation, splits.label_names, aside / SAMPLES, most)
         (model / "plots").mkdir()
         for name in record.plots:
             shutil.copyfile(folder / "plots" / name, model / "plots" / name)
@@ -498,14 +517,39 @@ def _kept_of_card(folder: Path) -> Kept | None:
     except ValueError:
         card = None
     if card is None or card.foreign:
-        shutil.copyfile(path, folder / "README.previous.md")
+        previous = _free_name(folder, "README.previous", ".md")
+        write_atomic(previous, read_regular(path, CARD_BYTES))
         _logger.warning(
-            "%s was edited where the tool writes, or by another version of it: it is kept as README.previous.md in "
-            "the run folder",
+            "%s was edited where the tool writes, or by another version of it: it is kept as %s in the run folder",
             printable(path),
+            previous.name,
         )
         return card.kept if card and card.marked else None
     return card.kept
+
+
+def _keep_others(folder: Path, name: str, own: set[str]) -> None:
+    """Move what is not the tool's out of a folder of results that is about to be replaced."""
+    others = [path for path in (folder / name).iterdir() if path.name not in own] if (folder / name).is_dir() else []
+    if (folder / name).is_symlink() or not others:  # behind a link nothing is lost, as only the link is replaced
+        return
+    previous = _free_name(folder, f"{name}.previous", "")
+    previous.mkdir()
+    for path in others:
+        os.rename(path, previous / path.name)
+    _logger.warning(
+        "%s is written anew; moved to %s, as they are not part of it: %s",
+        printable(folder / name),
+        previous.name,
+        listing(sorted(path.name for path in others)),
+    )
+
+
+def _free_name(folder: Path, stem: str, suffix: str) -> Path:
+    """Return the first path of a name, numbered from the second on, that nothing lies at."""
+    numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    paths = (folder / f"{stem}{number}{suffix}" for number in numbers)
+    return next(path for path in paths if not os.path.lexists(path))
 
 
 @torch.inference_mode()

@@ -1,5 +1,6 @@
 """A run folder belongs to one command at a time, and what stands in it belongs together."""
 
+import errno
 import json
 import os
 import re
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from conftest import TINY
-from pytest import fixture, mark, raises, skip
+from pytest import MonkeyPatch, fixture, mark, raises, skip
 from safetensors.torch import load_file, save_file
 
 from resnext_hub.agreement import Peers
@@ -45,12 +46,16 @@ def test_a_folder_that_another_command_used_since_the_plan_is_not_gone_on_with(f
     assert all(path.read_bytes() == content for path, content in before.items() if path.name != ".lock")
 
 
+FOLDERS = ["model", "plots", "checkpoints"]
+FILES = ["config.yaml", "metrics.jsonl", "predictions.parquet", "record.previous.json", "unreadable-1.jsonl", ".lock"]
+
+
 @mark.parametrize("kind", ["file", "FIFO", "folder"])
-@mark.parametrize("name", ["model", "plots", "checkpoints", "record.previous.json", "README.previous.md"])
+@mark.parametrize("name", [*FOLDERS, *FILES])
 def test_what_lies_where_results_go_is_refused_before_training(tmp_path: Path, name: str, kind: str) -> None:
     path = tmp_path / name
     {"file": path.touch, "FIFO": lambda: os.mkfifo(path), "folder": path.mkdir}[kind]()
-    if (kind == "folder") == ("." not in name):
+    if kind == ("folder" if name in FOLDERS else "file"):
         require_places(tmp_path)
     else:
         with raises(RequestError, match=f"{name} is .*; remove it, or give another --output-dir"):
@@ -60,13 +65,18 @@ def test_what_lies_where_results_go_is_refused_before_training(tmp_path: Path, n
 GROWN = ("train", *TINY, "--lr", 0.01, "--max-steps", 32)
 
 
-def test_a_finished_run_that_grows_is_no_finished_run_until_it_is_again(run: Path, command: Command) -> None:
-    card, blocked = run / "model" / "README.md", run / "predictions.parquet"
+def test_a_finished_run_that_grows_is_no_finished_run_until_it_is_again(
+    run: Path, command: Command, monkeypatch: MonkeyPatch
+) -> None:
+    def full_disk(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    card = run / "model" / "README.md"
     card.write_text(card.read_text() + "\nMy words.\n")
-    blocked.unlink()
-    blocked.mkdir()  # which no file can replace, so that writing ends between the weights and the card
     words = (*GROWN, "--output-dir", run)
-    code, _, err = command(*words)
+    with monkeypatch.context() as patch:  # so that writing ends between the weights and the card
+        patch.setattr("pyarrow.parquet.write_table", full_disk)
+        code, _, err = command(*words)
     assert code == 1
     assert len(re.findall("^error: ", err, re.MULTILINE)) == 1
     assert "training is done and kept: rerun the same command to write them" in err
@@ -74,7 +84,6 @@ def test_a_finished_run_that_grows_is_no_finished_run_until_it_is_again(run: Pat
         code, _, err = command(*other)
         assert code == 2
         assert "is not finished; rerun its training command, which resumes it" in err
-    blocked.rmdir()
     code, _, err = command(*words)
     assert code == 0, err
     record = RunRecord.load(run / "record.json")
@@ -83,6 +92,73 @@ def test_a_finished_run_that_grows_is_no_finished_run_until_it_is_again(run: Pat
     assert record.model.weights_sha256 in card.read_text()
     assert card.read_text().endswith("\nMy words.\n")
     assert RunRecord.load(run / "record.previous.json").steps == 30
+
+
+@mark.parametrize("name", [".lock", "unreadable-0.jsonl", "metrics.jsonl", "config.yaml", "README.previous.md"])
+def test_no_file_elsewhere_is_written_to_through_a_link(run: Path, command: Command, name: str) -> None:
+    precious = run.parent / "precious.txt"
+    content = (run / name).read_bytes() if (run / name).is_file() else b"of great value\n"
+    precious.write_bytes(content)
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(precious)
+    card = run / "model" / "README.md"
+    card.write_text(card.read_text().replace("## Use", "## My use"))
+    code, _, err = command(*GROWN, "--output-dir", run)
+    in_place = name in (".lock", "unreadable-0.jsonl")
+    assert code == (2 if in_place else 0), err
+    assert (f"{name} is not a regular file; remove it" in err) == in_place
+    assert precious.read_bytes() == content
+
+
+def test_what_an_owner_put_among_the_results_is_moved_and_every_card_kept(run: Path, command: Command) -> None:
+    card = run / "model" / "README.md"
+    for step in (31, 32):
+        (run / "model" / "notes.txt").write_text(f"notes of {step}")
+        (run / "plots" / "mine.png").write_text("drawn by hand")
+        card.write_text(card.read_text().replace("# ", f"# Mine of {step}: ", 1))
+        code, _, err = command(*GROWN[:-1], step, "--output-dir", run)
+        assert code == 0, err
+        assert "moved to model.previous" in err
+        assert "as they are not part of it: notes.txt" in err
+    assert (run / "model.previous" / "notes.txt").read_text() == "notes of 31"
+    assert (run / "model.previous-2" / "notes.txt").read_text() == "notes of 32"
+    assert (run / "plots.previous-2" / "mine.png").is_file()
+    assert "Mine of 31" in (run / "README.previous.md").read_text()
+    assert "Mine of 32" in (run / "README.previous-2.md").read_text()
+
+
+def spoil(model: Path, how: str) -> None:
+    config = json.loads((model / "config.json").read_text())
+    match how:
+        case "no folder":
+            shutil.rmtree(model)
+        case "short weights":
+            os.truncate(model / "model.safetensors", 1000)
+        case "other weights":
+            tensors = load_file(model / "model.safetensors")
+            save_file(tensors | {"fc.bias": tensors["fc.bias"] + 1e-6}, model / "model.safetensors")
+        case "other names":
+            names = config["label_names"][::-1]
+            (model / "config.json").write_text(json.dumps(config | {"label_names": names}))
+
+
+@mark.parametrize("how", ["no folder", "short weights", "other weights", "other names"])
+def test_a_spoilt_model_folder_is_noticed_and_written_anew(run: Path, command: Command, how: str) -> None:
+    weights = sha256_of(run / "model" / "model.safetensors")
+    spoil(run / "model", how)
+    code, out, _ = command("evaluate", run)
+    assert code != 0
+    assert out == ""
+    code, out, err = command("train", *TINY, "--lr", 0.01, "--max-steps", 30, "--output-dir", run)
+    assert code == 0, err
+    assert "the command that trained the run writes the model folder anew" in err
+    assert sha256_of(run / "model" / "model.safetensors") == weights
+    assert command("evaluate", run)[0] == 0
+    spoil(run / "model", how)
+    shutil.rmtree(run / "checkpoints")
+    code, _, err = command("train", *TINY, "--lr", 0.01, "--max-steps", 30, "--output-dir", run)
+    assert code == 2
+    assert "there is no checkpoint left to do so from" in err
 
 
 def foreign(folder: Path, change: Callable[[dict[str, object]], None]) -> None:

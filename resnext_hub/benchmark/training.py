@@ -143,7 +143,7 @@ def _run_ours(settings: Settings, folder: Path, flags: Sequence[str]) -> float:
             "--threads", torch.get_num_threads(), *flags, "--output-dir", Path(output, "run"),
         ]  # fmt: skip
         _run(words, Path(__file__).parents[2])
-        lines = [json.loads(line) for line in Path(output, "run", "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in Path(output, "run", "metrics.jsonl").read_text("utf-8").splitlines()]
     rates: list[float] = [line["images_per_second"] for line in lines if "images_per_second" in line][1:4]
     return len(rates) / sum(1 / rate for rate in rates)
 

@@ -51,7 +51,7 @@ def card_parts(record: RunRecord, repo_id: str | None, license: str | None) -> t
 def _body(record: RunRecord, repo_id: str | None, license: str | None) -> str:
     import jinja2
 
-    template = resources.files("resnext_hub.hub").joinpath("card.md.jinja").read_text()
+    template = resources.files("resnext_hub.hub").joinpath("card.md.jinja").read_text("utf-8")
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,

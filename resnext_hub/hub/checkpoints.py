@@ -67,7 +67,7 @@ class CheckpointPusher:
         for pattern in LOGS:
             for log in checkpoint.parent.parent.glob(pattern):
                 shutil.copy2(log, taken.name)
-        Path(taken.name, "config.yaml").write_text(self.settings)
+        Path(taken.name, "config.yaml").write_text(self.settings, "utf-8")
         with self._lock:
             if self._waiting is not None:
                 self._waiting.cleanup()

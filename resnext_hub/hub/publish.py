@@ -1,5 +1,6 @@
 """From a model folder to a repository on the Hub: one commit, read back after it."""
 
+import dataclasses
 import difflib
 import logging
 import os
@@ -111,7 +112,12 @@ def publish(
     conflict = license_conflict(record.base_model, license)
     if conflict is not None:
         _logger.warning("mind the licence: %s", conflict)
-    files, config = _check_model(folder, record)
+    config = require_model(folder, record)
+    files = _published_files(folder)
+    missing = [name for name in record.plots if f"plots/{name}" not in files]
+    if missing:
+        _logger.warning("the card shows no %s, which is missing: %s", listing(missing), WAY_OUT)
+        record = dataclasses.replace(record, plots=[name for name in record.plots if name not in missing])
     here = _card_here(folder, overwrite_card)
     metadata, body = card_parts(record, repo_id, license)
     message = f"Upload {record.model.variant or record.model.architecture} trained on {printable(record.dataset.id)}"
@@ -147,25 +153,43 @@ CARD_BYTES = 1 << 20
 """Size in bytes above which a README.md is not read."""
 
 
-def _check_model(folder: Path, record: RunRecord) -> tuple[dict[str, Path], dict[str, Any]]:
-    """Return the files of a model folder that are published, and its config.json.
+WAY_OUT = "the command that trained the run writes the model folder anew"
+
+
+def require_model(folder: Path, record: RunRecord) -> dict[str, Any]:
+    """Return the config.json of a model folder that holds the model of a record.
 
     Raises:
-        RequestError: If it does not hold the model of the record.
+        RequestError: If it does not: a file is missing or no regular one, or weights or config.json are other ones.
     """
-    way_out = "remove record.json, and the command that trained the run writes the model folder anew"
     weights = folder / WEIGHTS
-    for path in (weights, folder / "config.json"):
-        if path.is_symlink() or not path.is_file():
-            raise RequestError(f"{printable(path)} is missing, or not a regular file; {way_out}")
+    if weights.is_symlink() or not weights.is_file():
+        raise RequestError(f"{printable(weights)} is missing, or not a regular file; {WAY_OUT}")
     if sha256_of(weights) != record.model.weights_sha256:
         raise RequestError(
-            f"{printable(weights)} does not hold the weights that record.json and the card describe; {way_out}"
+            f"{printable(weights)} does not hold the weights that record.json and the card describe; {WAY_OUT}"
         )
-    config = read_json(folder / "config.json", dict[str, Any], way_out)
-    _check_config(config, record, printable(folder), way_out)
+    return require_config(folder, record)
+
+
+def require_config(folder: Path, record: RunRecord) -> dict[str, Any]:
+    """Return the config.json of a model folder, which describes the model of a record.
+
+    Raises:
+        RequestError: If it does not.
+    """
+    path = folder / "config.json"
+    if path.is_symlink() or not path.is_file():
+        raise RequestError(f"{printable(path)} is missing, or not a regular file; {WAY_OUT}")
+    config = read_json(path, dict[str, Any], WAY_OUT)
+    _check_config(config, record, printable(folder))
+    return config
+
+
+def _published_files(folder: Path) -> dict[str, Path]:
+    """Return the weights and the plots of a model folder by the names that they get; others are named in the log."""
     plots = [] if (folder / "plots").is_symlink() else [folder / "plots" / name for name in PLOTS]
-    known = {weights, *(path for path in plots if path.is_file() and not path.is_symlink())}
+    known = {folder / WEIGHTS, *(path for path in plots if path.is_file() and not path.is_symlink())}
     generated = {folder / "config.json", folder / "README.md", folder / "plots"}
     others = [
         path.relative_to(folder).as_posix()
@@ -174,7 +198,7 @@ def _check_model(folder: Path, record: RunRecord) -> tuple[dict[str, Path], dict
     ]
     if others:
         _logger.warning("not uploaded, as they are not part of the model: %s", listing(others))
-    return {path.relative_to(folder).as_posix(): path for path in sorted(known)}, config
+    return {path.relative_to(folder).as_posix(): path for path in sorted(known)}
 
 
 _CONFIG_KEYS = frozenset(
@@ -183,11 +207,11 @@ _CONFIG_KEYS = frozenset(
 )
 
 
-def _check_config(config: Mapping[str, Any], record: RunRecord, where: str, way_out: str) -> None:
+def _check_config(config: Mapping[str, Any], record: RunRecord, where: str) -> None:
     """Raise RequestError unless a config.json holds what training wrote, and nothing by which other code is loaded."""
     unknown = sorted(config.keys() - _CONFIG_KEYS)
     if unknown:
-        raise RequestError(f"{where}: config.json holds {listing(unknown)}, which is not of the model; {way_out}")
+        raise RequestError(f"{where}: config.json holds {listing(unknown)}, which is not of the model; {WAY_OUT}")
     parse_config(dict(config), where)
     cfg = config["pretrained_cfg"]
     for name, found, expected in (
@@ -197,7 +221,7 @@ def _check_config(config: Mapping[str, Any], record: RunRecord, where: str, way_
         *((f"pretrained_cfg.{name}", cfg.get(name), value) for name, value in record.model.input.items()),
     ):
         if found != expected:
-            raise RequestError(f"{where}: the {name} of config.json is not that of record.json; {way_out}")
+            raise RequestError(f"{where}: the {name} of config.json is not that of record.json; {WAY_OUT}")
 
 
 def _card_here(folder: Path, overwrite: bool) -> CardFile | None:
@@ -256,7 +280,7 @@ class _Staged:
                 f"{one_line(error)}: nothing was uploaded; move the words above or below the marks, or replace that "
                 "card with --overwrite-card"
             ) from error
-        self._card.write_text(put_together(self._metadata, self._body, kept))
+        self._card.write_text(put_together(self._metadata, self._body, kept), "utf-8")
 
 
 def open_repository(repo_id: str, private: bool) -> None:

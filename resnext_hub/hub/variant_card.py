@@ -63,7 +63,7 @@ def render_variant_card(facts: dict[str, Any]) -> str:
     """Give the text of a variant's card."""
     import jinja2
 
-    template = resources.files("resnext_hub.hub").joinpath("variant_card.md.jinja").read_text()
+    template = resources.files("resnext_hub.hub").joinpath("variant_card.md.jinja").read_text("utf-8")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
     return environment.from_string(template).render(card=facts)
 

@@ -369,7 +369,7 @@ def _synchronize(device: torch.device) -> None:
 
 def _remembered(path: Path) -> dict[str, dict[int, float]]:
     try:
-        content: dict[str, dict[str, float]] = json.loads(path.read_text())
+        content: dict[str, dict[str, float]] = json.loads(path.read_text("utf-8"))
         return {kind: {int(w): float(t) for w, t in times.items()} for kind, times in content.items()}
     except FileNotFoundError:
         return {}

@@ -70,9 +70,11 @@ class RunLock:
 
     def __init__(self, folder: Path) -> None:
         path = folder / ".lock"
-        if os.path.lexists(path) and not path.is_file():
-            raise RequestError(f"{printable(path)} is not a file, so the run folder cannot be locked; remove it")
-        self._file = open(path, "a+")  # noqa: SIM115 - closing the file would release the lock
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+            raise RequestError(
+                f"{printable(path)} is not a regular file, so the run folder cannot be locked; remove it"
+            )
+        self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - closing the file would release the lock
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -191,7 +191,7 @@ class UnreadableLog:
             _logger.warning("%s of the %s split cannot be read (%s): %s", name, split, reason, done)
         if number == MOST_SHOWN:
             _logger.warning("further ones of the %s split are listed in %s", split, self._path)
-        with open(self._path, "a") as file:
+        with open(self._path, "a", encoding="utf-8") as file:
             line = {"split": split, "index": entry.index, "picture": name, "reason": reason}
             file.write(json.dumps(line) + "\n")
 
@@ -226,7 +226,7 @@ class LineLog:
         if not evaluated:
             kept = [line for line in kept if line["step"] < step or "eval_loss" not in line]
         write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = open(path, "a")  # noqa: SIM115 - open as long as the run
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
 
     def write(self, **values: Any) -> None:
         """Append a line; it is with the operating system when this returns."""

@@ -263,7 +263,7 @@ def test_a_file_system_without_locks_is_warned_of(
 def test_something_else_in_the_place_of_the_lock_is_refused(tmp_path: Path, kind: str) -> None:
     (tmp_path / ".lock").touch()
     replace_by(tmp_path / ".lock", kind)
-    with raises(RequestError, match=r"\.lock is not a file"):
+    with raises(RequestError, match=r"\.lock is not a regular file"):
         RunLock(tmp_path)
 
 
