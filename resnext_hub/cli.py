@@ -115,7 +115,8 @@ def _say(what: object, code: int, aloud: bool) -> int:
     if aloud:
         text = hide_tokens(printable(what))
         text = text if len(text) <= LINE else f"{text[: LINE // 2]}…{text[-LINE // 2 :]}"
-        sys.stderr.write(f"{'' if code > 128 else 'error: '}{text}\n")
+        with contextlib.suppress(OSError):  # the exit code says it as well
+            sys.stderr.write(f"{'' if code > 128 else 'error: '}{text}\n")
     return code
 
 

@@ -234,7 +234,10 @@ def _pixels(text: str) -> int:
 
 
 def _path(text: str) -> Path:
-    """Return a path that the operating system can look up; whether anything is there is for the command to judge."""
+    """Return a path that the operating system can look up; whether anything is there is for the command to judge.
+
+    A shell leaves the tilde of `--output-dir=~/runs` to the program.
+    """
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError(f"{shown(text) or 'an empty text'}: expected a path")
     try:
@@ -242,7 +245,7 @@ def _path(text: str) -> Path:
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             raise argparse.ArgumentTypeError(f"{shown(text)}: {error.strerror}; expected another path") from error
-    return Path(text)
+    return Path(os.path.expanduser(text))
 
 
 def _new_path(text: str) -> Path:

@@ -182,8 +182,10 @@ def prepare(
     needed = _check_network(config, source, splits, data_config)
 
     def check_folder() -> bool:
-        _check_space(folder, needed)
-        return _is_finished(folder, state, resume_from, config, splits)
+        finished = _is_finished(folder, state, resume_from, config, splits)
+        if not finished:
+            _check_space(folder, needed)
+        return finished
 
     # the main process's paths are compared with those of before: another host may have the dataset elsewhere
     finished = peers.from_main(check_folder)
@@ -267,6 +269,7 @@ def _look_into(folder: Path) -> FolderState:
     settings = read_config(folder)
     path = folder / "record.json"
     if not (settings and os.path.lexists(path)):
+        _check_rights(folder)
         return FolderState(settings=settings, seen=seen)
     record = RunRecord.load(path)
     fault = None
@@ -430,10 +433,25 @@ def _check_network(config: TrainConfig, source: ModelSource, splits: Splits, dat
     return 4 * sum(parameter.numel() for parameter in network.parameters())
 
 
+def _nearest(folder: Path) -> Path:
+    """Return a folder, or the one above it that is there, in which it would be made."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
+
+
+def _check_rights(folder: Path) -> None:
+    if not os.access(_nearest(folder), os.W_OK | os.X_OK):
+        raise RequestError(
+            f"the run folder {printable(folder)} cannot be written, for want of rights; give another --output-dir"
+        )
+
+
 def _check_space(folder: Path, weight_bytes: int) -> None:
-    """Refuse a disk that has no room for a checkpoint, which holds weights and optimizer, and the model folder."""
-    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
-    need, (total, _, free) = 4 * weight_bytes + MODEL_FOLDER_BYTES, shutil.disk_usage(nearest)
+    """Refuse a folder that cannot be written, and a disk that has no room for a checkpoint and the model folder.
+
+    A checkpoint holds the weights and what the optimizer keeps of each.
+    """
+    _check_rights(folder)
+    need, (total, _, free) = 4 * weight_bytes + MODEL_FOLDER_BYTES, shutil.disk_usage(_nearest(folder))
     if total and free < need:  # some file systems state no size
         raise RequestError(
             f"the disk of {printable(folder)} has {free / 1e6:.0f} MB free, and a checkpoint with the model folder "
@@ -443,11 +461,9 @@ def _check_space(folder: Path, weight_bytes: int) -> None:
 
 def _check_usable(folder: Path) -> None:
     """Refuse a run folder that could not be made or would be written into among other things; make nothing yet."""
-    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
+    nearest = _nearest(folder)
     if not nearest.is_dir():
         raise RequestError(f"the run folder {folder} cannot be made, as {nearest} is a file; give another --output-dir")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise RequestError(f"the run folder {folder} cannot be written, for want of rights; give another --output-dir")
     others = sorted(entry.name for entry in folder.iterdir() if entry.name[0] != ".") if folder.is_dir() else []
     if others and not os.path.lexists(folder / "config.yaml"):
         raise RequestError(

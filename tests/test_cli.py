@@ -8,13 +8,15 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import timm.optim  # noqa: F401 - which the user without rights may not be able to
 from conftest import TINY, write_pictures
 from pytest import CaptureFixture, MonkeyPatch, mark, raises
 
 from resnext_hub import plan
 from resnext_hub.cli import main
 from resnext_hub.errors import RequestError
-from resnext_hub.plan import merge_settings
+from resnext_hub.flags import build_parser
+from resnext_hub.plan import merge_settings, prepare
 from resnext_hub.recipes import RECIPES
 from resnext_hub.settings import flag_of
 from resnext_hub.training.config import TrainConfig, flat_fields
@@ -121,6 +123,24 @@ def test_an_unwritable_folder_exits_with_2(name: str) -> None:
         assert "cannot be written, for want of rights; give another --output-dir" in errors.read_text()
 
 
+def test_a_finished_run_on_a_disk_that_is_read_only_is_found_finished(
+    finished: Path, command: Command, monkeypatch: MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # as on such a disk, for root as well
+    flags = ("train", *TINY, "--lr", 0.01, "--output-dir", finished, "--max-steps")
+    code, out, _ = command(*flags, 30)
+    assert code == 0
+    assert "is finished already; nothing was computed" in out
+    code, _, err = command(*flags, 31)
+    assert code == 2
+    assert "cannot be written, for want of rights" in err
+
+
+def test_a_tilde_is_the_home_folder_where_a_shell_leaves_it(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert build_parser().parse_args(["train", "--output-dir=~/runs/a"]).output_dir == tmp_path / "runs" / "a"
+
+
 def test_a_folder_that_cannot_be_made_exits_with_2(command: Command, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     code, _, err = command("train", *TINY, "--output-dir", tmp_path / "file" / "run")
@@ -137,18 +157,25 @@ def test_a_folder_of_other_things_is_left_alone(command: Command, tmp_path: Path
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_batch_that_the_processes_do_not_divide_is_refused(command: Command, monkeypatch: MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    code, _, err = command("train", *TINY, "--batch-size", 64)
-    assert code == 2
-    assert "3 processes do not divide it; nearest: 63 or 66" in err
-
-
-def test_mixing_pairs_needs_an_even_part_of_the_batch(command: Command, monkeypatch: MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    code, _, err = command("train", *TINY, "--batch-size", 66, "--mixup", 0.2)
-    assert code == 2
-    assert "gives each process 33 pictures, but --mixup and --cutmix take them in pairs; nearest: 64 or 68" in err
+@mark.parametrize(
+    ("processes", "asked", "says"),
+    [
+        (3, {"batch_size": 64}, "3 processes do not divide it; nearest: 63 or 66"),
+        (
+            2,
+            {"batch_size": 66, "mixup": 0.2},
+            "gives each process 33 pictures, but --mixup and --cutmix take them in pairs; nearest: 64 or 68",
+        ),
+    ],
+    ids=["not divided", "odd part"],
+)
+def test_a_batch_that_the_processes_cannot_share_is_refused(
+    monkeypatch: MonkeyPatch, tmp_path: Path, processes: int, asked: dict[str, float], says: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    settings, _ = merge_settings({"model": "test_resnet", **asked})
+    with raises(RequestError, match=says):
+        prepare(settings, asked=asked, output_dir=tmp_path / "run")
 
 
 def test_a_stream_of_unknown_length_needs_a_number_of_steps(command: Command, tmp_path: Path) -> None:
@@ -168,6 +195,28 @@ def test_sharded_training_is_refused_in_a_line(variable: str, command: Command, 
     code, _, err = command("train", *TINY)
     assert code == 2
     assert "expected plain data parallelism" in err
+
+
+@mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "--micro-batch-size"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "0", "--micro-batch-size"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "abc\x1b[1m", r"abc\x1b[1m"),
+        ("ACCELERATE_DYNAMO_BACKEND", "inductor", "--compile"),
+        ("ACCELERATE_DYNAMO_BACKEND", "nonsense", "--compile"),
+        ("ACCELERATE_TORCH_DEVICE", "meta", "CUDA_VISIBLE_DEVICES"),
+        ("ACCELERATE_MIXED_PRECISION", "fp8", "expected no, bf16 or fp16"),
+    ],
+)
+def test_variables_by_which_accelerate_would_train_otherwise_are_refused(
+    command: Command, monkeypatch: MonkeyPatch, variable: str, value: str, says: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    code, _, err = command("train", *TINY)
+    assert code == 2
+    assert err.startswith(f"error: {variable} is ")
+    assert says in err
 
 
 def test_a_folder_that_is_no_run_is_refused(command: Command, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from conftest import run_process
 from pytest import MonkeyPatch, fixture, mark, raises
 from records import a_record, replace_by
 from safetensors.torch import save_file
@@ -67,6 +68,21 @@ def test_plots_behind_a_link_are_not_uploaded(run: Path, command: Command) -> No
     assert names(out) == {"README.md", "config.json", "model.safetensors"}
 
 
+def test_a_card_shows_no_plot_that_is_missing(run: Path, command: Command) -> None:
+    code, _, err = dry_run(command, run)
+    assert code == 0
+    assert "the card shows no confusion_matrix.png, which is missing" in err
+    assert "curves.png" not in err
+
+
+def test_a_card_is_written_in_utf_8_whatever_the_language_of_the_system(run: Path) -> None:
+    card = run / "model" / "README.md"
+    card.write_text(f"{card.read_text('utf-8')}\nUn mot à moi: 猫.\n", "utf-8")
+    words = ("-m", "resnext_hub", "push", run, "--repo-id", "me/x", "--license", "mit", "--dry-run")
+    done = run_process(*words, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_model_folder_that_is_a_link_is_as_good(run: Path, command: Command) -> None:
     (run / "model").rename(run / "elsewhere")
     (run / "model").symlink_to("elsewhere")
@@ -85,7 +101,7 @@ def test_a_model_that_is_not_that_of_the_record_is_refused(run: Path, command: C
     assert (code, out) == (2, "")
     assert f"{path}" in err
     assert err.count("\n") == 1
-    assert "remove record.json, and the command that trained the run writes the model folder anew" in err
+    assert "the command that trained the run writes the model folder anew" in err
 
 
 @mark.parametrize(
