@@ -13,7 +13,7 @@ class DataConfig:
     dataset: str = "digits"
     """The bundled `digits`, a folder of class folders, parquet files, or a dataset id on the Hub."""
     dataset_config: str | None = None
-    """Configuration (subset) of a Hub dataset that has several."""
+    """Configuration (subset) of a Hub dataset, or of a clone of one, that has several."""
     dataset_revision: str | None = None
     """Branch, tag or commit of a Hub dataset; its newest commit if not given."""
     layout: Literal["classes", "splits"] | None = None

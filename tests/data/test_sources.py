@@ -21,7 +21,7 @@ from resnext_hub.data.dataset import Pictures, Splits, load_splits
 from resnext_hub.data.decode import UnreadablePictureError
 from resnext_hub.data.sources import Source, check_source, dataset_name, open_source
 from resnext_hub.data.sources.names import class_names_of, likely_splits, split_keyword
-from resnext_hub.data.sources.parquet import splits_of
+from resnext_hub.data.sources.shards import splits_of
 from resnext_hub.data.sources.walk import list_pictures, real_path, stored_path, walk
 from resnext_hub.data.splits import doubts, stratified_cut
 from resnext_hub.errors import RequestError, RunError
@@ -640,13 +640,209 @@ def named(*names: str) -> datasets.ClassLabel:
 def test_parquet_files_are_split_by_the_names_of_files_and_folders(
     files: list[str], splits: dict[str, list[str]]
 ) -> None:
-    found = splits_of(f"{file}.parquet" for file in files)
+    found = splits_of(Path("data"), (f"{file}.parquet" for file in files))
     assert found == {split: [f"{file}.parquet" for file in members] for split, members in splits.items()}
 
 
 def test_a_parquet_file_of_no_split_beside_others_is_refused() -> None:
     with raises(RequestError, match=r"extra\.parquet belongs to no split .* \(test, train\); rename it"):
-        splits_of(["train.parquet", "test.parquet", "extra.parquet"])
+        splits_of(Path("data"), ["train.parquet", "test.parquet", "extra.parquet"])
+
+
+@mark.parametrize(
+    ("files", "words"),
+    [
+        (
+            ["full/train-0", "full/test-0", "small/train-0", "small/test-0"],
+            "split train in several places (full, small)",
+        ),
+        (["fold0/train", "fold0/test", "fold1/train", "fold1/test"], "split train in several places (fold0, fold1)"),
+        (["train", "test", "backup/train"], "split train in several places (the folder itself, backup)"),
+        (["a/train/0", "b/train/0", "test"], "split train in several places (a, b)"),
+        (["cats/0", "dogs/0"], "in the folders cats, dogs, but labels come from a column"),
+        (["train/cats/0", "train/dogs/0", "test/x/0"], "in the folders cats, dogs"),
+        (["0", "old/0"], "in the folders ., old"),
+    ],
+)
+def test_parquet_files_that_could_be_of_several_datasets_are_not_taken_together(files: list[str], words: str) -> None:
+    with raises(RequestError) as caught:
+        splits_of(Path("data"), (f"{file}.parquet" for file in files))
+    assert words in str(caught.value)
+    assert "move all files into one folder" in str(caught.value)
+
+
+@mark.parametrize(
+    "files",
+    [
+        ["data/train-0", "data/train-1", "data/test-0"],
+        ["a/train", "b/test"],
+        ["part0/x", "part1/x"],
+        ["train/000/x", "train/001/x", "test/000/x"],
+        ["2023-01/a", "2023-02/a"],
+        ["label=cat/0", "label=test/0"],
+        ["split=train/label=cat/0", "split=train/label=dog/0", "split=test/label=cat/0"],
+    ],
+)
+def test_parquet_files_in_numbered_or_labelled_folders_are_of_one_dataset(files: list[str]) -> None:
+    splits = splits_of(Path("data"), (f"{file}.parquet" for file in files))
+    assert sorted(file for members in splits.values() for file in members) == sorted(
+        f"{file}.parquet" for file in files
+    )
+    assert set(splits) <= {"train", "test"}
+    assert "train" in splits
+
+
+def in_folders(root: Path, folders: Iterable[str], columns: dict[str, list[object]] | None = None) -> Path:
+    for folder in folders:
+        (root / folder).mkdir(parents=True)
+        parquet.write_table(pyarrow.table({"image": [PNG] * 4, **(columns or {})}), root / folder / "part-0.parquet")
+    return root
+
+
+@mark.parametrize(
+    ("folders", "names"),
+    [
+        (["label=dog", "label=cat"], ("cat", "dog")),
+        (["label=10", "label=2"], ("2", "10")),
+        (["label=01", "label=1"], ("01", "1")),
+        (["label=a%20b", "label=train"], ("a b", "train")),
+        (["version=1/label=x", "version=1/label=y"], ("x", "y")),
+    ],
+)
+def test_labels_that_stand_in_names_of_folders_are_a_column(
+    tmp_path: Path, folders: list[str], names: tuple[str, ...]
+) -> None:
+    splits = load(in_folders(tmp_path, folders))
+    assert splits.label_names == names
+    assert np.bincount(splits.train.labels).tolist() == [3, 3]
+    assert splits.train.image(0).size == (8, 8)
+
+
+def test_labels_in_names_of_folders_keep_to_their_rows_and_splits(tmp_path: Path) -> None:
+    in_folders(tmp_path, [f"split={split}/label={name}" for split in ("train", "test") for name in ("a", "b")])
+    splits = load(tmp_path)
+    assert (splits.train.labels.tolist(), splits.eval.labels.tolist()) == ([0] * 4 + [1] * 4,) * 2
+    assert "no column of classes" in refused(tmp_path, streaming=True)
+
+
+@mark.parametrize(
+    ("folders", "columns", "words"),
+    [
+        (["label=a", "label=b"], {"source": ["web", "cam"] * 2}, "name one with --label-column: source, label"),
+        (["label=a", "label=b", "."], {}, "part-0.parquet lies in no folder label=…, as other files do"),
+        (["label=a", "label=__HIVE_DEFAULT_PARTITION__"], {}, "4 empty labels out of 8"),
+        (["label=a"], {}, "no column of classes"),
+    ],
+)
+def test_folders_that_do_not_label_all_rows_are_refused(
+    tmp_path: Path, folders: list[str], columns: dict[str, list[object]], words: str
+) -> None:
+    (tmp_path / "set").mkdir()
+    for folder in folders:
+        (tmp_path / "set" / folder).mkdir(exist_ok=True)
+        parquet.write_table(
+            pyarrow.table({"image": [PNG] * 4, **columns}), tmp_path / "set" / folder / "part-0.parquet"
+        )
+    assert words in refused(tmp_path / "set")
+
+
+def configured(root: Path, configs: str, *names: str) -> Path:
+    """Write a repository whose README.md states configurations, with a class of its own in each file."""
+    for name in names:
+        write(root / name, [0, 1] * 4, named("common", name))
+    (root / "README.md").write_text(f"---\nlicense: mit\n{configs}\ntags: [a]\n---\n# Words\nconfigs: none\n")
+    return root
+
+
+SMALL_AND_FULL = """configs:
+- config_name: full
+  data_files:
+  - split: train
+    path: full/train-*
+  - split: test
+    path: [full/test-*]
+- config_name: small
+  data_dir: small"""
+SMALL_AND_FULL_FILES = [f"{name}/{split}-0.parquet" for name in ("full", "small") for split in ("train", "test")]
+
+
+def test_the_configuration_of_a_cloned_repository_is_chosen(tmp_path: Path) -> None:
+    configured(tmp_path, SMALL_AND_FULL, *SMALL_AND_FULL_FILES)
+    assert "states no default configuration; name one of full, small with --dataset-config" in refused(tmp_path)
+    assert "lists no files here for medium; name one of full, small" in refused(tmp_path, dataset_config="medium")
+    for name in ("full", "small"):
+        splits = load(tmp_path, dataset_config=name)
+        assert splits.label_names == ("common", f"{name}/train-0.parquet", f"{name}/test-0.parquet")
+        assert splits.found.dataset_config == name
+    assert "go with a dataset on the Hub" in refused(tmp_path / "full", dataset_config="full")
+
+
+@mark.parametrize(
+    ("configs", "train", "test"),
+    [
+        (
+            "configs:\n- config_name: x\n  data_files:\n"
+            "  - {split: train, path: data/a-*}\n  - {split: test, path: data/b-*}",
+            "a",
+            "b",
+        ),
+        ("configs:\n  - data_files:\n      train: ./data/b-0.parquet\n      test: ['**/a-*.parquet']", "b", "a"),
+        (
+            "configs:\n- config_name: x\n  data_files: data/*\n- config_name: y\n  default: true\n  data_dir: data\n"
+            "  data_files: {train: 'b-?.parquet', test: 'a*'}",
+            "b",
+            "a",
+        ),
+        (
+            "configs:\n- {config_name: x, data_files: q/*}\n"
+            "- {config_name: default, data_files: {train: 'data/a*', test: '*/b*'}}",
+            "a",
+            "b",
+        ),
+        ("configs: [\n{config_name: x, data_files: {train: data/a*, test: data/b*}}\n]", "a", "b"),
+    ],
+)
+def test_splits_are_those_that_readme_states(tmp_path: Path, configs: str, train: str, test: str) -> None:
+    configured(tmp_path, configs, "data/a-0.parquet", "data/b-0.parquet")
+    splits = load(tmp_path)
+    assert splits.label_names[1:] == (f"data/{train}-0.parquet", f"data/{test}-0.parquet")
+
+
+def test_files_that_readme_does_not_list_are_left_out_by_name(tmp_path: Path) -> None:
+    configs = "configs:\n- config_name: x\n  data_files: data/a-*"
+    source = opened(configured(tmp_path, configs, "data/a-0.parquet", "data/b-0.parquet"))
+    assert "left out, as configuration x does not list it: data/b-0.parquet" in source.notes
+    assert len(source.tables["train"]) == 8
+
+
+@mark.parametrize(
+    ("configs", "words"),
+    [
+        ("configs:\n- data_files: {train: 'data/*', test: data/b-*}", "lists data/b-0.parquet in several splits"),
+        ("configs:\n- data_files: 5", "states its configs wrongly"),
+        ("configs: 5", "states its configs wrongly"),
+        ("configs:\n- a", "states its configs wrongly"),
+        ("configs:\n- &x {a: *x}", "states its configs wrongly"),
+        ("configs:\n- {data_files: [", "states its configs wrongly"),
+        ("configs:\n- !!python/name:os.system x", "states its configs wrongly"),
+        ("configs:\n" + "- {data_files: x}\n" * 10000, "states its configs wrongly (its configs have more than 65536"),
+    ],
+)
+def test_a_readme_that_makes_no_sense_is_refused(tmp_path: Path, configs: str, words: str) -> None:
+    message = refused(configured(tmp_path, configs, "data/a-0.parquet", "data/b-0.parquet"))
+    assert words in message
+    assert "move it away" in message
+
+
+@mark.parametrize(
+    "readme",
+    ["", "---", "# Words", "---\nlicense: mit\n---", "---\nconfigs:\n- data_files: gone/*\n---", "\ufeff---\r\n"],
+)
+def test_a_readme_that_lists_no_files_changes_nothing(tmp_path: Path, readme: str) -> None:
+    write(tmp_path / "train.parquet", [0, 1] * 4, named("a", "b"))
+    write(tmp_path / "test.parquet", [0, 1] * 4, named("a", "b"))
+    (tmp_path / "README.md").write_text(readme)
+    assert set(opened(tmp_path).tables) == {"train", "test"}
 
 
 def test_names_mention_splits_as_words() -> None:

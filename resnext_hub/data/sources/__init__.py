@@ -9,6 +9,7 @@ from resnext_hub.data.sources.folders import LAYOUTS, TABLE_SUFFIXES, open_folde
 from resnext_hub.data.sources.hub import is_hub_id, load_from_hub
 from resnext_hub.data.sources.parquet import has_images, open_parquet, parquet_files, read_part
 from resnext_hub.data.sources.saved import is_saved, open_saved
+from resnext_hub.data.sources.shards import Shards, group, splits_of
 from resnext_hub.data.sources.source import Part, Source
 from resnext_hub.data.sources.tables import find_tables, label_column_of, open_tables
 from resnext_hub.data.sources.walk import (
@@ -96,8 +97,13 @@ def open_source(config: DataConfig) -> Source:
         source = _open_folder(path, config)
     else:
         source = _open_file(path, config)
-    if source.revision is None and (config.dataset_config or config.dataset_revision):
-        raise RequestError("--dataset-config and --dataset-revision go with a dataset on the Hub")
+    if source.revision is None and (
+        config.dataset_revision or config.dataset_config not in (None, source.configuration)
+    ):
+        raise RequestError(
+            "--dataset-config and --dataset-revision go with a dataset on the Hub; the former also with a folder of "
+            "parquet files whose README.md states its configs"
+        )
     if config.layout and source.roots is not None:
         raise RequestError(f"--layout goes with folders of images; {printable(config.dataset)} is none")
     return source
@@ -106,7 +112,7 @@ def open_source(config: DataConfig) -> Source:
 def _open_file(path: Path, config: DataConfig) -> Source:
     name = printable(path)
     if path.name.lower().endswith(".parquet"):
-        return open_parquet(path.parent, [path.name], config.streaming)
+        return open_parquet(path.parent, Shards(splits_of(path.parent, [path.name])), config.streaming)
     if path.name.lower().endswith(_ARCHIVES):
         raise RequestError(f"{name} is an archive; unpack it and give the folder: {LAYOUTS}")
     if path.name.lower().endswith(TABLE_SUFFIXES):
@@ -135,7 +141,8 @@ def _open_folder(root: Path, config: DataConfig) -> Source:
     parquet = _parquet_with_images(tree, {table.path for table in tables})
     if parquet:
         loose = [f"{len(tree.images)} image files outside the parquet files"] if tree.images else []
-        return _described(open_parquet(root, parquet, config.streaming), tree, parquet, loose)
+        shards = group(root, parquet, config.dataset_config)
+        return _described(open_parquet(root, shards, config.streaming), tree, parquet, loose)
     _check_not_streamed(config)
     if not tree.images:
         refuse_no_images(tree, _ARCHIVES)

@@ -10,14 +10,14 @@ import glob
 import hashlib
 import logging
 import os
-import posixpath
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from resnext_hub.data.sources.names import split_keyword
+from resnext_hub.data.sources.shards import Shards, folder_columns
 from resnext_hub.data.sources.source import Part, Source
 from resnext_hub.data.sources.walk import Tree
 from resnext_hub.errors import RequestError, RunError, one_line
@@ -37,7 +37,7 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 """How a file begins that stands for one that Git LFS keeps."""
 
 
-def open_parquet(root: Path, files: Sequence[str], streaming: bool) -> Source:
+def open_parquet(root: Path, shards: Shards, streaming: bool) -> Source:
     """Open parquet files.
 
     Streamed, they are read in place; else they are copied into the library's cache, where each row is at hand. The copy
@@ -45,21 +45,22 @@ def open_parquet(root: Path, files: Sequence[str], streaming: bool) -> Source:
 
     Args:
         root: Their folder.
-        files: Their paths below it.
+        shards: Their paths below it, by split.
         streaming: Whether to read them in place.
 
     Raises:
-        RequestError: If one cannot be read or belongs to no split, or a split is empty.
+        RequestError: If one cannot be read, or a split is empty.
         RunError: If the cache is full, or a file changes while it is read.
     """
     import datasets
 
+    splits = shards.splits
+    files = sorted(file for members in splits.values() for file in members)
     for file in files:
         require_readable(root / file)
     version = _version_of(root, files)
     parts = {file: read_part(root / file, file) for file in files}
     _check_columns([*parts.values()])
-    splits = splits_of(files)
     for split, members in splits.items():
         if not any(parts[file].rows for file in members):
             raise RequestError(f"{listing((root / file for file in members), 3)}: no rows (split {split})")
@@ -79,13 +80,41 @@ def open_parquet(root: Path, files: Sequence[str], streaming: bool) -> Source:
         raise RequestError(f"{printable(root)} cannot be read as parquet: {one_line(cause)}") from error
     if _version_of(root, files) != version:
         raise RunError(f"{printable(root)} changed while it was read; run the same command again")
+    of_splits = {split: tuple(parts[file] for file in members) for split, members in splits.items()}
+    columns = {} if streaming else folder_columns(files, parts[files[0]].features)
     return Source(
-        tables=dict(tables),
-        parts={split: tuple(parts[file] for file in members) for split, members in splits.items()},
+        tables={split: _with_columns(table, of_splits[split], columns) for split, table in tables.items()},
+        parts={split: tuple(_stating(part, columns) for part in of_split) for split, of_split in of_splits.items()},
         files=tuple((file, (root / file).stat().st_size) for file in files),
         roots=(os.path.realpath(root),),
-        notes=_missing_shards(files),
+        notes=(*shards.notes, *_missing_shards(files)),
+        configuration=shards.configuration,
     )
+
+
+def _with_columns(table: Any, parts: Sequence[Part], columns: Mapping[str, Mapping[str, str | int | None]]) -> Any:
+    """Return a table with a column for each that stands in the names of its files' folders."""
+    import numpy
+    import pyarrow
+
+    for name, values in columns.items():
+        kind = _kind_of(values)
+        distinct = pyarrow.array([values[part.name] for part in parts], kind.pa_type)
+        rows = numpy.repeat(numpy.arange(len(parts)), [part.rows for part in parts])
+        if len(rows) != len(table):
+            raise RequestError(f"files state {len(rows)} rows, but {len(table)} were read; remove the cache of them")
+        table = table.add_column(name, distinct.take(pyarrow.array(rows)), feature=kind)
+    return table
+
+
+def _stating(part: Part, columns: Mapping[str, Mapping[str, str | int | None]]) -> Part:
+    return replace(part, features=part.features | {name: _kind_of(values) for name, values in columns.items()})
+
+
+def _kind_of(values: Mapping[str, str | int | None]) -> "datasets.Value":
+    import datasets
+
+    return datasets.Value("int64" if all(isinstance(value, int) for value in values.values()) else "string")
 
 
 def _version_of(root: Path, files: Iterable[str]) -> str:
@@ -222,34 +251,6 @@ def part_of(file: IO[bytes], name: str) -> Part:
     except DAMAGED as error:
         raise ValueError(f"its description of the columns is damaged ({one_line(error)})") from error
     return Part(name, content.metadata.num_rows, dict(features))
-
-
-def splits_of(files: Iterable[str]) -> dict[str, list[str]]:
-    """Return the files of each split, which file names or folder names mention; all are `train` if none does.
-
-    Raises:
-        RequestError: If only some mention one.
-    """
-    found = {file: _split_of(file) for file in files}
-    without = [file for file, split in found.items() if split is None]
-    if len(without) == len(found):
-        return {"train": without}
-    if without:
-        named = listing(sorted({split for split in found.values() if split}))
-        raise RequestError(
-            f"{printable(without[0])} belongs to no split by its name, where other files do ({named}); rename it, such "
-            f"as train-{posixpath.basename(printable(without[0]))}, or move it away"
-        )
-    splits: dict[str, list[str]] = {}
-    for file, split in found.items():
-        splits.setdefault(str(split), []).append(file)
-    return splits
-
-
-def _split_of(file: str) -> str | None:
-    folder, name = posixpath.split(file.removesuffix(".parquet"))
-    places = [name, *reversed(folder.split("/"))]
-    return next(filter(None, map(split_keyword, places)), None)
 
 
 def has_images(features: "datasets.Features | dict[str, Any]") -> bool:

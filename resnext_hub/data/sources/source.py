@@ -32,6 +32,8 @@ class Source:
     """Commit of a Hub dataset."""
     stated: dict[str, int] = field(default_factory=dict)
     """Number of rows of each split as the source states it."""
+    configuration: str | None = None
+    """Name of the configuration of a local repository's README.md."""
     notes: tuple[str, ...] = ()
     """Lines for the log: what was left out and how the layout was understood."""
 
