@@ -295,6 +295,7 @@ def load_splits(config: DataConfig) -> Splits:
         found=replace(
             config,
             dataset=config.dataset if path is None else str(path.resolve()),
+            dataset_config=config.dataset_config or source.configuration,
             train_split=train_split,
             eval_split=eval_split,
             image_column=image_column,

@@ -7,6 +7,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -21,6 +22,7 @@ from resnext_hub.data.dataset import Pictures, Splits, load_splits
 from resnext_hub.data.decode import UnreadablePictureError
 from resnext_hub.data.sources import Source, check_source, dataset_name, open_source
 from resnext_hub.data.sources.names import class_names_of, likely_splits, split_keyword
+from resnext_hub.data.sources.parquet import _small_columns, _version_of
 from resnext_hub.data.sources.shards import splits_of
 from resnext_hub.data.sources.walk import list_pictures, real_path, stored_path, walk
 from resnext_hub.data.splits import doubts, stratified_cut
@@ -1149,6 +1151,34 @@ def test_rows_are_those_of_the_file_whatever_its_time_of_modification(tmp_path: 
         shutil.rmtree(tmp_path / "data")
         (tmp_path / "new").rename(tmp_path / "data")
     assert load(tmp_path / "data").train.labels.tolist() == [1, 0, 1, 0, 0, 1]
+
+
+@mark.parametrize("image", [PNG, bytes(5000)])
+def test_labels_are_those_of_the_file_where_a_file_system_has_no_time_of_change(
+    tmp_path: Path, image: bytes, monkeypatch: MonkeyPatch
+) -> None:
+    own = os.fstat
+
+    def timeless(descriptor: int) -> SimpleNamespace:
+        return SimpleNamespace(st_size=own(descriptor).st_size, st_mtime_ns=0, st_ctime_ns=0, st_mode=0o100644)
+
+    versions = []
+    for labels in ([0, 1] * 50, [1, 0] * 50):
+        rows = [{"bytes": image, "path": None}] * len(labels)
+        write(tmp_path / "train.parquet", labels, named("a", "b"), rows)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fstat", timeless)
+            versions.append(_version_of(tmp_path, ["train.parquet"]))
+    assert versions[0] != versions[1]
+
+
+def test_images_are_not_read_to_tell_versions_apart(tmp_path: Path) -> None:
+    contents = np.random.default_rng(0)
+    rows = [{"bytes": contents.bytes(2000), "path": None} for _ in range(1000)]
+    path = write(tmp_path / "train.parquet", [0, 1] * 500, named("a", "b"), rows)
+    assert path.stat().st_size > 2_000_000
+    with open(path, "rb") as file:
+        assert 0 < sum(length for _, length in _small_columns(file)) < 10_000
 
 
 def test_an_unchanged_file_is_prepared_once(tmp_path: Path) -> None:

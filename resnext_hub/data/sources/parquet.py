@@ -30,6 +30,12 @@ if TYPE_CHECKING:
 DAMAGED = (ValueError, TypeError, AttributeError, LookupError, RecursionError, NotImplementedError)
 """What the library datasets raises for descriptions of columns that make no sense."""
 
+DAMAGED_FILE = (OSError, ValueError, NotImplementedError)
+"""What reading the description of a damaged parquet file raises."""
+
+_SMALL = 256
+"""Bytes a row, compressed, up to which a column is read to tell versions of a file apart; images have more."""
+
 _FOOTER_BYTES = 1 << 26
 """How much of a footer tells versions of a file apart; what is no parquet could state any length."""
 
@@ -118,14 +124,14 @@ def _kind_of(values: Mapping[str, str | int | None]) -> "datasets.Value":
 
 
 def _version_of(root: Path, files: Iterable[str]) -> str:
-    """Return a digest that differs if the content of a file does, without reading all of it.
+    """Return a digest that differs if the content of a file does, without reading the images.
 
-    A write or a replacement sets the time of change, which unlike the time of modification no user can set, or brings
-    another inode. Footers, which hold sizes and ranges of all columns, tell versions apart where a file system makes
-    those up.
+    A write or a replacement sets the time of change, which unlike the time of modification no user can set. Some file
+    systems have none, and many network and removable ones make inodes up, so footers and columns of few bytes a row are
+    read as well: labels are never those of another version, whatever the file system says.
 
     Raises:
-        RequestError: If a file cannot be read any more.
+        RequestError: If a file cannot be read.
     """
     digest = hashlib.sha256()
     for name in files:
@@ -133,23 +139,34 @@ def _version_of(root: Path, files: Iterable[str]) -> str:
         try:
             with open(path, "rb") as file:
                 status = os.fstat(file.fileno())
-                digest.update(
-                    repr((name, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)).encode(
-                        errors="surrogateescape"
-                    )
-                )
-                digest.update(_footer_of(file, status.st_size))
-        except OSError as error:
-            raise RequestError(f"{printable(path)} cannot be read as parquet: {one_line(error)}") from error
+                stated = (name, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+                digest.update(repr(stated).encode(errors="surrogateescape"))
+                for start, length in [*_small_columns(file), _footer_place(file, status.st_size)]:
+                    file.seek(start)
+                    digest.update(file.read(length))
+        except DAMAGED_FILE as error:
+            raise RequestError(f"{printable(path)} cannot be read as parquet: {_reason_of(path, error)}") from error
     return digest.hexdigest()
 
 
-def _footer_of(file: IO[bytes], size: int) -> bytes:
-    """Return the end of a parquet file: its description, the length of that in 4 bytes, and 4 bytes as a mark."""
+def _small_columns(file: IO[bytes]) -> list[tuple[int, int]]:
+    """Return the places and lengths of the pieces of columns that have few bytes a row, such as labels."""
+    from pyarrow import parquet
+
+    content = parquet.ParquetFile(file).metadata
+    pieces = [content.row_group(i).column(j) for i in range(content.num_row_groups) for j in range(content.num_columns)]
+    return [
+        (piece.dictionary_page_offset or piece.data_page_offset, piece.total_compressed_size)
+        for piece in pieces
+        if 0 <= piece.total_compressed_size <= _SMALL * max(1, piece.num_values)
+    ]
+
+
+def _footer_place(file: IO[bytes], size: int) -> tuple[int, int]:
+    """Return place and length of the description at the end of a parquet file."""
     file.seek(max(0, size - 8))
-    length = min(int.from_bytes(file.read(4), "little"), _FOOTER_BYTES)
-    file.seek(max(0, size - 8 - length))
-    return file.read()
+    length = min(int.from_bytes(file.read(4), "little"), _FOOTER_BYTES) + 8
+    return max(0, size - length), length
 
 
 def _missing_shards(files: Iterable[str]) -> tuple[str, ...]:
@@ -194,9 +211,12 @@ def read_part(path: Path, name: str) -> Part:
     try:
         with open(path, "rb") as file:
             return part_of(file, name)
-    except (OSError, ValueError, NotImplementedError) as error:
-        reason = "zero bytes" if path.stat().st_size == 0 else pointer_reason(path) or one_line(error)
-        raise RequestError(f"{printable(path)} cannot be read as parquet: {reason}") from error
+    except DAMAGED_FILE as error:
+        raise RequestError(f"{printable(path)} cannot be read as parquet: {_reason_of(path, error)}") from error
+
+
+def _reason_of(path: Path, error: BaseException) -> str:
+    return "zero bytes" if path.stat().st_size == 0 else pointer_reason(path) or one_line(error)
 
 
 def pointer_reason(path: Path) -> str | None:
