@@ -8,7 +8,7 @@ costs in accuracy is measured in the same call, against the network as it was gi
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -17,9 +17,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from resnext_hub import machine
-from resnext_hub.errors import RequestError
+from resnext_hub.errors import RequestError, one_line
 from resnext_hub.inference.fold import fold_batch_norms
 from resnext_hub.models.merged import dense_form, grouped_convolutions, replace_module
 from resnext_hub.models.widths import (
@@ -32,6 +33,7 @@ from resnext_hub.models.widths import (
     factors_of,
     median_seconds,
 )
+from resnext_hub.settings import shown
 
 _logger = logging.getLogger(__name__)
 
@@ -195,9 +197,9 @@ def optimize(
         The fast network, with its `report`.
 
     Raises:
-        ValueError: If the example is no batch of images (a RequestError), the weights or logits are not finite, the
-            model returns no logits, a merge cannot be done, the engine cannot do it, or more are to be computed at once
-            than there are.
+        ValueError: If the example is no batch of images that the model takes (a RequestError), the model is compiled or
+            quantized or cannot be copied, its weights or logits are not finite, it returns no logits, a merge cannot be
+            done, the engine cannot do it, or more are to be computed at once than there are.
         ModuleNotFoundError: If the engine is not installed.
     """
     _check_request(model, example, engine, dtype, merge, at_once, calibration)
@@ -206,18 +208,10 @@ def optimize(
         dtype = torch.bfloat16 if machine.resolve_precision("auto", example.device.type) == "bf16" else torch.float32
     if keep_memory:
         machine.keep_memory(example.device.type)
-    reference = copy.deepcopy(model).eval().float()
+    reference = _copied(model).eval().float()
     fast = copy.deepcopy(reference).requires_grad_(False)
     with torch.no_grad(), torch.autocast(example.device.type, enabled=False):
-        expected = reference(example)
-        if not isinstance(expected, torch.Tensor):
-            raise RequestError(f"the model returns a {type(expected).__name__}: expected one tensor, such as logits")
-        if expected.ndim < 2 or len(expected) != len(example):
-            raise RequestError(
-                f"the model returns {tuple(expected.shape)} for {len(example)} images: expected logits (N, classes)"
-            )
-        if not expected.isfinite().all():
-            raise RequestError("the model's logits for the example are not finite: expected a trained model in float32")
+        expected = _logits_of(reference, example)
         folded = fold_batch_norms(fast)
         if engine == "openvino":
             layers, build = _prepare_openvino(fast, example, dtype, merge, calibration)
@@ -268,6 +262,40 @@ def require_finite(model: nn.Module) -> None:
             raise RequestError(f"the weights of the model are not finite: {name} holds NaN or infinity")
 
 
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except (RuntimeError, TypeError) as error:
+        if machine.is_out_of_memory(error):
+            raise
+        raise RequestError(
+            f"the model cannot be copied ({one_line(error)[:100]}): expected what copy.deepcopy takes, such as "
+            "torch.nn.utils.parametrizations.weight_norm in place of torch.nn.utils.weight_norm"
+        ) from error
+
+
+def _logits_of(model: nn.Module, example: torch.Tensor) -> torch.Tensor:
+    """Return the logits of the model as it was given, or raise RequestError if it has none for such images."""
+    try:
+        logits = model(example)
+    except (RuntimeError, TypeError, ValueError, AssertionError, LookupError) as error:
+        if machine.is_out_of_memory(error):
+            raise
+        raise RequestError(
+            f"the model does not take an example of shape {tuple(example.shape)} ({one_line(error)}): expected the "
+            "channels, size and device of its images"
+        ) from error
+    if not isinstance(logits, torch.Tensor):
+        raise RequestError(f"the model returns a {type(logits).__name__}: expected one tensor, such as logits")
+    if logits.ndim < 2 or len(logits) != len(example):
+        raise RequestError(
+            f"the model returns {tuple(logits.shape)} for {len(example)} images: expected logits (N, classes)"
+        )
+    if not logits.isfinite().all():
+        raise RequestError("the model's logits for the example are not finite: expected a trained model in float32")
+    return logits
+
+
 def _second_batch(example: torch.Tensor) -> torch.Tensor:
     """Return a batch of one image more than the example, mirrored, with other signs, and the last one of noise."""
     noise = torch.randn(1, *example.shape[1:], generator=torch.Generator().manual_seed(0)).to(example.device)
@@ -287,35 +315,76 @@ def _check_request(
     at_once: int | Literal["measure"],
     calibration: torch.Tensor | None,
 ) -> None:
-    if not isinstance(model, nn.Module):
-        raise RequestError(f"model is a {type(model).__name__}: expected an nn.Module, such as of timm.create_model")
-    batches: dict[str, Any] = {"example": example} | ({} if calibration is None else {"calibration": calibration})
-    for name, images in batches.items():
-        if not isinstance(images, torch.Tensor):
-            raise RequestError(
-                f"{name} is a {type(images).__name__}: expected a float32 tensor (N, C, H, W), as torch.stack makes"
-            )
-        if not images.isfinite().all():
-            raise RequestError(f"{name} holds NaN or infinity: expected normalised images")
-    if example.ndim != 4 or example.dtype != torch.float32 or len(example) == 0:
-        raise ValueError(f"example of shape {tuple(example.shape)} and {example.dtype}: expected (N, C, H, W), float32")
+    _check_model(model)
+    for name, images in (("example", example), ("calibration", calibration)):
+        if name == "example" or images is not None:
+            _check_images(name, images)
     if engine not in ("torch", "openvino"):
         raise ValueError(f"engine={engine!r}: expected 'torch' or 'openvino'")
     if dtype not in (None, torch.bfloat16, torch.float32) and (dtype != torch.float16 or example.device.type == "cpu"):
         raise ValueError(f"dtype={dtype!r}: expected torch.bfloat16, torch.float32, None, or on a GPU torch.float16")
-    if isinstance(merge, str) and merge not in ("measure", "table", "off"):
-        raise ValueError(f"merge={merge!r}: expected 'measure', 'table', 'off', a width, or factors by layer")
+    if not _is_merge(merge):
+        raise RequestError(
+            f"merge={shown(repr(merge))}: expected 'measure', 'table', 'off', a width in channels (an int of at "
+            "least 1), or such factors by layer"
+        )
     if engine == "openvino" and example.device.type != "cpu":
         raise ValueError(f"engine='openvino' computes on a CPU, and the example is on {example.device}")
     if calibration is not None and engine != "openvino":
         raise ValueError(f"calibration goes with engine='openvino', not with {engine!r}")
     if calibration is not None and (calibration.shape[1:] != example.shape[1:] or len(calibration) < len(example)):
         raise ValueError(
-            f"calibration of shape {tuple(calibration.shape)}: expected at least {len(example)} pictures of the "
+            f"calibration of shape {tuple(calibration.shape)}: expected at least {len(example)} images of the "
             f"example's shape, {tuple(example.shape[1:])}"
         )
-    if at_once != "measure" and not 1 <= at_once <= len(example):
-        raise ValueError(f"at_once={at_once}: expected 1 to {len(example)}, the example's pictures, or 'measure'")
+    if at_once != "measure" and not (_is_count(at_once) and at_once <= len(example)):
+        raise RequestError(
+            f"at_once={shown(repr(at_once))}: expected an int from 1 to {len(example)}, the example's images, or "
+            "'measure'"
+        )
+
+
+def _check_model(model: object) -> None:
+    """Refuse what is no eager model with weights in floating point, such as one that was compiled or quantized."""
+    if not isinstance(model, nn.Module):
+        raise RequestError(f"model is a {type(model).__name__}: expected an nn.Module, such as of timm.create_model")
+    if isinstance(model, (OptimizedModel, torch.jit.ScriptModule)):
+        raise RequestError(
+            f"model is a {type(model).__name__}, which is compiled already: expected the model that it was made from"
+        )
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, torch.Tensor) or tensor.is_quantized:
+            raise RequestError(
+                f"{name} of the model is no plain tensor, as in a quantized model: expected the model before that"
+            )
+        if is_lazy(tensor) or tensor.is_meta:
+            raise RequestError(f"the weights of the model have no values ({name}): expected a trained model")
+
+
+def _check_images(name: str, images: object) -> None:
+    if not isinstance(images, torch.Tensor):
+        raise RequestError(
+            f"{name} is a {type(images).__name__}: expected a float32 tensor (N, C, H, W), as torch.stack makes"
+        )
+    if images.is_meta or images.layout != torch.strided:
+        raise RequestError(
+            f"{name} is a tensor of the device {images.device} and the layout {images.layout}: expected normalised "
+            "images (N, C, H, W), float32, with values and dense"
+        )
+    if images.ndim != 4 or images.dtype != torch.float32 or images.numel() == 0:
+        raise RequestError(f"{name} of shape {tuple(images.shape)} and {images.dtype}: expected (N, C, H, W), float32")
+    if not images.isfinite().all():
+        raise RequestError(f"{name} holds NaN or infinity: expected normalised images")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_merge(merge: object) -> bool:
+    if isinstance(merge, Mapping):
+        return all(map(_is_count, merge.values()))
+    return merge in ("measure", "table", "off") if isinstance(merge, str) else _is_count(merge)
 
 
 class _Built(NamedTuple):

@@ -8,6 +8,8 @@ import pickle
 import platform
 import random
 import re
+import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
@@ -279,7 +281,7 @@ def test_calibrating_leaves_the_random_numbers_of_the_process_alone() -> None:
 def test_what_is_asked_of_the_wrong_engine_is_refused() -> None:
     with raises(ValueError, match="calibration goes with engine='openvino'"):
         optimize(network(), pictures(), calibration=pictures())
-    with raises(ValueError, match="expected at least 4 pictures"):
+    with raises(ValueError, match="expected at least 4 images"):
         optimize(network(), pictures(), engine="openvino", calibration=pictures(2))
 
 
@@ -422,7 +424,7 @@ def test_what_is_no_example_is_refused() -> None:
     with raises(ValueError, match=r"example of shape \(3, 64, 64\)"):
         optimize(network(), torch.randn(3, 64, 64))
     for at_once in (0, 3):
-        with raises(ValueError, match=f"at_once={at_once}: expected 1 to 2"):
+        with raises(ValueError, match=f"at_once={at_once}: expected an int from 1 to 2"):
             optimize(network(), pictures(2), at_once=at_once)
     with raises(ValueError, match=r"torch.float64: expected"):
         optimize(network(), torch.randn(1, 3, 64, 64, dtype=torch.float64))
@@ -568,3 +570,94 @@ def test_a_hook_on_a_grouped_convolution_keeps_its_effect() -> None:
     assert fast.report is not None
     assert fast.report.layers == ()
     assert max(fast.report.relative_error, fast.report.second_error) < 1e-5
+
+
+@mark.parametrize(
+    "merge",
+    [0, -4, 3.5, 8.0, True, None, "8", [4], {"1": 0}, {"1": -1}, {"1": 2.0}, {"1": "2"}, {"1": True}, "\x1b[31m"],
+)
+def test_a_width_or_factor_that_is_no_count_is_refused(merge: Any) -> None:
+    with raises(
+        RequestError, match=r"^merge=.*: expected 'measure', 'table', 'off', a width .* of at least 1"
+    ) as found:
+        quick(classifier(), pictures(2, 16), merge=merge)
+    assert str(found.value).isprintable()
+
+
+@mark.parametrize("at_once", [0, -1, 3, 1.5, 2.0, True, None, "all", "2", [1]])
+def test_a_number_of_images_at_once_that_is_no_count_is_refused(at_once: Any) -> None:
+    with raises(RequestError, match=r"^at_once=[^\n]*: expected an int from 1 to 2, the example's images"):
+        quick(classifier(), pictures(2, 16), at_once=at_once)
+
+
+def traced() -> nn.Module:
+    return torch.jit.trace(classifier(), pictures(2, 16))
+
+
+def with_old_weight_norm() -> nn.Module:
+    model = classifier()
+    nn.utils.weight_norm(model[4])
+    return model
+
+
+def with_a_lock() -> nn.Module:
+    model = classifier()
+    model.lock = threading.Lock()
+    return model
+
+
+def quantized() -> nn.Module:
+    return torch.ao.quantization.quantize_dynamic(classifier(), {nn.Linear}, dtype=torch.qint8)
+
+
+@mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+@mark.parametrize(
+    ("make", "said"),
+    [
+        (traced, "which is compiled already: expected the model that it was made from"),
+        (lambda: quick(classifier(), pictures(2, 16)), "which is compiled already"),
+        (quantized, "is no plain tensor, as in a quantized model: expected the model before that"),
+        (lambda: classifier().to("meta"), r"the weights of the model have no values \(0\.weight\)"),
+        (lambda: nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten()), r"have no values \(0\.weight\)"),
+        (with_old_weight_norm, r"cannot be copied \(.*torch\.nn\.utils\.parametrizations\.weight_norm in place of"),
+        (with_a_lock, "the model cannot be copied"),
+        (lambda: nn.Bilinear(16, 16, 4), "missing 1 required positional argument"),
+        (lambda: timm.create_model("test_vit", img_size=32, dynamic_img_size=False).eval(), "does not take an example"),
+        (lambda: nn.Linear, "model is a type: expected an nn.Module"),
+    ],
+)  # fmt: skip
+def test_a_model_that_cannot_be_optimized_is_refused_in_one_line(make: Callable[[], Any], said: str) -> None:
+    with raises(RequestError, match=said) as found:
+        quick(make(), pictures(2, 16))
+    assert str(found.value).isprintable()
+
+
+@mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_a_model_of_any_floating_point_type_is_computed_in_the_type_that_was_asked(dtype: torch.dtype) -> None:
+    report = quick(classifier().to(dtype), pictures(2, 16)).report
+    assert report is not None
+    assert report.relative_error < 1e-5
+
+
+@mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda images: images[:, :1], r"the model does not take an example of shape \(2, 1, 16, 16\)"),
+        (lambda images: torch.cat([images, images], 1), r"example of shape \(2, 6, 16, 16\)"),
+        (lambda images: images[..., :1, :1], r"example of shape \(2, 3, 1, 1\)"),
+        (lambda images: images[..., :0], r"example of shape \(2, 3, 16, 0\) and torch.float32: expected \(N, C"),
+        (lambda images: images.to("meta"), "example is a tensor of the device meta"),
+        (lambda images: images.to_sparse(), "the layout torch.sparse_coo: expected normalised images"),
+        (lambda images: images.byte(), r"and torch.uint8: expected \(N, C, H, W\), float32"),
+    ],
+)  # fmt: skip
+def test_an_example_that_a_model_does_not_take_is_refused_in_one_line(change: Callable[..., Any], said: str) -> None:
+    with raises(RequestError, match=said) as found:
+        quick(classifier(), change(pictures(2, 16)))
+    assert str(found.value).isprintable()
+
+
+@mark.parametrize("images", [3, pictures(4, 16).double(), pictures(4, 16)[0], pictures(4, 16) / 0])
+def test_a_calibration_that_is_no_batch_of_images_is_refused(images: Any) -> None:
+    with raises(RequestError, match=r"^calibration "):
+        quick(classifier(), pictures(2, 16), calibration=images, engine="openvino")
