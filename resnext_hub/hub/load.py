@@ -20,8 +20,9 @@ from torch import nn
 
 from resnext_hub.errors import RequestError, RunError, one_line
 from resnext_hub.hub.remote import HUB_ERRORS, forget_wrong
-from resnext_hub.models.fetch import commit_of, fetch_file
+from resnext_hub.models.fetch import check_revision, commit_of, fetch_file
 from resnext_hub.models.saved import CONFIG, WEIGHTS, read_model
+from resnext_hub.settings import shown
 from resnext_hub.text import printable
 
 if TYPE_CHECKING:
@@ -55,7 +56,11 @@ def from_hub(repo_id: str, *, revision: str | None = None, verify: bool = True) 
         RequestError: If there is no such repository, you have no access, or it has no safetensors.
         RunError: If the Hub cannot be reached, or the bytes are not those that it lists.
     """
-    where = printable(repo_id)
+    if not isinstance(repo_id, str) or not repo_id.strip():
+        raise RequestError(f"repo_id={shown(repr(repo_id))} is not a Hub id of the form owner/name")
+    where = shown(repo_id)
+    if revision is not None:
+        check_revision(f"{where}: revision={shown(repr(revision))}", revision)
     listed = _list_files(where, repo_id, revision) if verify else None
     commit = revision if listed is None else listed.commit
     paths = {}

@@ -20,6 +20,8 @@ from resnext_hub.errors import RequestError, RunError, one_line
 from resnext_hub.files import same_content
 from resnext_hub.text import printable
 
+_REVISION = r"(?!.*(?:\.\.|//|/$))[A-Za-z0-9_][A-Za-z0-9._/@+-]{0,249}"
+
 
 def fetch_file(where: str, repo_id: str, filename: str, revision: str | None, hint: str = "") -> Path:
     """Download a file of a model repository, or take it from the cache.
@@ -70,14 +72,14 @@ def fetch_file(where: str, repo_id: str, filename: str, revision: str | None, hi
     return path
 
 
-def check_revision(where: str, revision: str) -> None:
+def check_revision(where: str, revision: object) -> None:
     """Raise RequestError unless a text can be a branch, tag or commit; the client makes a path of its cache of it.
 
     Args:
         where: How the user gave it, to begin a message with.
-        revision: The text.
+        revision: The text, or what was given in its place.
     """
-    if not re.fullmatch(r"(?!.*(?:\.\.|//|/$))[A-Za-z0-9_][A-Za-z0-9._/@+-]{0,249}", revision):
+    if not isinstance(revision, str) or not re.fullmatch(_REVISION, revision):
         raise RequestError(f"{where} is no revision: expected a branch, tag or commit, such as main or refs/pr/1")
 
 
