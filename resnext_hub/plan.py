@@ -38,6 +38,7 @@ from resnext_hub.machine import (
     versions,
 )
 from resnext_hub.models.saved import check_saving, without_values
+from resnext_hub.models.saved_config import MAX_RESIZED, resized_side
 from resnext_hub.models.source import ModelSource, find_model, local_name, portable_architecture
 from resnext_hub.recipes import QUICKSTART, RECIPES
 from resnext_hub.record import RunRecord
@@ -174,8 +175,7 @@ def prepare(
     config = _choose_decoder(config, folder, before or (read_config(resume_from) if resume_from else {}), asked)
     splits = load_splits(config.data)
     data_config = published_input(config.transform, source.pretrained_cfg)
-    if data_config["input_size"][0] not in PICTURE_MODES:
-        raise RequestError(f"--model {config.model} takes {data_config['input_size'][0]} channels; expected 1 or 3")
+    _check_input(config, data_config)
     config = _resolve(config, source, splits, data_config, device)
     check_optimizer(config.optim, device)
     plan_schedule(config, splits.train.count)
@@ -344,6 +344,26 @@ def _choose_decoder(
 
 def _replace_data(config: TrainConfig, **values: Any) -> TrainConfig:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **values))
+
+
+def _check_input(config: TrainConfig, data_config: Mapping[str, Any]) -> None:
+    """Refuse images that the settings and the model's own pretrained_cfg, which fills their gaps, do not allow."""
+    channels, height, width = data_config["input_size"]
+    model = f"--model {printable(config.model)}"
+    if channels not in PICTURE_MODES:
+        raise RequestError(f"{model} takes {channels} channels; expected 1 or 3")
+    if height != width:
+        raise RequestError(
+            f"{model} takes images of {height} x {width} pixels (height x width), and training makes square ones: give "
+            f"--image-size, such as {max(height, width)}, or take another model"
+        )
+    crop_pct = data_config["crop_pct"]
+    resized = resized_side(data_config["input_size"], crop_pct)
+    if resized > MAX_RESIZED:
+        raise RequestError(
+            f"--image-size {width} with --crop-pct {crop_pct:g} resizes images to {resized:,} px for evaluation: "
+            f"expected at most {MAX_RESIZED:,}; give a smaller --image-size or a larger --crop-pct"
+        )
 
 
 def _resolve(

@@ -1,12 +1,13 @@
 """What a run would fail on later is refused before its first step, in one line that states the way out."""
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import TINY, run_process
+from conftest import TINY, run_process, save_with_timm
 from pytest import CaptureFixture, MonkeyPatch, mark, raises
 
 from resnext_hub import cli
@@ -14,7 +15,8 @@ from resnext_hub.data.augment import Augmentation
 from resnext_hub.data.transforms import TransformConfig
 from resnext_hub.errors import RequestError
 from resnext_hub.machine import is_out_of_memory
-from resnext_hub.plan import _check_space
+from resnext_hub.models.saved_config import CROP, MEAN, STD
+from resnext_hub.plan import _check_space, prepare
 from resnext_hub.run import _fitting_batch
 from resnext_hub.training.optim import OptimConfig, check_optimizer
 
@@ -91,6 +93,51 @@ def test_a_package_that_is_needed_at_the_end_is_missed_at_the_start(
     assert code == 2
     assert err == f'error: {name} is not installed; pip install "resnext-hub[train]"\n'
     assert not (tmp_path / "run").exists()
+
+
+def base_model(folder: Path, **facts: object) -> str:
+    """Write a model folder of test_resnet with other facts in its pretrained_cfg; return what --model takes."""
+    save_with_timm(folder, "test_resnet", 32)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"pretrained_cfg": config["pretrained_cfg"] | facts}))
+    return f"local-dir:{folder}"
+
+
+@mark.parametrize("size", [(32, 64), (64, 32), (1, 32)])
+def test_a_base_model_of_images_that_are_not_square_needs_an_image_size(
+    size: tuple[int, int], tmp_path: Path, folder_of_classes: Path
+) -> None:
+    settings = {"model": base_model(tmp_path / "base", input_size=[3, *size]), "dataset": str(folder_of_classes)}
+    with raises(RequestError, match=rf"base takes images of {size[0]} x {size[1]} pixels .*: give --image-size, such"):
+        prepare(settings, asked=settings, output_dir=tmp_path / "run")
+    plan = prepare(settings | {"image_size": 48}, asked=settings, output_dir=tmp_path / "run")
+    assert plan.config.transform.image_size == 48
+    assert plan.data_config["input_size"] == (3, 48, 48)
+
+
+def test_what_a_base_model_states_of_its_images_is_what_a_run_can_be_asked_for(
+    tmp_path: Path, folder_of_classes: Path
+) -> None:
+    for number, facts in enumerate(
+        (
+            {"crop_pct": CROP[1], "mean": [MEAN[0]] * 3, "std": [STD[0]] * 3},
+            {"crop_pct": CROP[0], "mean": [MEAN[1]] * 3, "std": [STD[1]] * 3},
+        )
+    ):
+        settings = {"model": base_model(tmp_path / f"base-{number}", **facts), "dataset": str(folder_of_classes)}
+        plan = prepare(settings, asked=settings, output_dir=tmp_path / "run")
+        assert {name: plan.config.to_flat()[name] for name in facts} == facts
+        again = prepare(plan.config.to_flat(), asked={}, output_dir=tmp_path / "run")
+        assert again.data_config == plan.data_config
+
+
+def test_the_crop_of_a_run_and_the_size_of_its_base_model_are_judged_together(
+    tmp_path: Path, folder_of_classes: Path
+) -> None:
+    settings = {"model": base_model(tmp_path / "base", input_size=[3, 1024, 1024]), "dataset": str(folder_of_classes)}
+    with raises(RequestError, match=r"--image-size 1024 with --crop-pct 0.1 resizes images to 10,240 px .* 8,192"):
+        prepare(settings | {"crop_pct": 0.1}, asked=settings, output_dir=tmp_path / "run")
 
 
 def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path: Path) -> None:

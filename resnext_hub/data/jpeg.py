@@ -30,7 +30,7 @@ from resnext_hub.data.decode import (
     segments,
     within_memory,
 )
-from resnext_hub.data.transforms import build_eval_transform, is_long
+from resnext_hub.data.transforms import build_eval_transform
 
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 """Interpolations of the fast decoder; the others are Pillow's alone."""
@@ -251,7 +251,7 @@ class FastTransform:
         with within_memory():
             pixels = None
             header = read_header(data, self.max_pixels) if self.fast else None
-            if header is not None and not is_long(header.upright):
+            if header is not None and not self.whole.is_costly(header.upright):
                 part = Rectangle(0, 0, *header.upright)
                 pixels = decode_part(data, header, part, self._resized(header.upright), self.interpolation, self.mode)
             if pixels is None:

@@ -15,6 +15,7 @@ from PIL import Image
 from resnext_hub.data.decode import UnreadablePictureError
 from resnext_hub.data.policies import check_policy
 from resnext_hub.errors import RequestError
+from resnext_hub.models.saved_config import CROP, MAX_RESIZED, MAX_SIDE, MEAN, STD
 from resnext_hub.settings import Range, check_fields, shown
 
 Transform = Callable[[Image.Image], torch.Tensor]
@@ -25,12 +26,12 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 """Pillow's filters by timm's names."""
 
 
-IMAGE_SIZE = 1 << 14
-"""Greatest height and width in pixels; a batch of larger ones fits no memory."""
+IMAGE_SIZE = MAX_SIDE
+"""Greatest height and width in pixels, which a published model may state."""
 
 _Probability = Annotated[float, Range(0, 1)]
-_Mean = Annotated[float, Range(0, 1)]
-_Std = Annotated[float, Range(0.0001, 255)]
+_Mean = Annotated[float, Range(*MEAN)]
+_Std = Annotated[float, Range(*STD)]
 _Area = Annotated[float, Range(0, 1, above=True)]
 _Ratio = Annotated[float, Range(0.01, 100)]
 _Mixing = Annotated[float, Range(0, 100)]
@@ -42,14 +43,14 @@ class TransformConfig:
 
     image_size: Annotated[int, Range(1, IMAGE_SIZE)] | None = None
     """Height and width of the network's input in pixels."""
-    crop_pct: Annotated[float, Range(0, 1, above=True)] | None = None
-    """In evaluation, the part of the resized picture that the centre crop keeps."""
+    crop_pct: Annotated[float, Range(*CROP)] | None = None
+    """In evaluation, the part of the resized image that the centre crop keeps; above 1, the image gets a margin."""
     interpolation: str | None = None
     """Interpolation of resizing, such as bilinear or bicubic."""
     mean: tuple[_Mean, _Mean, _Mean] | None = None
-    """Mean by which the channels are normalised, of values from 0 to 1."""
+    """Mean by which the channels are normalised, of pixels from 0 to 1."""
     std: tuple[_Std, _Std, _Std] | None = None
-    """Standard deviation by which the channels are normalised."""
+    """Standard deviation by which the channels are normalised, of pixels from 0 to 1."""
     scale: tuple[_Area, _Area] = (0.08, 1.0)
     """In training, least and greatest part of the picture's area in a random crop."""
     ratio: tuple[_Ratio, _Ratio] = (3 / 4, 4 / 3)
@@ -121,11 +122,15 @@ def is_long(size: tuple[int, int]) -> bool:
     return max(size) > LONG * min(size)
 
 
+RESIZED_PIXELS = MAX_RESIZED**2
+"""Most pixels to which a whole image is resized: 200 MB."""
+
+
 class EvalTransform:
     """timm's evaluation transform: `(C, H, W)` float32, normalised, equal to timm's to the bit.
 
-    Of a very long image, timm resizes all and crops the centre: gigabytes for some pixels. Here the centre alone is
-    computed of it, with pixels equal to timm's to rounding.
+    Of a very long image, or at a large input size, timm resizes all and crops the centre: gigabytes for some pixels.
+    Here the centre alone is computed of such an image, with pixels equal to timm's to rounding.
 
     Args:
         data_config: input_size, crop_pct, crop_mode, interpolation, mean and std in timm's keys.
@@ -147,18 +152,23 @@ class EvalTransform:
             UnreadablePictureError: If nothing is left of it at this size.
         """
         transformed: torch.Tensor
-        if not is_long(image.size):
+        if not self.is_costly(image.size):
             transformed = self.timms(image)
             return transformed
         height, width = self._resized(image)
         if min(height, width) < 1:
             raise UnreadablePictureError(f"{image.width} x {image.height} pixels leave nothing at the model's size")
-        rows, columns = self.crop.size
-        if not self.crops or rows > height or columns > width:
+        if not self.crops:
             transformed = self.timms(image)
         else:
-            transformed = self.rest(self._centre(image, (height, width), (rows, columns)))
+            kept = min(self.crop.size[0], height), min(self.crop.size[1], width)
+            transformed = self.rest(self.crop(self._centre(image, (height, width), kept)))  # which pads what is small
         return transformed
+
+    def is_costly(self, size: tuple[int, int]) -> bool:
+        """Return whether resizing all of an image would take far more memory than what is kept of it."""
+        target = self.resize.size if isinstance(self.resize.size, int) else max(self.resize.size)
+        return is_long(size) or target**2 * max(size) > RESIZED_PIXELS * min(size)
 
     def _resized(self, image: Image.Image) -> tuple[int, int]:
         """Return the height and width to which timm resizes an image."""

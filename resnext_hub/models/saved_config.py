@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -29,6 +30,15 @@ CONFIG_BYTES = 1 << 24
 MAX_SIDE = 4096
 """Largest input in pixels; timm's largest is 1,024."""
 
+MAX_RESIZED = 8192
+"""Longest side in pixels, input size over crop_pct, to which an image may be resized before its centre is cropped."""
+
+CROP = (0.05, 1.25)
+MEAN = (-1.0, 1.0)
+STD = (1e-4, 1.0)
+"""Ranges of crop_pct, mean and std, here and in the settings of a run. Mean and std are of pixels from 0 to 1, which
+timm's transforms make: 123.675 is of pixels up to 255."""
+
 WAY_OUT = "correct config.json or take another model"
 
 _STEERING = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load", "label_offset")
@@ -37,11 +47,9 @@ _STEERING = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "sourc
 _Side = Annotated[int, Meta(ge=1, le=MAX_SIDE)]
 _Channels = Annotated[int, Meta(ge=1, le=64)]
 _Size = tuple[_Channels, _Side, _Side]
-_Crop = Annotated[float, Meta(ge=0.05, le=1.25)]
-_Mean = Annotated[float, Meta(ge=-1.0, le=1.0)]
-_Std = Annotated[float, Meta(ge=1e-4, le=1.0)]
-"""Both are of pixels from 0 to 1, which timm's transforms make: 123.675 is of pixels up to 255."""
-
+_Crop = Annotated[float, Meta(ge=CROP[0], le=CROP[1])]
+_Mean = Annotated[float, Meta(ge=MEAN[0], le=MEAN[1])]
+_Std = Annotated[float, Meta(ge=STD[0], le=STD[1])]
 _Classes = Annotated[int, Meta(ge=0, le=10_000_000)]
 _Rate = Annotated[float, Meta(ge=0.0, lt=1.0)]
 _Width = Annotated[int, Meta(ge=1, le=1024)]
@@ -268,6 +276,14 @@ class _Reader:
             # one form at a time: msgspec 0.22 crashes over a union with a tuple of fixed length
             sides = side if isinstance(side, list) else [side, side]
             height, width = self.convert(sides, tuple[_Side, _Side], "model_args.img_size")
+        resized = resized_side((channels, height, width), facts.crop_pct)
+        if resized > MAX_RESIZED:
+            raise self.error(
+                "pretrained_cfg.crop_pct",
+                facts.crop_pct,
+                f"with input_size {[channels, height, width]}, images would be resized to {resized:,} px: expected at "
+                f"most {MAX_RESIZED:,}",
+            )
         for key, values in (("mean", facts.mean), ("std", facts.std)):
             if len(values) != channels:
                 raise self.error(f"pretrained_cfg.{key}", values, f"expected {channels}, one for each channel")
@@ -318,6 +334,11 @@ class _Reader:
         text = printable(json.dumps(value, ensure_ascii=False, default=str))
         stated = f"{printable(key)[:80]} {text if len(text) <= 60 else f'{text[:59]}…'}".strip()
         return RequestError(f"{self.where}: config.json states {stated}: {reason}; {WAY_OUT}")
+
+
+def resized_side(input_size: Sequence[int], crop_pct: float) -> int:
+    """Return the longest side in pixels to which a square image is resized before its centre is cropped."""
+    return int(max(input_size[1:]) / crop_pct)
 
 
 def _layers_of(architecture: str, model_args: dict[str, Any]) -> dict[str, Any]:

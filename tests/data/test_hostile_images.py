@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import random
+import resource
 import socket
 import struct
 import time
@@ -199,7 +200,16 @@ def test_evaluation_pixels_are_timms_to_the_bit(size: tuple[int, int], interpola
 
 
 @mark.parametrize("size", [(1300, 31), (7, 3011), (5, 401), (3001, 3)])
-@mark.parametrize("target", [{}, {"input_size": (3, 24, 40)}, {"crop_mode": "squash"}])
+@mark.parametrize(
+    "target",
+    [
+        {},
+        {"input_size": (3, 24, 40)},
+        {"crop_mode": "squash"},
+        {"crop_pct": 1.1},
+        {"crop_mode": "squash", "crop_pct": 1.2},
+    ],
+)
 def test_of_a_very_long_image_the_centre_alone_is_resized_as_timm_does(
     size: tuple[int, int], target: dict[str, object]
 ) -> None:
@@ -209,6 +219,20 @@ def test_of_a_very_long_image_the_centre_alone_is_resized_as_timm_does(
     ours, timms = build_eval_transform(config)(image), create_transform(**config, is_training=False)(image)
     assert ours.shape == timms.shape
     assert (ours - timms).abs().max() * 0.25 * 255 <= 1.01  # a step of 255: the rounding of a position
+
+
+@mark.parametrize("size", [(60, 2), (2, 60)])
+def test_at_a_large_input_size_the_centre_alone_is_resized(size: tuple[int, int]) -> None:
+    transform = build_eval_transform(CFG | {"input_size": (3, 1024, 1024), "crop_pct": 0.5})
+    image = Image.effect_noise(size, 90).convert("RGB")
+    transform(image)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    present = resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (present + (256 << 20), limits[1]))  # all of it takes 504 MB
+    try:
+        assert transform(image).shape == (3, 1024, 1024)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def test_a_very_long_image_that_nothing_is_left_of_is_unreadable() -> None:

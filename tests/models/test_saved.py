@@ -3,8 +3,10 @@
 import copy
 import json
 import os
+import re
 import shutil
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,17 @@ import numpy as np
 import timm
 import torch
 from conftest import save_with_timm
+from PIL import Image
 from pytest import MonkeyPatch, fixture, mark, raises
 from safetensors.torch import load_file, save_file
 
 from resnext_hub.errors import RequestError, RunError
+from resnext_hub.hub.load import from_hub
+from resnext_hub.inference.predict import Prediction, predict
 from resnext_hub.inference.trained import load_trained
 from resnext_hub.models.fetch import forget
-from resnext_hub.models.saved import read_model
+from resnext_hub.models.saved import HEADER_BYTES, read_model
+from resnext_hub.models.saved_config import parse_config
 from resnext_hub.models.source import build_model, find_model, portable_architecture, variant_of
 
 NAMES = [str(number) for number in range(10)]
@@ -207,6 +213,29 @@ def test_a_config_that_is_no_object_of_json_is_refused(folder: Path, content: by
     assert part.lower() in refusal(folder).lower()
 
 
+@mark.parametrize(
+    ("size", "crop_pct", "part"),
+    [
+        ([3, 4096, 4096], 0.05, "crop_pct 0.05: with input_size [3, 4096, 4096], images would be resized to 81,920 px"),
+        ([3, 4096, 4096], 0.4999, "8,193 px: expected at most 8,192"),
+        ([3, 512, 512], 0.06, "8,533 px: expected at most 8,192"),
+        ([3, 32, 2048], 0.2, "10,240 px: expected at most 8,192"),
+        ([3, 4096, 4096], 0.5, None),
+        ([3, 408, 408], 0.05, None),
+        ([3, 32, 32], 1.25, None),
+    ],
+)
+def test_a_crop_for_which_images_would_be_resized_without_bound_is_refused(
+    size: list[int], crop_pct: float, part: str | None
+) -> None:
+    config = {"architecture": "test_resnet", "pretrained_cfg": {"input_size": size, "crop_pct": crop_pct}}
+    if part is None:
+        assert parse_config(config, "it").pretrained_cfg["crop_pct"] == crop_pct
+        return
+    with raises(RequestError, match=re.escape(part)):
+        parse_config(config, "it")
+
+
 def test_files_that_are_no_files_are_not_opened(folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.unlink()
@@ -304,6 +333,43 @@ def test_a_header_that_promises_what_is_not_there_is_refused_before_anything_is_
     overlapping["fc.weight"]["data_offsets"] = [0, 10 * 96 * 4]
     write_header(folder, json.dumps(overlapping).encode(), body)
     assert "model.safetensors cannot be read" in refusal(folder)
+
+
+@mark.parametrize("kind", ["tensors", "metadata", "spaces", "a long name"])
+def test_a_header_longer_than_that_of_any_model_is_refused_unread(folder: Path, kind: str) -> None:
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header: dict[str, Any] = {
+        "tensors": {f"t{number}": entry for number in range(65_000)},
+        "metadata": {"__metadata__": {"note": "x" * HEADER_BYTES}},
+        "spaces": {},
+        "a long name": {"x" * HEADER_BYTES: entry},
+    }[kind]
+    text = json.dumps(header).encode()
+    write_header(folder, text + b" " * (HEADER_BYTES + 1 - len(text)), b"")
+    begin = time.process_time()
+    assert "model.safetensors cannot be read (its header states" in refusal(folder)
+    assert time.process_time() - begin < 0.5  # parsing alone takes longer
+
+
+def test_a_header_of_many_tensors_is_compared_in_bounded_time(folder: Path) -> None:
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    text = json.dumps({f"t{number}": entry for number in range(20_000)}).encode()
+    assert len(text) < HEADER_BYTES
+    write_header(folder, text, b"")
+    begin = time.process_time()
+    assert "conv1.0.weight is missing; " in refusal(folder)
+    assert time.process_time() - begin < 5
+
+
+@mark.parametrize("size", [(32, 64), (64, 32)])
+def test_a_model_of_images_that_are_not_square_predicts(folder: Path, size: tuple[int, int]) -> None:
+    change(folder, pretrained_cfg__input_size=[3, *size])
+    model = load_trained(str(folder))
+    assert model.data_config["input_size"] == (3, *size)
+    image = folder.parent / "image.png"
+    Image.effect_noise((50, 40), 90).convert("RGB").save(image)
+    (found,) = predict(model, [image], batch_size=1, device=torch.device("cpu"))
+    assert isinstance(found, Prediction)
 
 
 def judge(folder: Path) -> str | None:
@@ -490,10 +556,33 @@ def test_without_the_hub_each_advice_is_one_that_works() -> None:
         find_model("resnext_g32", True)
 
 
-@mark.parametrize("revision", ["", "../../x", "a//b", "refs/", "-x", "a b", "\x1b[31m", "\ud800", "r" * 300])
+REVISIONS_THAT_ARE_NONE = ["", "../../x", "a//b", "refs/", "-x", "a b", "\x1b[31m", "\ud800", "r" * 300]
+
+
+@mark.parametrize("revision", REVISIONS_THAT_ARE_NONE)
 def test_a_revision_that_can_be_none_is_refused_before_the_hub_is_asked(revision: str) -> None:
     with raises(RequestError, match="after @ is no revision: expected a branch, tag or commit") as caught:
         find_model(f"hf-hub:me/model@{revision}")
+    assert str(caught.value).isprintable()
+
+
+@mark.parametrize("verify", [True, False])
+@mark.parametrize("revision", [*REVISIONS_THAT_ARE_NONE, "../../../../tmp/zz", 5, b"main", ["main"]])
+def test_from_hub_refuses_a_revision_that_can_be_none(revision: Any, verify: bool) -> None:
+    with raises(
+        RequestError, match=r"me/model: revision=.* is no revision: expected a branch, tag or commit"
+    ) as caught:
+        from_hub("me/model", revision=revision, verify=verify)
+    assert str(caught.value).isprintable()
+
+
+@mark.parametrize("verify", [True, False])
+@mark.parametrize(
+    "repo_id", ["", " ", None, 5, Path("me/model"), "a/b/c", "../x", "me/x@main", "me/" + "x" * 500, "\0"]
+)
+def test_from_hub_refuses_what_is_no_repository(repo_id: Any, verify: bool) -> None:
+    with raises(RequestError, match="is not a Hub id of the form owner/name") as caught:
+        from_hub(repo_id, verify=verify)
     assert str(caught.value).isprintable()
 
 
