@@ -22,6 +22,9 @@ _logger = logging.getLogger(__name__)
 
 _PARTIAL = ".partial-"
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""How the files begin that `git lfs` leaves in the place of those that it has not fetched."""
+
 JSON_BYTES = 1 << 28
 """Size in bytes above which a JSON file is refused; a record of thousands of classes has some megabytes."""
 

@@ -9,9 +9,6 @@ Files are hostile until shown otherwise: only regular files are opened, only the
 """
 
 import contextlib
-import io
-import itertools
-import re
 import struct
 import warnings
 from collections.abc import Iterator
@@ -19,10 +16,11 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, JpegImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
+from resnext_hub.data import bounds, netpbm
 from resnext_hub.errors import one_line
-from resnext_hub.files import FileTooLargeError, read_regular
+from resnext_hub.files import LFS_POINTER, FileTooLargeError, read_regular
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Pillow's names of the formats that are read: those of the known suffixes."""
@@ -36,17 +34,11 @@ MAX_ASPECT = 1000
 MAX_SCANS = 100
 """Scans of a JPEG: each costs a pass over all pixels, however short it is. Progressive files have about ten."""
 
-MAX_PARTS = 10_000
-"""Chunks of a PNG, segments or fill bytes of a JPEG besides its pixels: Pillow takes some microseconds for each."""
-
 _MAX_PASSES = 20
 """How often the greatest number of pixels may be passed over by the scans of one image: some seconds."""
 
-_BARE = {marker & 0xFF for marker, (_, _, handler) in JpegImagePlugin.MARKER.items() if handler is None} | {0}
-"""Markers of a JPEG after which Pillow expects no length."""
-
-_PPM_HEADER = 1 << 16
-"""Bytes in which the header of a PPM has to end."""
+_RAW_PROFILE = 1 << 20
+"""Characters of Exif as text in a PNG; two for each byte."""
 
 _BAND_PIXELS = 1 << 20
 """Pixels of which the depth is reduced at once."""
@@ -83,9 +75,11 @@ def read_bytes(row: dict[str, Any] | None, max_pixels: int = MAX_IMAGE_PIXELS) -
     path: str | None = row.get("path")
     if data is None and path is None:
         raise UnreadablePictureError("neither bytes nor a path")
+    limit = 8 * max_pixels + (1 << 26)  # sixteen bits in four channels, and what a program has to say beside them
     try:
-        # sixteen bits in four channels, uncompressed, and what a program has to say beside them
-        data = read_regular(str(path), limit=8 * max_pixels + (1 << 26)) if data is None else data
+        data = read_regular(str(path), limit) if data is None else data
+        if len(data) > limit:
+            raise FileTooLargeError(f"{len(data)} bytes")
     except FileNotFoundError as error:
         raise UnreadablePictureError("the file is gone") from error
     except FileTooLargeError as error:
@@ -135,17 +129,26 @@ def opened(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Iterator[Image.Im
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata in what it can still read
-            _require_parts(data)
-            _require_ppm_header(data)
+            if netpbm.is_netpbm(data):
+                header = netpbm.read_header(data)
+                require_size(header.width, header.height, max_pixels)
+                yield netpbm.read_pixels(data, header)
+                return
+            require_parts(data)
+            data = bounds.without_avif_exif(data)
+            file = bounds.MeteredFile(data)
             if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
                 Image.MAX_IMAGE_PIXELS = max_pixels  # where Pillow would refuse what the request allows
-            with Image.open(io.BytesIO(data), formats=_formats()) as image:
+            with Image.open(file, formats=_formats()) as image:
                 require_size(image.width, image.height, max_pixels)
-                _require_tiles(image, max_pixels)
+                bounds.allow_runs(file, image)
+                _require_tiles(image, data, max_pixels)
                 require_scans(data, image.width * image.height, max_pixels)
                 yield image
     except UnidentifiedImageError as error:
-        raise UnreadablePictureError("not an image") from error
+        pointer = data.startswith(LFS_POINTER)
+        reason = "a Git LFS pointer, not the image itself; run `git lfs pull`" if pointer else "not an image"
+        raise UnreadablePictureError(reason) from error
     except Image.DecompressionBombError as error:
         raise UnreadablePictureError(f"more than {max_pixels} pixels (--max-image-pixels)") from error
     except _DAMAGED as error:
@@ -179,52 +182,21 @@ def require_size(width: int, height: int, max_pixels: int) -> None:
         raise UnreadablePictureError(f"{width} x {height} pixels: one side is more than {MAX_ASPECT} times the other")
 
 
+def require_parts(data: bytes) -> None:
+    """Raise UnreadablePictureError for a file whose metadata can only be meant to take time or memory."""
+    try:
+        bounds.require_few_parts(data)
+    except ValueError as error:
+        raise UnreadablePictureError(_reason(error)) from error
+
+
 def require_scans(data: bytes, pixels: int, max_pixels: int) -> None:
     """Raise UnreadablePictureError for a JPEG of so many scans that they can only be meant to take time."""
-    if data[:2] == b"\xff\xd8":
-        values = np.frombuffer(data, np.uint8)
-        scans = np.count_nonzero(values[1:][values[:-1] == 0xFF] == 0xDA)  # in pixels, a zero follows each 0xFF
+    if data.startswith(b"\xff\xd8"):
         most = min(MAX_SCANS, _MAX_PASSES * max_pixels // pixels)
+        scans = bounds.count_scans(data, most)
         if scans > most:
-            raise UnreadablePictureError(f"{scans} scans of {pixels} pixels, more than {most}")
-
-
-def _require_parts(data: bytes) -> None:
-    """Refuse a file of so many parts beside its pixels that they can only be meant to take time."""
-    parts = _png_chunks(data) if data.startswith(b"\x89PNG") else segments(data)
-    if next(itertools.islice(parts, MAX_PARTS, None), None) is not None:
-        raise UnreadablePictureError(f"more than {MAX_PARTS} parts beside its pixels")
-
-
-def _require_ppm_header(data: bytes) -> None:
-    """Refuse a PPM whose header has no end: Pillow reads it byte by byte, with comments of any length."""
-    if re.match(rb"P[0-7fyFY][\s#]", data):
-        words = re.sub(rb"#[^\r\n]*", b"", data[:_PPM_HEADER]).split(maxsplit=4)
-        if len(data) > _PPM_HEADER and len(words) < 4:
-            raise UnreadablePictureError(f"a header of more than {_PPM_HEADER} bytes")
-
-
-def _png_chunks(data: bytes) -> Iterator[bytes]:
-    """Yield the kinds of the chunks of a PNG, without those of pixels."""
-    place = 8
-    while place + 8 <= len(data):
-        kind = data[place + 4 : place + 8]
-        if kind not in (b"IDAT", b"fdAT", b"fcTL"):
-            yield kind
-        place += 12 + int.from_bytes(data[place : place + 4], "big")
-
-
-def segments(data: bytes) -> Iterator[tuple[int, int]]:
-    """Yield the parts of a JPEG from its first: the marker of each, and the place of what follows that, its length."""
-    place = 2
-    if data[:2] != b"\xff\xd8":
-        return
-    while place + 4 <= len(data) and data[place] == 0xFF:
-        yield data[place + 1], place + 2
-        if data[place + 1] == 0xFF:  # any number of these may stand before a marker
-            place += 1
-        else:
-            place += 2 if data[place + 1] in _BARE else 2 + (data[place + 2] << 8 | data[place + 3])
+            raise UnreadablePictureError(f"more than {most} scans of {pixels} pixels")
 
 
 @lru_cache(maxsize=1)
@@ -234,12 +206,23 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _require_tiles(image: Image.Image, max_pixels: int) -> None:
-    """Refuse a TIFF of small size in tiles of any: one is decoded whole."""
-    tags = getattr(image, "tag_v2", None) or {}
-    width, height = (tags.get(tag, 1) for tag in (ExifTags.Base.TileWidth, ExifTags.Base.TileLength))
-    if width * height > max_pixels:
-        raise UnreadablePictureError(f"tiles of {width} x {height}, more than {max_pixels} pixels (--max-image-pixels)")
+def _require_tiles(image: Image.Image, data: bytes, max_pixels: int) -> None:
+    """Refuse a TIFF of small size in tiles of any, which are decoded whole, and one of JPEGs of many scans."""
+    tags = getattr(image, "tag_v2", None)
+    if not tags:
+        return
+    width, height = (tags.get(tag) for tag in (ExifTags.Base.TileWidth, ExifTags.Base.TileLength))
+    if isinstance(width, int) and isinstance(height, int) and width > 0 and height > 0:
+        pixels = -(-image.width // width) * width * (-(-image.height // height)) * height
+        if width * height > max_pixels or pixels > 4 * max_pixels:  # those at the edges reach beyond it
+            raise UnreadablePictureError(
+                f"tiles of {width} x {height}, more than {max_pixels} pixels (--max-image-pixels)"
+            )
+    if tags.get(ExifTags.Base.Compression) in (6, 7):  # JPEG
+        offsets = tags.get(ExifTags.Base.StripOffsets) or tags.get(ExifTags.Base.TileOffsets) or ()
+        scans = data.count(b"\xff\xda") / max(1, len(set(offsets)))
+        if scans * image.width * image.height > _MAX_PASSES * max_pixels:
+            raise UnreadablePictureError(f"{scans:.0f} scans of {image.width * image.height} pixels")
 
 
 def _reason(error: BaseException) -> str:
@@ -259,7 +242,16 @@ def upright(image: Image.Image, mode: str) -> Image.Image:
 
 
 def orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation of an image, 1 where it says none or its metadata are damaged."""
+    """Return the EXIF orientation of an image, 1 where it says none or its metadata are damaged.
+
+    Raises:
+        ValueError: If its metadata can only be meant to take time.
+    """
+    exif = image.info.get("exif")
+    if isinstance(exif, bytes):
+        bounds.require_few_numbers(exif.removeprefix(b"Exif\0\0").removeprefix(b"Exif\0\0"))
+    elif len(image.info.get("Raw profile type exif", "")) > _RAW_PROFILE:
+        raise ValueError(f"Exif of more than {_RAW_PROFILE} characters")
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except _DAMAGED:
@@ -276,18 +268,33 @@ def _to_mode(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Scale grey of sixteen or more bits to eight, where Pillow's own conversion would clip; a band at a time."""
-    sixteen = image.mode.startswith("I;16")
-    low, high = (0, 65535) if sixteen else image.getextrema()
+    """Scale grey of more than eight bits by what its type can hold, a band at a time; fractions go from 0 to 1.
+
+    The values of one image are no guide: another one of the same dataset would be scaled otherwise.
+    """
+    if image.mode == "I":
+        raise UnreadablePictureError("signed or 32-bit numbers, whose range is not known; store 8 or 16 bits")
+    white, inverted = _range_of(image)
     pixels = np.empty((image.height, image.width), np.uint8)
     rows = max(1, _BAND_PIXELS // image.width)
     for top in range(0, image.height, rows):
         band = np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
         if not np.isfinite(band).all():
             raise UnreadablePictureError("pixels that are not finite")
-        if image.mode == "F":
-            band = band * 255 if 0 <= low <= high <= 1 else band  # type: ignore[operator]
-        elif high > 255:  # type: ignore[operator]
-            band = band // 257
-        pixels[top : top + rows] = np.clip(band, 0, 255)
+        if image.mode != "F":
+            band = np.minimum(band, white).astype(np.uint32) * 255 // white
+        elif band.min() < 0 or band.max() > 1:
+            raise UnreadablePictureError(
+                f"floating-point pixels from {band.min():.4g} to {band.max():.4g}; expected 0 to 1"
+            )
+        else:
+            band = band * 255
+        pixels[top : top + rows] = 255 - band if inverted else band
     return Image.fromarray(pixels)
+
+
+def _range_of(image: Image.Image) -> tuple[int, bool]:
+    """Return the value of the brightest pixel that a type can hold, and whether it is black."""
+    tags = getattr(image, "tag_v2", None) or {}
+    bits = tags.get(ExifTags.Base.BitsPerSample, (16,))[0]
+    return (1 << bits) - 1, tags.get(ExifTags.Base.PhotometricInterpretation) == 0

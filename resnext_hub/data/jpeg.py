@@ -18,16 +18,16 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from resnext_hub.data.bounds import MAX_PARTS, segments
 from resnext_hub.data.decode import (
     MAX_IMAGE_PIXELS,
-    MAX_PARTS,
     decode,
     opened,
     orientation,
     read_bytes,
+    require_parts,
     require_scans,
     require_size,
-    segments,
     within_memory,
 )
 from resnext_hub.data.transforms import build_eval_transform
@@ -95,11 +95,14 @@ def read_header(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Header | Non
     Raises:
         UnreadablePictureError: If Pillow does not read it, or it asks for more memory or time than an image needs.
     """
+    if not data.startswith(b"\xff\xd8"):
+        return None
     frame = _find_frame(data)
     rows_at = frame.place if frame and frame.sequential else None
     if frame and frame.plain:
         height, width = frame.size
         require_size(width, height, max_pixels)
+        require_parts(data)
         require_scans(data, height * width, max_pixels)
         return Header(frame.size, _TURNS[1], rows_at)
     with opened(data, max_pixels) as image:
@@ -205,7 +208,7 @@ def _is_one_scan(data: bytes) -> bool:
 
     Then there is nothing in rows that are not decoded for which Pillow would refuse the file.
     """
-    for marker, place in segments(data):
+    for marker, place in itertools.islice(segments(data), MAX_PARTS):
         if marker == 0xDA:
             scan = np.frombuffer(data, np.uint8, offset=place)
             following = scan[np.flatnonzero(scan[:-1] == 0xFF) + 1]  # by a zero, what is before it is no marker

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from pytest import fixture, mark, raises
 from timm.data import create_transform
 
@@ -110,10 +110,71 @@ def tags(entries: list[tuple[int, int, int, int]]) -> bytes:
     return b"II*\0" + struct.pack("<IH", 8, len(entries)) + body + bytes(4)
 
 
+def grey_tiff(bits: int, photometric: int, pixels: bytes) -> bytes:
+    """Return a TIFF of two grey pixels, uncompressed."""
+    sizes = [(256, 4, 1, 2), (257, 4, 1, 1), (258, 3, 1, bits), (259, 3, 1, 1), (262, 3, 1, photometric)]
+    return tags([*sizes, (273, 4, 1, 122), (277, 3, 1, 1), (279, 4, 1, len(pixels))]).ljust(122, b"\0") + pixels
+
+
+def strips(count: int) -> bytes:
+    """Return a TIFF of 8 x 8 pixels in so many strips, all of them at one place."""
+    sizes = [(256, 4, 1, 8), (257, 4, 1, 8), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (277, 3, 1, 1)]
+    head = tags([*sizes, (273, 4, count, 122), (278, 4, 1, 1), (279, 4, count, 122)])
+    return head.ljust(122, b"\0") + struct.pack("<I", 8) * count
+
+
+def rational_exif(count: int) -> bytes:
+    """Return Exif whose orientation is so many fractions."""
+    return tags([(0x0112, 5, count, 26)]) + struct.pack("<II", 1, 3) * count
+
+
+def tiff_with_exif(exif: bytes) -> bytes:
+    """Return a TIFF that ends with a directory of Exif, the places in it being those in the file."""
+    sizes = [(256, 4, 1, 8), (257, 4, 1, 8), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (277, 3, 1, 1)]
+    return tags([*sizes, (273, 4, 1, 8), (279, 4, 1, 64), (34665, 4, 1, 122)]) + exif
+
+
+def run_length_bmp(side: int, runs: bytes, kind: int = 1) -> bytes:
+    sizes = struct.pack("<IiiHHIIiiII", 40, side, side, 1, 8 // kind, kind, len(runs), 0, 0, 256 // kind**4, 0)
+    palette = b"".join(bytes([i, 0, i, 0]) for i in range(256 // kind**4))
+    start = 14 + len(sizes) + len(palette)
+    return b"BM" + struct.pack("<IHHI", start + len(runs), 0, 0, start) + sizes + palette + runs
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    return bytes([255, marker]) + struct.pack(">H", len(content) + 2) + content
+
+
+def jpeg_with(inside: bytes) -> bytes:
+    whole = encoded(Image.new("L", (8, 8)), "JPEG")
+    return whole[:2] + inside + whole[2:]
+
+
+def gif_with(inside: bytes) -> bytes:
+    screen = b"GIF89a" + struct.pack("<HHBBB", 8, 8, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff"
+    return screen + inside + b",\0\0\0\0\x08\0\x08\0\0\x02\x07\x04\x01\0;"
+
+
+def avif_with_description(size: int) -> bytes:
+    """Return an AVIF with so many bytes more in the box that describes its items."""
+    whole = encoded(Image.new("RGB", (8, 8)), "AVIF")
+    start = whole.index(b"meta") - 4
+    end = start + int.from_bytes(whole[start : start + 4], "big")
+    longer = struct.pack(">I", end - start + size) + whole[start + 4 : end] + struct.pack(">I", size) + b"free"
+    return whole[:start] + longer + bytes(size - 8) + whole[end:]
+
+
 def tiled_tiff() -> bytes:
     """A TIFF of 16 x 16 pixels in tiles of 65536 x 65536."""
     sizes = [(256, 4, 1, 16), (257, 4, 1, 16), (258, 3, 1, 8), (259, 3, 1, 8), (262, 3, 1, 1), (277, 3, 1, 1)]
     return tags([*sizes, (322, 4, 1, 65536), (323, 4, 1, 65536), (324, 4, 1, 300), (325, 4, 1, 100)]) + bytes(400)
+
+
+def wide_tiles() -> bytes:
+    """Return a TIFF of a column of 1000 pixels in tiles of a hundred million each."""
+    sizes = [(256, 4, 1, 1), (257, 4, 1, 1000), (258, 3, 1, 8), (259, 3, 1, 8), (262, 3, 1, 1), (277, 3, 1, 1)]
+    places = [(322, 4, 1, 99_999_984), (323, 4, 1, 1), (324, 4, 1000, 134), (325, 4, 1000, 134)]
+    return tags([*sizes, *places]) + bytes(8000)
 
 
 def repeated_scans(count: int) -> bytes:
@@ -122,6 +183,7 @@ def repeated_scans(count: int) -> bytes:
     return whole[:-2] + last[:14] * count + b"\xff\xd9"
 
 
+MEGABYTE = zlib.compress(bytes(1 << 20), 9)
 ZEROS = zlib.compress(bytes(50_000_000), 9)
 
 BOMBS: dict[str, tuple[Callable[[], bytes], str | None]] = {
@@ -138,8 +200,49 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str | None]] = {
         "pixels",
     ),
     "tiles": (tiled_tiff, "tiles of 65536 x 65536"),
-    "scans": (lambda: repeated_scans(3000), "scans of 4096 pixels, more than 100"),
-    "chunks": (lambda: png(8, 8, chunk(b"tEXt", b"") * 20_000), "more than 10000 parts"),
+    "scans": (lambda: repeated_scans(3000), "more than 100 scans of 4096 pixels"),
+    "chunks": (lambda: png(8, 8, chunk(b"tEXt", b"") * 200_000), "too many parts"),
+    "empty chunks of pixels": (lambda: png(8, 8, chunk(b"IDAT", b"") * 150_000), "too many parts"),
+    "profiles": (
+        lambda: png(8, 8, chunk(b"iCCP", b"x\0\0" + MEGABYTE) * 5000),
+        "more than 100 parts of compressed text",
+    ),
+    "nameless text": (
+        lambda: png(8, 8, chunk(b"zTXt", b"\0\0" + MEGABYTE) * 5000),
+        "more than 100 parts of compressed",
+    ),
+    "fractions": (lambda: png(8, 8, chunk(b"eXIf", rational_exif(1_000_000))), "more than 100000 numbers in its tags"),
+    "fractions in a jpeg": (
+        lambda: jpeg_with(segment(0xE1, b"Exif\0\0" + rational_exif(400_000)[:60_000]) * 50),
+        "more than 16 segments of Exif",
+    ),
+    "fractions in a tiff": (
+        lambda: tiff_with_exif(tags([(37386, 5, 1_000_000, 200)])[8:] + bytes(8_000_100)),
+        "more than 100000 numbers in its tags",
+    ),
+    "strips": (lambda: strips(1_000_000), "more than 100000 numbers in its tags"),
+    "tiles beyond the edge": (wide_tiles, "tiles of 99999984 x 1"),
+    "tags": (
+        lambda: b"II+\0" + struct.pack("<HHQQ", 8, 0, 16, 1 << 60) + struct.pack("<HHQQ", 9, 3, 1, 0) * 200_000,
+        "more than 100000 tags",
+    ),
+    "tables": (lambda: jpeg_with(segment(0xDB, (b"\0" + bytes(64)) * 900) * 300), "more than 100 tables"),
+    "frames": (
+        lambda: jpeg_with(segment(0xC0, b"\x08\0\x40\0\x40\x01" + b"\1\x11\0" * 20_000) * 300),
+        "more than 100 tables",
+    ),
+    "resources": (
+        lambda: jpeg_with(segment(0xED, b"Photoshop 3.0\0" + b"8BIM\4\4\0\0\0\0\0\0" * 5000) * 300),
+        "more than 10000 parts of Photoshop",
+    ),
+    "junk": (lambda: jpeg_with(b"\xff\xfe\0\2" + bytes(20_000_000)), "too many parts"),
+    "comments": (lambda: gif_with(b"!\xfe\1c\0" * 3_000_000), "too many parts"),
+    "a comment of many blocks": (lambda: gif_with(b"!\xfe" + b"\1c" * 3_000_000 + b"\0"), "too many parts"),
+    "zeros": (lambda: gif_with(bytes(20_000_000)), "too many parts"),
+    "runs": (lambda: run_length_bmp(10_000, b"\1\1\0\0" * 10_000), "10000 x 10000, more than 1048576 pixels"),
+    "plain comments": (lambda: b"P3 8 8 255\n" + b"#\n" * 500_000 + b"1 " * 192, "more than 10000 comments"),
+    "plain numbers": (lambda: b"P2 9000 9000 255\n" + b" " * (1 << 26), "a plain Netpbm file of more than"),
+    "items": (lambda: avif_with_description(600_000), "more than 262144 bytes of description"),
     "segments": (
         lambda: (whole := encoded(Image.new("L", (8, 8)), "JPEG"))[:2] + b"\xff\xfe\0\2" * 20_000 + whole[2:],
         "more than 10000 parts",
@@ -254,7 +357,9 @@ def of_mode(mode: str, size: tuple[int, int] = (13, 9)) -> Image.Image:
     if mode.startswith("I;16"):
         return Image.frombytes(mode, size, noise[:, :, :2].tobytes())
     if mode in ("I", "F"):
-        return Image.fromarray(noise[:, :, 0].astype(np.int32 if mode == "I" else np.float32) * 300)
+        return Image.fromarray(
+            noise[:, :, 0].astype(np.int32) * 257 if mode == "I" else noise[:, :, 0] / np.float32(255)
+        )
     before = {"PA": "P", "RGBa": "RGBA"}.get(mode)
     return (image.convert(before) if before else image).convert(mode)
 
@@ -276,14 +381,42 @@ def test_every_mode_of_every_format_is_decoded_or_unreadable(mode: str) -> None:
     assert decoded >= 4
 
 
-@mark.parametrize("mode", ["I;16", "I;16B", "I", "F"])
-def test_sixteen_bits_of_any_byte_order_have_the_same_pixels(mode: str) -> None:
+@mark.parametrize("mode", ["I;16", "I;16B", "F"])
+def test_sixteen_bits_of_any_byte_order_and_fractions_have_the_same_pixels(mode: str) -> None:
     values = np.array([[0, 257, 32896, 65535]])
-    kinds = {"I;16": "<u2", "I;16B": ">u2", "I": "<i4", "F": "<f4"}
+    kinds = {"I;16": "<u2", "I;16B": ">u2", "F": "<f4"}
     stored = values / 65535 if mode == "F" else values
     image = Image.frombytes(mode, (4, 1), stored.astype(kinds[mode]).tobytes())
     found = np.asarray(decode(row(encoded(image, "TIFF")), "L")).tolist()
     assert found == [[0, 1, 128, 255]]
+
+
+@mark.parametrize("white", [200, 65535])
+def test_a_dark_image_of_sixteen_bits_is_as_dark_as_a_bright_one_of_the_same_type_is_bright(white: int) -> None:
+    values = np.array([[0, white]], np.uint16)
+    pgm = b"P5 2 1 65535\n" + values.astype(">u2").tobytes()
+    for data in (encoded(Image.fromarray(values), "PNG"), encoded(Image.fromarray(values), "TIFF"), pgm):
+        assert decode(row(data), "L").getextrema() in ((0, white // 257), (0, round(white / 257)))
+
+
+def test_grey_of_twelve_bits_and_grey_whose_zero_is_white_have_the_range_of_their_type() -> None:
+    assert decode(row(grey_tiff(12, 1, b"\0\x0f\xff")), "L").getextrema() == (0, 255)
+    assert np.asarray(decode(row(grey_tiff(16, 0, b"\0\0\xff\xff")), "L")).tolist() == [[255, 0]]
+    assert np.asarray(decode(row(grey_tiff(16, 1, b"\0\0\xff\xff")), "L")).tolist() == [[0, 255]]
+
+
+@mark.parametrize(
+    ("values", "reason"),
+    [
+        (np.array([[0, 255]], np.float32), "floating-point pixels from 0 to 255; expected 0 to 1"),
+        (np.array([[-1, 1]], np.float32), "floating-point pixels from -1 to 1; expected 0 to 1"),
+        (np.array([[0, 200]], np.int32), "whose range is not known; store 8 or 16 bits"),
+        (np.array([[0, 2**31 - 1]], np.int32), "whose range is not known; store 8 or 16 bits"),
+    ],
+)
+def test_numbers_of_unknown_range_are_unreadable_whatever_the_image_holds(values: np.ndarray, reason: str) -> None:
+    with raises(UnreadablePictureError, match=reason):
+        decode(row(encoded(Image.fromarray(values), "TIFF")))
 
 
 def test_pixels_that_are_no_numbers_are_unreadable() -> None:
@@ -308,6 +441,113 @@ def test_a_header_of_endless_comments_is_refused_before_it_costs_time(header: by
         decode(row(header + b"\n4 4 255\n" + b"\0" * 48))
     assert decode(row(b"P6 # made by hand\n4 4\n# at noon\n255\n" + b"\0" * 70_000)).size == (4, 4)
     assert decode(row(b"P4 8 8\n" + b"\0" * 70_000)).size == (8, 8)
+
+
+NETPBM: dict[str, tuple[bytes, list[object]]] = {
+    "plain bits without space": (b"P1\n# made by hand\n3 2\n010\n1 1 1", [[255, 0, 255], [0, 0, 0]]),
+    "plain grey with comments": (b"P2 3 1 15\n0 # black\n7 15", [[0, 119, 255]]),
+    "plain colour of sixteen bits": (b"P3 1 1 65535 65535 32768 0", [[[255, 128, 0]]]),
+    "bits": (b"P4 10 2\n\x80\x40\0\0", [[0, *[255] * 8, 0], [255] * 10]),
+    "grey of twelve bits": (b"P5 3 1 4095\n\0\0\x08\0\x0f\xff", [[0, 128, 255]]),
+    "dark grey of sixteen bits": (b"P5 2 1 65535\n\0\0\0\xff", [[0, 1]]),
+    "grey of five bits": (b"P5 2 1 31\n\x1f\x10", [[255, 132]]),
+    "colour of ten bits": (b"P6 1 1 1023\n\3\xff\2\0\0\0", [[[255, 128, 0]]]),
+    "a second image is passed over": (b"P5 1 1 255\n\x07P5 1 1 255\n\x08", [[7]]),
+}
+
+
+@mark.parametrize("kind", NETPBM)
+def test_netpbm_is_scaled_by_the_greatest_value_that_its_header_states(kind: str) -> None:
+    data, expected = NETPBM[kind]
+    colour = isinstance(expected[0][0], list)
+    assert np.asarray(decode(row(data), "RGB" if colour else "L")).tolist() == expected
+
+
+@mark.parametrize("maxval", [1, 2, 7, 34, 100, 254, 255, 1023])
+def test_netpbm_has_pillows_pixels(maxval: int) -> None:
+    values = np.arange(min(maxval, 900) + 1, dtype=np.uint8 if maxval < 256 else ">u2").repeat(3)
+    for data in (
+        b"P6 %d 1 %d\n" % (len(values) // 3, maxval) + values.tobytes(),
+        b"P3 %d 1 %d\n" % (len(values) // 3, maxval) + b" ".join(b"%d" % value for value in values),
+    ):
+        pillows = np.asarray(Image.open(io.BytesIO(data)))
+        assert np.array_equal(np.asarray(decode(row(data))), pillows)
+
+
+@mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"P5 4 4 255\n" + bytes(15), "truncated: 15 of 16 bytes"),
+        (b"P4 9 4\n" + bytes(7), "truncated: 7 of 8 bytes"),
+        (b"P2 2 2 255\n1 2 3", "truncated: 3 of 4 numbers"),
+        (b"P1 2 2\n101", "truncated: 3 of 4 numbers"),
+        (b"P2 2 1 100\n1 101", "values from 1 to 101; its header says 0 to 100"),
+        (b"P2 2 1 100\n1 -1", "values from -1 to 1; its header says 0 to 100"),
+        (b"P1 2 1\n12", "values from 1 to 2; its header says 0 to 1"),
+        (b"P5 2 1 100\n\1\xff", "values from 1 to 255; its header says 0 to 100"),
+        (b"P5 2 1 0\n\0\0", "a greatest value of 0; expected 1 to 65535"),
+        (b"P6 2 1 65536\n\0\0", "a greatest value of 65536; expected 1 to 65535"),
+        (b"P5 0 1 255\n\0", "0 x 1 pixels"),
+        (b"P5 99999 99999 255\n\0", "more than 100000000 pixels"),
+        (b"P5 -1 1 255\n\0", "a damaged Netpbm header"),
+        (b"P2 2 1 255\n", "truncated: 0 of 2 numbers"),
+        (b"P2 2 1 255\n1 x", "something other than whole numbers"),
+        (b"P3 1 1 255\n1 2 2.5", "something other than whole numbers"),
+    ],
+)
+def test_damaged_netpbm_says_why(data: bytes, reason: str) -> None:
+    with raises(UnreadablePictureError, match=reason):
+        decode(row(data))
+
+
+def large(kind: str) -> bytes:
+    """Return an honest image of 3 million pixels."""
+    noise = Image.effect_noise((2000, 1500), 60)
+    pixels = np.asarray(noise)
+    if kind == "twelve bits":
+        return b"P5 2000 1500 4095\n" + (pixels * np.uint16(16)).astype(">u2").tobytes()
+    if kind == "plain":
+        return b"P2 2000 1500 255\n" + b" ".join(map([b"%d" % i for i in range(256)].__getitem__, pixels.tobytes()))
+    if kind == "one row a strip":
+        return encoded(noise, "TIFF", tiffinfo={278: 1})
+    if kind == "with a video after it":
+        return encoded(noise, "JPEG") + random.Random(0).randbytes(20_000_000)
+    raise ValueError(kind)
+
+
+@mark.parametrize("kind", ["twelve bits", "plain", "one row a strip", "with a video after it"])
+def test_honest_large_files_are_decoded_in_little_time(kind: str) -> None:
+    data = large(kind)
+    begin = time.process_time()
+    assert decode(row(data)).size == (2000, 1500)
+    assert time.process_time() - begin < 3.0
+
+
+def test_a_run_length_encoded_bmp_of_usual_size_is_decoded() -> None:
+    line = b"\x40\1\0\4\1\2\3\4\x40\2\0\0"  # 64 pixels, 4 as they are, 64 pixels, end of line
+    pixels = np.asarray(decode(row(run_length_bmp(132, line * 132 + b"\0\1")), "RGB"))[0, :, 0]
+    assert pixels.tolist() == [1] * 64 + [1, 2, 3, 4] + [2] * 64
+    assert decode(row(run_length_bmp(512, (b"\1\1" * 512 + b"\0\0") * 512))).size == (512, 512)  # runs of one pixel
+    with raises(UnreadablePictureError, match="too many parts"):
+        decode(row(run_length_bmp(200, b"\0\2\0\0" * 200_000)))  # moves to where it is
+
+
+@mark.parametrize("orientation", range(1, 9))
+def test_an_avif_is_turned_by_its_own_boxes_with_or_without_exif(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.effect_noise((24, 16), 60).convert("RGB")
+    data = encoded(image, "AVIF", exif=exif)
+    assert np.array_equal(
+        np.asarray(decode(row(data))), np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    )
+
+
+def test_a_pointer_of_git_lfs_says_how_to_get_the_image() -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
+    for reader in (decode, Augmentation(TransformConfig(), CFG, "simplejpeg"), FastTransform(CFG)):
+        with raises(UnreadablePictureError, match="a Git LFS pointer, not the image itself; run `git lfs pull`"):
+            reader(row(pointer))
 
 
 @mark.parametrize("kind", FORMATS)
