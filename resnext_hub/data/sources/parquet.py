@@ -21,6 +21,7 @@ from resnext_hub.data.sources.shards import Shards, folder_columns
 from resnext_hub.data.sources.source import Part, Source
 from resnext_hub.data.sources.walk import Tree
 from resnext_hub.errors import RequestError, RunError, one_line
+from resnext_hub.files import LFS_POINTER
 from resnext_hub.text import listing, printable
 
 if TYPE_CHECKING:
@@ -38,9 +39,6 @@ _SMALL = 256
 
 _FOOTER_BYTES = 1 << 26
 """How much of a footer tells versions of a file apart; what is no parquet could state any length."""
-
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-"""How a file begins that stands for one that Git LFS keeps."""
 
 
 def open_parquet(root: Path, shards: Shards, streaming: bool) -> Source:
@@ -222,7 +220,7 @@ def _reason_of(path: Path, error: BaseException) -> str:
 def pointer_reason(path: Path) -> str | None:
     """Describe a file that only names the content that Git LFS keeps elsewhere, or return None."""
     with open(path, "rb") as file:
-        is_pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
+        is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
     return "it is a pointer of Git LFS; run `git lfs pull` in its repository" if is_pointer else None
 
 
