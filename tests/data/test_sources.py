@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import socket
+import time
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +22,7 @@ from pytest import LogCaptureFixture, MonkeyPatch, fixture, mark, raises
 from resnext_hub.data.config import DataConfig
 from resnext_hub.data.dataset import Pictures, Splits, load_splits
 from resnext_hub.data.decode import UnreadablePictureError
-from resnext_hub.data.sources import Source, check_source, dataset_name, open_source
+from resnext_hub.data.sources import Source, check_source, dataset_name, open_source, table_files
 from resnext_hub.data.sources.names import class_names_of, likely_splits, split_keyword
 from resnext_hub.data.sources.parquet import _small_columns, _version_of
 from resnext_hub.data.sources.shards import splits_of
@@ -358,7 +360,7 @@ def test_a_table_of_any_size_is_not_read(tmp_path: Path) -> None:
     fill(tmp_path, classes())
     with open(tmp_path / "metadata.jsonl", "wb") as file:
         file.truncate(1 << 40)
-    assert "metadata.jsonl cannot be read as jsonl (more than 512 MB)" in refused(tmp_path)
+    assert "metadata.jsonl cannot be read as jsonl (more than 256 MB)" in refused(tmp_path)
 
 
 @mark.parametrize("folders", [("training_set", "test_set"), ("x/seg_train", "x/seg_test"), ("train", "TestImages")])
@@ -430,6 +432,255 @@ def test_a_table_without_labels_leaves_class_folders_as_they_are(tmp_path: Path)
     assert classes_of(opened(tmp_path)) == ["cat", "dog"]
 
 
+BATCHES = [f"images_00{batch}/{batch}{i}.png" for batch in (1, 2) for i in range(4)]
+
+
+def rows_of(names: Iterable[str], separator: str = ",") -> list[str]:
+    return [f"{name}{separator}{'ab'[i % 2]}" for i, name in enumerate(names)]
+
+
+@mark.parametrize(
+    ("name", "rows"),
+    [
+        ("Data_Entry.csv", ["Image,Label", *rows_of(path.rpartition("/")[2] for path in BATCHES)]),
+        ("labels/all.csv", rows_of(path.rpartition("/")[2] for path in BATCHES)),
+        ("HAM.csv", ["lesion_id,image_id,dx", *(f"x,{row}" for row in rows_of(path[11:13] for path in BATCHES))]),
+        ("a.tsv", ["path\tlabel", *rows_of((path.replace("/", "\\") for path in BATCHES), "\t")]),
+        ("a.jsonl", [json.dumps({"img": path[11:], "y": i % 2}) for i, path in enumerate(BATCHES)]),
+        ("labels.json", [json.dumps({path[11:]: "ab"[i % 2] for i, path in enumerate(BATCHES)})]),
+        ("metadata.csv", ["filename,label", *rows_of(BATCHES)]),
+        ("metadata.csv", ["file_name,finding", *rows_of(BATCHES)]),
+    ],
+)
+def test_folders_are_no_classes_where_a_table_names_their_images(tmp_path: Path, name: str, rows: list[str]) -> None:
+    fill(tmp_path, [*BATCHES, name])
+    write_csv(tmp_path / name, *rows)
+    message = refused(tmp_path)
+    assert name in message
+    assert "if the folders images_001, images_002 are the classes, add --layout classes" in message
+    assert ("--label-column" in message) == ("file_name," in rows[0])
+    assert classes_of(opened(tmp_path, layout="classes")) == ["images_001", "images_002"]
+
+
+def test_any_kind_of_table_is_searched_for_names_of_images(tmp_path: Path) -> None:
+    fill(tmp_path, BATCHES)
+    table = datasets.Dataset.from_dict({"image": [path[11:] for path in BATCHES], "finding": list("abababab")})
+    table.to_parquet(tmp_path / "table.parquet")
+    assert "table.parquet names images of the dataset" in refused(tmp_path)
+    (tmp_path / "table.parquet").unlink()
+    strings = "".join(f"<si><t>{text}</t></si>" for text in ("a", "b", *(path[11:] for path in BATCHES)))
+    with zipfile.ZipFile(tmp_path / "table.xlsx", "w") as archive:
+        archive.writestr("xl/sharedStrings.xml", f"<sst>{strings}</sst>")
+    assert "table.xlsx names images of the dataset" in refused(tmp_path)
+    (tmp_path / "table.xlsx").write_bytes(b"PK\3\4 damaged")
+    (tmp_path / "stray.parquet").write_bytes(b"PAR1 damaged")
+    assert classes_of(opened(tmp_path)) == ["images_001", "images_002"]
+
+
+@mark.parametrize(
+    ("name", "rows", "note"),
+    [
+        ("notes.csv", ["date,remark", "2020,sharp", "2021,sharp", "2022,blurred", "2023,blurred"], None),
+        ("notes.csv", ["image,remark", "cat/0.png,blurred"], None),
+        ("loss.csv", ["epoch,loss", *(f"{i},{i % 2}" for i in range(8))], None),
+        ("captions.csv", ["image,caption", *(f"{path},seen {i}" for i, path in enumerate(classes()))], None),
+        ("metadata.csv", ["file_name,caption", *(f"{path},seen {i}" for i, path in enumerate(classes()))], None),
+        ("list.csv", classes(), None),
+        ("all.txt", classes(), None),
+        (
+            "birds.csv",
+            ["class id,filepath,name", *(f"{path[0] == 'd':d},{path},{path[:3].upper()}" for path in classes())],
+            "left out: birds.csv, which names images and the folders of their classes",
+        ),
+        ("coco.json", [json.dumps({"categories": ["cat", "dog"], "images": classes()})], "left out: coco.json"),
+    ],
+)
+def test_tables_that_say_no_other_classes_are_left_out(
+    tmp_path: Path, name: str, rows: list[str], note: str | None
+) -> None:
+    fill(tmp_path, classes())
+    write_csv(tmp_path / name, *rows)
+    source = opened(tmp_path)
+    assert classes_of(source) == ["cat", "dog"]
+    assert note is None or any(note in line for line in source.notes)
+
+
+@mark.parametrize("name", ["train.txt", "meta/test.csv", "train_list.lst", "val.json"])
+def test_a_list_of_some_of_the_images_that_is_called_like_a_split_is_refused(tmp_path: Path, name: str) -> None:
+    fill(tmp_path, [*classes(), name])
+    rows = "cat/1.png 0\ncat/2.png 0\n".replace(" ", "," if name.endswith("csv") else " ")
+    (tmp_path / name).write_text(json.dumps(classes()[1:3]) if name.endswith("json") else rows)
+    message = refused(tmp_path)
+    assert f"{name} names 2 of 6 images, as a split, and is not read" in message
+    assert len(opened(tmp_path, layout="classes").tables["train"]) == 6
+
+
+@mark.parametrize("extra", [[], ["preview.png"]])
+@mark.parametrize("place", ["", "cat/", "dog/"])
+def test_a_column_that_may_be_no_class_asks_beside_class_folders(tmp_path: Path, place: str, extra: list[str]) -> None:
+    fill(tmp_path, [*classes(count=4), *extra])
+    names = [path for path in classes(count=4) if path.startswith(place)]
+    rows = [f"{path.removeprefix(place)},{('ann', 'bob')[i % 2]}" for i, path in enumerate(names)]
+    write_csv(tmp_path / place / "metadata.csv", "file_name,photographer", *rows)
+    message = refused(tmp_path)
+    assert "--label-column" in message
+    assert "--layout classes" in message
+    assert classes_of(opened(tmp_path, layout="classes")) == ["cat", "dog"]
+    assert load(tmp_path, label_column="photographer").label_names == ("ann", "bob")
+
+
+@mark.parametrize("name", ["Split", "SPLIT", "set", "subset", "partition", "Usage", "stage"])
+@mark.parametrize("values", [("train", "test"), ("Training", "Validation"), ("train_set", "test_set")])
+def test_a_column_of_splits_makes_splits_whatever_it_is_called(
+    tmp_path: Path, name: str, values: tuple[str, str]
+) -> None:
+    fill(tmp_path, [f"{i}.png" for i in range(6)])
+    (tmp_path / "metadata.csv").write_text(
+        f"file_name,label,{name},camera\n{labelled(more=lambda i: f',{values[i > 3]},left')}"
+    )
+    source = opened(tmp_path)
+    assert {split: len(table) for split, table in source.tables.items()} == {values[0]: 4, values[1]: 2}
+    assert f"splits from column {name}" in source.notes
+    assert "columns not used: camera" in source.notes
+
+
+def test_splits_are_found_over_all_tables(tmp_path: Path) -> None:
+    fill(tmp_path, [f"{folder}/{i}.png" for folder in "xy" for i in range(4)])
+    for folder, split in (("x", "train"), ("y", "test")):
+        (tmp_path / folder / "metadata.csv").write_text(
+            f"file_name,label,phase\n{labelled(4, more=lambda i, split=split: f',{split}')}"
+        )
+    assert {split: len(table) for split, table in opened(tmp_path).tables.items()} == {"train": 4, "test": 4}
+
+
+@mark.parametrize(
+    ("header", "more", "words"),
+    [
+        (
+            "split",
+            lambda i: f",{('TRAIN', 'te')[i > 3]}",
+            "has the splits TRAIN, te, none of which is called like one to",
+        ),
+        ("split", lambda i: f",train\n{i}.png,{'ab'[i % 2]},test", "gives 0.png two splits, train and test"),
+        ("is_valid", lambda i: f",{i > 3}", "has a column is_valid, which is not read"),
+        ("Is_Test_set", lambda i: f",{int(i > 3)}", "has a column Is_Test_set, which is not read"),
+        ("set,split", lambda i: ",train,test" if i > 3 else ",test,train", "several columns that differ (set, split)"),
+    ],
+)
+def test_splits_that_are_not_clear_are_refused(
+    tmp_path: Path, header: str, more: Callable[[int], str], words: str
+) -> None:
+    fill(tmp_path, [f"{i}.png" for i in range(6)])
+    (tmp_path / "metadata.csv").write_text(f"file_name,label,{header}\n{labelled(more=more)}")
+    assert words in refused(tmp_path)
+
+
+def test_a_split_of_any_name_is_evaluated_on_if_asked_for(tmp_path: Path) -> None:
+    fill(tmp_path, [f"{i}.png" for i in range(6)])
+    (tmp_path / "metadata.csv").write_text(
+        f"file_name,label,split\n{labelled(more=lambda i: ',te' if i > 3 else ',train')}"
+    )
+    assert len(load(tmp_path, eval_split="te").eval) == 2
+
+
+@mark.parametrize(
+    ("column", "words"),
+    [
+        ("split", "that column of {root}/metadata.csv holds splits; expected a column of classes (label)"),
+        ("file_name", "holds file names; expected a column of classes (label)"),
+        ("nope", "there is no such column; it has file_name, label, split"),
+    ],
+)
+@mark.parametrize("folder", ["", "images/"])
+def test_a_column_that_holds_no_labels_is_refused_by_name(tmp_path: Path, column: str, words: str, folder: str) -> None:
+    fill(tmp_path, [f"{folder}{i}.png" for i in range(6)])
+    (tmp_path / "metadata.csv").write_text(
+        f"file_name,label,split\n{labelled(prefix=folder, more=lambda i: ',test' if i > 3 else ',train')}"
+    )
+    message = refused(tmp_path, label_column=column)
+    assert f"--label-column {column}: " in message
+    assert words.format(root=tmp_path) in message
+
+
+def test_two_columns_of_classes_have_to_agree(tmp_path: Path) -> None:
+    fill(tmp_path, [f"{i}.png" for i in range(6)])
+    path = tmp_path / "metadata.csv"
+    path.write_text(f"file_name,class_name,label\n{labelled(more=lambda i: f',{i % 2}')}")
+    assert load(tmp_path).label_names == ("0", "1")
+    path.write_text(f"file_name,category,Label\n{labelled(more=lambda i: f',{i % 3}')}")
+    assert "has the columns Label and category, which sort the images in two ways" in refused(tmp_path)
+    assert load(tmp_path, label_column="category").label_names == ("a", "b")
+
+
+@mark.parametrize(
+    "content",
+    [
+        "file_name|label\n{}",
+        "sep=;\nfile_name;label\n{}",
+        "\n \nfile_name;label;a,b,c\n{};x",
+        "File_Name, Label\n{}",
+        "id,FILE_NAME,label\n0,{}",
+        " file_name ,\tlabel \n {}\t",
+        '"file_name", "label"\n"{}"',
+        "file_name\tlabel\n{}",
+    ],
+)
+def test_tables_of_any_delimiter_are_read_without_blanks_around_cells(tmp_path: Path, content: str) -> None:
+    fill(tmp_path, BATCHES)
+    header, line = content.rsplit("\n", 1)
+    delimiter = next(mark for mark in ";|\t," if mark in header and (mark != "\t" or "," not in header))
+    between = f'"{delimiter} "' if '"' in line else f"{delimiter} "
+    rows = [line.format(f"{path}{between}{'ab'[i % 2]}") for i, path in enumerate(BATCHES)]
+    write_csv(tmp_path / ("metadata.tsv" if "\t" in header else "metadata.csv"), header, *rows)
+    assert load(tmp_path).label_names == ("a", "b")
+
+
+def test_blanks_are_kept_in_quotes_and_in_json(tmp_path: Path) -> None:
+    fill(tmp_path, [f"{i}.png" for i in range(6)])
+    rows = [f"{i}.png, {('x y', ' 5' + chr(34) + ' z ', chr(34) + ' a ' + chr(34))[i % 3]} " for i in range(6)]
+    write_csv(tmp_path / "metadata.csv", "file_name,label", *rows)
+    assert load(tmp_path).label_names == (" a ", '5" z', "x y")
+    (tmp_path / "metadata.csv").unlink()
+    write_csv(
+        tmp_path / "metadata.jsonl", *(json.dumps({"file_name": f"{i}.png", "label": " a"[i % 2 :]}) for i in range(6))
+    )
+    assert load(tmp_path).label_names == (" a", "a")
+    (tmp_path / "metadata.jsonl").unlink()
+    write_csv(tmp_path / "metadata.csv", "file_name,label", *(f"{i}.png,{' ' * (i // 2)}{i % 2}" for i in range(6)))
+    assert load(tmp_path).label_names == ("0", "1")
+
+
+def test_only_the_columns_in_use_are_read(tmp_path: Path) -> None:
+    fill(tmp_path, [f"{i}.png" for i in range(6)])
+    rows = [{"file_name": f"{i}.png", "label": "ab"[i % 2]} for i in range(6)]
+    own = [json.dumps(row | {f"k{i}": 1}) for i, row in enumerate(rows * 2000)]
+    write_csv(tmp_path / "metadata.jsonl", *own)
+    start = time.process_time()
+    assert load(tmp_path).label_names == ("a", "b")
+    assert time.process_time() - start < 5  # each row with all columns takes 15 s
+    (tmp_path / "metadata.jsonl").unlink()
+    table = datasets.Dataset.from_list(rows).data.table
+    far = pyarrow.array([2**62] * 6, pyarrow.timestamp("us"))
+    parquet.write_table(table.append_column("when", far), tmp_path / "metadata.parquet")
+    assert load(tmp_path).label_names == ("a", "b")
+    damaged = table.replace_schema_metadata({b"huggingface": b'{"info": {"features": 5}}'})
+    parquet.write_table(damaged, tmp_path / "metadata.parquet")
+    assert "metadata.parquet cannot be read as parquet (its description of the columns is damaged" in refused(tmp_path)
+    parquet.write_table(
+        table.append_column("x", far).rename_columns(["file_name", "x", "label"]), tmp_path / "metadata.parquet"
+    )
+    assert "metadata.parquet cannot be read as parquet" in refused(tmp_path)
+
+
+@mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_table_of_far_more_rows_than_images_is_refused(tmp_path: Path, kind: str, monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.setattr(table_files, "SPARE_ROWS", 100)
+    fill(tmp_path, ["0.png", "1.png"])
+    table = datasets.Dataset.from_dict({"file_name": ["0.png", "1.png"] * 100, "label": ["a", "b"] * 100})
+    {"csv": table.to_csv, "jsonl": table.to_json, "parquet": table.to_parquet}[kind](tmp_path / f"metadata.{kind}")
+    assert "(more than 120 rows for 2 images; keep the rows of images that are there)" in refused(tmp_path)
+
+
 # Links, special files, names
 
 
@@ -464,6 +715,38 @@ def test_a_split_that_is_a_link_to_another_is_refused(tmp_path: Path) -> None:
     fill(tmp_path, classes("train/") + classes("test/"))
     (tmp_path / "val").symlink_to("train")
     assert "val is a link to a folder that is part of the dataset already" in refused(tmp_path)
+
+
+@mark.parametrize(
+    ("files", "links", "refused_link"),
+    [
+        (classes("raw/", ("cat_a", "dog_a")), {"train/cat": "../raw/cat_a", "train/dog": "../raw/dog_a"}, "train/cat"),
+        (classes("batch1/") + classes("batch2/"), {"train": "batch1", "val": "batch2"}, "train"),
+        (classes("train/"), {"val/cat": "../train/cat", "val/dog": "../train/dog"}, "val/cat"),
+        (classes("all/"), {"test_set/cat": "../all/cat", "test_set/dog": "../all/dog"}, "test_set/cat"),
+        (classes("train/") + classes("test/"), {"val": "."}, "val"),
+        (classes("train/") + classes("val/"), {"train/cat/up": "..", "train/tom": "cat", "cats": "train/cat"}, None),
+        (classes("v1/train/") + classes("v1/val/"), {"latest": "v1"}, None),
+    ],
+)
+def test_links_that_would_empty_a_split_are_refused(
+    tmp_path: Path, files: list[str], links: dict[str, str], refused_link: str | None
+) -> None:
+    fill(tmp_path, files)
+    for link, target in links.items():
+        (tmp_path / link).parent.mkdir(exist_ok=True)
+        (tmp_path / link).symlink_to(target)
+    if refused_link:
+        assert f"/{refused_link} is a link to a folder that is part of the dataset already" in refused(tmp_path)
+        assert "--layout classes" in refused(tmp_path)
+    else:
+        assert classes_of(opened(tmp_path)) == ["cat", "dog"]
+
+
+def test_other_splits_that_are_left_out_are_named_for_what_they_are(tmp_path: Path) -> None:
+    fill(tmp_path, [*SPLITS, *classes("train_extra/")])
+    assert "left out: train_extra (--layout splits takes every folder as a split" in " ".join(opened(tmp_path).notes)
+    assert len(load(tmp_path, layout="splits", train_split="train_extra").train) == 6
 
 
 def test_what_is_no_regular_file_is_listed_and_never_opened(tmp_path: Path) -> None:

@@ -5,7 +5,13 @@ from pathlib import Path
 
 from resnext_hub.data.config import DataConfig
 from resnext_hub.data.sources.digits import BUNDLED, load_digits_table
-from resnext_hub.data.sources.folders import LAYOUTS, TABLE_SUFFIXES, open_folders, refuse_no_images
+from resnext_hub.data.sources.folders import (
+    LAYOUTS,
+    TABLE_SUFFIXES,
+    open_folders,
+    refuse_linked_splits,
+    refuse_no_images,
+)
 from resnext_hub.data.sources.hub import is_hub_id, load_from_hub
 from resnext_hub.data.sources.parquet import has_images, open_parquet, parquet_files, read_part
 from resnext_hub.data.sources.saved import is_saved, open_saved
@@ -133,11 +139,13 @@ def _open_folder(root: Path, config: DataConfig) -> Source:
     if is_saved(root):
         _check_not_streamed(config)
         return open_saved(tree)
-    tables = find_tables(tree) if config.layout is None else []
+    if config.layout != "classes":
+        refuse_linked_splits(tree)
+    tables = find_tables(tree, config.label_column) if config.layout is None else []
     column = label_column_of(tree, tables, config.label_column) if tables else None
     if column is not None:
         _check_not_streamed(config)
-        return _described(open_tables(tree, tables, column), tree, [table.path for table in tables])
+        return _described(open_tables(tree, tables, column, config.eval_split), tree, [table.path for table in tables])
     parquet = _parquet_with_images(tree, {table.path for table in tables})
     if parquet:
         loose = [f"{len(tree.images)} image files outside the parquet files"] if tree.images else []

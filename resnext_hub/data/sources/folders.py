@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from resnext_hub.data.sources.names import class_names_of, loose_role, split_role
 from resnext_hub.data.sources.source import Source
+from resnext_hub.data.sources.unread import refuse_unread_tables
 from resnext_hub.data.sources.walk import PICTURE_SUFFIXES, Tree, describe_counts, stored_path, suffix_of
 from resnext_hub.errors import RequestError
 from resnext_hub.text import listing, printable
@@ -72,6 +73,10 @@ def open_folders(tree: Tree, layout: str | None) -> Source:
     labels = sorted(set(names.values()))
     if len(labels) < 2:
         _refuse_single_class(tree, raw[0] if raw else None, top)
+    if layout is None:
+        by_class = [classes for _, classes in splits.values()]
+        found = "classes" if any(folder is top for folder, _ in splits.values()) else "splits"
+        notes += refuse_unread_tables(tree, by_class, found)
     number = {name: labels.index(label) for name, label in names.items()}
     tables = {}
     for split, (folder, classes) in splits.items():
@@ -91,6 +96,31 @@ def open_folders(tree: Tree, layout: str | None) -> Source:
         roots=None,
         notes=tuple(notes),
     )
+
+
+def refuse_linked_splits(tree: Tree) -> None:
+    """Refuse links that would fill a split with a folder that is part of the dataset already.
+
+    Each folder is read once, in its own place: such a split would vanish, or its images would be found elsewhere.
+    Links within a split that lead to a folder of that split, or to one above them, add nothing and are ignored.
+
+    Raises:
+        RequestError: If there is such a link.
+    """
+    for path in tree.repeated:
+        parts = path.split("/")
+        depth = next((i for i, part in enumerate(parts, start=1) if loose_role(part)), 0)
+        split, place, target = (
+            os.path.join(os.path.realpath(tree.root / inner), "")
+            for inner in ("/".join(parts[:depth]), "/".join(parts[:-1]), path)
+        )
+        within = depth < len(parts) and (target.startswith(split) or place.startswith(target))
+        if depth and not within:
+            raise RequestError(
+                f"{printable(tree.root / path)} is a link to a folder that is part of the dataset already "
+                f"({printable(target.rstrip('/'))}); a split needs images of its own: move that folder out of the "
+                "dataset, or replace the link by images; --layout classes ignores the link"
+            )
 
 
 def image_table(
@@ -157,17 +187,11 @@ def _find_splits(
         if layout is None and any(name.lower() in _HOLDERS for name in inside):
             refuse_tables(tree, top)
         return {"train": (top, {name: folder.images for name, folder in inside.items()})}
-    for path in tree.repeated:
-        if path.rpartition("/")[0] == top.path and loose_role(path.rpartition("/")[2]):
-            raise RequestError(
-                f"{printable(tree.root / path)} is a link to a folder that is part of the dataset already; a split "
-                "needs images of its own"
-            )
     left_out = [name for name in _folders_in(tree, top) if name not in names]
     if left_out:
         notes.append(
-            f"splits {listing(names)}; left out: {listing(left_out)} (no split with class folders in it; "
-            "--layout classes takes every folder as a class)"
+            f"splits {listing(names)}; left out: {listing(left_out)} (--layout splits takes every folder as a split, "
+            "--layout classes as a class)"
         )
     found = {}
     for name, (folder, classes, direct) in _classes_by_split(tree, {name: inside[name] for name in names}).items():

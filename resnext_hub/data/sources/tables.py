@@ -1,35 +1,29 @@
-"""Images with a table of their labels: `metadata.csv`, `.jsonl` or `.parquet`, as the library datasets has it.
+"""Images with a table of their labels: `metadata.csv`, `.tsv`, `.jsonl` or `.parquet`, as the library datasets has it.
 
-Each row names a file as seen from the table, in the column `file_name`, and holds its label.
+Each row names a file as seen from the table, in the column `file_name`, and holds its label. A column called `split`,
+or one that holds names of splits alone, says the split of each row.
 """
 
-import codecs
-import csv
-import io
 import os
 import posixpath
 import re
 import unicodedata
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from resnext_hub.data.sources.folders import image_table
-from resnext_hub.data.sources.names import loose_role, split_role
+from resnext_hub.data.sources.names import EVAL_NAMES, TRAIN_NAMES, likely_splits, loose_role, split_role
 from resnext_hub.data.sources.source import Source
+from resnext_hub.data.sources.table_files import Columns, read_table
 from resnext_hub.data.sources.walk import Tree
 from resnext_hub.errors import RequestError, one_line
-from resnext_hub.files import FileTooLargeError, read_regular
 from resnext_hub.text import listing, printable
 
 FILE_NAME = "file_name"
 SPLIT = "split"
 LABEL_NAMES = ("label", "labels", "class", "class_name", "category", "target")
-"""Columns of labels, by name, the one to prefer first."""
-
-MAX_BYTES = 1 << 29
-"""Size of a metadata file above which it is refused: it is read whole."""
+"""Columns of labels, by name in any case, the one to prefer first."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +31,9 @@ class Table:
     """The columns of a metadata file."""
 
     path: str
-    columns: dict[str, list[Any]]
+    columns: Columns
+    passed: tuple[str, ...] = ()
+    """Columns that were not read, as there are so many."""
 
     @property
     def folder(self) -> str:
@@ -45,52 +41,107 @@ class Table:
         return posixpath.dirname(self.path)
 
 
-def find_tables(tree: Tree) -> list[Table]:
+def find_tables(tree: Tree, asked: str | None) -> list[Table]:
     """Read the metadata files of a folder that have a column `file_name`.
+
+    Args:
+        tree: The files.
+        asked: Column of labels that is asked for.
 
     Raises:
         RequestError: If one of them cannot be read.
     """
     found = []
     for path in tree.others:
-        kind = re.fullmatch(r"metadata\.(csv|jsonl|parquet)", posixpath.basename(path), re.IGNORECASE)
-        if kind:
-            columns = _read(tree, path, kind[1].lower())
+        if re.fullmatch(r"metadata\.(csv|tsv|jsonl|parquet)", posixpath.basename(path), re.IGNORECASE):
+            columns, passed = read_table(tree, path, {FILE_NAME, SPLIT, *LABEL_NAMES, asked or SPLIT})
+            spelled = [name for name in columns if name.casefold() == FILE_NAME]
+            if len(spelled) == 1:
+                columns = {FILE_NAME if name == spelled[0] else name: column for name, column in columns.items()}
             if FILE_NAME in columns:
-                found.append(Table(path, columns))
+                found.append(Table(path, columns, tuple(passed)))
     return found
 
 
 def label_column_of(tree: Tree, tables: Sequence[Table], asked: str | None) -> str | None:
     """Return the column of labels, or None if the tables hold none and folders can say the classes.
 
+    Without being asked for, it is one that is called like labels; or the only one, where folders say no class.
+
     Raises:
-        RequestError: If it cannot be found, and images lie directly beside a table, so that no folder says their class.
+        RequestError: If the one that is asked for is not there or holds no labels, if two could be meant, or if none is
+            found where images lie directly beside a table, so that no folder says their class.
     """
     columns = dict.fromkeys(name for table in tables for name in table.columns)
-    known = [name for name in LABEL_NAMES if name in columns]
+    splits = [name for name in columns if _holds_splits(tables, name)]
+    if asked in columns and (asked == FILE_NAME or asked.casefold() == SPLIT):
+        what = "file names" if asked == FILE_NAME else "splits"
+        others = [name for name in columns if name not in (FILE_NAME, *splits)]
+        raise RequestError(
+            f"--label-column {printable(asked)}: that column of {printable(tree.root / tables[0].path)} holds {what}; "
+            f"expected a column of classes ({listing(others) or 'it has no other'})"
+        )
     if asked in columns:
         return asked
+    known = _called_like_labels(columns)
     if known and asked is None:
+        for table in tables:
+            _refuse_other_classes(tree, table)
         return known[0]
-    if not {posixpath.dirname(path) for path in tree.images} & {table.folder for table in tables}:
+    folders = {posixpath.dirname(path) for path in tree.images}
+    if asked is None and not folders & {table.folder for table in tables}:
         return None
-    others = [name for name in columns if name not in (FILE_NAME, SPLIT)]
-    if len(others) == 1 and asked is None:
+    others = [name for name in columns if name not in (FILE_NAME, *splits)]
+    classless = len(folders) == 1 or all(map(_split_folder, tree.images))
+    if len(others) == 1 and asked is None and classless:
         return others[0]
     what = f"--label-column {printable(asked)}: there is no such column" if asked else "no column is called label"
+    way = "" if classless else ", or take the folders as classes with --layout classes"
     raise RequestError(
-        f"{printable(tree.root / tables[0].path)}: {what}; it has {listing(columns)}: name one with --label-column"
+        f"{printable(tree.root / tables[0].path)}: {what}; it has {listing(columns)}: name one with --label-column{way}"
     )
 
 
-def open_tables(tree: Tree, tables: Sequence[Table], label_column: str) -> Source:
-    """Open images whose labels stand in tables; splits come from a column `split`, or from the folders of the files.
+def _refuse_other_classes(tree: Tree, table: Table) -> None:
+    """Refuse several columns called like labels, unless each label of one stands for one of the other."""
+    names = _called_like_labels(table.columns)
+    for other in names[1:]:
+        pairs = {(str(a), str(b)) for a, b in zip(table.columns[names[0]], table.columns[other], strict=True)}
+        if len(pairs) > min((len(set(part)) for part in zip(*pairs, strict=True)), default=0):
+            raise RequestError(
+                f"{printable(tree.root / table.path)} has the columns {printable(names[0])} and {printable(other)}, "
+                "which sort the images in two ways; name one with --label-column"
+            )
+
+
+def _called_like_labels(columns: Iterable[str]) -> list[str]:
+    """Return the columns that are called like labels, the one to prefer first."""
+    return [column for name in LABEL_NAMES for column in columns if column.casefold() == name]
+
+
+def _holds_splits(tables: Sequence[Table], name: str) -> bool:
+    """Return whether a column is called `split`, or holds names of splits alone and is not called like labels."""
+    if name.casefold() in (SPLIT, *LABEL_NAMES):
+        return name.casefold() == SPLIT
+    values = {str(value) for table in tables for value in table.columns.get(name, ()) if value is not None}
+    return bool(values) and (
+        all(map(split_role, values)) or {loose_role(value) for value in values} == {"train", "eval"}
+    )
+
+
+def open_tables(tree: Tree, tables: Sequence[Table], label_column: str, eval_split: str | None = None) -> Source:
+    """Open images whose labels stand in tables; splits come from a column of splits, or from the folders of the files.
 
     Tables without labels, as of a test split, are left out.
 
+    Args:
+        tree: The files.
+        tables: What `find_tables` found.
+        label_column: Column of labels.
+        eval_split: Split to evaluate on, if it is asked for.
+
     Raises:
-        RequestError: If no row has a file, or a file has two labels.
+        RequestError: If no row has a file, or a file has two labels or two splits.
     """
     _require_one_label_column(tree, tables, label_column)
     find = _finder(tree)
@@ -98,9 +149,10 @@ def open_tables(tree: Tree, tables: Sequence[Table], label_column: str) -> Sourc
     splits: dict[int, str] = {}
     missing: list[str] = []
     tables = [table for table in tables if label_column in table.columns]
+    split_column = _split_column_of(tree, tables, label_column)
     for table in tables:
         count = len(table.columns[FILE_NAME])
-        wanted = table.columns.get(SPLIT, [None] * count)
+        wanted = table.columns.get(split_column or "", [None] * count)
         for name, label, split in zip(table.columns[FILE_NAME], table.columns[label_column], wanted, strict=True):
             place = find(table.folder, str(name))
             if place is None:
@@ -108,12 +160,10 @@ def open_tables(tree: Tree, tables: Sequence[Table], label_column: str) -> Sourc
                 continue
             first = labels.setdefault(place, label)
             if first is not label and first != label:  # a NaN differs from itself
-                raise RequestError(
-                    f"{printable(tree.root / table.path)} gives {printable(name)} two labels, "
-                    f"{printable(first)} and {printable(label)}; expected one row per file"
-                )
-            if split is not None and str(split).strip():
-                splits[place] = str(split).strip()
+                _refuse_two(tree, table, name, "labels", first, label)
+            stated = "" if split is None else str(split).strip()
+            if stated and splits.setdefault(place, stated) != stated:
+                _refuse_two(tree, table, name, "splits", splits[place], stated)
     where = printable(tree.root / tables[0].path)
     if not labels:
         example = f" (the first is {printable(missing[0])})" if missing else ""
@@ -121,6 +171,12 @@ def open_tables(tree: Tree, tables: Sequence[Table], label_column: str) -> Sourc
             f"{where} names no image that is there{example}; {FILE_NAME} is the path as seen from the table"
         )
     notes = [f"labels from column {printable(label_column)} of {listing(table.path for table in tables)}"]
+    if split_column:
+        notes.append(f"splits from column {printable(split_column)}")
+    used = {FILE_NAME, label_column, split_column}
+    unused = dict.fromkeys(name for table in tables for name in (*table.columns, *table.passed) if name not in used)
+    if unused:
+        notes.append(f"columns not used: {listing(unused)}")
     unnamed = [path for i, path in enumerate(tree.images) if i not in labels]
     if missing:
         notes.append(f"{len(missing)} rows without a file left out, such as {printable(missing[0])}")
@@ -132,7 +188,11 @@ def open_tables(tree: Tree, tables: Sequence[Table], label_column: str) -> Sourc
             f"{where} has the labels of an evaluation split, and the training split has no table; give it a "
             f"metadata.csv, too, or move {printable(tables[0].path)} away"
         )
-    splits = _require_all(tree, splits, labels, where) if splits else _splits_of(tree, labels, where)
+    if split_column and splits:
+        splits = _require_all(tree, splits, labels, f"{where}: the column {printable(split_column)}")
+        _require_evaluation(sorted(set(splits.values())), where, eval_split)
+    else:
+        splits = _splits_of(tree, labels, where)
     return Source(
         tables={
             split: _image_table(tree, [i for i in sorted(labels) if splits[i] == split], label_column, labels, where)
@@ -144,15 +204,59 @@ def open_tables(tree: Tree, tables: Sequence[Table], label_column: str) -> Sourc
     )
 
 
+def _refuse_two(tree: Tree, table: Table, name: Any, what: str, first: Any, second: Any) -> NoReturn:
+    raise RequestError(
+        f"{printable(tree.root / table.path)} gives {printable(name)} two {what}, {printable(first)} and "
+        f"{printable(second)}; expected one row per file"
+    )
+
+
+def _split_column_of(tree: Tree, tables: Sequence[Table], label_column: str) -> str | None:
+    """Return the column of splits, or None.
+
+    Raises:
+        RequestError: If several differ, or a column says only by its name which split a row belongs to.
+    """
+    columns = dict.fromkeys(name for table in tables for name in table.columns if name not in (FILE_NAME, label_column))
+    found = [name for name in columns if _holds_splits(tables, name)]
+    where = printable(tree.root / tables[0].path)
+    if any(table.columns.get(found[0]) != table.columns.get(other) for other in found[1:] for table in tables):
+        raise RequestError(f"{where} has splits in several columns that differ ({listing(found)}); remove all but one")
+    if found:
+        return found[0]
+    names = "|".join((*TRAIN_NAMES, *EVAL_NAMES))
+    named = next((name for name in columns if re.match(rf"is[_ -]?({names})", name, re.IGNORECASE)), None)
+    if named:
+        raise RequestError(
+            f"{where} has a column {printable(named)}, which is not read: name the split of each row in a column split "
+            "(train, val or test), or remove the column"
+        )
+    return None
+
+
+def _require_evaluation(names: Sequence[str], where: str, asked: str | None) -> None:
+    """Refuse splits beside the training split of which none is called like one to evaluate on."""
+    others = [name for name in names if name not in likely_splits(names, "train")]
+    if asked is None and 0 < len(others) < len(names) and not likely_splits(names, "eval"):
+        raise RequestError(
+            f"{where} has the splits {listing(names)}, none of which is called like one to evaluate on (val, test …); "
+            f"name one with --eval-split, such as --eval-split {printable(others[0])}"
+        )
+
+
 def _require_one_label_column(tree: Tree, tables: Sequence[Table], label_column: str) -> None:
     """Refuse tables whose labels stand in columns of different names: those of one would be left out."""
     for table in tables:
-        other = next((name for name in LABEL_NAMES if name in table.columns), None)
+        other = next(iter(_called_like_labels(table.columns)), None)
         if label_column not in table.columns and other:
             raise RequestError(
                 f"{printable(tree.root / table.path)} has a column {other} where another table has "
                 f"{printable(label_column)}; call the column of labels alike in all tables"
             )
+
+
+_ODD_PATH = re.compile(r"[^\x20-\x7e]|\\|//|(?:^|/)\.{1,2}(?:/|$)|^/|/$")
+"""Paths that could name a file although they are not spelled like its own."""
 
 
 def _finder(tree: Tree) -> Callable[[str, str], int | None]:
@@ -169,6 +273,9 @@ def _finder(tree: Tree) -> Callable[[str, str], int | None]:
     roots = [os.path.join(folder, "") for folder in (os.path.abspath(tree.root), os.path.realpath(tree.root))]
 
     def find(folder: str, name: str) -> int | None:
+        place = exact.get(f"{folder}/{name}" if folder else name)
+        if place is not None or not _ODD_PATH.search(name):
+            return place
         for written in (name, name.replace("\\", "/")):
             path = posixpath.normpath(posixpath.join(folder, written))
             for root in roots:
@@ -190,14 +297,13 @@ def _require_all(tree: Tree, splits: dict[int, str], labels: dict[int, Any], whe
     without = [i for i in labels if i not in splits]
     if without:
         raise RequestError(
-            f"{where}: the column {SPLIT} is empty for {len(without)} of {len(labels)} images, such as "
+            f"{where} is empty for {len(without)} of {len(labels)} images, such as "
             f"{printable(tree.images[without[0]])}; fill it in, or remove the column"
         )
     names = sorted(set(splits.values()))
     if len({name.casefold() for name in names}) < len(names):
         raise RequestError(
-            f"{where}: the column {SPLIT} has {listing(names)}, some of which differ in upper case alone; spell each "
-            "split in one way"
+            f"{where} has {listing(names)}, some of which differ in upper case alone; spell each split in one way"
         )
     return splits
 
@@ -249,91 +355,3 @@ def _image_table(tree: Tree, images: Sequence[int], column: str, labels: dict[in
             "of classes or their names"
         ) from error
     return image_table(tree, images, column, values, feature)
-
-
-def _read(tree: Tree, path: str, kind: str) -> dict[str, list[Any]]:
-    readers: dict[str, Callable[[bytes], dict[str, list[Any]]]] = {
-        "csv": _read_csv,
-        "jsonl": _read_jsonl,
-        "parquet": _read_parquet,
-    }
-    try:
-        return readers[kind](read_regular(tree.root / path, limit=MAX_BYTES))
-    except FileTooLargeError:
-        reason = f"more than {MAX_BYTES >> 20} MB"
-    except OSError as error:
-        reason = error.strerror or one_line(error)
-    except UnicodeDecodeError as error:
-        reason = f"it is not UTF-8: byte 0x{error.object[error.start]:02x} at place {error.start}"
-    except (ValueError, csv.Error, RecursionError) as error:
-        reason = one_line(error)
-    raise RequestError(f"{printable(tree.root / path)} cannot be read as {kind} ({reason}); mend it or move it away")
-
-
-def _text(data: bytes) -> str:
-    """Decode text in UTF-8, or in UTF-16 where it begins with that mark, as spreadsheets write it.
-
-    Raises:
-        ValueError: If it is neither.
-    """
-    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    text = data.decode("utf-16" if utf16 else "utf-8-sig")
-    if "\0" in text:
-        raise ValueError("it holds null characters; store it as UTF-8")
-    return text
-
-
-def _read_csv(data: bytes) -> dict[str, list[Any]]:
-    text = _text(data)
-    delimiter = max(",;\t", key=text.partition("\n")[0].count)
-    rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
-    numbered = [(number, row) for number, row in enumerate(rows, start=1) if any(cell.strip() for cell in row)]
-    if not numbered:
-        return {}
-    (_, header), *filled = numbered
-    names = [name.strip() for name in header]
-    repeated = [name for name, count in Counter(names).items() if name and count > 1]
-    if repeated:
-        raise ValueError(f"several of its columns are called {repeated[0]}")
-    for number, row in filled:
-        if len(row) != len(names):
-            raise ValueError(f"row {number} has {len(row)} columns, the first has {len(names)}")
-    # a column without a name is what pandas numbers rows by
-    return {name: _typed([row[i] for _, row in filled]) for i, name in enumerate(names) if name}
-
-
-def _typed(values: list[str]) -> list[Any]:
-    """Return the values of a CSV column as whole numbers or numbers if all of them are, empty ones as None."""
-    filled = [value for value in values if value]
-    if all(re.fullmatch(r"-?(0|[1-9]\d*)", value, re.ASCII) for value in filled):  # 007 is a name
-        return [int(value) if value else None for value in values]
-    if all(re.fullmatch(r"[-+]?\d*\.\d+([eE][-+]?\d+)?|[-+]?\d+\.?|nan", value, re.ASCII) for value in filled) and any(
-        "." in value for value in filled
-    ):
-        return [float(value) if value else None for value in values]
-    return [value or None for value in values]
-
-
-def _read_jsonl(data: bytes) -> dict[str, list[Any]]:
-    import msgspec
-
-    rows = msgspec.json.Decoder(dict[str, Any]).decode_lines(_text(data))
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows] for name in names}
-
-
-def _read_parquet(data: bytes) -> dict[str, list[Any]]:
-    import datasets
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        table = parquet.read_table(pyarrow.BufferReader(data))
-        features = datasets.Features.from_arrow_schema(table.schema)
-    except pyarrow.ArrowException as error:
-        raise ValueError(one_line(error)) from error
-    columns = {name: table[name].to_pylist() for name in table.column_names}
-    for name, feature in features.items():
-        if isinstance(feature, datasets.ClassLabel):
-            columns[name] = [None if value is None else feature.int2str(value) for value in columns[name]]
-    return columns

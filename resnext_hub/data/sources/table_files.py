@@ -1,0 +1,247 @@
+"""Files of tables: CSV and TSV, JSON lines, and parquet, each read into columns, of which only few are kept."""
+
+import codecs
+import csv
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any
+
+from resnext_hub.data.sources.parquet import DAMAGED
+from resnext_hub.data.sources.walk import Tree
+from resnext_hub.errors import RequestError, one_line
+from resnext_hub.files import FileTooLargeError, read_regular
+from resnext_hub.text import printable
+
+MAX_BYTES = 1 << 28
+"""Size of a table above which it is refused: it is read whole."""
+
+MAX_LINE = 1 << 24
+"""Length of a line of JSON above which it is refused."""
+
+SPARE_ROWS = 1_000_000
+"""Rows that a table may have beside ten for each image; so many are read in seconds."""
+
+MAX_OTHERS = 16
+"""Number of columns that are kept beside those that are asked for."""
+
+Columns = dict[str, list[Any]]
+
+
+def read_table(tree: Tree, path: str, wanted: Collection[str]) -> tuple[Columns, list[str]]:
+    """Read a table, and return its columns by name, and the names of the columns that were not kept.
+
+    Args:
+        tree: The files.
+        path: The table; its suffix says what it is.
+        wanted: Names of columns to keep, in any case; of the others the first `MAX_OTHERS` are kept.
+
+    Raises:
+        RequestError: If it cannot be read, or is larger than any table of so many images.
+    """
+    kind = path.rpartition(".")[2].lower()
+    readers = {"csv": _read_csv, "tsv": _read_csv, "jsonl": _read_jsonl, "parquet": _read_parquet}
+    kept = _Kept(wanted, SPARE_ROWS + 10 * len(tree.images), len(tree.images))
+    try:
+        return readers[kind](read_regular(tree.root / path, limit=MAX_BYTES), kept), kept.passed
+    except FileTooLargeError:
+        reason = f"more than {MAX_BYTES >> 20} MB"
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+    except UnicodeDecodeError as error:
+        reason = f"it is not UTF-8: byte 0x{error.object[error.start]:02x} at place {error.start}"
+    except (ValueError, OverflowError, csv.Error, RecursionError) as error:
+        reason = one_line(error)
+    raise RequestError(f"{printable(tree.root / path)} cannot be read as {kind} ({reason}); mend it or move it away")
+
+
+class _Kept:
+    """Which columns are kept, and how many rows there may be."""
+
+    def __init__(self, wanted: Collection[str], rows: int, images: int) -> None:
+        self.wanted = {name.casefold() for name in wanted}
+        self.rows = rows
+        self.images = images
+        self.others: set[str] = set()
+        self.passed: list[str] = []
+
+    def keeps(self, name: str) -> bool:
+        if name.casefold() in self.wanted or name in self.others:
+            return True
+        if len(self.others) < MAX_OTHERS:
+            self.others.add(name)
+            return True
+        if len(self.passed) < MAX_OTHERS:
+            self.passed.append(name)
+        return False
+
+    def check(self, rows: int) -> None:
+        if rows > self.rows:
+            raise ValueError(
+                f"more than {self.rows} rows for {self.images} images; keep the rows of images that are there"
+            )
+
+
+def as_text(data: bytes) -> str:
+    """Decode text in UTF-8, or in UTF-16 where it begins with that mark, as spreadsheets write it.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = data.decode("utf-16" if utf16 else "utf-8-sig")
+    if "\0" in text:
+        raise ValueError("it holds null characters; store it as UTF-8")
+    return text
+
+
+def _lines(text: str) -> Iterator[str]:
+    """Return lines with their ends: splitting them all at once would take several times the memory of the text."""
+    end = "\n" if "\n" in text else "\r"
+    start = 0
+    while start < len(text):
+        stop = text.find(end, start) + 1 or len(text)
+        yield text[start:stop]
+        start = stop
+
+
+def _read_csv(data: bytes, kept: _Kept) -> Columns:
+    text = re.sub(r"\A(?:[ \t]*\r?\n)+", "", as_text(data))
+    stated = re.match(r"sep=([,;|\t])\r?\n", text, re.IGNORECASE)  # as Excel writes it
+    text = text[stated.end() :] if stated else text
+    delimiter = stated[1] if stated else _delimiter_of(next(_lines(text), ""))
+    rows = enumerate(csv.reader(_stripped(text, delimiter), delimiter=delimiter, strict=True), start=1)
+    names = [name.strip() for name in next((row for _, row in rows if any(map(str.strip, row))), [])]
+    _refuse_repeated(names)
+    # a column without a name is what pandas numbers rows by
+    places = [(i, list[Any]()) for i, name in enumerate(names) if name and kept.keeps(name)]
+    count = 0
+    for number, row in rows:
+        if not any(map(str.strip, row)):
+            continue
+        if len(row) != len(names):
+            raise ValueError(f"row {number} has {len(row)} columns, the first has {len(names)}")
+        count += 1
+        kept.check(count)
+        for i, column in places:
+            column.append(row[i])
+    return {names[i]: _typed(column) for i, column in places}
+
+
+def _delimiter_of(header: str) -> str:
+    """Return the most frequent delimiter in the first line, or rather one that makes a cell of it `file_name`."""
+    delimiters = sorted(",;\t|", key=header.count, reverse=True)
+    named = re.search(r"(?:^|([,;\t|]))\s*\"?file_name\"?\s*(?:([,;\t|])|$)", header, re.IGNORECASE)
+    return (named and (named[1] or named[2])) or delimiters[0]
+
+
+def _stripped(text: str, delimiter: str) -> Iterator[str]:
+    """Return the lines of CSV without the blanks around cells; those in quotes are meant."""
+    blank = " " if delimiter == "\t" else " \t"
+    parts = re.compile(f'"[^"]*"|[{blank}]+')
+    for line in _lines(text):
+        if " " not in line and "\t" not in line:
+            yield line
+        elif '"' not in line:
+            yield delimiter.join(cell.strip(blank) for cell in line.rstrip("\r\n").split(delimiter)) + "\n"
+        else:
+            row = f"{delimiter}{line}\n"
+            ends = f"{delimiter}\r\n"
+
+            def kept(part: re.Match[str], row: str = row, ends: str = ends) -> str:
+                at_end = row[part.start() - 1] in ends or row[part.end()] in ends
+                return "" if at_end and part[0][0] != '"' else part[0]
+
+            yield parts.sub(kept, row)[1:-1]
+
+
+def _typed(values: list[str]) -> list[Any]:
+    """Return the values of a CSV column as whole numbers or numbers if all of them are, empty ones as None."""
+    if all(not value or re.fullmatch(r"-?(0|[1-9]\d*)", value, re.ASCII) for value in values):  # 007 is a name
+        return [int(value) if value else None for value in values]
+    number = r"[-+]?\d*\.\d+([eE][-+]?\d+)?|[-+]?\d+\.?|nan"
+    if all(not value or re.fullmatch(number, value, re.ASCII) for value in values) and any("." in v for v in values):
+        return [float(value) if value else None for value in values]
+    return [value or None for value in values]
+
+
+def _read_jsonl(data: bytes, kept: _Kept) -> Columns:
+    import msgspec
+
+    decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
+    columns: Columns = {}
+    count = 0
+    for number, line in enumerate(_lines(as_text(data)), start=1):
+        if not line.strip():
+            continue
+        if len(line) > MAX_LINE:
+            raise ValueError(f"line {number} is longer than {MAX_LINE >> 20} MB")
+        try:
+            row = {name: msgspec.json.decode(raw) for name, raw in decoder.decode(line).items() if kept.keeps(name)}
+        except msgspec.DecodeError as error:
+            raise ValueError(f"line {number}: {one_line(error)}") from error
+        for name, value in row.items():
+            column = columns.setdefault(name, [])
+            column += [None] * (count - len(column))
+            column.append(value)
+        count += 1
+        kept.check(count)
+    return {name: [*column, *[None] * (count - len(column))] for name, column in columns.items()}
+
+
+def _read_parquet(data: bytes, kept: _Kept) -> Columns:
+    import datasets
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        content = parquet.ParquetFile(pyarrow.BufferReader(data))
+        kept.check(content.metadata.num_rows)
+        schema = content.schema_arrow
+        _refuse_repeated(schema.names)
+        fields = [field for field in schema if _could_name(field.type) or field.name.casefold() in kept.wanted]
+        fields = [field for field in fields if kept.keeps(field.name)]
+        texts = [field.name for field in fields if pyarrow.types.is_string(field.type)]
+        # a text that many rows repeat is held once
+        content = parquet.ParquetFile(pyarrow.BufferReader(data), read_dictionary=texts)
+        table = content.read(columns=[field.name for field in fields])
+    except pyarrow.ArrowException as error:
+        raise ValueError(one_line(error)) from error
+    try:
+        features = datasets.Features.from_arrow_schema(pyarrow.schema(fields, metadata=schema.metadata))
+    except DAMAGED as error:
+        raise ValueError(f"its description of the columns is damaged ({one_line(error)})") from error
+    columns = {name: _values(table[name]) for name in table.column_names}
+    for name, feature in features.items():
+        if isinstance(feature, datasets.ClassLabel):
+            columns[name] = [None if value is None else feature.int2str(value) for value in columns[name]]
+    return columns
+
+
+def _could_name(kind: Any) -> bool:
+    """Return whether a column of this type could hold file names, splits or classes."""
+    from pyarrow import types
+
+    tests: Iterable[Callable[[Any], bool]] = (
+        types.is_string, types.is_large_string, types.is_string_view, types.is_integer, types.is_boolean,
+        types.is_dictionary,
+    )  # fmt: skip
+    return any(test(kind) for test in tests)
+
+
+def _values(column: Any) -> list[Any]:
+    from pyarrow import types
+
+    if not types.is_dictionary(column.type):
+        return list(column.to_pylist())
+    found: list[Any] = []
+    for chunk in column.chunks:
+        names = chunk.dictionary.to_pylist()
+        found += [None if code is None else names[code] for code in chunk.indices.to_pylist()]
+    return found
+
+
+def _refuse_repeated(names: Iterable[str]) -> None:
+    repeated = next((name for name, count in Counter(names).items() if name and count > 1), None)
+    if repeated is not None:
+        raise ValueError(f"several of its columns are called {printable(repeated)}")
