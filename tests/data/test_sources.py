@@ -949,7 +949,9 @@ def test_a_parquet_file_of_no_split_beside_others_is_refused() -> None:
         (["0", "old/0"], "in the folders ., old"),
     ],
 )
-def test_parquet_files_that_could_be_of_several_datasets_are_not_taken_together(files: list[str], words: str) -> None:
+def test_parquet_files_in_places_that_could_be_several_datasets_are_not_taken_together(
+    files: list[str], words: str
+) -> None:
     with raises(RequestError) as caught:
         splits_of(Path("data"), (f"{file}.parquet" for file in files))
     assert words in str(caught.value)
@@ -957,9 +959,27 @@ def test_parquet_files_that_could_be_of_several_datasets_are_not_taken_together(
 
 
 @mark.parametrize(
+    ("files", "series"),
+    [
+        (["full-train-0", "small-train-0", "small-test-0"], "full train, small train"),
+        (["fold0-train", "fold1-train", "fold_1-test"], "fold0 train, fold1 train"),
+        (["train", "train_augmented"], "train, train augmented"),
+        (["train/0", "train_extra/0", "test/0"], "train, train extra"),
+    ],
+)
+def test_parquet_files_named_unlike_within_a_split_are_not_taken_together(files: list[str], series: str) -> None:
+    with raises(RequestError, match=rf"several kinds of parquet files of the split train \({series}\), .* rename them"):
+        splits_of(Path("data"), (f"{file}.parquet" for file in files))
+
+
+@mark.parametrize(
     "files",
     [
         ["data/train-0", "data/train-1", "data/test-0"],
+        ["train", "train (1)", "test"],
+        ["train-00000-of-00002", "train_00001", "train-part-3", "val-0"],
+        ["fold0-train-00000-of-00002", "fold0-train-00001-of-00002"],
+        ["cats-train-0", "cats-train-1", "dogs-val"],
         ["a/train", "b/test"],
         ["part0/x", "part1/x"],
         ["train/000/x", "train/001/x", "test/000/x"],
@@ -973,7 +993,7 @@ def test_parquet_files_in_numbered_or_labelled_folders_are_of_one_dataset(files:
     assert sorted(file for members in splits.values() for file in members) == sorted(
         f"{file}.parquet" for file in files
     )
-    assert set(splits) <= {"train", "test"}
+    assert set(splits) <= {"train", "test", "val"}
     assert "train" in splits
 
 

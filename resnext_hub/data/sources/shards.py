@@ -131,6 +131,8 @@ class _Place:
     split: str | None
     above: str
     below: str
+    series: str = ""
+    """Name of the file or folder that names the split, without the number of a shard."""
 
 
 def _place_of(file: str) -> _Place:
@@ -138,13 +140,19 @@ def _place_of(file: str) -> _Place:
     parts = folder.split("/") if folder else []
     split = split_keyword(name)
     if split:
-        return _Place(split, _joined(parts), "")
+        return _Place(split, _joined(parts), "", _series_of(name))
     for i, part in reversed([*enumerate(parts)]):
         key, is_pair, _ = part.partition("=")
         split = split_keyword(part) if not is_pair or key.lower() in _SPLIT_KEYS else None
         if split:
-            return _Place(split, _joined(parts[:i]), _joined(parts[i + 1 :]))
+            return _Place(split, _joined(parts[:i]), _joined(parts[i + 1 :]), _series_of(part))
     return _Place(None, "", _joined(parts))
+
+
+def _series_of(name: str) -> str:
+    """Return a name without numbers, which count shards; the number of a fold is kept."""
+    words = re.findall(r"fold\W?_?\d+|[^\W\d_]+", name.lower())
+    return " ".join(word for word in words if word not in ("of", "part", "shard"))
 
 
 def _joined(parts: Iterable[str]) -> str:
@@ -160,6 +168,13 @@ def _refuse_several(root: Path, split: str, places: Sequence[_Place]) -> None:
             f"{printable(root)} holds parquet files of the split {printable(split)} in several places "
             f"({listing(where, 4)}), which could be configurations or folds: give one as --dataset, such as "
             f"{printable(root / above[-1])}, or move all files into one folder"
+        )
+    series = sorted({place.series for place in places})
+    if len(series) > 1:
+        raise RequestError(
+            f"{printable(root)} holds several kinds of parquet files of the split {printable(split)} "
+            f"({listing(series, 4)}), which could be configurations or folds: give one file or folder as --dataset, or "
+            f"rename them alike, such as {printable(split)}-0.parquet and {printable(split)}-1.parquet"
         )
     below = sorted({place.below for place in places})
     if len({re.sub(r"\d+", "", folder) for folder in below}) > 1:
