@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from pytest import fixture, mark, raises
 from timm.data import create_transform
 
@@ -155,13 +155,18 @@ def gif_with(inside: bytes) -> bytes:
     return screen + inside + b",\0\0\0\0\x08\0\x08\0\0\x02\x07\x04\x01\0;"
 
 
-def avif_with_description(size: int) -> bytes:
-    """Return an AVIF with so many bytes more in the box that describes its items."""
+def avif_with_items(count: int) -> bytes:
+    """Return an AVIF with the places of so many items more."""
     whole = encoded(Image.new("RGB", (8, 8)), "AVIF")
-    start = whole.index(b"meta") - 4
-    end = start + int.from_bytes(whole[start : start + 4], "big")
-    longer = struct.pack(">I", end - start + size) + whole[start + 4 : end] + struct.pack(">I", size) + b"free"
-    return whole[:start] + longer + bytes(size - 8) + whole[end:]
+    meta, start = whole.index(b"meta") - 4, whole.index(b"iloc") - 4
+    sizes = {place: int.from_bytes(whole[place : place + 4], "big") for place in (meta, start)}
+    places = whole[start + 16 : start + sizes[start]] + b"".join(
+        struct.pack(">HHH", i, 0, 0) for i in range(99, 99 + count)
+    )
+    found = int.from_bytes(whole[start + 14 : start + 16], "big") + count
+    box = struct.pack(">I", 16 + len(places)) + whole[start + 4 : start + 14] + struct.pack(">H", found) + places
+    longer = struct.pack(">I", sizes[meta] + 6 * count) + whole[meta + 4 : start] + box + whole[start + sizes[start] :]
+    return whole[:meta] + longer
 
 
 def tiled_tiff() -> bytes:
@@ -242,7 +247,7 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str | None]] = {
     "runs": (lambda: run_length_bmp(10_000, b"\1\1\0\0" * 10_000), "10000 x 10000, more than 1048576 pixels"),
     "plain comments": (lambda: b"P3 8 8 255\n" + b"#\n" * 500_000 + b"1 " * 192, "more than 10000 comments"),
     "plain numbers": (lambda: b"P2 9000 9000 255\n" + b" " * (1 << 26), "a plain Netpbm file of more than"),
-    "items": (lambda: avif_with_description(600_000), "more than 262144 bytes of description"),
+    "items": (lambda: avif_with_items(40_000), "more than 65536 bytes that describe its items"),
     "segments": (
         lambda: (whole := encoded(Image.new("L", (8, 8)), "JPEG"))[:2] + b"\xff\xfe\0\2" * 20_000 + whole[2:],
         "more than 10000 parts",
@@ -541,6 +546,12 @@ def test_an_avif_is_turned_by_its_own_boxes_with_or_without_exif(orientation: in
     assert np.array_equal(
         np.asarray(decode(row(data))), np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
     )
+
+
+def test_an_avif_may_have_a_long_profile() -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes() + bytes(300_000)
+    assert decode(row(encoded(Image.new("RGB", (8, 8)), "AVIF", icc_profile=profile))).size == (8, 8)
+    assert decode(row(avif_with_items(0))).size == (8, 8)
 
 
 def test_a_pointer_of_git_lfs_says_how_to_get_the_image() -> None:
