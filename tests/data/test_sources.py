@@ -515,6 +515,30 @@ def test_a_list_of_some_of_the_images_that_is_called_like_a_split_is_refused(tmp
     assert len(opened(tmp_path, layout="classes").tables["train"]) == 6
 
 
+def test_a_table_of_splits_beside_class_folders_is_refused(tmp_path: Path) -> None:
+    rows = [f"{path},{path[:3]},{('train', 'test')[path[4] == '2']}" for path in classes()]
+    fill(tmp_path, classes())
+    write_csv(tmp_path / "birds.csv", "filepath,name,data set", *rows)
+    assert "birds.csv names images of the dataset and is not read: if it says the classes or splits" in refused(
+        tmp_path
+    )
+    (tmp_path / "birds.csv").unlink()
+    (tmp_path / "parts.json").write_text(json.dumps({"train": classes()[:4], "test": classes()[4:]}))
+    assert "parts.json names images of the dataset and is not read" in refused(tmp_path)
+
+
+def test_a_table_of_any_size_beside_class_folders_is_searched_from_its_beginning(tmp_path: Path) -> None:
+    fill(tmp_path, BATCHES)
+    with open(tmp_path / "all.csv", "w") as file:
+        file.write("image,label\n" + "\n".join(rows_of(path[11:] for path in BATCHES)) + "\n")
+        file.truncate(1 << 40)
+    start = time.process_time()
+    assert "all.csv names images of the dataset and is not read" in refused(tmp_path)
+    assert time.process_time() - start < 5
+    os.mkfifo(tmp_path / "more.csv")
+    assert classes_of(opened(tmp_path, layout="classes")) == ["images_001", "images_002"]
+
+
 @mark.parametrize("extra", [[], ["preview.png"]])
 @mark.parametrize("place", ["", "cat/", "dog/"])
 def test_a_column_that_may_be_no_class_asks_beside_class_folders(tmp_path: Path, place: str, extra: list[str]) -> None:

@@ -3,7 +3,6 @@
 The content is only searched for names of images, whatever the table's format and its columns are.
 """
 
-import io
 import os
 import posixpath
 import re
@@ -12,11 +11,13 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
+from typing import IO
 
-from resnext_hub.data.sources.names import loose_role
+from resnext_hub.data.sources.names import loose_role, split_role
 from resnext_hub.data.sources.walk import Tree, is_picture
 from resnext_hub.errors import RequestError
-from resnext_hub.files import read_regular
+from resnext_hub.files import require_regular
 from resnext_hub.text import listing, printable
 
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".xlsx", ".parquet")
@@ -27,8 +28,17 @@ _LISTS = (".txt", ".lst")
 _WHOLE = (".json", ".xlsx")
 """Suffixes of files in which a row is not told from the next."""
 
-_BYTES = 1 << 26
-"""Size of all tables that are searched together, the smallest first."""
+_BYTES = 1 << 24
+"""Size of all that is searched together, the smallest tables first."""
+
+_START = 1 << 22
+"""Size of the beginning of a table that is searched."""
+
+_ROWS = 200_000
+"""Number of rows that are searched."""
+
+_MANY = 1000
+"""Number of images that are many, although they may be less than half of those of their folder."""
 
 _NAMING = re.compile(r"(?:^|[^a-z])(?:id|image|img|file|filename|path|name)(?:$|[^a-z])")
 """What a column of file names is called; its numbers are names, too."""
@@ -44,13 +54,15 @@ class _Found:
     """Whether each row that names an image names its class folder, too."""
     groups: bool = False
     """Whether it has other values that several images share, as classes are."""
+    roles: set[str | None] = field(default_factory=set)
+    """What the splits are for that it has names of."""
 
 
 def refuse_unread_tables(tree: Tree, splits: Sequence[Mapping[str, Sequence[int]]], layout: str) -> list[str]:
     """Refuse a table that names the images of a folder and could say their classes or splits; note what is left out.
 
-    It is left out where it names less than half of the images of every folder, gives no two values that several images
-    share, or repeats the names of the class folders.
+    It is left out where it names less than half of the images of every folder and not many, gives no two values that
+    several images share, or repeats the names of the class folders and no splits.
 
     Args:
         tree: The files.
@@ -75,9 +87,10 @@ def refuse_unread_tables(tree: Tree, splits: Sequence[Mapping[str, Sequence[int]
                 f"{where} names {len(found.named)} of {len(class_of)} images, as a split, and is not read: give a "
                 f"metadata.csv with the columns file_name, label and split; to hold out a part instead, {way_out}"
             )
-        if path.lower().endswith(_LISTS) or not any(2 * named[folder] >= folders[folder] for folder in named):
+        most = len(found.named) >= _MANY or any(2 * named[folder] >= folders[folder] for folder in named)
+        if path.lower().endswith(_LISTS) or not most:
             continue
-        if found.agrees:
+        if found.agrees and not (len(splits) == 1 and found.roles >= {"train", "eval"}):
             notes.append(f"left out: {printable(path)}, which names images and the folders of their classes")
         elif found.groups and _is_metadata(path, rows):
             raise RequestError(
@@ -85,8 +98,9 @@ def refuse_unread_tables(tree: Tree, splits: Sequence[Mapping[str, Sequence[int]
             )
         elif found.groups:
             raise RequestError(
-                f"{where} names images of the dataset and is not read: if it says the classes, name it metadata.csv, "
-                f"with the columns file_name (as seen from the table) and label; {way_out}"
+                f"{where} names images of the dataset and is not read: if it says the classes or splits, name it "
+                "metadata.csv, with the columns file_name (as seen from the table), label and, if there are splits, "
+                f"split; {way_out}"
             )
     return notes
 
@@ -101,7 +115,7 @@ def _tables(tree: Tree) -> tuple[list[str], list[str]]:
                 sizes.append((place.stat().st_size, path))
     paths, large, total = list[str](), list[str](), 0
     for size, path in sorted(sizes):
-        total += size + 1000  # for opening it
+        total += min(size, _START) + 1000  # for opening it
         (paths if total <= _BYTES else large).append(path)
     return paths, large
 
@@ -116,33 +130,33 @@ def _is_metadata(path: str, rows: Sequence[Sequence[str]]) -> bool:
 
 def _rows(tree: Tree, path: str) -> list[list[str]]:
     """Return the cells of a table, row by row, in lower case; none if it cannot be read."""
+    kind = path.rpartition(".")[2].lower()
     try:
-        data = read_regular(tree.root / path, limit=_BYTES)
+        require_regular(tree.root / path)
+        with open(tree.root / path, "rb") as file:
+            if kind == "parquet":
+                return [[str(cell).casefold() for cell in row] for row in islice(_parquet_rows(file), _ROWS)]
+            data = _shared_strings(file) if kind == "xlsx" else file.read(_START)
     except OSError:
         return []
-    kind = path.rpartition(".")[2].lower()
-    if kind == "parquet":
-        return [[str(cell).casefold() for cell in row] for row in _parquet_rows(data)]
-    if kind == "xlsx":
-        data = _shared_strings(data)
     utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
     text = data.decode("utf-16" if utf16 else "utf-8-sig", "replace").casefold()
     if kind == "xlsx":
         return [re.findall(r"<t[^<>]*>([^<]*)</t>", text)]
     if kind in ("json", "jsonl", "ndjson"):
         pattern = re.compile(r'"([^"]*)"|(?<=[:,\[ ])(\d+)')
-        parts = [text] if kind == "json" else text.splitlines()
+        parts = [text] if kind == "json" else text.splitlines()[:_ROWS]
         return [[match[1] or match[2] or "" for match in pattern.finditer(part)] for part in parts]
     ends = re.compile(r'[,;|\t"]+' if kind in ("csv", "tsv") else r'[,;|\s"]+')
-    return [[cell.strip() for cell in ends.split(line)] for line in text.splitlines() if line.strip()]
+    return [[cell.strip() for cell in ends.split(line)] for line in text.splitlines()[:_ROWS] if line.strip()]
 
 
-def _parquet_rows(data: bytes) -> Iterator[Sequence[object]]:
+def _parquet_rows(file: IO[bytes]) -> Iterator[Sequence[object]]:
     import pyarrow
     from pyarrow import parquet, types
 
     try:
-        content = parquet.ParquetFile(pyarrow.BufferReader(data))
+        content = parquet.ParquetFile(file)
         columns = [field.name for field in content.schema_arrow if types.is_string(field.type)]
         columns += [field.name for field in content.schema_arrow if types.is_integer(field.type)]
         for batch in content.iter_batches(columns=columns[:16]):
@@ -151,11 +165,11 @@ def _parquet_rows(data: bytes) -> Iterator[Sequence[object]]:
         return
 
 
-def _shared_strings(data: bytes) -> bytes:
+def _shared_strings(file: IO[bytes]) -> bytes:
     """Return the part of a spreadsheet that holds the texts of all its cells."""
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive, archive.open("xl/sharedStrings.xml") as file:
-            return file.read(_BYTES)
+        with zipfile.ZipFile(file) as archive, archive.open("xl/sharedStrings.xml") as strings:
+            return strings.read(_START)
     except (zipfile.BadZipFile, zlib.error, KeyError, OSError, RuntimeError, NotImplementedError):  # a stray file
         return b""
 
@@ -178,6 +192,7 @@ def _compare(tree: Tree, class_of: Mapping[int, str], rows: Sequence[Sequence[st
         others.update(cell for cell in set(row) if _key(cell) not in owners)
     shared = [cell for cell, times in others.items() if cell and 1 < times < count]
     found.groups = whole or len(shared) > 1
+    found.roles = {split_role(cell) for cell in others}
     return found
 
 
@@ -203,4 +218,4 @@ def _images_of(tree: Tree, owners: Mapping[str, Collection[int]], cell: str) -> 
 
 
 def _key(cell: str) -> str:
-    return re.split(r"[/\\]", cell)[-1]
+    return cell.replace("\\", "/").rpartition("/")[2]
