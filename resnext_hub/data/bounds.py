@@ -93,7 +93,8 @@ def _require_jpeg(data: bytes) -> None:
     _require(sum(marker in _TABLES for marker, _ in parts), _PARSED_PARTS, "tables")
     exif = sum(data.startswith(b"Exif\0\0", place + 2) for marker, place in parts if marker == 0xE1)
     _require(exif, _EXIF_SEGMENTS, "segments of Exif")
-    _require(data.count(b"8BIM"), MAX_PARTS, "parts of Photoshop")
+    end = parts[-1][1] if parts else 0  # of the last segment, which is the first scan
+    _require(data.count(b"8BIM", 0, end), MAX_PARTS, "parts of Photoshop")
 
 
 def segments(data: bytes) -> Iterator[tuple[int, int]]:
