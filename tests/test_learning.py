@@ -42,7 +42,7 @@ NOISE = 36
 def launch(processes: int, *runs: tuple[object, ...]) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes)
     commands = json.dumps([["train", *map(str, run)] for run in runs])
-    done = run_process(*launcher, "tests/runs_in_a_row.py", commands)
+    done = run_process(*launcher, "tests/runs_in_a_row.py", commands, timeout=600)
     assert done.returncode == 0, done.stderr
 
 
@@ -77,7 +77,8 @@ def runs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("learning")
     (folder / "grouped").mkdir()
     (folder / "grouped" / "config.json").write_text(json.dumps(GROUPED))
-    grouped = ("--model", f"local-dir:{folder / 'grouped'}", "--no-pretrained", "--lr", "0.003", "--merge-groups", "16")
+    grouped = ("--model", f"local-dir:{folder / 'grouped'}", "--no-pretrained", "--lr", "0.003", "--max-steps", "60")
+    grouped += ("--merge-groups", "16")
 
     write_stream(folder / "stream")
     stream = ("--dataset", folder / "stream", "--streaming", "--shuffle-block", "500", *LIKE_DIGITS)
@@ -111,11 +112,11 @@ def test_accelerate_launch_leaves_the_threads_to_the_run(runs: Path) -> None:
 
 
 def test_a_training_view_that_lost_its_models_tensors_is_noticed() -> None:
-    model = ResNeXt(layers=(1, 1), cardinality=4, base_width=4, num_classes=3)
+    model = ResNeXt(layers=(1, 1, 1), cardinality=4, base_width=4, num_classes=3)
     view = training_form(model, {"layer1.0.conv2": 2})
     require_shared_tensors(view, model)
     view.to("cpu:0")  # names the same device, and yet makes new buffers
     with raises(RuntimeError, match=r"buffer bn1\.num_batches_tracked is not shared"):
         require_shared_tensors(view, model)
     with raises(RuntimeError, match="parameter"):
-        require_shared_tensors(ResNeXt(layers=(1, 1), cardinality=4, base_width=4, num_classes=3), model)
+        require_shared_tensors(ResNeXt(layers=(1, 1, 1), cardinality=4, base_width=4, num_classes=3), model)
