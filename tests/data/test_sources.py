@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
@@ -843,18 +844,19 @@ def test_two_unicode_forms_of_a_name_are_one_class(tmp_path: Path) -> None:
     assert class_names_of(["n\u0303", "\u00f1"], "x") == {"n\u0303": "\u00f1", "\u00f1": "\u00f1"}
 
 
-def test_an_unreadable_class_folder_is_named(tmp_path: Path) -> None:
-    fill(tmp_path, classes())
-    for folder in (tmp_path.parent.parent, tmp_path.parent, tmp_path):
+def test_an_unreadable_class_folder_is_named() -> None:
+    with tempfile.TemporaryDirectory() as scratch:  # which another user can be let into
+        folder = Path(scratch)
         folder.chmod(0o755)
-    (tmp_path / "cat").chmod(0)
-    if os.geteuid() == 0:
-        os.seteuid(65534)  # root may read everything
-    try:
-        message = refused(tmp_path)
-    finally:
-        os.seteuid(os.getuid())
-        (tmp_path / "cat").chmod(0o755)
+        fill(folder, classes())
+        (folder / "cat").chmod(0)
+        if os.geteuid() == 0:
+            os.seteuid(65534)  # root may read everything
+        try:
+            message = refused(folder)
+        finally:
+            os.seteuid(os.getuid())
+            (folder / "cat").chmod(0o755)
     assert "the folder cat in" in message
     assert "permission denied" in message
 
