@@ -452,7 +452,8 @@ def test_pictures_of_another_shape_or_type_are_refused(compiled: tuple[nn.Module
 
 def test_the_report_is_readable(compiled: tuple[nn.Module, OptimizedModel]) -> None:
     text = str(compiled[1].report)
-    assert re.match(r"torch.compile, float32, 4 pictures at once: \S+ ms, \S+ times as fast as the given network", text)
+    # how many at once is measured
+    assert re.match(r"torch.compile, float32, [124] pictures at once: \S+ ms, \S+ times as fast as the given", text)
     assert "groups of 4 -> 8 channels at (4, 128, 16, 16) (asked): layer1.0.conv2, layer1.1.conv2\n" in text
 
 
