@@ -351,8 +351,9 @@ TABLE = "file_name,label\n" + "".join(f"{row['file_name']},{row['label']}\n" for
 
 def judge_table(folder: Path, content: bytes) -> None:
     """Where a CSV of labels is accepted, every image has the label of its row."""
-    rows = csv.DictReader(io.StringIO(_judge_labels(folder, "metadata.csv", content), newline=""))
-    _require_labels(folder, list(rows))
+    header, *rows = csv.reader(io.StringIO(_judge_labels(folder, "metadata.csv", content), newline=""))
+    names = [name.strip().casefold() for name in header]  # in any case; blanks beside commas are no text
+    _require_labels(folder, [dict(zip(names, (cell.strip() for cell in row), strict=False)) for row in rows])
 
 
 def judge_json_table(folder: Path, content: bytes) -> None:
@@ -375,7 +376,7 @@ def _judge_labels(folder: Path, name: str, content: bytes) -> str:
 def _require_labels(folder: Path, rows: list[dict[str, Any]]) -> None:
     splits = load_splits(DataConfig(dataset=str(folder / "set")))
     part: Any = splits.train
-    stated = {(row.get("file_name"), printable(row.get("label"))) for row in rows}
+    stated = {(str(row.get("file_name")), printable(row.get("label"))) for row in rows}
     for index, label in enumerate(part.labels):
         path = Path(part.row(index)["path"])
         assert path.parent.name == "train", path
