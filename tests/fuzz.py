@@ -138,7 +138,8 @@ def _changed(value: Any, kind: str, place: tuple[Any, ...], key: str, new: Any) 
     if not place:
         return {**value, key: new} if kind == "add" and isinstance(value, dict) else new if kind == "replace" else value
     first, *rest = place
-    known = first in value if isinstance(value, dict) else isinstance(value, list) and first < len(value)
+    in_list = isinstance(value, list) and isinstance(first, int) and first < len(value)
+    known = first in value if isinstance(value, dict) else in_list
     if not known:  # an earlier change took it away
         return value
     if not rest and kind == "remove":
