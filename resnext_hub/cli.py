@@ -267,6 +267,7 @@ def _table(rows: list[tuple[str, ...]]) -> str:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from resnext_hub.files import sha256_of
+    from resnext_hub.models.saved import WEIGHTS
     from resnext_hub.run import evaluate_run
 
     evaluation, record = evaluate_run(options.run, options.threads)
@@ -278,8 +279,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     classes = len(record.label_names)
     if evaluation.confusion(classes) != recorded.confusion:
         raise RunError(f"the counts differ from the record: {text}")
-    if sha256_of(options.run / "model" / "model.safetensors") != record.model.weights_sha256:
-        raise RunError(f"the counts are those of the record, but model.safetensors is not its file: {text}")
+    if sha256_of(options.run / "model" / WEIGHTS) != record.model.weights_sha256:
+        raise RunError(f"the counts are those of the record, but {WEIGHTS} is not its file: {text}")
     _print(f"{text}: the same counts in every class\n")
 
 

@@ -362,7 +362,7 @@ def _check_input(config: TrainConfig, data_config: Mapping[str, Any]) -> None:
     if resized > MAX_RESIZED:
         raise RequestError(
             f"--image-size {width} with --crop-pct {crop_pct:g} resizes images to {resized:,} px for evaluation: "
-            f"expected at most {MAX_RESIZED:,}; give a smaller --image-size or a larger --crop-pct"
+            f"expected at most {MAX_RESIZED:,}; reduce --image-size or increase --crop-pct"
         )
 
 
@@ -461,7 +461,7 @@ def _nearest(folder: Path) -> Path:
 def _check_rights(folder: Path) -> None:
     if not os.access(_nearest(folder), os.W_OK | os.X_OK):
         raise RequestError(
-            f"the run folder {printable(folder)} cannot be written, for want of rights; give another --output-dir"
+            f"the run folder {printable(folder)} is not writable: permission denied; choose another --output-dir"
         )
 
 

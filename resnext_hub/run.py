@@ -42,6 +42,7 @@ from resnext_hub.machine import (
     set_threads,
     versions,
 )
+from resnext_hub.models.saved import CONFIG, WEIGHTS
 from resnext_hub.models.source import ModelSource, build_model, needs_plugin, portable_architecture, variant_of
 from resnext_hub.plan import Plan, folder_state, public_model, public_settings, read_config
 from resnext_hub.plots import write_plots, write_samples
@@ -80,7 +81,7 @@ RECORD = "record.json"
 PREVIOUS_RECORD = "record.previous.json"
 """The record of a finished run that goes on; nothing reads it."""
 
-MODEL_FILES = {"README.md", "config.json", "model.safetensors", "plots"}
+MODEL_FILES = {"README.md", CONFIG, WEIGHTS, "plots"}
 SAMPLES = "samples.png"
 
 TOP5_CLASSES = 20
@@ -389,8 +390,9 @@ def _write_files(plan: Plan, outcome: Outcome, accelerator: "Accelerator", preci
     """
     folder, splits, evaluation = plan.folder, plan.splits, outcome.evaluation
     kept = _kept_of_card(folder)
-    _keep_others(folder, "model", MODEL_FILES)
-    _keep_others(folder, "plots", {*PLOTS, SAMPLES})
+    _keep_others(folder / "model" / "plots", folder / "model.plots", set(PLOTS))
+    _keep_others(folder / "model", folder / "model", MODEL_FILES)
+    _keep_others(folder / "plots", folder / "plots", {*PLOTS, SAMPLES})
     with new_folder(folder / "model") as model:
         digest = _write_model(plan, outcome.network, model)
         record = _record_of(plan, outcome, accelerator, precision, digest)
@@ -528,18 +530,26 @@ def _kept_of_card(folder: Path) -> Kept | None:
     return card.kept
 
 
-def _keep_others(folder: Path, name: str, own: set[str]) -> None:
-    """Move what is not the tool's out of a folder of results that is about to be replaced."""
-    others = [path for path in (folder / name).iterdir() if path.name not in own] if (folder / name).is_dir() else []
-    if (folder / name).is_symlink() or not others:  # behind a link nothing is lost, as only the link is replaced
+def _keep_others(results: Path, stem: Path, own: set[str]) -> None:
+    """Move files that are not the tool's out of a folder of results that is about to be replaced.
+
+    Args:
+        results: The folder.
+        stem: Path to which `.previous` is added, for where they go.
+        own: Names of the tool's files in the folder.
+    """
+    if results.is_symlink() or not results.is_dir():  # only the link is replaced, and nothing behind it is lost
         return
-    previous = _free_name(folder, f"{name}.previous", "")
+    others = [path for path in results.iterdir() if path.name not in own]
+    if not others:
+        return
+    previous = _free_name(stem.parent, f"{stem.name}.previous", "")
     previous.mkdir()
     for path in others:
         os.rename(path, previous / path.name)
     _logger.warning(
         "%s is written anew; moved to %s, as they are not part of it: %s",
-        printable(folder / name),
+        printable(results),
         previous.name,
         listing(sorted(path.name for path in others)),
     )

@@ -126,7 +126,7 @@ def test_an_unwritable_folder_exits_with_2(name: str) -> None:
         child.start()
         child.join()
         assert errors.read_text().startswith("2 error: ")
-        assert "cannot be written, for want of rights; give another --output-dir" in errors.read_text()
+        assert "is not writable: permission denied; choose another --output-dir" in errors.read_text()
 
 
 def test_a_finished_run_on_a_disk_that_is_read_only_is_found_finished(
@@ -139,7 +139,7 @@ def test_a_finished_run_on_a_disk_that_is_read_only_is_found_finished(
     assert "is finished already; nothing was computed" in out
     code, _, err = command(*flags, 31)
     assert code == 2
-    assert "cannot be written, for want of rights" in err
+    assert "is not writable: permission denied" in err
 
 
 def test_a_tilde_is_the_home_folder_where_a_shell_leaves_it(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:

@@ -115,6 +115,7 @@ def test_what_an_owner_put_among_the_results_is_moved_and_every_card_kept(run: P
     for step in (31, 32):
         (run / "model" / "notes.txt").write_text(f"notes of {step}")
         (run / "plots" / "mine.png").write_text("drawn by hand")
+        (run / "model" / "plots" / "ours.png").write_text("drawn by two hands")
         card.write_text(card.read_text().replace("# ", f"# Mine of {step}: ", 1))
         code, _, err = command(*GROWN[:-1], step, "--output-dir", run)
         assert code == 0, err
@@ -123,6 +124,7 @@ def test_what_an_owner_put_among_the_results_is_moved_and_every_card_kept(run: P
     assert (run / "model.previous" / "notes.txt").read_text() == "notes of 31"
     assert (run / "model.previous-2" / "notes.txt").read_text() == "notes of 32"
     assert (run / "plots.previous-2" / "mine.png").is_file()
+    assert (run / "model.plots.previous" / "ours.png").is_file()
     assert "Mine of 31" in (run / "README.previous.md").read_text()
     assert "Mine of 32" in (run / "README.previous-2.md").read_text()
 

@@ -192,7 +192,7 @@ def _require_bmp(data: bytes) -> None:
 
 
 def allow_runs(file: MeteredFile, image: Image.Image) -> None:
-    """Let a run-length encoded BMP take two reads for each run, of one pixel or more."""
+    """Allow a run-length encoded BMP two reads for each of its runs, which have at least one pixel."""
     if image.format == "BMP" and image.info.get("compression") in (1, 2):
         file.left += 2 * image.width * image.height
 

@@ -25,6 +25,7 @@ from resnext_hub.inference.optimize import merge_layers, require_finite
 from resnext_hub.inference.trained import TrainedModel
 from resnext_hub.machine import disable_telemetry, resolve_precision
 from resnext_hub.models.widths import LayerChoice
+from resnext_hub.text import printable
 
 _logger = logging.getLogger(__name__)
 
@@ -255,9 +256,9 @@ def _check_place(path: Path, suffix: str) -> None:
         raise RequestError(f"--output {path}: expected a name that ends in {suffix}")
     nearest = next(folder for folder in path.absolute().parents if os.path.exists(folder))
     if not nearest.is_dir():
-        raise RequestError(f"{path} cannot be made, as {nearest} is a file; give another --output")
+        raise RequestError(f"{printable(path)} cannot be made: {printable(nearest)} is a file; choose another --output")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise RequestError(f"{path} cannot be written, for want of rights; give another --output")
+        raise RequestError(f"{printable(path)} is not writable: permission denied; choose another --output")
 
 
 def _example_and_facts(model: TrainedModel) -> tuple[torch.Tensor, dict[str, str], str]:

@@ -512,7 +512,7 @@ def test_a_list_of_some_of_the_images_that_is_called_like_a_split_is_refused(tmp
     rows = "cat/1.png 0\ncat/2.png 0\n".replace(" ", "," if name.endswith("csv") else " ")
     (tmp_path / name).write_text(json.dumps(classes()[1:3]) if name.endswith("json") else rows)
     message = refused(tmp_path)
-    assert f"{name} names 2 of 6 images, as a split, and is not read" in message
+    assert f"{name} names 2 of 6 images, as a split, but is ignored" in message
     assert len(opened(tmp_path, layout="classes").tables["train"]) == 6
 
 

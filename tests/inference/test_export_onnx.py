@@ -214,7 +214,7 @@ def test_a_place_that_takes_no_file_exits_with_2(vehicles_run: Path, command: Co
     (tmp_path / "file").touch()
     for place, part in (
         (tmp_path, f"--output {tmp_path} is a folder: expected a file"),
-        (tmp_path / "file" / "model.onnx", f"cannot be made, as {tmp_path / 'file'} is a file; give another --output"),
+        (tmp_path / "file" / "model.onnx", f"cannot be made: {tmp_path / 'file'} is a file; choose another --output"),
     ):
         code, _, err = command("export", vehicles_run, "--output", place)
         assert code == 2

@@ -399,14 +399,14 @@ import resource
 import timm, torch
 import resnext_hub
 
-model, pictures = timm.create_model("test_resnet").eval(), torch.zeros(8, 3, 512, 512)
+model, images = timm.create_model("test_resnet").eval(), torch.zeros(8, 3, 512, 512)
 for keep in (False, True):
     fast = resnext_hub.optimize(
-        model, pictures, dtype=torch.float32, compile=False, at_once=8, keep_memory=keep
+        model, images, dtype=torch.float32, compile=False, at_once=8, keep_memory=keep
     )
-    fast(pictures)
+    fast(images)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    fast(pictures)
+    fast(images)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 

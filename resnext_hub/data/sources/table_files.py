@@ -66,6 +66,7 @@ class _Kept:
         self.passed: list[str] = []
 
     def keeps(self, name: str) -> bool:
+        """Return whether a column is kept, and count it if so."""
         if name.casefold() in self.wanted or name in self.others:
             return True
         if len(self.others) < MAX_OTHERS:
@@ -76,6 +77,7 @@ class _Kept:
         return False
 
     def check(self, rows: int) -> None:
+        """Raise ValueError for more rows than a table of so many images has."""
         if rows > self.rows:
             raise ValueError(
                 f"more than {self.rows} rows for {self.images} images; keep the rows of images that are there"

@@ -84,7 +84,7 @@ def refuse_unread_tables(tree: Tree, splits: Sequence[Mapping[str, Sequence[int]
         where = printable(tree.root / path)
         if len(splits) == 1 and _is_split(path) and 0 < len(found.named) < len(class_of):
             raise RequestError(
-                f"{where} names {len(found.named)} of {len(class_of)} images, as a split, and is not read: give a "
+                f"{where} names {len(found.named)} of {len(class_of)} images, as a split, but is ignored: add a "
                 f"metadata.csv with the columns file_name, label and split; to hold out a part instead, {way_out}"
             )
         most = len(found.named) >= _MANY or any(2 * named[folder] >= folders[folder] for folder in named)
@@ -170,7 +170,8 @@ def _shared_strings(file: IO[bytes]) -> bytes:
     try:
         with zipfile.ZipFile(file) as archive, archive.open("xl/sharedStrings.xml") as strings:
             return strings.read(_START)
-    except (zipfile.BadZipFile, zlib.error, KeyError, OSError, RuntimeError, NotImplementedError):  # a stray file
+    except (zipfile.BadZipFile, zlib.error, KeyError, OSError, RuntimeError, NotImplementedError):
+        # damaged, no spreadsheet, encrypted, or compressed in a way that zipfile does not know
         return b""
 
 
