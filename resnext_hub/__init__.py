@@ -1,22 +1,45 @@
 """The ResNeXt family for timm. Importing this package registers the variants with `timm.create_model`."""
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
+from resnext_hub.errors import RequestError, RunError, StoppedRun
 from resnext_hub.models import VARIANTS, load_weights
 
-__all__ = ["VARIANTS", "__version__", "from_hub", "load_weights", "optimize"]
+if TYPE_CHECKING:
+    from resnext_hub.api import evaluate, predict, publish, train
+    from resnext_hub.inference.classifier import Classifier, from_hub, load
+    from resnext_hub.inference.optimize import optimize
+
+__all__ = [
+    "VARIANTS",
+    "Classifier",
+    "RequestError",
+    "RunError",
+    "StoppedRun",
+    "__version__",
+    "evaluate",
+    "from_hub",
+    "load",
+    "load_weights",
+    "optimize",
+    "predict",
+    "publish",
+    "train",
+]
+
+_LAZY = {
+    **dict.fromkeys(("evaluate", "predict", "publish", "train"), "resnext_hub.api"),
+    **dict.fromkeys(("Classifier", "from_hub", "load"), "resnext_hub.inference.classifier"),
+    "optimize": "resnext_hub.inference.optimize",
+}
+"""Public names that are imported on first use, so that importing the package stays cheap."""
 
 
 def __getattr__(name: str) -> Any:
-    """Load what few need when it is asked for, so that importing the package stays cheap."""
-    if name == "from_hub":
-        from resnext_hub.hub.load import from_hub
-
-        return from_hub
-    if name == "optimize":
-        from resnext_hub.inference.optimize import optimize
-
-        return optimize
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Import a public name on first use."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)

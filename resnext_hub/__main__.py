@@ -2,6 +2,6 @@
 
 import sys
 
-from resnext_hub.cli import main
+from resnext_hub.cli.main import main
 
 sys.exit(main())

@@ -1,4 +1,4 @@
-"""What this process runs on: device, precision, threads, processes, versions."""
+"""What this process runs on: device, precision, memory, versions."""
 
 import contextlib
 import ctypes
@@ -11,27 +11,16 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
-from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 import resnext_hub
-from resnext_hub.errors import RequestError, RunError
-from resnext_hub.text import printable
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
+from resnext_hub.errors import RequestError
 
 THREADS = 1024
 """Most computing threads of a process: more than a machine has cores; each takes memory and a place in the kernel."""
-
-WAIT = timedelta(hours=6)
-"""How long a process waits for another one, which may be evaluating, or writing to a slow disk."""
 
 
 def device_type() -> str:
@@ -40,29 +29,6 @@ def device_type() -> str:
         return "cpu"
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator.type if accelerator else "cpu"
-
-
-def check_launcher() -> None:
-    """Refuse what a launcher can ask for and this training does not do."""
-    for variable, what in (
-        ("ACCELERATE_USE_FSDP", "FSDP"),
-        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
-        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
-        ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism configuration"),
-        ("TPU_NAME", "a TPU"),
-    ):
-        if os.environ.get(variable, "false").lower() not in ("false", "0", ""):
-            raise RequestError(f"{what} is asked for; expected plain data parallelism, as a ResNeXt fits one device")
-    for variable, harmless, way_out in (
-        # by which Accelerate would divide every gradient
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("", "1"), "unset it; --micro-batch-size makes a batch in parts"),
-        ("ACCELERATE_DYNAMO_BACKEND", ("", "no"), "unset it, or launch without --dynamo_backend; --compile compiles"),
-        ("ACCELERATE_TORCH_DEVICE", ("",), "unset it; CUDA_VISIBLE_DEVICES chooses GPUs, ACCELERATE_USE_CPU the CPU"),
-        ("ACCELERATE_MIXED_PRECISION", ("", "no", "bf16", "fp16"), "expected no, bf16 or fp16"),
-    ):
-        value = os.environ.get(variable, "")
-        if value.lower() not in harmless:
-            raise RequestError(f"{variable} is {printable(value)[:80]}: {way_out}")
 
 
 def resolve_precision(asked: str, device: str) -> str:
@@ -85,42 +51,6 @@ def _cpu_computes_bf16() -> bool:
     """Say whether the CPU has matrix instructions for bfloat16."""
     names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(getattr(torch.cpu, name)() for name in names if hasattr(torch.cpu, name))
-
-
-def build_accelerator(precision: str, deterministic: bool) -> "Accelerator":
-    """Start Accelerate for the processes that the launcher made.
-
-    Without an accelerator device it must be told so: it would leave several CPU processes each alone otherwise.
-
-    Args:
-        precision: Mixed precision, resolved.
-        deterministic: Whether gradients are to be added up in the same order after a resume as before it.
-
-    Raises:
-        RunError: If it does not see as many processes as the launcher started.
-    """
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
-
-    accelerator = Accelerator(
-        cpu=device_type() == "cpu",
-        mixed_precision=precision,
-        kwargs_handlers=[
-            # keeps the gradients' buckets as they are at the start: they are rearranged after the first pass otherwise,
-            # so that a resumed run adds in another order than the one before
-            DistributedDataParallelKwargs(find_unused_parameters=deterministic),
-            InitProcessGroupKwargs(timeout=WAIT),
-        ],
-    )
-    if accelerator.num_processes != processes():
-        raise RunError(f"the launcher started {processes()} processes, but Accelerate sees {accelerator.num_processes}")
-    return accelerator
-
-
-def set_threads(asked: str, device: str) -> None:
-    """Set the computing threads of a CPU process; `auto` shares the cores among the processes of this machine."""
-    if device == "cpu":
-        torch.set_num_threads(max(cores() // local_processes(), 1) if asked == "auto" else int(asked))
 
 
 def keep_memory(device: str) -> None:
@@ -186,80 +116,6 @@ def disable_telemetry() -> None:
     has made its own choice, which stays.
     """
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # as Python marks what is not there
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where this process stands among those that the launcher started."""
-
-    rank: int
-    processes: int
-    address: str
-    """Host of the store through which the processes find each other."""
-    port: int
-
-    @classmethod
-    def read(cls) -> "Place":
-        """Read what the launcher says in the environment.
-
-        Raises:
-            RequestError: If it contradicts itself, or is incomplete, so that the processes would not find each other.
-        """
-        count, rank = _whole_number("WORLD_SIZE", 1), _whole_number("RANK", 0)
-        _whole_number("LOCAL_RANK", 0)
-        _whole_number("LOCAL_WORLD_SIZE", 1)
-        address = os.environ.get("MASTER_ADDR", "")
-        if "WORLD_SIZE" not in os.environ and address:
-            raise RequestError(
-                f"MASTER_ADDR is {printable(address)} but WORLD_SIZE is not set, so each process would train alone; "
-                "start several with torchrun (--nnodes, --nproc_per_node), or unset MASTER_ADDR"
-            )
-        if count < 1 or rank >= count:
-            raise RequestError(f"RANK {rank} of WORLD_SIZE {count}: expected a rank below the number of processes")
-        port = _whole_number("MASTER_PORT", 0) if count > 1 else 0
-        if count > 1 and not (address and 0 < port < 1 << 16):
-            raise RequestError(
-                f"WORLD_SIZE is {count} with MASTER_ADDR {printable(address) or 'not set'} and MASTER_PORT {port}; "
-                "expected the main process's host and a port (1 to 65535) that is free there; torchrun sets both"
-            )
-        return cls(rank, count, address, port)
-
-
-def _whole_number(variable: str, default: int) -> int:
-    text = os.environ.get(variable, "")
-    if not text:
-        return default
-    if not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise RequestError(f"{variable} is {printable(text)}; expected a whole number, as torchrun sets it")
-    return int(text)
-
-
-def processes() -> int:
-    """Return the number of processes that the launcher started."""
-    return max(_whole_number("WORLD_SIZE", 1), 1)
-
-
-def local_processes() -> int:
-    """Return the number of those that run on this machine."""
-    return max(_whole_number("LOCAL_WORLD_SIZE", processes()), 1)
-
-
-def speaks_for_host() -> bool:
-    """Return whether this process is the one of its host that reports errors."""
-    return _is_first("LOCAL_RANK")
-
-
-def speaks_for_run() -> bool:
-    """Return whether this process is the one of its run that logs and prints results.
-
-    A rank without a number of processes, or one that is no number, was not set by a launcher: such a process is alone.
-    """
-    return os.environ.get("WORLD_SIZE", "") in ("", "1") or _is_first("RANK")
-
-
-def _is_first(variable: str) -> bool:
-    text = os.environ.get(variable, "")
-    return not text.isdigit() or not text.strip("0")
 
 
 def cores() -> int:

@@ -17,8 +17,8 @@ from resnext_hub.text import printable
 if TYPE_CHECKING:
     import numpy as np
 
-FORMAT_VERSION = 2
-"""2 since the confusion matrix is sparse, so that a record grows with images and classes, not with classes squared."""
+FORMAT_VERSION = 3
+"""Version 2 made the confusion matrix sparse; version 3 renamed `broken_pictures` to `unreadable_images`."""
 
 PLOTS = ("curves.png", "confusion_matrix.png")
 """Plots of a model folder, which its card shows and which are published."""
@@ -62,7 +62,7 @@ class BaseModelFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetFacts:
-    """The pictures."""
+    """The images."""
 
     id: str
     hub_id: str | None
@@ -75,7 +75,7 @@ class DatasetFacts:
     """None for a stream that does not state it."""
     eval_count: _Count
     train_counts: list[_Count] | None
-    """Pictures by class; None for a stream."""
+    """Images by class; None for a stream."""
     eval_counts: list[_Count] | None
 
 
@@ -139,6 +139,15 @@ class HardwareFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class UnreadableImage:
+    """An image that could not be decoded, and why."""
+
+    split: Literal["training", "evaluation"]
+    image: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunRecord:
     """A finished run."""
 
@@ -170,8 +179,8 @@ class RunRecord:
     skipped_steps: _Count
     """Steps whose gradients overflowed in fp16, so that the weights were left as they were."""
     decoders: list[str] = field(default_factory=list)
-    """What decoded the pictures to train on, in the order of use: several if a run was told to go on with another."""
-    broken_pictures: list[dict[str, str]] = field(default_factory=list)
+    """What decoded the images to train on, in the order of use: several if a run was told to go on with another."""
+    unreadable_images: list[UnreadableImage] = field(default_factory=list)
     plots: list[str] = field(default_factory=lambda: list(PLOTS))
     """Plots of the model folder that could be drawn."""
     merged_groups: dict[str, _Some] = field(default_factory=dict)
@@ -216,10 +225,6 @@ class RunRecord:
                 "classes in sample that are in label_names",
             ),
             (set(self.plots) <= set(PLOTS), f"plots of {', '.join(PLOTS)}"),
-            (
-                all(entry.keys() >= {"picture", "reason"} for entry in self.broken_pictures),
-                "picture and reason in broken_pictures",
-            ),
         ):
             if not holds:
                 raise ValueError(f"expected {what}")
@@ -230,21 +235,21 @@ class RunRecord:
 
     @classmethod
     def load(cls, path: Path) -> "RunRecord":
-        """Read a record of this format, or of format 1, whose confusion matrix is dense.
+        """Load a record of this format version or of an earlier one, which is converted.
 
         Raises:
-            RequestError: If there is none, it is damaged, or it is of another format.
+            RequestError: If there is none, it is damaged, or its version is unknown.
         """
         if not os.path.lexists(path):
             _refuse_missing(path)
         content = read_json(path, dict[str, Any], _WAY_OUT)
         version = content.get("format_version")
-        if version not in (1, FORMAT_VERSION) or isinstance(version, bool):
+        if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= FORMAT_VERSION:
             raise RequestError(
-                f"{printable(path)} is of format {printable(version)[:40]}; this version reads 1 and {FORMAT_VERSION}; "
-                "update resnext-hub, or " + _WAY_OUT
+                f"{printable(path)} has format version {printable(version)[:40]}; this version of resnext-hub reads 1 "
+                f"to {FORMAT_VERSION}; update resnext-hub, or " + _WAY_OUT
             )
-        return convert(_upgraded(content) if version == 1 else content, cls, path, _WAY_OUT)
+        return convert(_upgraded(content, version), cls, path, _WAY_OUT)
 
 
 _WAY_OUT = "remove it, and the command that trained the run writes it anew"
@@ -258,14 +263,23 @@ def sparse_rows(dense: Iterable[Sequence[int]]) -> list[list[tuple[int, int]]]:
     return [[(column, value) for column, value in enumerate(row) if value] for row in dense]
 
 
-def _upgraded(content: dict[str, Any]) -> dict[str, Any]:
-    """Return a record of format 1 in this format; what is not as it should be is left to the validation."""
+def _upgraded(content: dict[str, Any], version: int) -> dict[str, Any]:
+    """Convert a record of an earlier version; malformed parts are left for validation to reject."""
     content = content | {"format_version": FORMAT_VERSION}
     evaluation = content.get("evaluation")
-    rows = evaluation.get("confusion") if isinstance(evaluation, dict) else None
+    rows = evaluation.get("confusion") if isinstance(evaluation, dict) and version < 2 else None
     if isinstance(rows, list) and all(isinstance(row, list) and len(row) == len(rows) for row in rows):
         content["evaluation"] = dict(evaluation or {}, confusion=sparse_rows(rows))
+    if version < 3 and isinstance(entries := content.pop("broken_pictures", None), list):
+        content["unreadable_images"] = [renamed_image(entry) for entry in entries]
     return content
+
+
+def renamed_image(entry: Any) -> Any:
+    """Return an entry about an unreadable image with today's key; before version 3 the key was `picture`."""
+    if not isinstance(entry, dict) or "picture" not in entry:
+        return entry
+    return {"image" if name == "picture" else name: value for name, value in entry.items()}
 
 
 def _refuse_missing(path: Path) -> NoReturn:

@@ -13,15 +13,25 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
-from resnext_hub.errors import RequestError
-from resnext_hub.files import YAML_FLOAT
+from resnext_hub.errors import RequestError, setting
 from resnext_hub.text import printable
+from resnext_hub.yaml_files import YAML_FLOAT
 
 TEXT_LENGTH = 4096
 """Longest text that a setting takes, in characters; as long as a path may be."""
 
 SEEDS = 2**63 - 1
 """Greatest seed that torch takes."""
+
+
+GROWS: Mapping[str, Any] = {"resume": "grows"}
+"""Metadata of a field that may only grow when a run is resumed."""
+
+FREE: Mapping[str, Any] = {"resume": "free"}
+"""Metadata of a field that may change when a run is resumed: it sets how the work is done, not what work it is."""
+
+FREE_PER_PROCESS: Mapping[str, Any] = {"resume": "free", "per_process": True}
+"""The same for a field that may also differ between the processes of a run."""
 
 
 @dataclass(frozen=True)
@@ -100,15 +110,15 @@ def check_value(name: str, value: Any, hint: Any) -> Any:
     if typing.get_origin(hint) is Literal:
         if value in typing.get_args(hint):
             return value
-        raise RequestError(f"{flag_of(name)} {shown(value)}: expected one of {', '.join(typing.get_args(hint))}")
+        raise RequestError(f"{setting(name, shown(value))}: expected one of {', '.join(typing.get_args(hint))}")
     if typing.get_origin(hint) is tuple:
         parts = typing.get_args(hint)
         if isinstance(value, (list, tuple)) and len(value) == len(parts):
             return tuple(check_value(name, v, part) for v, part in zip(value, parts, strict=True))
-        raise RequestError(f"{flag_of(name)} {shown(value)}: expected {len(parts)} numbers")
+        raise RequestError(f"{setting(name, shown(value))}: expected {len(parts)} numbers")
     parsed = _PARSERS[hint](value)
     if parsed is None:
-        raise RequestError(f"{flag_of(name)} {shown(value)}: expected {_expected(hint, bounds)}")
+        raise RequestError(f"{setting(name, shown(value))}: expected {_expected(hint, bounds)}")
     _require_range(name, parsed, bounds)
     if hint is str:
         _require_text(name, parsed)
@@ -178,16 +188,16 @@ def _expected(hint: Any, bounds: Range | None) -> str:
 
 def _require_range(name: str, value: Any, bounds: Range | None) -> None:
     if bounds is not None and value not in bounds:
-        raise RequestError(f"{flag_of(name)} {shown(value)}: expected {_expected(type(value), bounds)}")
+        raise RequestError(f"{setting(name, shown(value))}: expected {_expected(type(value), bounds)}")
 
 
 def _require_text(name: str, value: str) -> None:
     if not value.strip():
-        raise RequestError(f"{flag_of(name)} is empty: expected text, or no {flag_of(name)} at all")
+        raise RequestError(f"{setting(name)} is empty: expected text, or no {setting(name)} at all")
     if len(value) > TEXT_LENGTH or "\0" in value:
         reason = "holds a null character" if "\0" in value else f"has {len(value):,} characters"
         raise RequestError(
-            f"{flag_of(name)} {shown(value)} {reason}: expected text of at most {TEXT_LENGTH:,} characters"
+            f"{setting(name, shown(value))} {reason}: expected text of at most {TEXT_LENGTH:,} characters"
         )
 
 

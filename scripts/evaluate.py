@@ -2,7 +2,7 @@
 
 import sys
 
-from resnext_hub.cli import main
+from resnext_hub.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["evaluate", *sys.argv[1:]]))

@@ -24,12 +24,14 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--model", "resnext26_g32", "--image-size", "32", "--batch-size", "32", "--max-steps", "20")
 SMALL += ("--checkpoint-every", "10")
 
+AUGMENTED = ("--mixup", "0.2", "--auto-augment", "rand-m7-mstd0.5", "--ema", "0.99")
+
 COMMANDS: dict[str, tuple[int, tuple[str, ...]]] = {
     "quickstart": (1, ("--max-steps", "40", "--checkpoint-every", "20")),
     "folder": (
         1,
-        (*SMALL, "--recipe", "finetune", "--no-pretrained", "--dataset", "DATA/folder", "--mixup", "0.2")
-        + ("--auto-augment", "rand-m7-mstd0.5", "--ema", "0.99"),
+        (*SMALL, *("--recipe", "finetune", "--no-pretrained", "--dataset", "DATA/folder", "--mixup", "0.2")),
+        +("--auto-augment", "rand-m7-mstd0.5", "--ema", "0.99"),
     ),
     "two-processes": (2, SMALL),
     "stream": (1, (*SMALL, "--dataset", "DATA/parquet", "--streaming", "--shuffle-block", "200")),

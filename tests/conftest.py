@@ -15,28 +15,18 @@ for _variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISIO
 
 import atexit
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-import timm
 import torch
-from PIL import Image
-from timm.models._hub import save_for_hf
+from support.processes import TINY, run_process, write_images
 
 import resnext_hub  # noqa: F401 - registers the variants
-from resnext_hub.cli import main
+from resnext_hub.cli.main import main
 
 for _variable in ("HF_HOME", "RESNEXT_HUB_CACHE"):
     atexit.register(shutil.rmtree, os.environ[_variable], ignore_errors=True)
-
-ROOT = Path(__file__).resolve().parent.parent
-
-TINY = ("--model", "test_resnet", "--mixed-precision", "no", "--warmup-epochs", "0", "--threads", "1")
-"""Flags of a real but tiny network of timm, for tests of what is around the network."""
 
 
 @pytest.fixture(autouse=True)
@@ -66,55 +56,23 @@ def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str,
     return run
 
 
-def run_process(*arguments: object, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a Python process in the checkout; its variables go over this process's."""
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-
-
-def write_pictures(folder: Path, count: int, shade: int, size: int = 40) -> None:
-    """Write small seeded pictures around a grey level, which a network can learn to tell."""
-    folder.mkdir(parents=True)
-    generator = np.random.default_rng(shade)
-    for index in range(count):
-        noise = generator.integers(-30, 30, (size, size + index % 7, 3))
-        Image.fromarray(np.clip(shade + noise, 0, 255).astype(np.uint8)).save(folder / f"{index:03d}.png")
-
-
-def save_with_timm(folder: Path, name: str, size: int) -> Path:
-    """Have timm write a model folder of an untrained network, whose running statistics are those of some noise."""
-    torch.manual_seed(0)
-    network = timm.create_model(name, num_classes=10, pretrained_cfg_overlay={"input_size": (3, size, size)})
-    with torch.no_grad():
-        network.train()(torch.randn(4, 3, size, size))
-    save_for_hf(network, folder, safe_serialization=True)
-    return folder
-
-
 @pytest.fixture
 def folder_of_classes(tmp_path: Path) -> Path:
-    """A folder with the classes bus, car and train, of 12, 10 and 8 pictures."""
+    """A folder with the classes bus, car and train, of 12, 10 and 8 images."""
     root = tmp_path / "vehicles"
     for name, count, shade in (("bus", 12, 40), ("car", 10, 120), ("train", 8, 210)):
-        write_pictures(root / name, count, shade)
+        write_images(root / name, count, shade)
     return root
 
 
 @pytest.fixture(scope="session")
 def vehicles_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run on folders of pictures: `vehicles/validation` beside it has 36, and one that is broken."""
+    """A finished run on folders of images: `vehicles/validation` beside it has 36, and one that is broken."""
     root = tmp_path_factory.mktemp("vehicles-run")
     for split, count, darker in (("train", 20, 0), ("validation", 12, 7)):
         for name, shade in (("bus", 60), ("car", 110), ("train", 160)):
-            write_pictures(root / "vehicles" / split / name, count, shade - darker)
-    (root / "vehicles" / "validation" / "car" / "005-broken.png").write_bytes(b"no picture")
+            write_images(root / "vehicles" / split / name, count, shade - darker)
+    (root / "vehicles" / "validation" / "car" / "005-broken.png").write_bytes(b"no image")
     flags = (*TINY, "--dataset", root / "vehicles", "--image-size", 32, "--max-steps", 24, "--lr", 0.01, "--threads", 1)
     flags += ("--batch-size", 20, "--max-bad-fraction", 0.5, "--output-dir", root / "run")
     done = run_process("scripts/train.py", *flags)

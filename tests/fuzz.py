@@ -25,19 +25,21 @@ import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
-from records import a_record
 from safetensors.torch import load_file
+from support.records import a_record
 from timm.models._hub import save_for_hf
 
 import resnext_hub  # noqa: F401 - registers the variants
-from resnext_hub.data.dataset import DataConfig, load_splits
-from resnext_hub.data.decode import UnreadablePictureError, decode
+from resnext_hub.data.config import DataConfig
+from resnext_hub.data.decode import UnreadableImageError, decode
+from resnext_hub.data.splits import load_splits
 from resnext_hub.errors import RequestError, RunError
-from resnext_hub.inference.trained import load_trained
+from resnext_hub.inference.classifier import load
 from resnext_hub.record import RunRecord
 from resnext_hub.text import printable
 from resnext_hub.training.checkpoint import BestFacts, StateFacts, latest_checkpoint, save_checkpoint
-from resnext_hub.training.metrics import METRICS, LineLog, read_lines, read_unreadable
+from resnext_hub.training.metrics import METRICS, LineLog, read_lines
+from resnext_hub.training.unreadable import read_unreadable
 
 ROUND = 250
 """Inputs that are drawn together: hypothesis keeps about 1 MB of each until the last, which is no growth of ours."""
@@ -194,7 +196,7 @@ def judge_model_config(folder: Path, content: bytes) -> None:
     weights = folder / "model.safetensors"
     if not weights.exists():
         weights.symlink_to(model_folder() / "model.safetensors")
-    loaded = load_trained(str(folder))
+    loaded = load(str(folder))
     stated = json.loads(content)
     require_weights(loaded, load_file(weights))
     cfg = stated.get("pretrained_cfg") or {}
@@ -204,14 +206,14 @@ def judge_model_config(folder: Path, content: bytes) -> None:
     assert loaded.label_names == tuple(names or map(str, range(10))), (loaded.label_names, names)
     for key in ("mean", "std"):
         if cfg.get(key) is not None and isinstance(cfg[key], list) and len(cfg[key]) == 3:
-            assert list(loaded.data_config[key]) == cfg[key], key
+            assert list(getattr(loaded.input, key)) == cfg[key], key
 
 
 def judge_weights(folder: Path, content: bytes) -> None:
     """Where a safetensors file is accepted, the model has the values that stand in it."""
     (folder / "config.json").write_bytes((model_folder() / "config.json").read_bytes())
     (folder / "model.safetensors").write_bytes(content)
-    loaded = load_trained(str(folder))
+    loaded = load(str(folder))
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length])
     types = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "I64": np.int64}
@@ -227,7 +229,7 @@ def judge_weights(folder: Path, content: bytes) -> None:
 
 def require_weights(loaded: Any, tensors: dict[str, torch.Tensor]) -> None:
     """Check that a model has the values of a file, and is usable."""
-    found = loaded.network.state_dict()
+    found = loaded.model.state_dict()
     for name, tensor in tensors.items():
         assert torch.equal(found[name], tensor.to(found[name].dtype)), name
         assert found[name].isfinite().all(), name
@@ -313,7 +315,7 @@ def judge_metrics(folder: Path, content: bytes) -> None:
 
 
 @cache
-def images() -> tuple[bytes, ...]:
+def some_images() -> tuple[bytes, ...]:
     """Return small images in many formats, with EXIF, palettes, transparency and several frames."""
     grey = np.linspace(0, 255, 48 * 40).reshape(48, 40).astype(np.uint8)
     image = Image.fromarray(grey).convert("RGB")
@@ -341,7 +343,7 @@ def judge_image(folder: Path, content: bytes) -> None:
     """An image is decoded to RGB, or unreadable with a reason of one line."""
     try:
         image = decode({"bytes": content, "path": None})
-    except UnreadablePictureError as error:
+    except UnreadableImageError as error:
         require_line(error)
         return
     assert image.mode == "RGB"
@@ -370,7 +372,7 @@ def _judge_labels(folder: Path, name: str, content: bytes) -> str:
     for split in ("train", "test"):
         (folder / "set" / split).mkdir(parents=True)
         for n in range(12):
-            (folder / "set" / split / f"{n}.png").write_bytes(images()[0])
+            (folder / "set" / split / f"{n}.png").write_bytes(some_images()[0])
     (folder / "set" / "test" / "metadata.csv").write_text(TABLE)
     (folder / "set" / "train" / name).write_bytes(content)
     load_splits(DataConfig(dataset=str(folder / "set")))
@@ -404,7 +406,7 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "metrics.jsonl": lambda: Target(
         lines_of(LINES), st.one_of(changed_json(LINES).map(lines_of), changed_bytes(lines_of(LINES))), judge_metrics
     ),
-    "image": lambda: Target(images()[0], st.one_of(*map(changed_bytes, images())), judge_image),
+    "image": lambda: Target(some_images()[0], st.one_of(*map(changed_bytes, some_images())), judge_image),
     "metadata.csv": lambda: Target(TABLE.encode(), changed_bytes(TABLE.encode()), judge_table),
     "metadata.jsonl": lambda: Target(
         lines_of(ROWS), st.one_of(changed_json(ROWS).map(lines_of), changed_bytes(lines_of(ROWS))), judge_json_table

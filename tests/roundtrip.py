@@ -17,9 +17,9 @@ from pathlib import Path
 
 import timm
 import torch
-from loopback_hub import serve
 from PIL import Image
 from safetensors.torch import save_file
+from support.loopback_hub import serve
 
 from resnext_hub.models import VARIANTS, stock_architecture
 
@@ -44,7 +44,7 @@ if {transformers}:
     with torch.inference_mode():
         # transformers maps the file, where tensors begin at any eighth byte, and kernels may add in another order
         torch.testing.assert_close(wrapped(case["images"]).logits, case["logits"], rtol=1e-4, atol=1e-5)
-    found = pipeline("image-classification", model="me/model", top_k=10)({picture!r})
+    found = pipeline("image-classification", model="me/model", top_k=10)({image!r})
     assert sorted(entry["label"] for entry in found) == [str(n) for n in range(10)], found
 else:
     assert "transformers" not in sys.modules
@@ -66,7 +66,7 @@ def check(name: str, python: dict[str, str], scratch: Path, xet: bool) -> str:
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         save_file({"images": images, "logits": model(images)}, scratch / "case.safetensors")
-    Image.new("RGB", (40, 40), (90, 30, 200)).save(scratch / "picture.png")
+    Image.new("RGB", (40, 40), (90, 30, 200)).save(scratch / "image.png")
     cells = [name, "resnext_hub" if plugin else "stock timm"]
     with serve() as hub:
         environment = os.environ | hub.environment(xet=xet) | {"HF_HOME": str(scratch / f"home-{name}")}
@@ -80,7 +80,7 @@ def check(name: str, python: dict[str, str], scratch: Path, xet: bool) -> str:
                 continue
             code = LOAD.format(
                 case=str(scratch / "case.safetensors"),
-                picture=str(scratch / "picture.png"),
+                image=str(scratch / "image.png"),
                 transformers=kind == "transformers",
                 plugin=plugin,
             )

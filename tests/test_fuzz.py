@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from resnext_hub.flags import build_parser
+from resnext_hub.cli.main import build_parser
 from resnext_hub.training.config import flat_fields
 
 Command = Callable[..., tuple[int, str, str]]

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 
 import timm
 import torch
-from conftest import ROOT, run_process
-from loopback_hub import LoopbackHub, serve
 from pytest import fixture, mark
 from safetensors.torch import save
+from support.loopback_hub import LoopbackHub, serve
+from support.processes import ROOT, run_process
 
-from resnext_hub.cli import main
-from resnext_hub.flags import build_parser
+from resnext_hub.cli.main import build_parser, main
 from resnext_hub.models import VARIANTS
 
 README = (ROOT / "README.md").read_text()
@@ -83,9 +82,9 @@ def test_every_test_that_the_promises_name_is_there() -> None:
 
 def test_what_the_page_on_speed_shows_runs() -> None:
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "speed.md").read_text(), re.DOTALL)
-    # smaller pictures, and eager: the same lines in less time
+    # smaller images, and eager: the same lines in less time
     code = block.replace("224, 224", "64, 64").replace(
-        "optimize(model, pictures)", "optimize(model, pictures, compile=False)"
+        "optimize(model, images)", "optimize(model, images, compile=False)"
     )
     done = run_process("-c", code)
     assert done.returncode == 0, done.stderr

@@ -8,11 +8,12 @@ from typing import Any
 
 import yaml
 from pytest import fixture, mark, raises
-from records import DAMAGES, NO_FILES, a_record, replace_by
+from support.records import DAMAGES, NO_FILES, a_record, replace_by
 
 from resnext_hub.errors import RequestError
-from resnext_hub.plan import read_config
 from resnext_hub.record import RunRecord
+from resnext_hub.run_folder import RunFolder
+from resnext_hub.runs.existing import read_config
 from resnext_hub.training.config import TrainConfig
 
 Command = Callable[..., tuple[int, str, str]]
@@ -111,7 +112,7 @@ def changed(content: dict[str, Any], where: str, value: Any) -> dict[str, Any]:
         ("sample.label", "ship"),
         ("sample.output", [["ship", 0.5]]),
         ("sample.output", [["bus", 7.5]]),
-        ("broken_pictures", [{}]),
+        ("unreadable_images", [{}]),
         ("plots", ["../../secret.png"]),
         ("merged_groups", {"conv1": 0}),
     ],
@@ -155,8 +156,8 @@ def test_damaged_settings_are_refused_with_the_name_of_their_file(folder: Path, 
         replace_by(path, damage)
     else:
         path.write_bytes(DAMAGES[damage](path.read_bytes()))
-    said = refusal(lambda: read_config(folder), str(path))
-    assert said.endswith("put the file back as it was, or give another --output-dir")
+    said = refusal(lambda: read_config(RunFolder(folder)), str(path))
+    assert said.endswith("restore the file, or choose another --output-dir")
 
 
 def test_settings_cut_off_anywhere_are_refused(folder: Path) -> None:
@@ -165,10 +166,10 @@ def test_settings_cut_off_anywhere_are_refused(folder: Path) -> None:
     lines = content.splitlines(keepends=True)
     for count in range(len(lines)):
         path.write_text("".join(lines[:count]))
-        refusal(lambda: read_config(folder), str(path))
+        refusal(lambda: read_config(RunFolder(folder)), str(path))
     for count in range(len(content) - 15, len(content) - 1):
         path.write_text(content[:count])
-        refusal(lambda: read_config(folder), str(path))
+        refusal(lambda: read_config(RunFolder(folder)), str(path))
 
 
 @mark.parametrize(
@@ -201,13 +202,13 @@ def test_settings_cut_off_anywhere_are_refused(folder: Path) -> None:
 )
 def test_settings_of_another_shape_are_refused(folder: Path, content: str) -> None:
     (folder / "config.yaml").write_text(content)
-    refusal(lambda: read_config(folder), "config.yaml")
+    refusal(lambda: read_config(RunFolder(folder)), "config.yaml")
     assert not (folder / "x").exists()
 
 
 def test_numbers_are_read_as_people_write_them(folder: Path) -> None:
     (folder / "config.yaml").write_text("lr: 1e-3\nweight_decay: 5E-2\ndataset: '2020'\nprivate: false\n")
-    assert read_config(folder) == {"lr": 0.001, "weight_decay": 0.05, "dataset": "2020", "private": False}
+    assert read_config(RunFolder(folder)) == {"lr": 0.001, "weight_decay": 0.05, "dataset": "2020", "private": False}
 
 
 @mark.parametrize("name", ["record.json", "config.yaml"])

@@ -8,7 +8,7 @@ from typing import Any
 from pytest import fixture, mark, raises
 
 from resnext_hub.errors import RequestError
-from resnext_hub.plan import merge_settings
+from resnext_hub.runs.request import merge_settings
 from resnext_hub.settings import SEEDS, check_value, did_you_mean
 from resnext_hub.text import printable
 from resnext_hub.training.config import ALIASES, TrainConfig, flat_fields
@@ -52,19 +52,19 @@ def test_a_file_means_what_the_field_expects(text: str, expected: Any, file: Pat
 @mark.parametrize(
     ("text", "reason"),
     [
-        ("batch_size: 010", "--batch-size 010: expected a whole number from 1"),
+        ("batch_size: 010", "batch_size=010: expected a whole number from 1"),
         ("epochs: 1:30", "--epochs 1:30: expected a number above 0"),
-        ("image_size: 0x20", "--image-size 0x20: expected a whole number"),
-        ("max_steps: 1.5", "--max-steps 1.5: expected a whole number"),
-        ("lr: .nan", "--lr .nan: expected a number"),
-        ("lr: 1e999", "--lr inf: expected a number above 0 and at most 1,000"),
+        ("image_size: 0x20", "image_size=0x20: expected a whole number"),
+        ("max_steps: 1.5", "max_steps=1.5: expected a whole number"),
+        ("lr: .nan", "lr=.nan: expected a number"),
+        ("lr: 1e999", "lr=inf: expected a number above 0 and at most 1,000"),
         ("seed: " + "9" * 5000, "expected a whole number from 0 to 9,223,372,036,854,775,807"),
-        ("epochs: null", "--epochs None: expected a number"),
-        ("dataset: 1.10", "--dataset 1.1: expected text, in quotes"),
+        ("epochs: null", "epochs=None: expected a number"),
+        ("dataset: 1.10", "dataset=1.1: expected text, in quotes"),
         ('dataset: "a\\0b"', "holds a null character"),
-        ("dataset: ''", "--dataset is empty"),
-        ("scale: 0.5", "--scale 0.5: expected 2 numbers"),
-        ("scale: [a, b]", "--scale a: expected a number"),
+        ("dataset: ''", "dataset is empty"),
+        ("scale: 0.5", "scale=0.5: expected 2 numbers"),
+        ("scale: [a, b]", "scale=a: expected a number"),
         ("imgsz: 64", r"unknown setting imgsz; did you mean image_size\?"),
         ("batch-size: 64", r"unknown setting batch-size; did you mean batch_size\?"),
     ],

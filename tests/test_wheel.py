@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import ROOT, TINY
+from support.processes import ROOT, TINY
 
 from resnext_hub.record import RunRecord
 

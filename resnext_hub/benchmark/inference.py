@@ -1,4 +1,4 @@
-"""A network's forward pass, beside its peers: float32 pictures in, float32 logits out, the same for all."""
+"""A network's forward pass, beside its peers: float32 images in, float32 logits out, the same for all."""
 
 import contextlib
 import logging
@@ -46,9 +46,9 @@ class Settings:
     equal_flops: str | None = None
     """A network without groups, compiled beside it; if not given, one with about as many FLOPs, where there is one."""
     image_size: Annotated[int, Range(1, IMAGE_SIZE)] = 224
-    """Height and width of the pictures in pixels."""
+    """Height and width of the images in pixels."""
     batch_size: Annotated[int, Range(1, 1 << 20)] = 16
-    """Pictures computed at once."""
+    """Images computed at once."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -58,10 +58,10 @@ class Settings:
 
 
 def measure(settings: Settings, rounds: int) -> Contest:
-    """Let all contenders compute the same pictures by turns, each in a process of its own.
+    """Let all contenders compute the same images by turns, each in a process of its own.
 
     Raises:
-        RequestError: If the network does not take such pictures.
+        RequestError: If the network does not take such images.
     """
     device = torch.device(device_type())
     settings = replace(settings, equal_flops=settings.equal_flops or equal_in_flops(settings.model))
@@ -72,7 +72,7 @@ def measure(settings: Settings, rounds: int) -> Contest:
             _logger.info("ready: %s", title)
         notes = (
             "Error: norm of the difference from timm's float32 logits over the norm of those, on "
-            f"{settings.batch_size} pictures of noise"
+            f"{settings.batch_size} images of noise"
             + (f". {settings.equal_flops} is another network, so it has none" if settings.equal_flops else "")
             + ". Each computes in a process of its own.",
         )
@@ -83,7 +83,7 @@ def build_contender(settings: Settings, title: str) -> Contender:
     """Build one of the contenders.
 
     Raises:
-        RequestError: If the network does not take such pictures.
+        RequestError: If the network does not take such images.
     """
     device = torch.device(device_type())
     torch.backends.cudnn.benchmark = True
@@ -102,7 +102,7 @@ def build_contender(settings: Settings, title: str) -> Contender:
 @dataclass(frozen=True, kw_only=True)
 class _Entry:
     build: Callable[[nn.Module, torch.Tensor], Network]
-    """Gives what computes pictures as a network, in float32 in evaluation mode, does."""
+    """Gives what computes images as a network, in float32 in evaluation mode, does."""
     ours: bool = False
     another: bool = False
     """Whether it computes another network than the one that it is given."""
@@ -210,7 +210,7 @@ def _torchvision_twin(name: str, model: nn.Module, images: torch.Tensor) -> Netw
 
 def _openvino(model: nn.Module, images: torch.Tensor, dtype: torch.dtype, int8: bool) -> Network:
     """Give OpenVINO with the network as it is."""
-    from resnext_hub.inference.openvino import OpenVinoNetwork, convert
+    from resnext_hub.kernels.openvino import OpenVinoNetwork, convert
 
     return OpenVinoNetwork(convert(model, images, images if int8 else None), dtype)
 

@@ -1,4 +1,4 @@
-"""Pictures from encoded bytes to training batches, beside their peers."""
+"""Images from encoded bytes to training batches, beside their peers."""
 
 import dataclasses
 import io
@@ -17,13 +17,14 @@ from torch.utils.data import DataLoader
 from resnext_hub.benchmark.contest import Contender, Contest, hold_contest
 from resnext_hub.data.augment import Augmentation
 from resnext_hub.data.batches import read_batches
-from resnext_hub.data.dataset import Pictures
-from resnext_hub.data.decode import UnreadablePictureError, decode, read_bytes
+from resnext_hub.data.decode import UnreadableImageError, decode, read_bytes
+from resnext_hub.data.images import IndexedImages
 from resnext_hub.data.jpeg import is_installed
 from resnext_hub.data.loaders import WORKERS, StepSampler, TrainingSamples, build_train_loader, seed_sample
-from resnext_hub.data.sources import list_pictures
+from resnext_hub.data.sources import list_images
 from resnext_hub.data.transforms import IMAGE_SIZE, TransformConfig, normalize
 from resnext_hub.errors import RequestError
+from resnext_hub.models.input_config import InputConfig
 from resnext_hub.settings import Range, check_fields
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 SIZES = {"500x375": (500, 375), "12mp": (4000, 3000)}
-"""Width and height of the pictures by the name of their size."""
+"""Width and height of the images by the name of their size."""
 
 COUNTS = {"500x375": (96, 768), "12mp": (8, 32)}
 """How many of them there are, and how many are read in a round."""
@@ -40,7 +41,7 @@ COUNTS = {"500x375": (96, 768), "12mp": (8, 32)}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 DRAWS = 4
-"""Random crops of each picture by which pixels are compared."""
+"""Random crops of each image by which pixels are compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +53,13 @@ class Settings:
     workers: Annotated[int, Range(0, WORKERS)] = 1
     """Reading processes."""
     batch_size: Annotated[int, Range(1, 1 << 20)] = 16
-    """Pictures of a batch."""
+    """Images of a batch."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     """Interpolation of resizing; bicubic is that of resnext_g32."""
     photo_size: Literal["500x375", "12mp"] = "500x375"
-    """Size of the pictures: as in ImageNet, or of a telephone's camera; made of scikit-learn's two photographs."""
-    pictures: str | None = None
-    """A folder of pictures of one's own, in place of those; what cannot be read is left out."""
+    """Size of the images: as in ImageNet, or of a telephone's camera; made of scikit-learn's two photographs."""
+    images: str | None = None
+    """A folder of images of one's own, in place of those; what cannot be read is left out."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -71,19 +72,22 @@ def measure(settings: Settings, rounds: int) -> Contest:
     readers.
     """
     torch.set_num_threads(1)
-    stored, count = _stored_pictures(settings)
+    stored, count = _stored_images(settings)
     rows = _table(stored, count)
-    data_config = {
-        "input_size": (3, settings.image_size, settings.image_size),
-        "interpolation": settings.interpolation,
-        "mean": MEAN,
-        "std": STD,
-    }
-    transform = _timm_transform(data_config)
+    size = (3, settings.image_size, settings.image_size)
+    input = InputConfig(
+        input_size=size,
+        interpolation=settings.interpolation,
+        mean=MEAN,
+        std=STD,
+        crop_pct=1.0,
+        crop_mode="center",
+    )
+    transform = _timm_transform(input)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
 
     def ours(decoder: str) -> Contender:
-        augment = Augmentation(TransformConfig(), data_config, decoder)
+        augment = Augmentation(TransformConfig(), input, decoder)
 
         def batches() -> Iterable[torch.Tensor]:
             loader = _our_loader(settings, rows, augment)
@@ -105,37 +109,37 @@ def measure(settings: Settings, rounds: int) -> Contest:
         quality="the reference",
     )
     decoders = ["simplejpeg", "pil"] if is_installed() else ["pil"]
-    size = sum(map(len, stored)) / len(stored) / 1e6
+    megabytes = sum(map(len, stored)) / len(stored) / 1e6
     return hold_contest(
         "loader",
         dataclasses.asdict(settings),
         [*map(ours, decoders), peer],
         rounds,
         torch.device("cpu"),
-        notes=(f"{len(stored)} pictures of {size:.2f} MB on average, {count} read a round.",),
+        notes=(f"{len(stored)} images of {megabytes:.2f} MB on average, {count} read a round.",),
     )
 
 
-def _stored_pictures(settings: Settings) -> tuple[list[bytes], int]:
-    """Give pictures as they are stored, and how many to read in a round."""
-    if settings.pictures is None:
+def _stored_images(settings: Settings) -> tuple[list[bytes], int]:
+    """Give images as they are stored, and how many to read in a round."""
+    if settings.images is None:
         number, count = COUNTS[settings.photo_size]
         return _photographs(SIZES[settings.photo_size], number), count
-    folder = Path(settings.pictures)
-    paths = list_pictures(folder) if folder.is_dir() else []
+    folder = Path(settings.images)
+    paths = list_images(folder) if folder.is_dir() else []
     if not paths:
-        raise RequestError(f"--pictures {folder}: expected a folder with pictures")
+        raise RequestError(f"--images {folder}: expected a folder with images")
     stored = []
     for path in paths:
         try:
             data = read_bytes({"bytes": None, "path": path})
             decode({"bytes": data, "path": None})
-        except UnreadablePictureError as error:
+        except UnreadableImageError as error:
             _logger.warning("%s is left out, as it cannot be read: %s", path, error)
         else:
             stored.append(data)
     if not stored:
-        raise RequestError(f"--pictures {folder}: none of its {len(paths)} pictures can be read")
+        raise RequestError(f"--images {folder}: none of its {len(paths)} images can be read")
     with Image.open(io.BytesIO(stored[0])) as first:
         return stored, COUNTS["12mp" if first.width * first.height > 2e6 else "500x375"][1]
 
@@ -152,7 +156,7 @@ def _photographs(size: tuple[int, int], number: int) -> list[bytes]:
         width, height = 500, 375
         left, top = (int(rng.integers(0, room + 1)) for room in (whole.width - width, whole.height - height))
         part = whole.crop((left, top, left + width, top + height)).resize(size, Image.Resampling.LANCZOS)
-        if size != (width, height):  # what is enlarged is smoother than a camera's picture, and cheaper to decode
+        if size != (width, height):  # what is enlarged is smoother than a camera's image, and cheaper to decode
             grain = rng.integers(-4, 5, (size[1], size[0], 1), dtype=np.int16)
             part = Image.fromarray(np.clip(np.asarray(part) + grain, 0, 255).astype(np.uint8))
         buffer = io.BytesIO()
@@ -169,11 +173,16 @@ def _table(stored: list[bytes], count: int) -> "datasets.Dataset":
     return datasets.Dataset.from_dict({"image": repeated}, features=datasets.Features({"image": datasets.Image()}))
 
 
-def _timm_transform(data_config: dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
+def _timm_transform(input: InputConfig) -> Callable[[Image.Image], torch.Tensor]:
     from timm.data import create_transform
 
     transform: Callable[[Image.Image], torch.Tensor] = create_transform(
-        **data_config, is_training=True, color_jitter=None
+        input_size=input.input_size,
+        interpolation=input.interpolation,
+        mean=input.mean,
+        std=input.std,
+        is_training=True,
+        color_jitter=None,
     )
     return transform
 
@@ -183,9 +192,9 @@ def _our_loader(settings: Settings, rows: "datasets.Dataset", augment: Augmentat
 
     count = len(rows)
     undecoded = rows.cast_column("image", datasets.Image(decode=False))
-    pictures = Pictures(undecoded, "image", np.arange(count), np.zeros(count, dtype=np.int64))
+    images = IndexedImages(undecoded, "image", np.arange(count), np.zeros(count, dtype=np.int64))
     sampler = StepSampler(count, settings.batch_size, 0, 0, _steps(settings, count))
-    return build_train_loader(TrainingSamples(pictures, augment, 0), sampler, settings.workers)
+    return build_train_loader(TrainingSamples(images, augment, 0), sampler, settings.workers)
 
 
 def _peer_batches(

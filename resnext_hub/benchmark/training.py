@@ -1,8 +1,8 @@
 """Optimizer steps, beside their peers.
 
-Ours is the training command itself, with all that it does in a step, in a process of its own, on pictures of a folder;
+Ours is the training command itself, with all that it does in a step, in a process of its own, on images of a folder;
 timm's train.py, if its checkout is given, likewise on the same folder, with the same augmentation. The bare loops have
-their pictures in memory, and do nothing but forward, backward and the optimizer's step.
+their images in memory, and do nothing but forward, backward and the optimizer's step.
 """
 
 import json
@@ -27,10 +27,10 @@ from torch.nn import functional as F
 from resnext_hub.benchmark.contest import Contender, Contest, equal_in_flops, hold_contest, images_per_second
 from resnext_hub.data.transforms import IMAGE_SIZE
 from resnext_hub.errors import RequestError, RunError, one_line
+from resnext_hub.kernels.training_view import AUTOCAST, build_training_view, choose_factors
 from resnext_hub.machine import device_type, resolve_precision
 from resnext_hub.models.resnext import VARIANTS, stock_architecture
 from resnext_hub.settings import Range, check_fields
-from resnext_hub.training.form import AUTOCAST, choose_factors, training_form
 
 CLASSES = 10
 
@@ -44,9 +44,9 @@ class Settings:
     equal_flops: str | None = None
     """A network without groups, in a bare loop beside it; if not given, one of about as many FLOPs, if there is one."""
     image_size: Annotated[int, Range(2, IMAGE_SIZE)] = 64
-    """Height and width of the pictures in pixels."""
+    """Height and width of the images in pixels."""
     batch_size: Annotated[int, Range(2, 1 << 20)] = 64
-    """Pictures of an optimizer step."""
+    """Images of an optimizer step."""
     steps: Annotated[int, Range(4, 1_000_000)] = 16
     """Steps of a round; the first quarter of them does not count."""
     compile: bool = False
@@ -68,7 +68,7 @@ def measure(settings: Settings, rounds: int) -> Contest:
     """Let all contenders do the work by turns.
 
     Raises:
-        RequestError: If a network does not take such pictures.
+        RequestError: If a network does not take such images.
     """
     device = torch.device(device_type())
     settings = replace(settings, equal_flops=settings.equal_flops or equal_in_flops(settings.model))
@@ -77,7 +77,7 @@ def measure(settings: Settings, rounds: int) -> Contest:
     fast = resolve_precision("auto", device.type)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        _write_pictures(folder / "pictures", settings)
+        _write_images(folder / "images", settings)
         contenders = _ours(settings, folder, device, fast)
         contenders += _bare_loops(settings, device, fast)
         contenders += _timm_scripts(settings, folder, device, fast)
@@ -98,8 +98,8 @@ def _check_size(model: str, image_size: int) -> None:
             raise RequestError(f"{model} does not take --image-size {image_size}: {one_line(error)}") from error
 
 
-def _write_pictures(folder: Path, settings: Settings) -> None:
-    """Write random pictures in class folders, as many as the steps of a round take."""
+def _write_images(folder: Path, settings: Settings) -> None:
+    """Write random images in class folders, as many as the steps of a round take."""
     generator = np.random.default_rng(0)
     side = (settings.image_size, settings.image_size)
     for split, count in (("train", settings.steps * settings.batch_size), ("validation", settings.batch_size)):
@@ -119,7 +119,7 @@ def _ours(settings: Settings, folder: Path, device: torch.device, fast: str) -> 
     contenders = []
     for name, flags, merge in rows:
         network = _network(settings.model, device, channels_last=True)
-        form = training_form(network, choose_factors(network, example, merge, fast))
+        form = build_training_view(network, choose_factors(network, example, merge, fast))
         quality = f"error {_gradient_error(form, settings, device, fast):.3f}"
         if fast != "no":
             quality += f", in float32 {_gradient_error(form, settings, device, 'no'):.3f}"
@@ -137,7 +137,7 @@ def _run_ours(settings: Settings, folder: Path, flags: Sequence[str]) -> float:
     quarter = settings.steps // 4
     with tempfile.TemporaryDirectory(dir=folder) as output:
         words: list[object] = [
-            "-m", "resnext_hub", "train", "--dataset", folder / "pictures", "--model", settings.model,
+            "-m", "resnext_hub", "train", "--dataset", folder / "images", "--model", settings.model,
             "--image-size", settings.image_size, "--batch-size", settings.batch_size, "--max-steps", settings.steps,
             "--lr", 0.01, "--warmup-epochs", 0, "--log-every", quarter, "--eval-every", 1000,
             "--threads", torch.get_num_threads(), *flags, "--output-dir", Path(output, "run"),
@@ -218,7 +218,7 @@ def _run_timm(settings: Settings, folder: Path, device: torch.device, flags: Seq
     arguments = [f"{name}={value}" for name, value in stock.model_args.items()]
     with tempfile.TemporaryDirectory(dir=folder) as output:
         words: list[object] = [
-            "train.py", "--data-dir", folder / "pictures", "--train-split", "train", "--val-split", "validation",
+            "train.py", "--data-dir", folder / "images", "--train-split", "train", "--val-split", "validation",
             "--model", stock.name, *(["--model-kwargs", *arguments] if arguments else []),
             "--num-classes", CLASSES, "--input-size", 3, settings.image_size, settings.image_size,
             "--batch-size", settings.batch_size, "--device", device.type, "--epochs", 1, "--warmup-epochs", 0,
@@ -266,7 +266,7 @@ def _network(model: str, device: torch.device, channels_last: bool) -> nn.Module
 
 
 def _batch(settings: Settings, device: torch.device, parameter: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give seeded pictures `(N, 3, H, W)` and labels `(N,)`, the pictures in the memory format of a parameter."""
+    """Give seeded images `(N, 3, H, W)` and labels `(N,)`, the images in the memory format of a parameter."""
 
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(settings.batch_size, 3, settings.image_size, settings.image_size, generator=generator)

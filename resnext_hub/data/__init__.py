@@ -1,1 +1,1 @@
-"""From a source of pictures to batches: datasets, transforms, and the order of the samples."""
+"""From a source of images to batches: datasets, transforms, and the order of the samples."""

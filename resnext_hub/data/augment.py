@@ -4,7 +4,7 @@ timm draws every random number, in its own order, whichever decoder is used, so 
 bytes: what is cheaper for a batch (normalising) or has to come after that (erasing) is left to the device.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ import torch
 from resnext_hub.data.decode import MAX_IMAGE_PIXELS, opened, read_bytes, upright, within_memory
 from resnext_hub.data.jpeg import RESAMPLING, Rectangle, decode_part, read_header, to_image, to_tensor
 from resnext_hub.data.transforms import TransformConfig
+from resnext_hub.models.input_config import InputConfig
 
 
 class Edges(NamedTuple):
@@ -28,14 +29,14 @@ NOTHING = Edges(0, 0, 0, 0)
 
 
 class Augmented(NamedTuple):
-    """A picture `(C, H, W)` uint8, and which part of it is to be erased once it is normalised."""
+    """An image `(C, H, W)` uint8, and which part of it is to be erased once it is normalised."""
 
     image: torch.Tensor
     erased: Edges = NOTHING
 
 
 Augment = Callable[[dict[str, Any]], Augmented]
-"""Maps a stored picture (`bytes`, or a `path`) to an augmented one; raises UnreadablePictureError."""
+"""Maps a stored image (`bytes`, or a `path`) to an augmented one; raises UnreadableImageError."""
 
 
 class Augmentation:
@@ -43,7 +44,7 @@ class Augmentation:
 
     Args:
         config: What is drawn at random.
-        data_config: input_size, interpolation, mean and std in timm's keys.
+        input: The images that the model takes.
         decoder: `simplejpeg`, or `pil`, which the pixels of the other are near to.
         max_pixels: Pixels above which an image is unreadable.
     """
@@ -51,7 +52,7 @@ class Augmentation:
     def __init__(
         self,
         config: TransformConfig,
-        data_config: Mapping[str, Any],
+        input: InputConfig,
         decoder: str = "pil",
         max_pixels: int = MAX_IMAGE_PIXELS,
     ) -> None:
@@ -59,32 +60,32 @@ class Augmentation:
         from timm.data.random_erasing import RandomErasing
 
         first, second, _ = create_transform(
-            input_size=data_config["input_size"],
+            input_size=input.input_size,
             is_training=True,
             scale=config.scale,
             ratio=config.ratio,
             hflip=config.hflip,
             color_jitter=config.color_jitter or None,
             auto_augment=config.auto_augment,
-            interpolation=data_config["interpolation"],
-            mean=data_config["mean"],
-            std=data_config["std"],
+            interpolation=input.interpolation,
+            mean=input.mean,
+            std=input.std,
             normalize=False,
             separate=True,
         )
         self.crop, *self.flips = first.transforms
         self.colours = second if second.transforms else None
         self.erasing = RandomErasing(config.random_erasing, device="cpu") if config.random_erasing else None
-        self.mode = "RGB" if data_config["input_size"][0] == 3 else "L"
-        self.interpolation: str = data_config["interpolation"]
+        self.mode = input.mode
+        self.interpolation: str = input.interpolation
         self.fast = decoder == "simplejpeg" and self.interpolation in RESAMPLING
         self.max_pixels = max_pixels
 
     def __call__(self, row: dict[str, Any]) -> Augmented:
-        """Decode a stored picture and augment it, with random numbers from the generators as they stand.
+        """Decode a stored image and augment it, with random numbers from the generators as they stand.
 
         Raises:
-            UnreadablePictureError: If it cannot be decoded.
+            UnreadableImageError: If it cannot be decoded.
         """
         with within_memory():
             pixels = self._cropped(read_bytes(row, self.max_pixels))
@@ -95,7 +96,7 @@ class Augmentation:
         return Augmented(pixels, self._draw_erased(pixels))
 
     def _cropped(self, data: bytes) -> torch.Tensor:
-        """Give a random part of a picture at the size of the input."""
+        """Give a random part of an image at the size of the input."""
         from torchvision.transforms.functional import resized_crop
 
         header = read_header(data, self.max_pixels) if self.fast else None
@@ -123,12 +124,12 @@ class Augmentation:
 
 @lru_cache(maxsize=64)
 def _sized(height: int, width: int) -> torch.Tensor:
-    """Stand for a picture that timm asks for its size, and for nothing else."""
+    """Stand for an image that timm asks for its size, and for nothing else."""
     return torch.empty((1, height, width), device="meta")
 
 
 class _Taken:
-    """Stands for a picture that timm's random erasing writes to, and notes where."""
+    """Stands for an image that timm's random erasing writes to, and notes where."""
 
     dtype = torch.float32
 

@@ -1,4 +1,4 @@
-"""From samples to batches, and from the processes that read pictures to the one that computes.
+"""From samples to batches, and from the processes that read images to the one that computes.
 
 New memory costs a reading process more than all that it writes there: each page is fetched and cleared, for pixels that
 are looked at once. So pixels travel in memory that is kept and written anew, small arrays by value, and the computing
@@ -26,7 +26,7 @@ PREFETCH = 2
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A picture that cannot be decoded."""
+    """An image that cannot be decoded."""
 
     index: int
     name: str
@@ -36,7 +36,7 @@ class Unreadable:
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A picture `(C, H, W)` with its label and index, and what could not be read on the way."""
+    """An image `(C, H, W)` with its label and index, and what could not be read on the way."""
 
     image: torch.Tensor
     label: int
@@ -53,9 +53,9 @@ class Position(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Pictures `(N, C, H, W)`, labels and indices `(N,)` int64, what was unreadable.
+    """Images `(N, C, H, W)`, labels and indices `(N,)` int64, what was unreadable.
 
-    Pictures to train on are uint8 and channels last in memory, `erased` `(N, 4)` int64 has the edges of what is to be
+    Images to train on are uint8 and channels last in memory, `erased` `(N, 4)` int64 has the edges of what is to be
     erased of each; those to evaluate on are float32 and normalised. `end` is where the sequence stands after the global
     batch; None if that follows from the step.
     """
@@ -187,14 +187,14 @@ def read_items(loader: DataLoader[Any]) -> Generator[Any, None, None]:
         error.__traceback__ = None  # its frames hold the workers
         raise RunError(str(error).rpartition(f"{RunError.__name__}: ")[2].strip()) from None
     except (RuntimeError, ConnectionError, EOFError) as error:
-        lost = lost_reader(error)
+        lost = lost_worker(error)
         if lost is None:
             raise
         error.__traceback__ = None
         raise lost from None
 
 
-def lost_reader(error: Exception) -> RunError | None:
+def lost_worker(error: Exception) -> RunError | None:
     """Give the error of a reader that is gone, if that is what torch says of it.
 
     Torch says so in whatever the computing process is at when the reader ends, or finds what it sent broken off.

@@ -1,4 +1,4 @@
-"""What a table holds: which column is the pictures, which the classes, and what the classes are called.
+"""What a table holds: which column is the images, which the classes, and what the classes are called.
 
 Columns are found by their type, since their names differ from dataset to dataset.
 """
@@ -12,7 +12,7 @@ import numpy as np
 
 from resnext_hub.data.sources import Part
 from resnext_hub.data.sources.names import class_names_of
-from resnext_hub.data.sources.parquet import is_encoded_picture
+from resnext_hub.data.sources.parquet import is_encoded_image
 from resnext_hub.errors import RequestError, one_line
 from resnext_hub.text import listing as listing
 from resnext_hub.text import printable
@@ -35,7 +35,7 @@ def find_image_column(
         )
     if column is None:
         candidates = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
-        candidates = candidates or [name for name, kind in features.items() if is_encoded_picture(kind)]
+        candidates = candidates or [name for name, kind in features.items() if is_encoded_image(kind)]
         if not candidates:
             raise RequestError(f"{dataset} has no image column: it has {describe_columns(features)}")
         if len(candidates) > 1:
@@ -43,7 +43,7 @@ def find_image_column(
                 f"{dataset} has several image columns; name one with --image-column: {listing(candidates)}"
             )
         column = candidates[0]
-    elif not isinstance(features[column], datasets.Image) and not is_encoded_picture(features[column]):
+    elif not isinstance(features[column], datasets.Image) and not is_encoded_image(features[column]):
         raise RequestError(
             f"--image-column {printable(column)} holds no images: the columns are {describe_columns(features)}"
         )

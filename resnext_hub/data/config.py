@@ -1,9 +1,9 @@
 """What is asked for of the data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from resnext_hub.settings import Range, check_fields
+from resnext_hub.settings import FREE_PER_PROCESS, Range, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,7 @@ class DataConfig:
     """Fraction of each class of the training split that is held out where there is no evaluation split, 0.9 at most."""
     split_seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     """Seed of that cut; apart from `seed`, so that runs with other seeds are measured on the same images."""
-
-    max_bad_fraction: Annotated[float, Range(0, 1)] = 0.01
+    max_bad_fraction: Annotated[float, Range(0, 1)] = field(default=0.01, metadata=FREE_PER_PROCESS)
     """Fraction of a split that may be unreadable before the run stops; a single image never stops it."""
     streaming: bool = False
     """Read a Hub dataset or parquet files in order instead of keeping them on the disk; needs an evaluation split."""

@@ -44,7 +44,7 @@ _BAND_PIXELS = 1 << 20
 """Pixels of which the depth is reduced at once."""
 
 
-class UnreadablePictureError(Exception):
+class UnreadableImageError(Exception):
     """An image that cannot be decoded; the message is the reason."""
 
 
@@ -57,7 +57,7 @@ def decode(row: dict[str, Any] | None, mode: str = "RGB", max_pixels: int = MAX_
         max_pixels: Pixels above which it is unreadable.
 
     Raises:
-        UnreadablePictureError: If there is nothing to read, it is no image, it is cut off, or its header asks for more
+        UnreadableImageError: If there is nothing to read, it is no image, it is cut off, or its header asks for more
             memory or time than an image needs.
     """
     with opened(read_bytes(row, max_pixels), max_pixels) as image:
@@ -68,26 +68,26 @@ def read_bytes(row: dict[str, Any] | None, max_pixels: int = MAX_IMAGE_PIXELS) -
     """Return the bytes of an image as it is stored.
 
     Raises:
-        UnreadablePictureError: If there are none, or far more than an image of so many pixels has.
+        UnreadableImageError: If there are none, or far more than an image of so many pixels has.
     """
     row = row or {}  # a table may hold a null
     data: bytes | None = row.get("bytes")
     path: str | None = row.get("path")
     if data is None and path is None:
-        raise UnreadablePictureError("neither bytes nor a path")
+        raise UnreadableImageError("neither bytes nor a path")
     limit = 8 * max_pixels + (1 << 26)  # sixteen bits in four channels, and what a program has to say beside them
     try:
         data = read_regular(str(path), limit) if data is None else data
         if len(data) > limit:
             raise FileTooLargeError(f"{len(data)} bytes")
     except FileNotFoundError as error:
-        raise UnreadablePictureError("the file is gone") from error
+        raise UnreadableImageError("the file is gone") from error
     except FileTooLargeError as error:
-        raise UnreadablePictureError(f"a file too large for {max_pixels} pixels (--max-image-pixels)") from error
+        raise UnreadableImageError(f"a file too large for {max_pixels} pixels (--max-image-pixels)") from error
     except (OSError, ValueError, MemoryError) as error:  # a path with a NUL is a ValueError
-        raise UnreadablePictureError(_reason(error)) from error
+        raise UnreadableImageError(_reason(error)) from error
     if not data:
-        raise UnreadablePictureError("zero bytes")
+        raise UnreadableImageError("zero bytes")
     return data
 
 
@@ -124,7 +124,7 @@ def opened(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Iterator[Image.Im
     """Read the header of an image; what then fails in decoding it says why in the same words.
 
     Raises:
-        UnreadablePictureError: If it cannot be read.
+        UnreadableImageError: If it cannot be read.
     """
     try:
         with warnings.catch_warnings():
@@ -148,11 +148,11 @@ def opened(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Iterator[Image.Im
     except UnidentifiedImageError as error:
         pointer = data.startswith(LFS_POINTER)
         reason = "a Git LFS pointer, not the image itself; run `git lfs pull`" if pointer else "not an image"
-        raise UnreadablePictureError(reason) from error
+        raise UnreadableImageError(reason) from error
     except Image.DecompressionBombError as error:
-        raise UnreadablePictureError(f"more than {max_pixels} pixels (--max-image-pixels)") from error
+        raise UnreadableImageError(f"more than {max_pixels} pixels (--max-image-pixels)") from error
     except _DAMAGED as error:
-        raise UnreadablePictureError(_reason(error)) from error
+        raise UnreadableImageError(_reason(error)) from error
 
 
 @contextlib.contextmanager
@@ -160,43 +160,43 @@ def within_memory() -> Iterator[None]:
     """Call an image unreadable for which there is not enough memory.
 
     Raises:
-        UnreadablePictureError: If it is so.
+        UnreadableImageError: If it is so.
     """
     try:
         yield
     except MemoryError as error:
-        raise UnreadablePictureError(_reason(error)) from error
+        raise UnreadableImageError(_reason(error)) from error
     except RuntimeError as error:  # torch's allocator
         if "not enough memory" not in str(error) and "allocate memory" not in str(error):
             raise
-        raise UnreadablePictureError(_reason(MemoryError())) from error
+        raise UnreadableImageError(_reason(MemoryError())) from error
 
 
 def require_size(width: int, height: int, max_pixels: int) -> None:
-    """Raise UnreadablePictureError for an image that its header makes too large, too long, or empty."""
+    """Raise UnreadableImageError for an image that its header makes too large, too long, or empty."""
     if min(width, height) < 1:
-        raise UnreadablePictureError(f"{width} x {height} pixels")
+        raise UnreadableImageError(f"{width} x {height} pixels")
     if width * height > max_pixels:
-        raise UnreadablePictureError(f"{width} x {height} is more than {max_pixels} pixels (--max-image-pixels)")
+        raise UnreadableImageError(f"{width} x {height} is more than {max_pixels} pixels (--max-image-pixels)")
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise UnreadablePictureError(f"{width} x {height} pixels: one side is more than {MAX_ASPECT} times the other")
+        raise UnreadableImageError(f"{width} x {height} pixels: one side is more than {MAX_ASPECT} times the other")
 
 
 def require_parts(data: bytes) -> None:
-    """Raise UnreadablePictureError for a file whose metadata can only be meant to take time or memory."""
+    """Raise UnreadableImageError for a file whose metadata can only be meant to take time or memory."""
     try:
         bounds.require_few_parts(data)
     except ValueError as error:
-        raise UnreadablePictureError(_reason(error)) from error
+        raise UnreadableImageError(_reason(error)) from error
 
 
 def require_scans(data: bytes, pixels: int, max_pixels: int) -> None:
-    """Raise UnreadablePictureError for a JPEG of so many scans that they can only be meant to take time."""
+    """Raise UnreadableImageError for a JPEG of so many scans that they can only be meant to take time."""
     if data.startswith(b"\xff\xd8"):
         most = min(MAX_SCANS, _MAX_PASSES * max_pixels // pixels)
         scans = bounds.count_scans(data, most)
         if scans > most:
-            raise UnreadablePictureError(f"more than {most} scans of {pixels} pixels")
+            raise UnreadableImageError(f"more than {most} scans of {pixels} pixels")
 
 
 @lru_cache(maxsize=1)
@@ -215,14 +215,14 @@ def _require_tiles(image: Image.Image, data: bytes, max_pixels: int) -> None:
     if isinstance(width, int) and isinstance(height, int) and width > 0 and height > 0:
         pixels = -(-image.width // width) * width * (-(-image.height // height)) * height
         if width * height > max_pixels or pixels > 4 * max_pixels:  # those at the edges reach beyond it
-            raise UnreadablePictureError(
+            raise UnreadableImageError(
                 f"tiles of {width} x {height}, more than {max_pixels} pixels (--max-image-pixels)"
             )
     if tags.get(ExifTags.Base.Compression) in (6, 7):  # JPEG
         offsets = tags.get(ExifTags.Base.StripOffsets) or tags.get(ExifTags.Base.TileOffsets) or ()
         scans = data.count(b"\xff\xda") / max(1, len(set(offsets)))
         if scans * image.width * image.height > _MAX_PASSES * max_pixels:
-            raise UnreadablePictureError(f"{scans:.0f} scans of {image.width * image.height} pixels")
+            raise UnreadableImageError(f"{scans:.0f} scans of {image.width * image.height} pixels")
 
 
 def _reason(error: BaseException) -> str:
@@ -273,18 +273,18 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     The values of one image are no guide: another one of the same dataset would be scaled otherwise.
     """
     if image.mode == "I":
-        raise UnreadablePictureError("signed or 32-bit numbers, whose range is not known; store 8 or 16 bits")
+        raise UnreadableImageError("signed or 32-bit numbers, whose range is not known; store 8 or 16 bits")
     white, inverted = _range_of(image)
     pixels = np.empty((image.height, image.width), np.uint8)
     rows = max(1, _BAND_PIXELS // image.width)
     for top in range(0, image.height, rows):
         band = np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
         if not np.isfinite(band).all():
-            raise UnreadablePictureError("pixels that are not finite")
+            raise UnreadableImageError("pixels that are not finite")
         if image.mode != "F":
             band = np.minimum(band, white).astype(np.uint32) * 255 // white
         elif band.min() < 0 or band.max() > 1:
-            raise UnreadablePictureError(
+            raise UnreadableImageError(
                 f"floating-point pixels from {band.min():.4g} to {band.max():.4g}; expected 0 to 1"
             )
         else:

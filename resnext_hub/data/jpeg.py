@@ -8,7 +8,6 @@ the plainest and decodes what simplejpeg refuses, so that orientation and what i
 import dataclasses
 import importlib.util
 import itertools
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil, floor
 from typing import Any, NamedTuple
@@ -30,7 +29,8 @@ from resnext_hub.data.decode import (
     require_size,
     within_memory,
 )
-from resnext_hub.data.transforms import build_eval_transform
+from resnext_hub.data.transforms import EvalTransform
+from resnext_hub.models.input_config import InputConfig
 
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 """Interpolations of the fast decoder; the others are Pillow's alone."""
@@ -59,7 +59,7 @@ _APPLICATION = range(0xE0, 0xF0)
 
 
 class Rectangle(NamedTuple):
-    """A part of a picture in pixels of the upright original."""
+    """A part of an image in pixels of the upright original."""
 
     top: int
     left: int
@@ -85,7 +85,7 @@ class Header:
 
     @property
     def upright(self) -> tuple[int, int]:
-        """Height and width of the picture as it is shown."""
+        """Height and width of the image as it is shown."""
         return self.stored[::-1] if self.turn[0] else self.stored
 
 
@@ -93,7 +93,7 @@ def read_header(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Header | Non
     """Return the header of an image; None for what is no JPEG in colour or grey.
 
     Raises:
-        UnreadablePictureError: If Pillow does not read it, or it asks for more memory or time than an image needs.
+        UnreadableImageError: If Pillow does not read it, or it asks for more memory or time than an image needs.
     """
     if not data.startswith(b"\xff\xd8"):
         return None
@@ -226,29 +226,29 @@ class FastTransform:
     """timm's evaluation transform with the fast decoder, for prediction: pixels are near to timm's, not equal.
 
     Args:
-        data_config: input_size, crop_pct, crop_mode, interpolation, mean and std in timm's keys.
+        input: The images that the model takes.
         max_pixels: Pixels above which an image is unreadable.
 
     Raises:
         ModuleNotFoundError: If simplejpeg is not installed.
     """
 
-    def __init__(self, data_config: Mapping[str, Any], max_pixels: int = MAX_IMAGE_PIXELS) -> None:
+    def __init__(self, input: InputConfig, max_pixels: int = MAX_IMAGE_PIXELS) -> None:
         from torchvision.transforms import Resize
 
         importlib.import_module("simplejpeg")
-        self.whole = build_eval_transform(data_config)
+        self.whole = EvalTransform(input)
         self.max_pixels = max_pixels
         self.resize, self.crop, *_, self.normalize = self.whole.timms.transforms
-        self.mode = "RGB" if data_config["input_size"][0] == 3 else "L"
-        self.interpolation: str = data_config["interpolation"]
+        self.mode = input.mode
+        self.interpolation: str = input.interpolation
         self.fast = type(self.resize) is Resize and self.interpolation in RESAMPLING
 
     def __call__(self, row: dict[str, Any]) -> torch.Tensor:
-        """Decode and transform a stored picture: normalised, `(C, H, W)` float32.
+        """Decode and transform a stored image: normalised, `(C, H, W)` float32.
 
         Raises:
-            UnreadablePictureError: If it cannot be decoded.
+            UnreadableImageError: If it cannot be decoded.
         """
         data = read_bytes(row, self.max_pixels)
         with within_memory():
@@ -273,13 +273,13 @@ class FastTransform:
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
-    """Give the pixels of a picture, `(C, H, W)` uint8, channels last in memory."""
+    """Give the pixels of an image, `(C, H, W)` uint8, channels last in memory."""
     pixels = torch.from_numpy(np.array(image))
     return (pixels if pixels.ndim == 3 else pixels[:, :, None]).permute(2, 0, 1)
 
 
 def to_image(pixels: torch.Tensor) -> Image.Image:
-    """Give a picture of pixels `(C, H, W)` uint8, of three channels or one."""
+    """Give an image of pixels `(C, H, W)` uint8, of three channels or one."""
     return Image.fromarray(pixels.permute(1, 2, 0).numpy() if len(pixels) == 3 else pixels[0].numpy())
 
 

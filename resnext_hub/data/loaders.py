@@ -7,7 +7,7 @@ at any number of processes. Resuming is starting at another step.
 
 import random
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -18,17 +18,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from resnext_hub.data.augment import Augment
 from resnext_hub.data.batches import Batch, Parcel, Sample, Unreadable, build_loader, read_batches
-from resnext_hub.data.dataset import Pictures
-from resnext_hub.data.decode import MAX_IMAGE_PIXELS, UnreadablePictureError, decode, within_memory
+from resnext_hub.data.decode import MAX_IMAGE_PIXELS, UnreadableImageError, decode, within_memory
+from resnext_hub.data.images import IndexedImages
 from resnext_hub.data.transforms import Transform
 from resnext_hub.errors import RunError
 from resnext_hub.machine import cores
-from resnext_hub.settings import Range, check_fields
+from resnext_hub.settings import FREE, FREE_PER_PROCESS, Range, check_fields
 from resnext_hub.text import printable
-
-PICTURE_MODES = {1: "L", 3: "RGB"}
-"""Pillow's mode for a number of input channels."""
-
 
 WORKERS = 256
 """Most data-loading workers of a training process; each is a process of its own."""
@@ -41,12 +37,12 @@ PIXELS = 10_000_000_000
 class LoaderConfig:
     """How images are read."""
 
-    workers: Annotated[int, Range(0, WORKERS)] | None = None
+    workers: Annotated[int, Range(0, WORKERS)] | None = field(default=None, metadata=FREE_PER_PROCESS)
     """Reading processes beside each training process; derived from device and cores if not given."""
-    decoder: Literal["auto", "simplejpeg", "pil"] = "auto"
+    decoder: Literal["auto", "simplejpeg", "pil"] = field(default="auto", metadata=FREE)
     """What decodes JPEGs to train on: simplejpeg is fast, pil the reference; auto is a run's own one, else simplejpeg
     where it is installed."""
-    max_image_pixels: Annotated[int, Range(1, PIXELS)] = MAX_IMAGE_PIXELS
+    max_image_pixels: Annotated[int, Range(1, PIXELS)] = field(default=MAX_IMAGE_PIXELS, metadata=FREE)
     """Pixels above which an image is unreadable, by its header; decoding takes up to 10 bytes of memory for each."""
 
     def __post_init__(self) -> None:
@@ -85,8 +81,8 @@ def seed_sample(seed: int, epoch: int, index: int, repeat: int = 0) -> None:
 class TrainingSamples(Dataset[Sample]):
     """Augmented samples by place. One that cannot be read is replaced by another, a function of its index alone."""
 
-    def __init__(self, pictures: Pictures, augment: Augment, seed: int) -> None:
-        self.pictures = pictures
+    def __init__(self, images: IndexedImages, augment: Augment, seed: int) -> None:
+        self.images = images
         self.augment = augment
         self.seed = seed
 
@@ -96,25 +92,25 @@ class TrainingSamples(Dataset[Sample]):
         while True:
             seed_sample(self.seed, place.epoch, place.sample)
             try:
-                image, erased = self.augment(self.pictures.row(index))
+                image, erased = self.augment(self.images.row(index))
                 break
-            except UnreadablePictureError as error:
-                unreadable.append(Unreadable(index, self.pictures.name(index), str(error)))
+            except UnreadableImageError as error:
+                unreadable.append(Unreadable(index, self.images.name(index), str(error)))
                 if len(unreadable) == 100:
                     raise RunError(
                         "100 images drawn after each other cannot be read; the last: "
-                        f"{printable(self.pictures.name(index))} ({error})"
+                        f"{printable(self.images.name(index))} ({error})"
                     ) from None
                 draw = np.random.SeedSequence((place.sample, len(unreadable))).generate_state(1, np.uint64)[0]
-                index = int(draw % len(self.pictures))
-        return Sample(image, int(self.pictures.labels[index]), place.sample, unreadable, erased)
+                index = int(draw % len(self.images))
+        return Sample(image, int(self.images.labels[index]), place.sample, unreadable, erased)
 
 
 def read_transformed(row: dict[str, Any], transform: Transform, mode: str, max_pixels: int) -> torch.Tensor:
     """Decode and transform a stored image.
 
     Raises:
-        UnreadablePictureError: If it cannot be decoded, or there is not enough memory for it.
+        UnreadableImageError: If it cannot be decoded, or there is not enough memory for it.
     """
     with within_memory():
         return transform(decode(row, mode, max_pixels))
@@ -124,24 +120,24 @@ class EvaluationSamples(Dataset[Sample]):
     """Samples after the evaluation transform. One that cannot be read is black, and listed as unreadable."""
 
     def __init__(
-        self, pictures: Pictures, transform: Transform, mode: str = "RGB", max_pixels: int = MAX_IMAGE_PIXELS
+        self, images: IndexedImages, transform: Transform, mode: str = "RGB", max_pixels: int = MAX_IMAGE_PIXELS
     ) -> None:
-        self.pictures = pictures
+        self.images = images
         self.transform = transform
         self.mode = mode
         self.max_pixels = max_pixels
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> Sample:
         unreadable = []
         try:
-            image = read_transformed(self.pictures.row(index), self.transform, self.mode, self.max_pixels)
-        except UnreadablePictureError as error:
-            unreadable = [Unreadable(index, self.pictures.name(index), str(error))]
+            image = read_transformed(self.images.row(index), self.transform, self.mode, self.max_pixels)
+        except UnreadableImageError as error:
+            unreadable = [Unreadable(index, self.images.name(index), str(error))]
             image = self.transform(Image.new(self.mode, (8, 8)))
-        return Sample(image, int(self.pictures.labels[index]), index, unreadable)
+        return Sample(image, int(self.images.labels[index]), index, unreadable)
 
     @property
     def count(self) -> int:

@@ -1,60 +1,243 @@
-"""What is held out of a training split, and what is doubtful about two splits."""
+"""The training and evaluation splits of a dataset, with the class names they share."""
 
-from collections.abc import Sequence
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from resnext_hub.data.columns import LabelledTable, class_names, find_image_column, find_label_column, read_labels
+from resnext_hub.data.config import DataConfig as DataConfig
+from resnext_hub.data.holdout import doubts, stratified_cut
+from resnext_hub.data.images import IndexedImages, StreamedImages
+from resnext_hub.data.sources import BUNDLED, OpenDataset, Request, open_source
+from resnext_hub.data.sources import check_source as check_source
+from resnext_hub.data.sources.names import Role, likely_splits, loose_role
 from resnext_hub.errors import RequestError
-from resnext_hub.text import listing
+from resnext_hub.text import listing, printable
+
+if TYPE_CHECKING:
+    import datasets
+
+_logger = logging.getLogger(__name__)
 
 
-def stratified_cut(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return indices to train on and indices to hold out, in the same proportion in every class.
+@dataclass(frozen=True, eq=False)
+class Splits:
+    """What a source holds, and what was found out about it on the way."""
 
-    A class of one image keeps it for training; of any other at least one is held out, and at least one kept.
+    train: IndexedImages | StreamedImages
+    eval: IndexedImages | StreamedImages
+    label_names: tuple[str, ...]
+    dataset_id: str
+    """Hub id, `digits`, or the last part of a local path."""
+    hub_id: str | None
+    revision: str | None
+    """Commit of a Hub dataset."""
+    fingerprint: str
+    """SHA-256 of class names, label sequences and, for a folder, the names and sizes of its files."""
+    found: DataConfig
+    """The configuration with its open fields filled in."""
+
+
+def load_splits(config: DataConfig) -> Splits:
+    """Open a dataset and find its splits, columns and classes; images are decoded later, one by one.
 
     Raises:
-        RequestError: If no class has two images.
+        RequestError: If there is no such dataset, split or column, or if its labels cannot train a classifier.
+        RunError: If the Hub cannot be reached.
     """
-    from sklearn.model_selection import train_test_split
+    source = open_source(config)
+    name = printable(config.dataset)
+    for note in source.notes:
+        _logger.info("%s: %s", name, note)
+    train_split, eval_split = _find_splits(config, source.tables)
+    unused = [split for split in source.tables if split not in (train_split, eval_split)]
+    if unused:
+        _logger.info("%s: not used: split %s", name, listing(unused))
+    train, evaluation, image_column, label_column = _labelled(config, source, train_split, eval_split)
+    found = _found(config, source, train_split, eval_split, image_column, label_column)
+    if config.streaming:
+        return _streamed(source, found, train, evaluation)
+    return _indexed(config, source, found, train, evaluation)
 
-    counts = np.bincount(labels)
-    divisible = np.flatnonzero(counts[labels] > 1)
-    classes = np.count_nonzero(counts > 1)
-    if not classes:
+
+def _labelled(
+    config: DataConfig, source: OpenDataset, train_split: str, eval_split: str | None
+) -> tuple[LabelledTable, LabelledTable | None, str, str]:
+    """Return the tables of both splits with undecoded images, and their columns of images and labels."""
+    name = printable(config.dataset)
+    train_table = source.tables[train_split]
+    eval_table = None if eval_split is None else source.tables[eval_split]
+    image_column, train_table, eval_table = find_image_column(name, config.image_column, train_table, eval_table)
+    label_column = find_label_column(name, config.label_column, train_table, image_column)
+    train = LabelledTable("training", train_table, source.parts.get(train_split, ()))
+    if eval_table is None or eval_split is None:
+        return train, None, image_column, label_column
+    return (
+        train,
+        LabelledTable("evaluation", eval_table, source.parts.get(eval_split, ())),
+        image_column,
+        label_column,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """What identifies a dataset, and the configuration with its open fields filled in."""
+
+    dataset_id: str
+    hub_id: str | None
+    revision: str | None
+    config: DataConfig
+    image_column: str
+    label_column: str
+    train_split: str
+    eval_split: str | None
+
+    def splits(
+        self,
+        train: IndexedImages | StreamedImages,
+        evaluation: IndexedImages | StreamedImages,
+        label_names: tuple[str, ...],
+        fingerprint: str,
+    ) -> Splits:
+        """Return the splits."""
+        return Splits(
+            train=train,
+            eval=evaluation,
+            label_names=label_names,
+            dataset_id=self.dataset_id,
+            hub_id=self.hub_id,
+            revision=self.revision,
+            fingerprint=fingerprint,
+            found=self.config,
+        )
+
+
+def _found(
+    config: DataConfig,
+    source: OpenDataset,
+    train_split: str,
+    eval_split: str | None,
+    image_column: str,
+    label_column: str,
+) -> _Found:
+    request = Request(config)
+    path = request.path
+    hub_id = config.dataset if path is None and not request.is_bundled else None
+    return _Found(
+        dataset_id=hub_id or (BUNDLED if path is None else printable(path.resolve().name)),
+        hub_id=hub_id,
+        revision=source.revision,
+        config=replace(
+            config,
+            dataset=config.dataset if path is None else str(path.resolve()),
+            dataset_config=config.dataset_config or source.configuration,
+            train_split=train_split,
+            eval_split=eval_split,
+            image_column=image_column,
+            label_column=label_column,
+        ),
+        image_column=image_column,
+        label_column=label_column,
+        train_split=train_split,
+        eval_split=eval_split,
+    )
+
+
+def _streamed(source: OpenDataset, found: _Found, train: LabelledTable, evaluation: LabelledTable | None) -> Splits:
+    name = printable(found.config.dataset)
+    if evaluation is None:
         raise RequestError(
-            f"{len(labels)} images of {np.count_nonzero(counts)} classes: none can be held out, as every class has a "
-            "single image; a class needs at least 2, or the dataset an evaluation split"
+            f"--streaming needs an evaluation split, as nothing can be held out of a stream; {name} has "
+            f"{listing(source.tables)}: name one with --eval-split"
         )
-    held_out = np.zeros(len(labels), dtype=bool)
-    held = int(np.ceil(fraction * len(divisible)))
-    if min(held, len(divisible) - held) >= classes:
-        _, chosen = train_test_split(
-            divisible, test_size=fraction, stratify=labels[divisible], random_state=np.random.RandomState(seed)
+    label_names = class_names(name, found.label_column, train, evaluation)
+    streams = [
+        StreamedImages(
+            labelled.table.select_columns([found.image_column, found.label_column]),
+            found.image_column,
+            found.label_column,
+            len(label_names),
+            source.stated.get(split),
+            source.roots,
         )
-        held_out[chosen] = True
-    generator = np.random.RandomState(seed)
-    in_order, ends = np.argsort(labels, kind="stable"), np.cumsum(counts)
-    taken = np.bincount(labels[held_out], minlength=len(counts))
-    for label in np.flatnonzero((counts > 1) & ((taken == 0) | (taken == counts))):
-        members = generator.permutation(in_order[ends[label] - counts[label] : ends[label]])
-        some = int(np.clip(round(fraction * counts[label]), 1, counts[label] - 1))
-        held_out[members] = False
-        held_out[members[:some]] = True
-    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+        for split, labelled in ((found.train_split, train), (str(found.eval_split), evaluation))
+    ]
+    nothing = np.empty(0, dtype=np.int64)
+    fingerprint = _fingerprint(label_names, nothing, nothing, [*source.files, (source.revision or "", 0)])
+    return found.splits(streams[0], streams[1], label_names, fingerprint)
 
 
-def doubts(names: Sequence[str], train: np.ndarray, evaluation: np.ndarray) -> list[str]:
-    """Return what is likely not meant: classes without a training image, and names that are nearly the same."""
-    in_train, in_eval = (np.bincount(labels, minlength=len(names)) for labels in (train, evaluation))
-    found = []
-    untrained = [names[int(i)] for i in np.flatnonzero((in_train == 0) & (in_eval > 0))]
-    if untrained:
-        found.append(f"no training image is of the class {listing(untrained)}, which the evaluation split has")
-    alike: dict[str, list[str]] = {}
-    for name in names:
-        alike.setdefault("".join(name.casefold().split()), []).append(name)
-    for group in alike.values():
-        if len(group) > 1:
-            found.append(f"classes {listing(group)} differ in upper case or spaces alone; they are kept apart")
-    return found
+def _indexed(
+    config: DataConfig, source: OpenDataset, found: _Found, train: LabelledTable, evaluation: LabelledTable | None
+) -> Splits:
+    name, column = printable(config.dataset), found.image_column
+    label_names, train_labels, eval_labels = read_labels(name, found.label_column, train, evaluation)
+
+    def images(table: "datasets.Dataset", indices: np.ndarray, labels: np.ndarray) -> IndexedImages:
+        return IndexedImages(table.select_columns([column]), column, indices, labels, source.roots)
+
+    if evaluation is None or eval_labels is None:
+        kept, held_out = stratified_cut(train_labels, config.eval_fraction, config.split_seed)
+        to_train = images(train.table, kept, train_labels[kept])
+        to_evaluate = images(train.table, held_out, train_labels[held_out])
+    else:
+        to_train = images(train.table, np.arange(len(train_labels)), train_labels)
+        to_evaluate = images(evaluation.table, np.arange(len(eval_labels)), eval_labels)
+    for doubt in doubts(label_names, to_train.labels, to_evaluate.labels):
+        _logger.warning("%s: %s", name, doubt)
+    fingerprint = _fingerprint(label_names, to_train.labels, to_evaluate.labels, source.files)
+    return found.splits(to_train, to_evaluate, label_names, fingerprint)
+
+
+def _find_splits(config: DataConfig, tables: Mapping[str, Any]) -> tuple[str, str | None]:
+    """Return the splits to train and to evaluate on, the latter None where it has to be cut from the former.
+
+    Raises:
+        RequestError: If a split that is asked for is not there, both are the same, or none is for training.
+    """
+    train = _pick_split(tables, config.train_split, "train")
+    only = next(iter(tables)) if len(tables) == 1 else None
+    if train is None and only is not None:
+        if loose_role(only) == "eval":
+            raise RequestError(
+                f"{printable(config.dataset)} has no split to train on, but {printable(only)}; --train-split "
+                f"{printable(only)} trains on it, and holds out a part"
+            )
+        train = only
+    if train is None:
+        raise RequestError(
+            f"{printable(config.dataset)} has no split called train: it has {listing(tables)}; "
+            "name one with --train-split"
+        )
+    evaluation = _pick_split(tables, config.eval_split, "eval")
+    if evaluation == train and config.eval_split is not None:
+        raise RequestError(
+            f"--eval-split {printable(evaluation)} is the split to train on; name another, or leave it out to hold "
+            "out a part"
+        )
+    return train, None if evaluation == train else evaluation
+
+
+def _pick_split(tables: Mapping[str, Any], asked: str | None, role: Role) -> str | None:
+    if asked is not None and asked not in tables:
+        raise RequestError(f"--{role}-split {printable(asked)}: there is no such split, but {listing(tables)}")
+    found = likely_splits(tables, role)
+    if asked is None and len(found) > 1:
+        raise RequestError(f"there are several splits of one kind ({listing(found)}); name one with --{role}-split")
+    return asked or next(iter(found), None)
+
+
+def _fingerprint(
+    names: Sequence[str], train: np.ndarray, evaluation: np.ndarray, files: Sequence[tuple[str, int]]
+) -> str:
+    digest = hashlib.sha256(json.dumps([list(names), list(files)]).encode())
+    for labels in (train, evaluation):
+        digest.update(len(labels).to_bytes(8, "little"))
+        digest.update(labels.astype("<i8").tobytes())
+    return digest.hexdigest()

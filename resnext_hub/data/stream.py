@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from resnext_hub.data.augment import Augment
 from resnext_hub.data.batches import Batch, Packer, Parcel, Position, Sample, Unreadable, build_loader, read_items
-from resnext_hub.data.dataset import Record, StreamedPictures
-from resnext_hub.data.decode import MAX_IMAGE_PIXELS, UnreadablePictureError
+from resnext_hub.data.decode import MAX_IMAGE_PIXELS, UnreadableImageError
+from resnext_hub.data.images import Record, StreamedImages
 from resnext_hub.data.loaders import read_transformed, seed_sample
 from resnext_hub.data.transforms import Transform
 from resnext_hub.errors import RunError
@@ -42,8 +42,8 @@ class StreamBatches(IterableDataset[Parcel]):
     """This process's part of each step, augmented: a contiguous part of the global batch.
 
     Args:
-        pictures: The stream.
-        augment: Maps a stored picture to an augmented one.
+        images: The stream.
+        augment: Maps a stored image to an augmented one.
         seed: Seed of order and augmentation.
         batch_size: Samples of a global batch.
         block_size: Consecutive samples that are shuffled among themselves.
@@ -55,7 +55,7 @@ class StreamBatches(IterableDataset[Parcel]):
 
     def __init__(
         self,
-        pictures: StreamedPictures,
+        images: StreamedImages,
         augment: Augment,
         *,
         seed: int,
@@ -66,7 +66,7 @@ class StreamBatches(IterableDataset[Parcel]):
         process: int = 0,
         processes: int = 1,
     ) -> None:
-        self.pictures, self.augment, self.seed = pictures, augment, seed
+        self.images, self.augment, self.seed = images, augment, seed
         self.batch_size, self.block_size = batch_size, block_size
         self.start, self.steps = start, steps
         self.process, self.processes = process, processes
@@ -106,9 +106,9 @@ class StreamBatches(IterableDataset[Parcel]):
 
     def _blocks(self, epoch: int) -> Iterator[tuple[list[Record], bool]]:
         """Give the blocks of an epoch in order, and whether each is its last."""
-        shards = np.random.default_rng((self.seed, epoch)).permutation(self.pictures.shards)
+        shards = np.random.default_rng((self.seed, epoch)).permutation(self.images.shards)
         block: list[Record] = []
-        for record in self.pictures.read([int(shard) for shard in shards]):
+        for record in self.images.read([int(shard) for shard in shards]):
             if len(block) == self.block_size:
                 yield block, False
                 block = []
@@ -124,8 +124,8 @@ class StreamBatches(IterableDataset[Parcel]):
             record = place.block[(place.within + offset) % len(place.block)]
             seed_sample(self.seed, place.epoch, own.key)
             try:
-                image, erased = self.augment(self.pictures.row(record))
-            except UnreadablePictureError as error:
+                image, erased = self.augment(self.images.row(record))
+            except UnreadableImageError as error:
                 unreadable.append(Unreadable(record.key, record.name, str(error)))
                 continue
             return Sample(image, record.label, own.key, unreadable, erased)
@@ -142,9 +142,9 @@ class StreamedEvaluation:
     """
 
     def __init__(
-        self, pictures: StreamedPictures, transform: Transform, mode: str = "RGB", max_pixels: int = MAX_IMAGE_PIXELS
+        self, images: StreamedImages, transform: Transform, mode: str = "RGB", max_pixels: int = MAX_IMAGE_PIXELS
     ) -> None:
-        self.pictures, self.transform, self.mode, self.max_pixels = pictures, transform, mode, max_pixels
+        self.images, self.transform, self.mode, self.max_pixels = images, transform, mode, max_pixels
         self.count = 0
         """Number of samples, once they were read to the end."""
 
@@ -163,8 +163,8 @@ class StreamedEvaluation:
         """Decode and transform a sample."""
         unreadable = []
         try:
-            image = read_transformed(self.pictures.row(record), self.transform, self.mode, self.max_pixels)
-        except UnreadablePictureError as error:
+            image = read_transformed(self.images.row(record), self.transform, self.mode, self.max_pixels)
+        except UnreadableImageError as error:
             unreadable = [Unreadable(index, record.name, str(error))]
             image = self.transform(Image.new(self.mode, (8, 8)))
         return Sample(image, record.label, index, unreadable)
@@ -181,10 +181,10 @@ class _EvaluationParts(IterableDataset[Parcel | int]):
         reader = get_worker_info()
         pack = Packer()
         number, readers = (0, 1) if reader is None else (reader.id, reader.num_workers)
-        pictures = self.samples.pictures
+        images = self.samples.images
         count = 0
         batch: list[Sample] = []
-        for count, record in enumerate(pictures.read(range(pictures.shards)), start=1):
+        for count, record in enumerate(images.read(range(images.shards)), start=1):
             turn = (count - 1) // self.batch_size
             if turn % self.processes == self.process and turn // self.processes % readers == number:
                 batch.append(self.samples.sample(count - 1, record))

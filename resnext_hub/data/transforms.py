@@ -1,4 +1,4 @@
-"""What is done to pictures: its configuration, timm's evaluation transform, and the part of it that a device does.
+"""What is done to images: its configuration, timm's evaluation transform, and the part of it that a device does.
 
 Mixing is not left to timm's Mixup, which pairs within the batch of one process: here the pairs and their parameters
 belong to the global batch.
@@ -12,14 +12,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from resnext_hub.data.decode import UnreadablePictureError
+from resnext_hub.data.decode import UnreadableImageError
 from resnext_hub.data.policies import check_policy
 from resnext_hub.errors import RequestError
+from resnext_hub.models.input_config import InputConfig
 from resnext_hub.models.saved_config import CROP, MAX_RESIZED, MAX_SIDE, MEAN, STD
 from resnext_hub.settings import Range, check_fields, shown
 
 Transform = Callable[[Image.Image], torch.Tensor]
-"""Maps a picture to a float32 tensor `(C, H, W)`."""
+"""Maps an image to a float32 tensor `(C, H, W)`."""
 
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
@@ -39,7 +40,7 @@ _Mixing = Annotated[float, Range(0, 100)]
 
 @dataclass(frozen=True, kw_only=True)
 class TransformConfig:
-    """Size of the pictures and what is done to them; None takes the value of the model's pretrained_cfg."""
+    """Size of the images and what is done to them; None takes the value of the model's pretrained_cfg."""
 
     image_size: Annotated[int, Range(1, IMAGE_SIZE)] | None = None
     """Height and width of the network's input in pixels."""
@@ -52,7 +53,7 @@ class TransformConfig:
     std: tuple[_Std, _Std, _Std] | None = None
     """Standard deviation by which the channels are normalised, of pixels from 0 to 1."""
     scale: tuple[_Area, _Area] = (0.08, 1.0)
-    """In training, least and greatest part of the picture's area in a random crop."""
+    """In training, least and greatest part of the image's area in a random crop."""
     ratio: tuple[_Ratio, _Ratio] = (3 / 4, 4 / 3)
     """In training, least and greatest width over height of a random crop."""
     hflip: _Probability = 0.5
@@ -64,9 +65,9 @@ class TransformConfig:
     random_erasing: _Probability = 0.0
     """In training, probability of blanking a random rectangle."""
     mixup: _Mixing = 0.0
-    """In training, blend pairs of pictures; alpha of the beta distribution of their shares, 0 for none."""
+    """In training, blend pairs of images; alpha of the beta distribution of their shares, 0 for none."""
     cutmix: _Mixing = 0.0
-    """In training, paste a rectangle of one picture of a pair into the other; alpha, 0 for none; with both, either."""
+    """In training, paste a rectangle of one image of a pair into the other; alpha, 0 for none; with both, either."""
     mix_prob: _Probability = 1.0
     """In training, probability that a pair is mixed, if mixup or cutmix is on."""
 
@@ -84,33 +85,22 @@ class TransformConfig:
 
     @property
     def mixes(self) -> bool:
-        """Whether pairs of pictures are mixed."""
+        """Whether pairs of images are mixed."""
         return (self.mixup > 0.0 or self.cutmix > 0.0) and self.mix_prob > 0.0
 
 
-def published_input(config: TransformConfig, pretrained_cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Give what a published model says of its input: size, crop, interpolation, mean and std, in timm's keys.
-
-    Evaluation uses exactly this, so that stock timm repeats a published figure.
-    """
-    from timm.data import resolve_data_config
-
+def resolve_input(config: TransformConfig, pretrained_cfg: Mapping[str, Any]) -> InputConfig:
+    """Return the input of a model to be trained: the settings, and where they are open the model's `pretrained_cfg`."""
     channels = pretrained_cfg["input_size"][0]
-    asked: dict[str, Any] = {
-        "crop_pct": config.crop_pct,
-        "interpolation": config.interpolation,
-        "mean": config.mean if config.mean is None or channels == 3 else config.mean[:1] * channels,
-        "std": config.std if config.std is None or channels == 3 else config.std[:1] * channels,
-    }
-    if config.image_size is not None:
-        asked["input_size"] = (channels, config.image_size, config.image_size)
-    resolved: dict[str, Any] = resolve_data_config(asked, pretrained_cfg=dict(pretrained_cfg))
-    return resolved
-
-
-def build_eval_transform(data_config: Mapping[str, Any]) -> "EvalTransform":
-    """Return timm's evaluation transform for a resolved data configuration."""
-    return EvalTransform(data_config)
+    size = None if config.image_size is None else (channels, config.image_size, config.image_size)
+    return InputConfig.resolve(
+        pretrained_cfg,
+        input_size=size,
+        crop_pct=config.crop_pct,
+        interpolation=config.interpolation,
+        mean=config.mean if config.mean is None or channels == 3 else config.mean[:1] * channels,
+        std=config.std if config.std is None or channels == 3 else config.std[:1] * channels,
+    )
 
 
 LONG = 32
@@ -133,14 +123,14 @@ class EvalTransform:
     Here the centre alone is computed of such an image, with pixels equal to timm's to rounding.
 
     Args:
-        data_config: input_size, crop_pct, crop_mode, interpolation, mean and std in timm's keys.
+        input: The images that the model takes.
     """
 
-    def __init__(self, data_config: Mapping[str, Any]) -> None:
+    def __init__(self, input: InputConfig) -> None:
         from timm.data import create_transform
         from torchvision.transforms import CenterCrop
 
-        self.timms = create_transform(**data_config, is_training=False)
+        self.timms = create_transform(**input.to_timm(), is_training=False)
         self.resize, self.crop, *rest = self.timms.transforms
         self.rest = type(self.timms)(rest)
         self.crops = type(self.crop) is CenterCrop
@@ -149,7 +139,7 @@ class EvalTransform:
         """Transform an image.
 
         Raises:
-            UnreadablePictureError: If nothing is left of it at this size.
+            UnreadableImageError: If nothing is left of it at this size.
         """
         transformed: torch.Tensor
         if not self.is_costly(image.size):
@@ -157,7 +147,7 @@ class EvalTransform:
             return transformed
         height, width = self._resized(image)
         if min(height, width) < 1:
-            raise UnreadablePictureError(f"{image.width} x {image.height} pixels leave nothing at the model's size")
+            raise UnreadableImageError(f"{image.width} x {image.height} pixels leave nothing at the model's size")
         if not self.crops:
             transformed = self.timms(image)
         else:
@@ -193,7 +183,7 @@ class EvalTransform:
 class Mix(NamedTuple):
     """How the pairs of a batch are mixed, one entry per pair.
 
-    `share` `(N/2,)` float32 is the part of a picture's own pixels and label that stays; `boxes` `(N/2, 4)` int64 is
+    `share` `(N/2,)` float32 is the part of an image's own pixels and label that stays; `boxes` `(N/2, 4)` int64 is
     top, bottom, left, right of what is exchanged, empty where the pair is blended or left alone.
     """
 
@@ -209,7 +199,7 @@ def draw_mix(config: TransformConfig, seed: int, step: int, pairs: range, size: 
         seed: Seed of the run.
         step: Optimizer step, from 0.
         pairs: Numbers of the pairs within the global batch: pair j is its places 2j and 2j+1.
-        size: Height and width of the pictures.
+        size: Height and width of the images.
     """
     shares, boxes = [], []
     for pair in pairs:
@@ -253,11 +243,11 @@ def normalize(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> to
 
 
 def erase(images: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
-    """Set a rectangle of each of normalised pictures `(N, C, H, W)` to zero, in place.
+    """Set a rectangle of each of normalised images `(N, C, H, W)` to zero, in place.
 
     Args:
-        images: The pictures.
-        edges: Top, bottom, left, right of the rectangles, `(N, 4)` int64; empty ones leave a picture as it is.
+        images: The images.
+        edges: Top, bottom, left, right of the rectangles, `(N, 4)` int64; empty ones leave an image as it is.
     """
     return images.masked_fill_(_inside(edges, images), 0.0)
 
@@ -271,7 +261,7 @@ def _inside(edges: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
 
 
 def mix_pairs(images: torch.Tensor, labels: torch.Tensor, mix: Mix, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mix the pictures `(N, C, H, W)` 2j and 2j+1 with each other; give them and their targets `(N, classes)`."""
+    """Mix the images `(N, C, H, W)` 2j and 2j+1 with each other; give them and their targets `(N, classes)`."""
     share = mix.share.to(images.device).repeat_interleave(2)
     boxes = mix.boxes.to(images.device).repeat_interleave(2, dim=0)
     partner = torch.arange(len(images), device=images.device) ^ 1

@@ -23,15 +23,9 @@ from resnext_hub.data.sources.digits import BUNDLED
 from resnext_hub.data.sources.hub import is_hub_id
 from resnext_hub.errors import RequestError, RunError, one_line
 from resnext_hub.files import link_or_copy, new_folder
-from resnext_hub.hub.remote import (
-    HUB_ERRORS,
-    commit_files,
-    differing_files,
-    files_under,
-    forget_wrong,
-    no_bars,
-    persist,
-)
+from resnext_hub.hub.remote import commit_files, differing_files, files_under, no_bars, persist
+from resnext_hub.models.fetch import HUB_ERRORS, forget_wrong
+from resnext_hub.run_folder import RunFolder
 from resnext_hub.text import printable
 
 _logger = logging.getLogger(__name__)
@@ -211,11 +205,11 @@ _STATE_FILE = re.compile(
 """Names of a run's state on the Hub; no other file is fetched."""
 
 
-def restore_run(source: Path, folder: Path) -> None:
+def restore_run(source: Path, folder: RunFolder) -> None:
     """Put a fetched state into a run folder that holds none; the checkpoint comes last, and whole or not at all."""
     for pattern in LOGS:
         for log in source.glob(pattern):
-            shutil.copy2(log, folder / log.name)
-    with new_folder(folder / "checkpoints") as aside:
+            shutil.copy2(log, folder.path / log.name)
+    with new_folder(folder.checkpoints) as aside:
         for step in source.glob("step-*"):
             shutil.copytree(step, aside / step.name)  # of the links in the cache, what they lead to

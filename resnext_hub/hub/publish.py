@@ -16,18 +16,18 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
-from resnext_hub.data.columns import listing
+from resnext_hub.cards.card_file import CardFile, Kept, choose_kept, put_together, take_apart
+from resnext_hub.cards.licenses import check_license
+from resnext_hub.cards.model_card import TAGS, card_parts, license_conflict
 from resnext_hub.errors import RequestError, RunError, hide_tokens, one_line
-from resnext_hub.files import read_json, read_regular, sha256_of, write_json, yaml_fields
-from resnext_hub.hub.card import TAGS, card_parts, license_conflict
-from resnext_hub.hub.card_file import CardFile, Kept, choose_kept, put_together, take_apart
-from resnext_hub.hub.licenses import check_license
-from resnext_hub.hub.remote import HUB_ERRORS, commit_files, differing_files, fetch_text, no_bars, persist, status_of
-from resnext_hub.models.fetch import check_revision
+from resnext_hub.files import read_json, read_regular, sha256_of, write_json
+from resnext_hub.hub.remote import commit_files, differing_files, fetch_text, no_bars, persist, status_of
+from resnext_hub.models.fetch import HUB_ERRORS, check_revision
+from resnext_hub.models.saved import WEIGHTS
 from resnext_hub.models.saved_config import parse_config
-from resnext_hub.models.source import WEIGHTS
 from resnext_hub.record import PLOTS, RunRecord
-from resnext_hub.text import printable
+from resnext_hub.text import listing, printable
+from resnext_hub.yaml_files import yaml_fields
 
 _logger = logging.getLogger(__name__)
 

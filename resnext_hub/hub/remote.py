@@ -10,13 +10,13 @@ from typing import TypeVar
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from resnext_hub.errors import RequestError, one_line
 from resnext_hub.files import FileTooLargeError, read_regular, same_content
-from resnext_hub.models.fetch import forget
+from resnext_hub.models.fetch import HUB_ERRORS
 
 _logger = logging.getLogger(__name__)
 
@@ -27,10 +27,6 @@ PAUSE = 1.0
 
 TRANSIENT = frozenset((408, 409, 412, 429, 500, 502, 503, 504))
 """Answers after which the same request may succeed; 409 and 412 mean that somebody else was quicker."""
-
-HUB_ERRORS = (HTTPError, OSError, RuntimeError)
-"""What the Hub's client raises: the first is the base of what its HTTP library does; the last comes from
-Xet, over which large files go, and wraps what goes wrong with one that goes over plain LFS."""
 
 Result = TypeVar("Result")
 
@@ -178,14 +174,3 @@ def fetch_text(repo_id: str, name: str, revision: str, limit: int) -> str | None
             return read_regular(path, limit).decode()
         except (FileTooLargeError, UnicodeDecodeError) as error:
             raise RequestError(f"{name} of {repo_id} cannot be read: {one_line(error)}") from error
-
-
-def forget_wrong(path: Path, sha256: str | None, blob_id: str | None) -> bool:
-    """Say whether a file in the cache is not what the Hub lists; then remove it, so that it is fetched anew.
-
-    The client does not compare what comes over Xet with anything but its length.
-    """
-    if same_content(path, sha256, blob_id):
-        return False
-    forget(path)
-    return True

@@ -2,13 +2,13 @@
 
 What is done keeps the function: batch norm is folded into the convolution before it, neighbouring groups are merged
 to the width that is fastest here for each layer's shape, weights and activations take the asked precision and memory
-format, the whole is compiled with its weights frozen, and as many pictures are computed at once as is fastest. What it
+format, the whole is compiled with its weights frozen, and as many images are computed at once as is fastest. What it
 costs in accuracy is measured in the same call, against the network as it was given, in float32.
 """
 
 import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -17,23 +17,14 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from resnext_hub import machine
 from resnext_hub.errors import RequestError, one_line
-from resnext_hub.inference.fold import fold_batch_norms
-from resnext_hub.models.merged import dense_form, grouped_convolutions, replace_module
-from resnext_hub.models.widths import (
-    MARGIN,
-    ForwardTiming,
-    LayerChoice,
-    Merge,
-    Timing,
-    choose_widths,
-    factors_of,
-    median_seconds,
-)
-from resnext_hub.settings import shown
+from resnext_hub.inference.checks import check_request
+from resnext_hub.kernels.fold import fold_batch_norms
+from resnext_hub.kernels.timing import ForwardTiming, median_seconds
+from resnext_hub.kernels.widths import MARGIN, LayerChoice, Merge, merge_layers
+from resnext_hub.models.weights import require_finite
 
 _logger = logging.getLogger(__name__)
 
@@ -56,7 +47,7 @@ class OptimizationReport:
     """bfloat16, float32 or int8."""
     compiled: bool
     at_once: int
-    """Pictures that are computed at once."""
+    """Images that are computed at once."""
     milliseconds_at_once: dict[int, float]
     """Median time of the fast network on the example by the number that is computed at once; empty where no other
     number was tried."""
@@ -75,17 +66,17 @@ class OptimizationReport:
     """The same on a second batch, of another size and other values: large where the output for an image depends on the
     others of its batch, or the model branches on its data."""
     same_predictions: float
-    """Part of the example's pictures that get the same class, 0 to 1."""
+    """Part of the example's images that get the same class, 0 to 1."""
 
     def __str__(self) -> str:
         """Give what a person wants to know, a line for each kind of layer."""
         before, after = self.weight_bytes
         lines = [
-            f"{self.engine}, {self.dtype}, {self.at_once} pictures at once: {self.milliseconds:.1f} ms, "
+            f"{self.engine}, {self.dtype}, {self.at_once} images at once: {self.milliseconds:.1f} ms, "
             f"{self.speedup:.2f} times as fast as the given network, eager in float32",
             f"error {self.relative_error:.1e} of its logits (norm over norm), {self.max_error:.1e} at most, and "
             f"{self.second_error:.1e} on a second batch of other size and values; "
-            f"{self.same_predictions:.1%} of the pictures get the same class",
+            f"{self.same_predictions:.1%} of the images get the same class",
             f"{self.folded_batch_norms} batch norms folded; weights {after / 1e6:.1f} MB, before {before / 1e6:.1f}",
         ]
         kinds: dict[str, list[str]] = {}
@@ -98,28 +89,31 @@ class OptimizationReport:
 
 
 class OptimizedModel(nn.Module):
-    """A fast network: float32 pictures `(N, C, H, W)` of any N to float32 logits `(N, classes)`.
+    """A fast network: float32 images `(N, C, H, W)` of any N to float32 logits `(N, classes)`.
 
-    It computes a fixed number of pictures at once, of one shape: fewer are filled up, more are cut.
+    It computes a fixed number of images at once, of one shape: fewer are padded, more are split.
     """
+
+    is_optimized = True
+    """Marks what `optimize` refuses to optimize again."""
 
     def __init__(
         self,
         network: Callable[[torch.Tensor], torch.Tensor],
         at_once: int,
-        picture_shape: tuple[int, ...],
+        image_shape: tuple[int, ...],
         device: torch.device,
     ) -> None:
         super().__init__()
         self._network = network
         self._at_once = at_once
-        self._picture_shape = picture_shape
+        self._image_shape = image_shape
         self._device = device
         self.report: OptimizationReport | None = None
         """What was done; set by `optimize`."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Map pictures `(N, C, H, W)` to logits `(N, classes)`.
+        """Map images `(N, C, H, W)` to logits `(N, classes)`.
 
         Raises:
             RequestError: If they are not a tensor, or of another shape, type or device than those of the example.
@@ -130,8 +124,8 @@ class OptimizedModel(nn.Module):
             )
         if images.device != self._device:
             raise RequestError(f"images are on {images.device}: expected {self._device}, where the example was")
-        if images.shape[1:] != self._picture_shape or images.dtype != torch.float32:
-            expected = ", ".join(map(str, self._picture_shape))
+        if images.shape[1:] != self._image_shape or images.dtype != torch.float32:
+            expected = ", ".join(map(str, self._image_shape))
             raise RequestError(
                 f"images of shape {tuple(images.shape)} and {images.dtype}: expected (N, {expected}), float32, as in "
                 "the example"
@@ -172,42 +166,39 @@ def optimize(
     calibration: torch.Tensor | None = None,
     keep_memory: bool = True,
 ) -> OptimizedModel:
-    """Build a faster network that computes the same, and measure both.
+    """Build a faster model that computes the same function, and measure both.
 
     Args:
-        model: Any timm network; it is not changed.
-        example: Pictures `(N, C, H, W)` float32 as they will come, on the network's device: what is measured is the
-            time and the error on them.
+        model: Any timm model; it is not changed.
+        example: Images `(N, C, H, W)` float32 as they will come, on the model's device: time and error are measured on
+            them.
         engine: `torch`, or `openvino` on a CPU, which the extra of that name installs.
         dtype: bfloat16 or float32; None takes bfloat16 where the device computes it fast.
         merge: `measure` merges the groups of each layer to the width that is fastest here, as measured now or
             remembered; `table` to what was fastest on another machine; `off` merges none; a number is a width for all
             layers; a mapping gives the factor for layers by name.
-        at_once: Pictures computed at once, at most N. `measure` tries N and, on a CPU, a half, a quarter and an eighth
+        at_once: Images computed at once, at most N. `measure` tries N and, on a CPU, a half, a quarter and an eighth
             of that, as the activations of fewer stay in the caches.
-        compile: With torch, compile the network with its weights frozen. Where that fails, as without a C++ compiler,
-            it stays eager and says so.
-        calibration: With OpenVINO, normalised pictures `(M, C, H, W)` float32, M at least N: convolutions are computed
-            in int8, with the ranges that activations have on these pictures. The error is larger then: check the
+        compile: With torch, compile the model with frozen weights; without a C++ compiler it stays eager, with a warning.
+        calibration: With OpenVINO, normalised images `(M, C, H, W)` float32, M at least N: convolutions are computed
+            in int8, with the ranges that activations have on these images. The error is larger then: check the
             accuracy.
         keep_memory: On a CPU with the C library of GNU, let this process keep the memory that it frees for what it
-            needs next, from now on: fetching and clearing it anew for each batch can take a fifth of the time.
+            needs next, from now on: fetching and clearing it for each batch can take a fifth of the time.
 
     Returns:
-        The fast network, with its `report`.
+        The fast model, with its `report`.
 
     Raises:
-        ValueError: If the example is no batch of images that the model takes (a RequestError), the model is compiled or
-            quantized or cannot be copied, its weights or logits are not finite, it returns no logits, a merge cannot be
-            done, the engine cannot do it, or more are to be computed at once than there are.
+        ValueError: If an argument is wrong, or the model cannot be optimized: it is compiled, quantized or cannot be
+            copied, it does not take the example or returns no logits, or a number is not finite.
         ModuleNotFoundError: If the engine is not installed.
     """
-    _check_request(model, example, engine, dtype, merge, at_once, calibration)
-    require_finite(model)
-    if dtype is None:
-        dtype = torch.bfloat16 if machine.resolve_precision("auto", example.device.type) == "bf16" else torch.float32
+    check_request(model, example, engine, dtype, merge, at_once, calibration)
+    dtype = dtype or _fast_dtype(example.device)
     if keep_memory:
         machine.keep_memory(example.device.type)
+    require_finite(model)
     reference = _copied(model).eval().float()
     fast = copy.deepcopy(reference).requires_grad_(False)
     with torch.no_grad(), torch.autocast(example.device.type, enabled=False):
@@ -217,7 +208,7 @@ def optimize(
             layers, build = _prepare_openvino(fast, example, dtype, merge, calibration)
         else:
             layers, build = _prepare_torch(fast, example, dtype, merge, compile)
-        built, at_once_seconds = _build_fastest(build, example) if at_once == "measure" else (build(at_once), {})
+        built, at_once_seconds = (build(at_once), {}) if at_once != "measure" else _build_fastest(build, example)
         optimized = OptimizedModel(built.network, built.at_once, tuple(example.shape[1:]), example.device)
         runs = {"reference": lambda: reference(example), "fast": lambda: optimized(example)}
         times = median_seconds(runs, example.device, rounds=3, warm=True)
@@ -241,25 +232,25 @@ def optimize(
         second_error=second_error,
         same_predictions=float((found.argmax(1) == expected.argmax(1)).float().mean()),
     )
-    error = max(optimized.report.relative_error, second_error)
-    if not error <= TOLERANCES[computed_in]:  # NaN is warned of as well
-        _logger.warning(
-            "the optimized model's logits are off by %.1e on the example and %.1e on a second batch, where rounding in "
-            "%s makes less than %.0e: it computes something else, as where the output for an image depends on the "
-            "others of its batch or on a branch",
-            optimized.report.relative_error,
-            second_error,
-            computed_in,
-            TOLERANCES[computed_in],
-        )
+    _warn_if_different(optimized.report)
     return optimized
 
 
-def require_finite(model: nn.Module) -> None:
-    """Raise a RequestError that names a weight of a model which is not finite."""
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise RequestError(f"the weights of the model are not finite: {name} holds NaN or infinity")
+def _fast_dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if machine.resolve_precision("auto", device.type) == "bf16" else torch.float32
+
+
+def _warn_if_different(report: OptimizationReport) -> None:
+    if not max(report.relative_error, report.second_error) <= TOLERANCES[report.dtype]:  # NaN is warned about as well
+        _logger.warning(
+            "the optimized model's logits are off by %.1e on the example and %.1e on a second batch, where rounding in "
+            "%s makes less than %.0e: it computes another function, for example because the output for an image "
+            "depends on the other images of its batch, or on a branch",
+            report.relative_error,
+            report.second_error,
+            report.dtype,
+            TOLERANCES[report.dtype],
+        )
 
 
 def _copied(model: nn.Module) -> nn.Module:
@@ -306,100 +297,19 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float32).tiny))
 
 
-def _check_request(
-    model: nn.Module,
-    example: torch.Tensor,
-    engine: str,
-    dtype: torch.dtype | None,
-    merge: Merge,
-    at_once: int | Literal["measure"],
-    calibration: torch.Tensor | None,
-) -> None:
-    _check_model(model)
-    for name, images in (("example", example), ("calibration", calibration)):
-        if name == "example" or images is not None:
-            _check_images(name, images)
-    if engine not in ("torch", "openvino"):
-        raise ValueError(f"engine={engine!r}: expected 'torch' or 'openvino'")
-    if dtype not in (None, torch.bfloat16, torch.float32) and (dtype != torch.float16 or example.device.type == "cpu"):
-        raise ValueError(f"dtype={dtype!r}: expected torch.bfloat16, torch.float32, None, or on a GPU torch.float16")
-    if not _is_merge(merge):
-        raise RequestError(
-            f"merge={shown(repr(merge))}: expected 'measure', 'table', 'off', a width in channels (an int of at "
-            "least 1), or such factors by layer"
-        )
-    if engine == "openvino" and example.device.type != "cpu":
-        raise ValueError(f"engine='openvino' computes on a CPU, and the example is on {example.device}")
-    if calibration is not None and engine != "openvino":
-        raise ValueError(f"calibration goes with engine='openvino', not with {engine!r}")
-    if calibration is not None and (calibration.shape[1:] != example.shape[1:] or len(calibration) < len(example)):
-        raise ValueError(
-            f"calibration of shape {tuple(calibration.shape)}: expected at least {len(example)} images of the "
-            f"example's shape, {tuple(example.shape[1:])}"
-        )
-    if at_once != "measure" and not (_is_count(at_once) and at_once <= len(example)):
-        raise RequestError(
-            f"at_once={shown(repr(at_once))}: expected an int from 1 to {len(example)}, the example's images, or "
-            "'measure'"
-        )
-
-
-def _check_model(model: object) -> None:
-    """Refuse what is no eager model with weights in floating point, such as one that was compiled or quantized."""
-    if not isinstance(model, nn.Module):
-        raise RequestError(f"model is a {type(model).__name__}: expected an nn.Module, such as of timm.create_model")
-    if isinstance(model, (OptimizedModel, torch.jit.ScriptModule)):
-        raise RequestError(
-            f"model is a {type(model).__name__}, which is compiled already: expected the model that it was made from"
-        )
-    for name, tensor in model.state_dict().items():
-        if not isinstance(tensor, torch.Tensor) or tensor.is_quantized:
-            raise RequestError(
-                f"{name} of the model is no plain tensor, as in a quantized model: expected the model before that"
-            )
-        if is_lazy(tensor) or tensor.is_meta:
-            raise RequestError(f"the weights of the model have no values ({name}): expected a trained model")
-
-
-def _check_images(name: str, images: object) -> None:
-    if not isinstance(images, torch.Tensor):
-        raise RequestError(
-            f"{name} is a {type(images).__name__}: expected a float32 tensor (N, C, H, W), as torch.stack makes"
-        )
-    if images.is_meta or images.layout != torch.strided:
-        raise RequestError(
-            f"{name} is a tensor of the device {images.device} and the layout {images.layout}: expected normalised "
-            "images (N, C, H, W), float32, with values and dense"
-        )
-    if images.ndim != 4 or images.dtype != torch.float32 or images.numel() == 0:
-        raise RequestError(f"{name} of shape {tuple(images.shape)} and {images.dtype}: expected (N, C, H, W), float32")
-    if not images.isfinite().all():
-        raise RequestError(f"{name} holds NaN or infinity: expected normalised images")
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_merge(merge: object) -> bool:
-    if isinstance(merge, Mapping):
-        return all(map(_is_count, merge.values()))
-    return merge in ("measure", "table", "off") if isinstance(merge, str) else _is_count(merge)
-
-
 class _Built(NamedTuple):
     network: Callable[[torch.Tensor], torch.Tensor]
-    """Maps `at_once` pictures to logits."""
+    """Maps `at_once` images to logits."""
     at_once: int
     engine: str
 
 
 _Build = Callable[[int], _Built]
-"""Builds the network that computes so many pictures at once."""
+"""Builds the network that computes so many images at once."""
 
 
 def _build_fastest(build: _Build, example: torch.Tensor) -> tuple[_Built, dict[int, float]]:
-    """Build for the number of pictures at once with which the example takes least time; give the seconds by number."""
+    """Build for the number of images at once with which the example takes least time; give the seconds by number."""
     count = len(example)
     parts = (1, 2, 4, 8) if example.device.type == "cpu" else (1,)
     sizes = dict.fromkeys(ceil(count / part) for part in parts)
@@ -436,7 +346,7 @@ def _prepare_openvino(
     if find_spec("openvino") is None or find_spec("nncf") is None:
         raise ModuleNotFoundError('openvino is not installed; pip install "resnext-hub[openvino]"', name="openvino")
     machine.disable_telemetry()
-    from resnext_hub.inference.openvino import OpenVinoNetwork, OpenVinoTiming, convert
+    from resnext_hub.kernels.openvino import OpenVinoNetwork, OpenVinoTiming, convert
 
     fast.float()
     layers = merge_layers(fast, example, merge, OpenVinoTiming(fast, example, dtype, calibration))
@@ -448,17 +358,6 @@ def _prepare_openvino(
         return _Built(OpenVinoNetwork(part, dtype), at_once, "OpenVINO")
 
     return layers, build
-
-
-def merge_layers(
-    model: nn.Module, example: torch.Tensor, merge: Merge, timing: Timing | None = None
-) -> tuple[LayerChoice, ...]:
-    """Merge groups in place, with weights that stay as they are; give what was chosen for each grouped convolution."""
-    convolutions = grouped_convolutions(model)
-    choices = choose_widths(model, example, merge, timing=timing)
-    for name, factor in factors_of(choices).items():
-        replace_module(model, name, dense_form(convolutions[name], factor))
-    return choices
 
 
 def _weight_bytes(model: nn.Module, itemsize: int | None = None) -> int:

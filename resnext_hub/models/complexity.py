@@ -26,7 +26,7 @@ def block_parameters(cardinality: int, base_width: int, channels: int = 256) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class Complexity:
-    """The cost of one picture, unless said otherwise."""
+    """The cost of one image, unless said otherwise."""
 
     parameters: int
     macs: int
@@ -40,7 +40,7 @@ class Complexity:
         """Estimate the memory of training, without the workspace of the convolutions.
 
         Args:
-            batch_size: Pictures computed at once.
+            batch_size: Images computed at once.
             optimizer_states: Values that the optimizer keeps of each parameter: 1 for SGD with momentum, 2 for AdamW.
             element_bytes: Bytes of an activation: 4, or 2 with bfloat16 or float16. Weights, gradients and the
                 optimizer's values stay at 4.
@@ -68,9 +68,9 @@ def complexity_of(
 
     Args:
         variant: The network.
-        image_size: Height and width of the picture in pixels; 224, or 32 for the networks with a small stem.
+        image_size: Height and width of the image in pixels; 224, or 32 for the networks with a small stem.
         num_classes: Classes of the classifier; 1000, or 10 for those.
-        in_chans: Channels of the picture.
+        in_chans: Channels of the image.
     """
     size = image_size or (32 if variant.small_stem else 224)
     classes = (10 if variant.small_stem else 1000) if num_classes is None else num_classes
@@ -83,7 +83,7 @@ def complexity_of(
         parameters=sum(weights) + sum(2 * c.out_chs for c in convs) + (features + 1) * classes,
         macs=sum(w * c.size**2 for w, c in zip(weights, convs, strict=True)) + features * classes,
         activations=sum(outputs) + classes,
-        # the picture, what follows each convolution, the pooled map with its int64 places (two elements), the features
+        # the image, what follows each convolution, the pooled map with its int64 places (two elements), the features
         saved=in_chans * size**2
         + sum(output * c.kept for output, c in zip(outputs, convs, strict=True))
         + 3 * pooled

@@ -2,9 +2,10 @@
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -12,6 +13,7 @@ from huggingface_hub.errors import (
     HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -19,6 +21,10 @@ from huggingface_hub.errors import (
 from resnext_hub.errors import RequestError, RunError, one_line
 from resnext_hub.files import same_content
 from resnext_hub.text import printable
+
+HUB_ERRORS = (HTTPError, OSError, RuntimeError)
+"""What the Hub's client raises: the first is the base of what its HTTP library does; the last comes from
+Xet, over which large files go, and wraps what goes wrong with one that goes over plain LFS."""
 
 _REVISION = r"(?!.*(?:\.\.|//|/$))[A-Za-z0-9_][A-Za-z0-9._/@+-]{0,249}"
 
@@ -118,3 +124,68 @@ def _is_announced(path: Path) -> bool:
     if re.fullmatch(r"[0-9a-f]{40}", announced):
         return same_content(path, None, announced)
     return True  # a cache without links has no such names
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What the Hub says of the files of a commit."""
+
+    commit: str
+    hashes: dict[str, tuple[str | None, str | None]]
+    """SHA-256 of a large file, git's hash of a small one."""
+
+    def check(self, where: str, paths: dict[str, Path]) -> None:
+        """Raise RunError if a file in the cache is not the listed one, and remove that file."""
+        for name, path in paths.items():
+            if name in self.hashes and forget_wrong(path, *self.hashes[name]):
+                raise RunError(
+                    f"{name} of {where} has other bytes than the Hub lists; it was removed from the cache, so load it "
+                    "again to fetch it anew"
+                )
+
+
+def list_files(where: str, repo_id: str, revision: str | None) -> Listing:
+    """List a commit of a model repository.
+
+    Args:
+        where: How the user names the model, to begin a message with.
+        repo_id: `owner/name`.
+        revision: Branch, tag or commit; None for main.
+
+    Raises:
+        RequestError: If there is no such repository that you may read, or it has no safetensors.
+        RunError: If the Hub cannot be reached.
+    """
+    try:
+        info = HfApi(library_name="resnext-hub").model_info(repo_id, revision=revision, files_metadata=True)
+    except GatedRepoError as error:
+        raise RequestError(f"{where} is gated: ask for access at its page, and log in with `hf auth login`") from error
+    except RevisionNotFoundError as error:
+        raise RequestError(f"{where} has no revision {printable(revision)}") from error
+    except RepositoryNotFoundError as error:
+        raise RequestError(f"there is no repository {where} that you may read; a private one needs a login") from error
+    except HFValidationError as error:
+        raise RequestError(f"{where} is not a Hub id of the form owner/name") from error
+    except (OfflineModeIsEnabled, *HUB_ERRORS) as error:
+        raise RunError(
+            f"{where} could not be loaded from the Hub: {one_line(error)}; verify=False loads a copy from the cache"
+        ) from error
+    if not re.fullmatch(r"[0-9a-f]{40}", info.sha or ""):
+        raise RunError(f"{where}: the Hub's answer names no commit; try again later")
+    hashes = {
+        entry.rfilename: (entry.lfs.sha256 if entry.lfs else None, entry.blob_id) for entry in info.siblings or []
+    }
+    if "model.safetensors" not in hashes:
+        raise RequestError(f"{where} has no model.safetensors; pickled weights are not loaded")
+    return Listing(str(info.sha), hashes)
+
+
+def forget_wrong(path: Path, sha256: str | None, blob_id: str | None) -> bool:
+    """Say whether a file in the cache is not what the Hub lists; then remove it, so that it is fetched anew.
+
+    The client does not compare what comes over Xet with anything but its length.
+    """
+    if same_content(path, sha256, blob_id):
+        return False
+    forget(path)
+    return True

@@ -133,10 +133,10 @@ class ResNeXt(nn.Module):
     Args:
         layers: Number of blocks in each of three or four stages.
         num_classes: Classes of the classifier; 0 leaves it out.
-        in_chans: Channels of the input picture.
+        in_chans: Channels of the input image.
         cardinality: Number of groups C of every 3x3 convolution.
         base_width: Width d of one group in the first stage.
-        small_stem: Begin with a 3x3 convolution at full resolution, for pictures of 32 pixels, instead of a 7x7
+        small_stem: Begin with a 3x3 convolution at full resolution, for images of 32 pixels, instead of a 7x7
             convolution and a pooling that quarter the resolution.
         output_stride: Greatest input size over size of the last feature map: 32, or 16 or 8 with dilated last stages.
         global_pool: Pooling before the classifier, a name that timm knows; the empty string leaves it out.
@@ -147,7 +147,7 @@ class ResNeXt(nn.Module):
     Raises:
         ValueError: If an argument is not a number within its range, or the groups would have no channels; nothing is
             allocated then.
-        AssertionError: In a call, if the picture is smaller than the network's stride.
+        AssertionError: In a call, if the image is smaller than the network's stride.
     """
 
     def __init__(
@@ -293,7 +293,7 @@ class ResNeXt(nn.Module):
         """Give the last feature map and those asked for.
 
         Args:
-            x: Pictures, `(N, in_chans, H, W)`.
+            x: IndexedImages, `(N, in_chans, H, W)`.
             indices: The last n maps if an int, all (stem and stages) if None, else these.
             norm: Accepted for timm's interface; these maps carry no further norm layer.
             stop_early: Stop after the last map that is asked for.
@@ -339,8 +339,8 @@ class ResNeXt(nn.Module):
     def _require_size(self, x: torch.Tensor) -> None:
         # torch's own assertion, because tracing and scripting follow it where they could not follow an `if`
         height, width = x.shape[-2], x.shape[-1]
-        torch._assert(height >= self.stride, f"a picture of height {height} is smaller than the stride {self.stride}")
-        torch._assert(width >= self.stride, f"a picture of width {width} is smaller than the stride {self.stride}")
+        torch._assert(height >= self.stride, f"an image of height {height} is smaller than the stride {self.stride}")
+        torch._assert(width >= self.stride, f"an image of width {width} is smaller than the stride {self.stride}")
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Map `(N, in_chans, H, W)` to the last feature map, `(N, num_features, H / stride, W / stride)`."""
@@ -362,7 +362,7 @@ class ResNeXt(nn.Module):
         return x if pre_logits else self.fc(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map pictures `(N, in_chans, H, W)` to logits `(N, num_classes)`."""
+        """Map images `(N, in_chans, H, W)` to logits `(N, num_classes)`."""
         return self.forward_head(self.forward_features(x))
 
 
@@ -388,7 +388,7 @@ class Variant:
     cardinality: int
     base_width: int
     small_stem: bool = False
-    """Whether it is a network for pictures of 32 pixels, with a 3x3 stem."""
+    """Whether it is a network for images of 32 pixels, with a 3x3 stem."""
 
     @property
     def depth(self) -> int:

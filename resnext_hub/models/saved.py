@@ -21,6 +21,7 @@ from torch import nn
 
 from resnext_hub.errors import RequestError, one_line
 from resnext_hub.files import require_regular
+from resnext_hub.models.input_config import InputConfig
 from resnext_hub.models.saved_config import WAY_OUT, ModelConfig, named_config, parse_config, read_config
 from resnext_hub.models.weights import problem_of, strip_wrapper
 from resnext_hub.text import printable
@@ -75,10 +76,9 @@ class SavedModel:
         return tuple(map(str, range(classes)))
 
     @property
-    def data_config(self) -> dict[str, Any]:
-        """How images have to come: input_size, crop_pct, crop_mode, interpolation, mean and std in timm's words."""
-        resolved: dict[str, Any] = timm.data.resolve_data_config(pretrained_cfg=self.config.pretrained_cfg)
-        return resolved
+    def input(self) -> InputConfig:
+        """The images that the model takes."""
+        return InputConfig.resolve(self.config.pretrained_cfg)
 
     def load(self) -> nn.Module:
         """Build the model with its weights, in float32 and evaluation mode, on the CPU.

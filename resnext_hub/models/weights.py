@@ -10,6 +10,8 @@ from safetensors import SafetensorError
 from timm.models import clean_state_dict, load_state_dict
 from torch import nn
 
+from resnext_hub.errors import RequestError
+
 _WRAPPERS = ("timm_model.", "module.", "model.", "network.", "backbone.")
 """Names under which other libraries keep a whole model: transformers' wrapper, training frameworks, this package."""
 
@@ -81,6 +83,13 @@ def problem_of(name: str, tensor: torch.Tensor) -> str | None:
     if low < 0 and name.endswith(("running_var", "num_batches_tracked")):
         return f"holds {low:.3g}: expected no negative numbers"
     return None
+
+
+def require_finite(model: nn.Module) -> None:
+    """Raise a RequestError that names a weight of a model which is not finite."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise RequestError(f"the weights of the model are not finite: {name} holds NaN or infinity")
 
 
 def _require_fit(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:

@@ -1,16 +1,13 @@
-"""Checkpoints that are complete or absent, and the lock that keeps a run folder to one run.
+"""Checkpoints that are complete or absent.
 
 A checkpoint is a folder `step-00000500` of safetensors files and one `state.json`, which holds everything that is not a
 tensor, the SHA-256 of every tensor file, and the SHA-256 of what it says itself.
 """
 
 import dataclasses
-import errno
-import fcntl
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from resnext_hub.errors import RequestError, one_line
 from resnext_hub.files import convert, new_folder, read_json, remove_folder, remove_leftovers, sha256_of, write_json
-from resnext_hub.settings import Range, check_fields, shown
+from resnext_hub.settings import FREE, FREE_PER_PROCESS, Range, check_fields, shown
 from resnext_hub.text import printable
 
 _logger = logging.getLogger(__name__)
@@ -35,9 +32,9 @@ STATE = "state.json"
 class CheckpointConfig:
     """When the state of a run is saved."""
 
-    checkpoint_every: str = "10m"
+    checkpoint_every: str = field(default="10m", metadata=FREE)
     """Steps (`500`) or minutes (`10m`) between checkpoints; the last step always makes one."""
-    keep_checkpoints: Annotated[int, Range(1, 1_000_000)] = 2
+    keep_checkpoints: Annotated[int, Range(1, 1_000_000)] = field(default=2, metadata=FREE_PER_PROCESS)
     """How many of the newest checkpoints stay."""
 
     def __post_init__(self) -> None:
@@ -56,51 +53,6 @@ class CheckpointConfig:
     def seconds(self) -> float | None:
         """Seconds between checkpoints, or None if steps were asked for."""
         return 60.0 * int(self.checkpoint_every[:-1]) if self.checkpoint_every.endswith("m") else None
-
-
-class RunLock:
-    """An exclusive lock on a run folder, released by the kernel when the process ends, however it ends.
-
-    It is a record lock: workers forked by this process do not hold it. Where the file system has no locks, a warning
-    says so.
-
-    Raises:
-        RequestError: If another process holds it, whose pid is named.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        path = folder / ".lock"
-        if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
-            raise RequestError(
-                f"{printable(path)} is not a regular file, so the run folder cannot be locked; remove it"
-            )
-        self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - closing the file would release the lock
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                _logger.warning(
-                    "%s cannot be locked (%s): make sure that no second command trains in it",
-                    printable(folder),
-                    error.strerror,
-                )
-                return
-            self._file.seek(0)
-            holder = self._file.read(20).strip()
-            self._file.close()
-            raise RequestError(
-                f"{printable(folder)} is in use by a running process, pid {holder if holder.isdecimal() else 'unknown'}"
-                "; wait for it, or give another --output-dir"
-            ) from error
-        self._file.truncate(0)
-        self._file.write(str(os.getpid()))
-        self._file.flush()
-
-    def __enter__(self) -> "RunLock":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
 
 
 @dataclass(frozen=True, kw_only=True)

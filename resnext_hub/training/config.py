@@ -14,12 +14,23 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Annotated, Any, Literal
 
-from resnext_hub.data.dataset import DataConfig
+from resnext_hub.data.config import DataConfig
 from resnext_hub.data.loaders import LoaderConfig
 from resnext_hub.data.transforms import IMAGE_SIZE, TransformConfig
 from resnext_hub.errors import RequestError
 from resnext_hub.machine import THREADS
-from resnext_hub.settings import SEEDS, Range, check_fields, check_value, did_you_mean, is_count, shown
+from resnext_hub.settings import (
+    FREE,
+    FREE_PER_PROCESS,
+    GROWS,
+    SEEDS,
+    Range,
+    check_fields,
+    check_value,
+    did_you_mean,
+    is_count,
+    shown,
+)
 from resnext_hub.training.checkpoint import CheckpointConfig
 from resnext_hub.training.optim import OptimConfig
 
@@ -96,15 +107,15 @@ ALIASES = {
 class PublishConfig:
     """What of a run goes to the Hub, and where."""
 
-    push_to_hub: bool = False
+    push_to_hub: bool = field(default=False, metadata=FREE_PER_PROCESS)
     """Publish the model folder when the run is done."""
-    push_checkpoints: bool = False
+    push_checkpoints: bool = field(default=False, metadata=FREE_PER_PROCESS)
     """Keep the newest checkpoint on the repository's branch `checkpoints`, for --resume-from hub:owner/name."""
-    repo_id: str | None = None
+    repo_id: str | None = field(default=None, metadata=FREE_PER_PROCESS)
     """Repository on the Hub, owner/name; made if it is not there."""
-    license: str | None = None
+    license: str | None = field(default=None, metadata=FREE_PER_PROCESS)
     """Licence of the weights, such as apache-2.0; asked for, never assumed."""
-    private: bool = False
+    private: bool = field(default=False, metadata=FREE_PER_PROCESS)
     """Make a new repository private."""
 
     def __post_init__(self) -> None:
@@ -127,9 +138,9 @@ class TrainConfig:
     """Dropout probability before the classifier."""
     drop_path: Annotated[float, Range(0, 1, below=True)] = 0.0
     """Probability of dropping the last block's residual branch in training (stochastic depth)."""
-    epochs: Annotated[float, Range(0, 1_000_000, above=True)] = 30.0
+    epochs: Annotated[float, Range(0, 1_000_000, above=True)] = field(default=30.0, metadata=GROWS)
     """Passes over the training split."""
-    max_steps: Annotated[int, Range(1, STEPS)] | None = None
+    max_steps: Annotated[int, Range(1, STEPS)] | None = field(default=None, metadata=GROWS)
     """Optimizer steps, in place of the number that follows from the epochs."""
     batch_size: Annotated[int, Range(1, BATCH)] = 128
     """Global batch: samples of one optimizer step, over all processes."""
@@ -143,25 +154,25 @@ class TrainConfig:
     """Decay of a moving average of the weights, such as 0.9998, which is then evaluated, kept and published."""
     seed: Annotated[int, Range(0, SEEDS)] = 0
     """Seed of weights, sample order and augmentation."""
-    deterministic: bool | None = None
+    deterministic: bool | None = field(default=None, metadata=FREE)
     """Use deterministic algorithms only; if not given, yes on a CPU and no on an accelerator."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Precision of the forward pass; auto is the launcher's, else bf16 where the device computes it fast."""
-    merge_groups: str = "auto"
+    merge_groups: str = field(default="auto", metadata=FREE)
     """Compute neighbouring groups of a grouped convolution as one wider group, which gives the same with fewer, larger
     products: `auto` where forward and backward pass are measured to be faster so, `off` nowhere, a number merges all to
     that width in channels, or the greatest below it."""
-    compile: bool = False
+    compile: bool = field(default=False, metadata=FREE)
     """Compile forward and backward pass with torch.compile, which takes a minute or more at the start."""
     progressive_size: Annotated[int, Range(1, IMAGE_SIZE)] | None = None
     """Size in pixels at which training begins, to grow to the image size over three quarters of the run."""
-    threads: str = "auto"
+    threads: str = field(default="auto", metadata=FREE_PER_PROCESS)
     """Computing threads of each process on a CPU; auto shares the cores out."""
-    log_every: Annotated[int, Range(1, STEPS)] = 10
+    log_every: Annotated[int, Range(1, STEPS)] = field(default=10, metadata=FREE)
     """Steps between log lines."""
     eval_every: Annotated[int, Range(1, STEPS)] = 1
     """Epochs between evaluations; the last step is always evaluated."""
-    log_samples: bool = False
+    log_samples: bool = field(default=False, metadata=FREE_PER_PROCESS)
     """Write samples-P.jsonl for each process: the indices of each step and a hash of their pixels."""
     data: DataConfig = field(default_factory=DataConfig)
     transform: TransformConfig = field(default_factory=TransformConfig)
@@ -213,53 +224,34 @@ class TrainConfig:
         return cls(**own)
 
 
-MACHINE_FIELDS = frozenset(
-    {
-        "threads",
-        "merge_groups",
-        "compile",
-        "workers",
-        "decoder",
-        "deterministic",
-        "log_every",
-        "log_samples",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "max_bad_fraction",
-        "max_image_pixels",
-        "push_to_hub",
-        "push_checkpoints",
-        "repo_id",
-        "license",
-        "private",
-    }
-)
-"""Fields that may differ when a run is resumed: they say how the machine does the work, not what work it is.
+def resumable_fields() -> frozenset[str]:
+    """Return the settings that may change when a run is resumed.
 
-Another decoder gives slightly other pixels, so it has to be asked for by its flag.
-"""
-
-PROCESS_FIELDS = frozenset(
-    {
-        "threads",
-        "workers",
-        "log_samples",
-        "keep_checkpoints",
-        "max_bad_fraction",
-        "push_to_hub",
-        "push_checkpoints",
-        "repo_id",
-        "license",
-        "private",
-    }
-)
-"""Fields that may differ between the processes of a run: what each does by itself, or the main process alone."""
-
-GROWING_FIELDS = frozenset({"epochs", "max_steps"})
-"""Fields that may grow when a run is resumed."""
+    Another decoder gives slightly different pixels, so it has to be requested by its flag.
+    """
+    return frozenset(name for name, field in flat_fields().items() if field.resume == "free")
 
 
-@dataclass(frozen=True)
+def growing_fields() -> frozenset[str]:
+    """Return the settings that may only grow when a run is resumed."""
+    return frozenset(name for name, field in flat_fields().items() if field.resume == "grows")
+
+
+def process_fields() -> frozenset[str]:
+    """Return the settings that may differ between the processes of a run."""
+    return frozenset(name for name, field in flat_fields().items() if field.per_process)
+
+
+def fixed_settings(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings that decide the result, without places on this machine: the dataset has a fingerprint."""
+    settings = config.to_flat()
+    left_out = resumable_fields() | growing_fields() | {"dataset"}
+    if settings["model"].startswith("local-dir:"):
+        left_out = left_out | {"model"}
+    return {name: value for name, value in settings.items() if name not in left_out}
+
+
+@dataclass(frozen=True, kw_only=True)
 class FlatField:
     """A field by its one name: its type, default, and the sentence under it."""
 
@@ -267,6 +259,12 @@ class FlatField:
     type: Any
     default: Any
     help: str
+    group: str
+    """What the class that it belongs to is about."""
+    resume: Literal["fixed", "grows", "free"]
+    """How it may change when a run is resumed."""
+    per_process: bool
+    """Whether it may differ between the processes of a run."""
 
 
 @lru_cache(maxsize=1)
@@ -285,7 +283,15 @@ def fields_of(kind: type) -> dict[str, FlatField]:
     hints = typing.get_type_hints(kind, include_extras=True)
     sentences = _sentences(kind)
     return {
-        f.name: FlatField(f.name, hints[f.name], f.default, sentences[f.name])
+        f.name: FlatField(
+            name=f.name,
+            type=hints[f.name],
+            default=f.default,
+            help=sentences[f.name],
+            group=(kind.__doc__ or "").strip().splitlines()[0].rstrip("."),
+            resume=f.metadata.get("resume", "fixed"),
+            per_process=f.metadata.get("per_process", False),
+        )
         for f in dataclasses.fields(kind)
         if not dataclasses.is_dataclass(hints[f.name])
     }

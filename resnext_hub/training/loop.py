@@ -2,25 +2,36 @@
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from resnext_hub.agreement import Peers
-from resnext_hub.data.batches import read_batches
-from resnext_hub.data.dataset import Splits
-from resnext_hub.errors import RunError, one_line
+from resnext_hub.data.batches import Parcel, read_batches
+from resnext_hub.errors import RunError, StoppedRun, one_line
+from resnext_hub.kernels.training_view import require_shared_tensors
 from resnext_hub.machine import quiet_compilers
+from resnext_hub.processes.launcher import WAIT
+from resnext_hub.processes.peers import Peers
+from resnext_hub.record import UnreadableImage
 from resnext_hub.training.config import TrainConfig
-from resnext_hub.training.form import require_shared_tensors
+from resnext_hub.training.evaluation import Evaluation, EvaluationStoppedError
+from resnext_hub.training.evaluator import Evaluator
+from resnext_hub.training.feed import StepInputs, training_loader
+from resnext_hub.training.objective import Objective
 from resnext_hub.training.optim import lr_at, set_lr
-from resnext_hub.training.state import Outcome, RunState
+from resnext_hub.training.plan import Plan
+from resnext_hub.training.recorder import Recorder
+from resnext_hub.training.state import TrainingState
+from resnext_hub.training.stop import StopSignal
+from resnext_hub.training.unreadable import UnreadableLog, read_unreadable
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -28,98 +39,245 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 
-class Objective(nn.Module):
-    """The loss as a module, so that what wraps it (autocast, data parallelism) leaves the network itself untouched."""
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What training returns: the model with its best weights, and how well they do."""
 
-    def __init__(self, network: nn.Module, label_smoothing: float) -> None:
-        super().__init__()
-        self.network = network
-        self.label_smoothing = label_smoothing
-
-    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Map pictures `(N, C, H, W)` and labels `(N,)`, or targets `(N, classes)`, to the mean cross entropy."""
-        return F.cross_entropy(self.network(images).float(), labels, label_smoothing=self.label_smoothing)
+    model: nn.Module
+    evaluation: Evaluation
+    step: int
+    """Step of the best weights."""
+    epoch: float
+    """Passes over the training split at that step."""
+    steps: int
+    epochs: float
+    """Passes over the training split."""
+    history: list[dict[str, Any]]
+    """Lines of metrics.jsonl."""
+    wall_seconds: float
+    resumes: int
+    skipped_steps: int
+    """Steps that the optimizer skipped because fp16 gradients overflowed."""
+    decoders: list[str]
+    """What decoded the training images, in order of use."""
+    unreadable: list[UnreadableImage]
+    merged_groups: dict[str, int]
+    """How many neighbouring groups were computed as one in training, by layer name."""
 
 
 def train(
-    config: TrainConfig,
-    splits: Splits,
-    network: nn.Module,
-    data_config: dict[str, Any],
-    folder: Path,
+    plan: Plan,
+    model: nn.Module,
     accelerator: "Accelerator",
-    precision: str,
     peers: Peers,
     on_checkpoint: Callable[[Path], None] = lambda path: None,
 ) -> Outcome:
-    """Train a network from the newest checkpoint of a run folder, or from the start.
+    """Train a model from the newest checkpoint of its run folder, or from the start.
 
     Args:
-        config: The resolved configuration.
-        splits: What to train and evaluate on.
-        network: The network, as it is before the first step.
-        data_config: Input size, crop, interpolation, mean and std, in timm's keys.
-        folder: The run folder; the main process writes `metrics.jsonl` and `checkpoints/` in it.
+        plan: The run; the main process writes `metrics.jsonl` and `checkpoints/` in its folder.
+        model: The model before the first step.
         accelerator: Accelerate's view of devices and processes.
-        precision: Resolved mixed precision, for the facts of a checkpoint.
         peers: The processes of the run.
         on_checkpoint: Called with each checkpoint that the main process has written.
 
     Raises:
-        RunError: If the loss is not finite, or more pictures cannot be read than may be.
-        StoppedRun: If SIGTERM asked for it; the state was saved.
+        RunError: If the loss is not finite, or more images are unreadable than allowed.
+        StoppedRun: After SIGTERM or Ctrl-C; the state was saved.
     """
-    run = RunState(config, splits, network, data_config, folder, accelerator, precision, peers, on_checkpoint)
-    run.restore()
-    form = run.build_form()
+    config = plan.config
+    state = TrainingState(plan, model, accelerator, peers)
+    stop = StopSignal(accelerator.num_processes, WAIT)
+    inputs = StepInputs(plan, device=accelerator.device, process=accelerator.process_index)
+    unreadable = UnreadableLog(plan.folder, peers, config.data.max_bad_fraction)
+    evaluator = Evaluator(plan, state, stop, unreadable)
+    state.restore()
+    recorder = Recorder(plan, state)
+    run = _Run(plan, state, stop, unreadable, evaluator, recorder, on_checkpoint)
+
+    view = state.build_view()
     if config.compile:
-        form.compile(dynamic=False)
-    # placed already: Accelerate would move the module once more, which makes other tensors of its buffers
+        view.compile(dynamic=False)
+    # the model is in place already: Accelerate would move it once more, which replaces its buffers by copies
     objective, optimizer = accelerator.prepare(
-        Objective(form, config.label_smoothing), run.optimizer, device_placement=[False, False]
+        Objective(view, config.label_smoothing), state.optimizer, device_placement=[False, False]
     )
-    require_shared_tensors(form, run.network)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(run.stop)
-        run.open_logs(stack)
-        if not run.evaluated and not run.evaluate_step():
-            run.say_stopped()
+    require_shared_tensors(view, state.model)
+    with stop, recorder, contextlib.ExitStack() as stack:
+        if not state.evaluated and not run.evaluate_step():
+            run.raise_stopped()
         batches = stack.enter_context(contextlib.closing(read_batches(run.build_loader())))
         objective.train()
         compiling = config.compile
-        bar = stack.enter_context(
-            tqdm(total=run.schedule.steps, initial=run.step, unit="step", disable=None if run.metrics else True)
-        )
-        run.timer.restart(run.step)  # what came before is no training
-        while run.step < run.schedule.steps:
-            with run.timer.waiting():
+        bar = stack.enter_context(run.progress_bar())
+        recorder.timer.restart(state.step)  # time before this is not training time
+        while not state.done:
+            with recorder.timer.waiting():
                 batch = next(batches)
-            lr = lr_at(run.step, run.schedule.steps, run.schedule.warmup_steps, config.optim.lr or 0.0)
-            set_lr(run.optimizer, lr)
-            _seed_step(config.seed, run.step, accelerator.process_index)
-            images, targets = run.inputs(batch, run.step)
+            lr = lr_at(state.step, plan.schedule.steps, plan.schedule.warmup_steps, config.optim.lr or 0.0)
+            set_lr(state.optimizer, lr)
+            _seed_step(config.seed, state.step, accelerator.process_index)
+            images, targets = inputs(batch, state.step)
             with _compiling() if config.compile else contextlib.nullcontext():
                 loss = _optimizer_step(objective, optimizer, images, targets, config, accelerator)
-            run.stepped(batch, loss, optimizer.step_was_skipped)
+            state.advance(batch, loss, optimizer.step_was_skipped)
+            unreadable.note("training", plan.splits.train.count or state.step * config.batch_size, batch.unreadable)
             if compiling:
-                run.say_compiled()
+                recorder.log_compiled()
                 compiling = False
             bar.update()
-            run.log_samples(batch, images)
+            recorder.log_samples(batch, images)
 
-            stopping = run.stop.agreed()
+            stopping = stop.agreed()
             save_now = stopping or run.checkpoint_due()
-            if run.log_due() or save_now:
+            if recorder.log_due() or save_now:
                 value = run.mean_loss(loss)
-                if run.log_due():
-                    bar.set_postfix(run.log_step(lr, value))
-            if not run.evaluated:
+                if recorder.log_due():
+                    bar.set_postfix(recorder.log_step(lr, value))
+            if not state.evaluated:
                 stopping = stopping or not run.evaluate_step()
             if save_now or stopping:
                 run.save()
             if stopping:
-                run.say_stopped()
+                run.raise_stopped()
         return run.finish()
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The parts of a run, and what takes several of them."""
+
+    plan: Plan
+    state: TrainingState
+    stop: StopSignal
+    unreadable: UnreadableLog
+    evaluator: Evaluator
+    recorder: Recorder
+    on_checkpoint: Callable[[Path], None]
+
+    def build_loader(self) -> DataLoader[Parcel]:
+        """Return this process's part of every step that is left."""
+        state = self.state
+        return training_loader(
+            self.plan,
+            start=state.step,
+            position=state.position,
+            process=state.accelerator.process_index,
+            processes=state.accelerator.num_processes,
+            pin_memory=state.accelerator.device.type == "cuda",
+        )
+
+    def progress_bar(self) -> "tqdm[Any]":
+        """Return the bar that counts steps; only the main process shows one, on a terminal."""
+        hidden = None if self.recorder.is_main else True
+        return tqdm(total=self.plan.schedule.steps, initial=self.state.step, unit="step", disable=hidden)
+
+    def mean_loss(self, loss: torch.Tensor) -> float:
+        """Return the loss over the global batch.
+
+        Raises:
+            RunError: If the loss of this or an earlier step is not finite.
+        """
+        mean = float(self.state.accelerator.reduce(loss, "mean"))
+        if not math.isfinite(mean):
+            self._raise_not_finite(f"loss is {mean}", self.state.first_bad_step())
+        return mean
+
+    def evaluate_step(self) -> bool:
+        """Evaluate, and keep the weights if they are the best so far; return False if a signal interrupted it."""
+        try:
+            with self.recorder.timer.apart():
+                evaluation = self.evaluator(self.state.published)
+        except EvaluationStoppedError:
+            self.stop.stopping()
+            return False
+        if not math.isfinite(evaluation.loss):
+            self._raise_not_finite(f"loss on the evaluation split is {evaluation.loss}", self.state.step)
+        self.recorder.log_evaluation(evaluation)
+        self.state.keep_best(evaluation)
+        self.state.evaluated = True
+        return True
+
+    def checkpoint_due(self) -> bool:
+        """Return whether to save now; a period in minutes is measured by the main process, on log steps."""
+        every, state = self.plan.config.checkpoint, self.state
+        if state.done:
+            return True
+        if every.steps is not None:
+            return state.step % every.steps == 0
+        if not self.recorder.log_due():
+            return False
+        due = self.recorder.timer.since_checkpoint >= (every.seconds or math.inf)
+        if state.accelerator.num_processes == 1:
+            return due
+        from accelerate.utils import broadcast
+
+        return bool(broadcast(torch.tensor([due], device=state.accelerator.device, dtype=torch.uint8)).item())
+
+    def save(self) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            RunError: If it cannot be written, or the weights are not finite.
+        """
+        state, timer = self.state, self.recorder.timer
+        if not state.weights_are_finite():
+            self._raise_not_finite("weights are not finite", state.step)
+        with timer.apart():
+            self.unreadable.collect()
+            state.peers.from_main(lambda: self.on_checkpoint(state.save(lambda: timer.wall_seconds)))
+        timer.checkpointed()
+
+    def finish(self) -> Outcome:
+        """Evaluate the best weights once more, as they will be published."""
+        state = self.state
+        if state.best is None:  # an evaluation was interrupted at the very end, and again after a resume
+            self.raise_stopped()
+        state.model.load_state_dict(state.best.tensors)
+        try:
+            evaluation = self.evaluator(state.model)
+        except EvaluationStoppedError:
+            self.stop.stopping()
+            self.raise_stopped()
+        if evaluation.correct != state.best.correct:  # without deterministic algorithms, an accelerator may do so
+            _logger.warning(
+                "the best weights classified %d images correctly at step %d and %d now, which is what is recorded: "
+                "this device is not deterministic (--deterministic)",
+                state.best.correct,
+                state.best.step,
+                evaluation.correct,
+            )
+        self.unreadable.collect()
+        return Outcome(
+            model=state.model.eval(),
+            evaluation=evaluation,
+            step=state.best.step,
+            epoch=state.best.epoch,
+            steps=self.plan.schedule.steps,
+            epochs=state.epoch,
+            history=self.recorder.history(),
+            wall_seconds=self.recorder.timer.wall_seconds,
+            resumes=state.resumes,
+            skipped_steps=state.skipped_steps,
+            decoders=state.decoders,
+            unreadable=read_unreadable(self.plan.folder),
+            merged_groups=state.merged_groups or {},
+        )
+
+    def raise_stopped(self) -> NoReturn:
+        """End the run after a signal; the state of this step is saved."""
+        raise StoppedRun(
+            f"stopped by {self.stop.number.name}; step {self.state.step} of {self.plan.schedule.steps} is saved: rerun "
+            "the same command to resume",
+            self.stop.number,
+        )
+
+    def _raise_not_finite(self, what: str, step: int) -> NoReturn:
+        good = self.state.peers.from_main(self.state.last_good_checkpoint)
+        raise RunError(
+            f"the {what} at step {step}; {good}; try a lower --lr, or --clip-grad 1",
+            everywhere=True,
+        )
 
 
 def _optimizer_step(
@@ -130,7 +288,7 @@ def _optimizer_step(
     config: TrainConfig,
     accelerator: "Accelerator",
 ) -> torch.Tensor:
-    """Take one step on this process's part of the global batch; give the mean loss over it, a scalar."""
+    """Take one step on this process's part of the global batch; return the mean loss over it, a scalar."""
     optimizer.zero_grad()
     size = len(images)
     micro = config.micro_batch_size or size
@@ -139,7 +297,7 @@ def _optimizer_step(
         part = slice(start, min(start + micro, size))
         last = part.stop == size
         with contextlib.nullcontext() if last else accelerator.no_sync(objective):
-            # by its true size, so that a shorter last part counts for what it is
+            # weighted by its size, as the last micro-batch may be smaller
             loss = objective(images[part], targets[part]) * ((part.stop - start) / size)
             accelerator.backward(loss)
         total += loss.detach()
@@ -151,7 +309,7 @@ def _optimizer_step(
 
 @contextlib.contextmanager
 def _compiling() -> Iterator[None]:
-    """Say in a line that the compiler failed, and what to do."""
+    """Turn an error of the compiler into one line that says how to train without it."""
     from torch._dynamo.exc import TorchDynamoException
 
     try:
@@ -159,10 +317,10 @@ def _compiling() -> Iterator[None]:
             yield
     except TorchDynamoException as error:
         raise RunError(
-            f"the network cannot be compiled here ({one_line(error)[:200]}); without --compile the run goes on"
+            f"the model cannot be compiled here ({one_line(error)[:200]}); rerun without --compile"
         ) from error
 
 
 def _seed_step(seed: int, step: int, process: int) -> None:
-    """Seed dropout and stochastic depth, so that nothing of the generators needs saving."""
+    """Seed dropout and stochastic depth, so that no generator's state has to be saved."""
     torch.manual_seed(int(np.random.SeedSequence((seed, step, process)).generate_state(1, np.uint64)[0]))

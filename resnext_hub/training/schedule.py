@@ -17,7 +17,7 @@ class Schedule:
 
 
 GROWTH = 0.75
-"""Part of a run in which the pictures grow, where they do; in the rest they have their full size."""
+"""Part of a run in which the images grow, where they do; in the rest they have their full size."""
 
 STAGES = 4
 """Sizes below the full one: few, as some devices and compilers prepare anew for each."""

@@ -94,7 +94,7 @@ def test_what_cannot_be_measured_is_refused_in_a_line(command: Command, tmp_path
         (("loader", "--batch-size", 0), "--batch-size 0: expected a whole number from 1 to"),
         (("loader", "--image-size", -3), "--image-size -3: expected a whole number from 1 to"),
         (("loader", "--workers", -1), "--workers -1: expected a whole number from 0 to"),
-        (("loader", "--pictures", tmp_path), "expected a folder with pictures"),
+        (("loader", "--images", tmp_path), "expected a folder with images"),
         (("loader", "--json", tmp_path / "no" / "x.json"), "x.json: expected a file in a folder that is there"),
         (("training", "--image-size", 16), "resnext_g32 does not take --image-size 16"),
         (("training", "--equal-flops", "resnext_g33"), "resnext_g33: timm knows no such network"),
@@ -120,15 +120,15 @@ def test_the_network_without_groups_costs_as_many_flops(model: str, plain: str |
     assert equal_in_flops(model) == plain
 
 
-def test_pictures_that_cannot_be_read_are_left_out_of_the_loaders_benchmark(
+def test_images_that_cannot_be_read_are_left_out_of_the_loaders_benchmark(
     command: Command, folder_of_classes: Path
 ) -> None:
-    (folder_of_classes / "bus" / "broken.png").write_bytes(b"no picture")
-    flags = ("--image-size", 32, "--workers", 0, "--batch-size", 4, "--rounds", 1, "--pictures", folder_of_classes)
+    (folder_of_classes / "bus" / "broken.png").write_bytes(b"no image")
+    flags = ("--image-size", 32, "--workers", 0, "--batch-size", 4, "--rounds", 1, "--images", folder_of_classes)
     code, out, err = command("benchmark", "loader", *flags)
     assert code == 0, err
     assert "broken.png is left out, as it cannot be read: not an image" in err
-    assert "30 pictures of" in out
+    assert "30 images of" in out
 
 
 def test_a_machine_that_did_other_work_is_told_of() -> None:

@@ -11,8 +11,8 @@ from shutil import which
 
 import numpy as np
 import torch
-from conftest import ROOT
 from pytest import mark, raises
+from support.processes import ROOT
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from resnext_hub.data.augment import Edges
@@ -34,7 +34,7 @@ COUNT, SIZE = 20, 3
 
 
 def sample(index: int, dtype: torch.dtype = torch.uint8) -> Sample:
-    unreadable = [Unreadable(index, f"picture {index}", "cut off")] if index == 7 else []
+    unreadable = [Unreadable(index, f"image {index}", "cut off")] if index == 7 else []
     return Sample(torch.full((3, 4, 5), index, dtype=dtype), index % 10, index, unreadable, Edges(0, index % 4, 1, 2))
 
 

@@ -1,4 +1,4 @@
-"""Every kind of picture decodes to stated pixels, and what cannot be decoded says why."""
+"""Every kind of image decodes to stated pixels, and what cannot be decoded says why."""
 
 import contextlib
 import io
@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from pytest import MonkeyPatch, mark, raises
 
-from resnext_hub.data.decode import UnreadablePictureError, decode
+from resnext_hub.data.decode import UnreadableImageError, decode
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> dict[str, object]:
@@ -71,7 +71,7 @@ KINDS: dict[str, tuple[Callable[[], dict[str, object]], list[object]]] = {
 
 
 @mark.parametrize("kind", KINDS)
-def test_odd_pictures_decode_to_stated_pixels(kind: str) -> None:
+def test_odd_images_decode_to_stated_pixels(kind: str) -> None:
     make, expected = KINDS[kind]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -80,7 +80,7 @@ def test_odd_pictures_decode_to_stated_pixels(kind: str) -> None:
 
 @mark.parametrize("orientation", range(10))
 @mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
-def test_a_picture_is_turned_as_pillow_turns_it(kind: str, orientation: int) -> None:
+def test_an_image_is_turned_as_pillow_turns_it(kind: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     row = encoded(Image.effect_noise((7, 5), 90).convert("RGB"), kind, exif=exif)
@@ -88,8 +88,8 @@ def test_a_picture_is_turned_as_pillow_turns_it(kind: str, orientation: int) -> 
     assert pixels(row) == np.asarray(expected).tolist()
 
 
-def test_exif_that_pillow_reads_but_cannot_write_leaves_a_picture_readable() -> None:
-    """The resolution is text where a fraction belongs; the picture is to be turned, so that it counts."""
+def test_exif_that_pillow_reads_but_cannot_write_leaves_an_image_readable() -> None:
+    """The resolution is text where a fraction belongs; the image is to be turned, so that it counts."""
     entries = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack(">HHI4s", 0x011A, 2, 3, b"72")
     exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2) + entries + bytes(4)
     row = encoded(Image.effect_noise((8, 16), 50).convert("RGB"), "JPEG", exif=exif)
@@ -98,8 +98,8 @@ def test_exif_that_pillow_reads_but_cannot_write_leaves_a_picture_readable() -> 
 
 def test_a_file_is_read_as_its_bytes_are(tmp_path: Path) -> None:
     row = sixteen_bits()
-    (tmp_path / "picture.png").write_bytes(row["bytes"])
-    assert pixels({"bytes": None, "path": str(tmp_path / "picture.png")}) == pixels(row)
+    (tmp_path / "image.png").write_bytes(row["bytes"])
+    assert pixels({"bytes": None, "path": str(tmp_path / "image.png")}) == pixels(row)
     assert pixels(row, "L") == [[0, 1, 128, 255]]
 
 
@@ -113,19 +113,19 @@ def test_a_cmyk_jpeg_keeps_its_colours() -> None:
     ("data", "reason"),
     [
         (b"", "zero bytes"),
-        (b"this is no picture", "not an image"),
+        (b"this is no image", "not an image"),
         (encoded(Image.effect_noise((64, 64), 50), "JPEG")["bytes"][:700], "truncated"),
         (encoded(Image.effect_noise((64, 64), 50), "PNG")["bytes"][:700], "truncated"),
         (None, "neither bytes nor a path"),
     ],
 )
-def test_unreadable_pictures_say_why(data: bytes | None, reason: str) -> None:
-    with raises(UnreadablePictureError, match=reason):
+def test_unreadable_images_say_why(data: bytes | None, reason: str) -> None:
+    with raises(UnreadableImageError, match=reason):
         decode({"bytes": data, "path": None})
 
 
 def test_more_pixels_than_asked_for_are_refused_by_the_header_alone(monkeypatch: MonkeyPatch) -> None:
-    with raises(UnreadablePictureError, match=r"40 x 40 is more than 1000 pixels \(--max-image-pixels\)"):
+    with raises(UnreadableImageError, match=r"40 x 40 is more than 1000 pixels \(--max-image-pixels\)"):
         decode(encoded(Image.new("RGB", (40, 40)), "PNG"), max_pixels=1000)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow itself warns above it, and refuses twice as many
     for size in (30, 40, 60):
@@ -133,7 +133,7 @@ def test_more_pixels_than_asked_for_are_refused_by_the_header_alone(monkeypatch:
 
 
 def test_a_file_that_is_gone_is_unreadable(tmp_path: Path) -> None:
-    with raises(UnreadablePictureError, match="the file is gone"):
+    with raises(UnreadableImageError, match="the file is gone"):
         decode({"bytes": None, "path": str(tmp_path / "nowhere.png")})
 
 
@@ -146,6 +146,6 @@ def test_damaged_files_are_read_or_refused_and_nothing_else(kind: str) -> None:
         for _ in range(draw.randint(1, 6)):
             damaged[draw.randrange(len(damaged))] = draw.randrange(256)
         row = {"bytes": bytes(damaged[: draw.choice([None, len(damaged) // 2])]), "path": None}
-        with warnings.catch_warnings(), contextlib.suppress(UnreadablePictureError):
+        with warnings.catch_warnings(), contextlib.suppress(UnreadableImageError):
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata in what it can still read
             assert decode(row).mode == "RGB"

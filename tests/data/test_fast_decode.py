@@ -13,19 +13,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import TINY
 from PIL import Image
 from pytest import MonkeyPatch, fixture, mark, raises
 from sklearn.datasets import load_sample_images
+from support.processes import TINY
 from timm.data import create_transform
 
 from resnext_hub.data.augment import Augmentation
 from resnext_hub.data.batches import read_batches
-from resnext_hub.data.dataset import DataConfig, load_splits
-from resnext_hub.data.decode import UnreadablePictureError, decode
+from resnext_hub.data.config import DataConfig
+from resnext_hub.data.decode import UnreadableImageError, decode
 from resnext_hub.data.jpeg import FastTransform, Rectangle, decode_part, read_header, reduction
 from resnext_hub.data.loaders import StepSampler, TrainingSamples, build_train_loader, seed_sample
-from resnext_hub.data.transforms import TransformConfig, build_eval_transform, erase, normalize
+from resnext_hub.data.splits import load_splits
+from resnext_hub.data.transforms import EvalTransform, TransformConfig, erase, normalize
+from resnext_hub.models.input_config import InputConfig
 from resnext_hub.record import RunRecord
 
 Command = Callable[..., tuple[int, str, str]]
@@ -58,7 +60,9 @@ def turned(orientation: int, image: Image.Image = PHOTOGRAPHS[1]) -> dict[str, o
 
 
 def augmentation(decoder: str, interpolation: str = "bilinear", **options: object) -> Augmentation:
-    return Augmentation(TransformConfig(**options), CFG | {"interpolation": interpolation}, decoder)
+    return Augmentation(
+        TransformConfig(**options), InputConfig.resolve(CFG | {"interpolation": interpolation}), decoder
+    )
 
 
 def difference(row: dict[str, object], seed: int, interpolation: str, size: int = 224) -> torch.Tensor:
@@ -67,7 +71,7 @@ def difference(row: dict[str, object], seed: int, interpolation: str, size: int 
     for decoder in ("simplejpeg", "pil"):
         config = CFG | {"input_size": (3, size, size), "interpolation": interpolation}
         seed_sample(0, 0, seed)
-        found.append(Augmentation(TransformConfig(), config, decoder)(row).image.int())
+        found.append(Augmentation(TransformConfig(), InputConfig.resolve(config), decoder)(row).image.int())
     return (found[0] - found[1]).abs().float()
 
 
@@ -189,12 +193,16 @@ def test_a_grey_jpeg_has_three_equal_channels_or_one() -> None:
     three = augmentation("simplejpeg")(row).image
     assert torch.equal(three[0], three[1])
     assert torch.equal(three[0], three[2])
-    for picture in (row, stored(PHOTOGRAPHS[0], quality=90)):  # a network of one channel takes colour as well
+    for image in (row, stored(PHOTOGRAPHS[0], quality=90)):  # a network of one channel takes colour as well
         found = []
         for decoder in ("simplejpeg", "pil"):
             config = CFG | {"input_size": (1, 64, 64), "interpolation": "bilinear", "mean": (0.5,), "std": (0.5,)}
             seed_sample(0, 0, 1)
-            found.append(Augmentation(TransformConfig(scale=(0.01, 0.02)), config, decoder)(picture).image.int())
+            found.append(
+                Augmentation(TransformConfig(scale=(0.01, 0.02)), InputConfig.resolve(config), decoder)(
+                    image
+                ).image.int()
+            )
         assert found[0].shape == (1, 64, 64)
         assert (found[0] - found[1]).abs().max() <= 2
 
@@ -205,7 +213,7 @@ def outcome(decoder: str, row: dict[str, object], seed: int = 0, **options: obje
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata in what it can still read
             return augmentation(decoder, **options)(row).image.int()
-    except UnreadablePictureError as error:
+    except UnreadableImageError as error:
         return str(error)
 
 
@@ -270,15 +278,17 @@ def test_bombs_missing_files_and_nothing_at_all_are_unreadable_to_both(tmp_path:
         assert outcome("simplejpeg", row) == outcome("pil", row)
         assert isinstance(outcome("pil", row), str)
     for decoder in ("simplejpeg", "pil"):
-        augment = Augmentation(TransformConfig(), CFG | {"interpolation": "bilinear"}, decoder, max_pixels=1000)
-        with raises(UnreadablePictureError, match=r"is more than 1000 pixels \(--max-image-pixels\)"):
+        augment = Augmentation(
+            TransformConfig(), InputConfig.resolve(CFG | {"interpolation": "bilinear"}), decoder, max_pixels=1000
+        )
+        with raises(UnreadableImageError, match=r"is more than 1000 pixels \(--max-image-pixels\)"):
             augment({"bytes": WHOLE, "path": None})
 
 
 def test_a_file_gives_the_pixels_of_its_bytes(tmp_path: Path) -> None:
-    (tmp_path / "picture.jpg").write_bytes(WHOLE)
+    (tmp_path / "image.jpg").write_bytes(WHOLE)
     for decoder in ("simplejpeg", "pil"):
-        by_path = outcome(decoder, {"bytes": None, "path": str(tmp_path / "picture.jpg")})
+        by_path = outcome(decoder, {"bytes": None, "path": str(tmp_path / "image.jpg")})
         assert torch.equal(by_path, outcome(decoder, {"bytes": WHOLE, "path": None}))
 
 
@@ -346,14 +356,14 @@ def photographs(tmp_path_factory) -> Path:
 
 @mark.filterwarnings("ignore:This DataLoader will create")  # more workers than some machines have cores
 def test_fast_pixels_are_equal_at_any_number_of_processes_and_workers(photographs: Path) -> None:
-    pictures = load_splits(DataConfig(dataset=str(photographs), eval_fraction=0.1)).train
+    images = load_splits(DataConfig(dataset=str(photographs), eval_fraction=0.1)).train
     augment = augmentation("simplejpeg", "bicubic", random_erasing=0.5, color_jitter=0.2)
     found = set()
     for processes, workers in itertools.product((1, 2), (0, 2)):
         digests = [hashlib.sha256() for _ in range(4)]
         for process in range(processes):
-            sampler = StepSampler(len(pictures), 12, 3, 0, 4, process, processes)
-            loader = build_train_loader(TrainingSamples(pictures, augment, seed=3), sampler, workers)
+            sampler = StepSampler(len(images), 12, 3, 0, 4, process, processes)
+            loader = build_train_loader(TrainingSamples(images, augment, seed=3), sampler, workers)
             for digest, batch in zip(digests, read_batches(loader), strict=True):
                 assert batch.images.dtype == torch.uint8
                 assert batch.images.is_contiguous(memory_format=torch.channels_last)
@@ -394,7 +404,7 @@ def test_the_decoder_is_recorded_kept_on_a_resume_and_changed_when_asked(
     (tmp_path / "pil.yaml").write_text("decoder: pil\n")
     code, _, err = command(*flags, "--max-steps", 9, "--output-dir", run, "--config", tmp_path / "pil.yaml")
     assert code == 2
-    assert "run was decoded with simplejpeg and would go on with pil" in err
+    assert "run was decoded with simplejpeg and would be resumed with pil" in err
     assert "type --decoder pil" in err
     assert err.count("\n") == 1
 
@@ -427,11 +437,11 @@ def test_without_the_fast_decoder_runs_use_pillow_and_a_run_of_the_other_one_say
 @mark.parametrize("crop_mode", ["center", "squash", "border"])
 def test_prediction_may_use_the_fast_decoder_within_the_same_tolerance(crop_mode: str) -> None:
     config = CFG | {"input_size": (3, 128, 128), "interpolation": "bicubic", "crop_mode": crop_mode}
-    fast, slow = FastTransform(config), build_eval_transform(config)
+    fast, slow = FastTransform(InputConfig.resolve(config)), EvalTransform(InputConfig.resolve(config))
     for row in (stored(PHOTOGRAPHS[0], quality=90), turned(6), stored(PHOTOGRAPHS[1].convert("L")), KINDS["png"]):
         error = (fast(row) - slow(decode(row))).abs() * STD * 255
         assert error.mean() <= REDUCED_MEAN
         if crop_mode == "border" or row is KINDS["png"]:
             assert error.max() == 0.0
-    with raises(UnreadablePictureError, match="not an image"):
-        fast({"bytes": b"no picture", "path": None})
+    with raises(UnreadableImageError, match="not an image"):
+        fast({"bytes": b"no image", "path": None})

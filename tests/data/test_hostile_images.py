@@ -13,6 +13,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,12 +22,22 @@ from pytest import fixture, mark, raises
 from timm.data import create_transform
 
 from resnext_hub.data.augment import Augmentation
-from resnext_hub.data.decode import FORMATS, UnreadablePictureError, decode, within_memory
+from resnext_hub.data.decode import FORMATS, UnreadableImageError, decode, within_memory
 from resnext_hub.data.jpeg import FastTransform
-from resnext_hub.data.sources import PICTURE_SUFFIXES
-from resnext_hub.data.transforms import TransformConfig, build_eval_transform
+from resnext_hub.data.sources import IMAGE_SUFFIXES
+from resnext_hub.data.transforms import EvalTransform, TransformConfig
+from resnext_hub.models.input_config import InputConfig
 
 CFG = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.25,) * 3, "interpolation": "bicubic", "crop_pct": 0.875}
+
+
+def readers() -> tuple[Callable[[dict[str, Any]], Any], ...]:
+    input = InputConfig.resolve(CFG)
+    return decode, Augmentation(TransformConfig(), input, "simplejpeg"), FastTransform(input)
+
+
+def timms_transform(config: dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
+    return create_transform(**config, is_training=False)
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -65,31 +76,35 @@ def odd_paths(tmp_path: Path) -> dict[str, Path]:
 )
 def test_only_regular_files_of_a_sensible_size_are_opened(name: str, reason: str, odd_paths: dict[str, Path]) -> None:
     stored = {"bytes": None, "path": str(odd_paths[name])}
-    for reader in (decode, Augmentation(TransformConfig(), CFG, "simplejpeg"), FastTransform(CFG)):
-        with raises(UnreadablePictureError, match=f"^{reason}$"):
+    for reader in (
+        decode,
+        Augmentation(TransformConfig(), InputConfig.resolve(CFG), "simplejpeg"),
+        FastTransform(InputConfig.resolve(CFG)),
+    ):
+        with raises(UnreadableImageError, match=f"^{reason}$"):
             reader(stored)
 
 
 def test_sockets_nulls_and_nuls_are_unreadable(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(tmp_path / "s.jpg"))
-        with raises(UnreadablePictureError, match="a socket"):
+        with raises(UnreadableImageError, match="a socket"):
             decode({"bytes": None, "path": str(tmp_path / "s.jpg")})
     for stored in (None, {}, {"bytes": None, "path": None}, {"bytes": None, "path": "a\0b"}):
-        with raises(UnreadablePictureError):
+        with raises(UnreadableImageError):
             decode(stored)
 
 
 def test_only_the_formats_of_the_known_suffixes_are_opened() -> None:
     Image.init()
     known = Image.registered_extensions()
-    assert {known[suffix] for suffix in PICTURE_SUFFIXES if suffix in known} <= set(FORMATS)
+    assert {known[suffix] for suffix in IMAGE_SUFFIXES if suffix in known} <= set(FORMATS)
     image, others = Image.new("RGB", (40, 40)), set()
     for kind in sorted(set(Image.SAVE) - set(FORMATS) - {"IM", "MPO"}):  # one warns, the other is a JPEG
         with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):  # what cannot be written here
             data = encoded(image, kind)
             others.add(kind)
-            with raises(UnreadablePictureError, match="not an image"):
+            with raises(UnreadableImageError, match="not an image"):
                 decode(row(data))
     assert {"EPS", "PDF", "ICO", "TGA"} <= others
 
@@ -261,9 +276,9 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str | None]] = {
 def test_bombs_are_unreadable_before_they_cost_anything(kind: str) -> None:
     make, reason = BOMBS[kind]
     stored = row(make())
-    for reader in (decode, Augmentation(TransformConfig(), CFG, "simplejpeg")):
+    for reader in (decode, Augmentation(TransformConfig(), InputConfig.resolve(CFG), "simplejpeg")):
         begin = time.process_time()
-        with raises(UnreadablePictureError, match=reason):
+        with raises(UnreadableImageError, match=reason):
             reader(stored)
         assert time.process_time() - begin < 2.0
 
@@ -293,7 +308,7 @@ def test_depth_is_reduced_within_four_bytes_a_pixel() -> None:
 
 def test_what_memory_does_not_suffice_for_is_unreadable() -> None:
     for allocate in (lambda: np.empty(1 << 60, np.uint8), lambda: torch.empty(1 << 55, dtype=torch.uint8)):
-        with raises(UnreadablePictureError, match="not enough memory"), within_memory():
+        with raises(UnreadableImageError, match="not enough memory"), within_memory():
             allocate()
     with raises(RuntimeError, match="size of tensor"), within_memory():
         torch.ones(2) + torch.ones(3)
@@ -304,7 +319,7 @@ def test_what_memory_does_not_suffice_for_is_unreadable() -> None:
 def test_evaluation_pixels_are_timms_to_the_bit(size: tuple[int, int], interpolation: str) -> None:
     config = CFG | {"interpolation": interpolation}
     image = Image.effect_noise(size, 90).convert("RGB")
-    assert torch.equal(build_eval_transform(config)(image), create_transform(**config, is_training=False)(image))
+    assert torch.equal(EvalTransform(InputConfig.resolve(config))(image), timms_transform(config)(image))
 
 
 @mark.parametrize("size", [(1300, 31), (7, 3011), (5, 401), (3001, 3)])
@@ -324,14 +339,17 @@ def test_of_a_very_long_image_the_centre_alone_is_resized_as_timm_does(
     config = CFG | target
     ramp = np.add.outer(np.arange(size[1]) * 7, np.arange(size[0]) * 3) % 256
     image = Image.fromarray(np.stack([ramp, 255 - ramp, ramp // 2], axis=2).astype(np.uint8))
-    ours, timms = build_eval_transform(config)(image), create_transform(**config, is_training=False)(image)
+    ours, timms = (
+        EvalTransform(InputConfig.resolve(config))(image),
+        timms_transform(config)(image),
+    )
     assert ours.shape == timms.shape
     assert (ours - timms).abs().max() * 0.25 * 255 <= 1.01  # a step of 255: the rounding of a position
 
 
 @mark.parametrize("size", [(60, 2), (2, 60)])
 def test_at_a_large_input_size_the_centre_alone_is_resized(size: tuple[int, int]) -> None:
-    transform = build_eval_transform(CFG | {"input_size": (3, 1024, 1024), "crop_pct": 0.5})
+    transform = EvalTransform(InputConfig.resolve(CFG | {"input_size": (3, 1024, 1024), "crop_pct": 0.5}))
     image = Image.effect_noise(size, 90).convert("RGB")
     transform(image)
     limits = resource.getrlimit(resource.RLIMIT_AS)
@@ -344,9 +362,9 @@ def test_at_a_large_input_size_the_centre_alone_is_resized(size: tuple[int, int]
 
 
 def test_a_very_long_image_that_nothing_is_left_of_is_unreadable() -> None:
-    transform = build_eval_transform(CFG | {"crop_mode": "border"})
+    transform = EvalTransform(InputConfig.resolve(CFG | {"crop_mode": "border"}))
     assert transform(Image.new("RGB", (900, 60))).shape == (3, 32, 32)
-    with raises(UnreadablePictureError, match="900 x 1 pixels leave nothing"):
+    with raises(UnreadableImageError, match="900 x 1 pixels leave nothing"):
         transform(Image.new("RGB", (900, 1)))
 
 
@@ -378,7 +396,7 @@ def test_every_mode_of_every_format_is_decoded_or_unreadable(mode: str) -> None:
         except (OSError, ValueError, KeyError):
             continue  # a mode that this format does not have
         for wanted in ("RGB", "L"):
-            with contextlib.suppress(UnreadablePictureError), warnings.catch_warnings():
+            with contextlib.suppress(UnreadableImageError), warnings.catch_warnings():
                 warnings.simplefilter("error")
                 image = decode(row(data), wanted)
                 assert (image.mode, image.size) == (wanted, (13, 9))
@@ -420,13 +438,13 @@ def test_grey_of_twelve_bits_and_grey_whose_zero_is_white_have_the_range_of_thei
     ],
 )
 def test_numbers_of_unknown_range_are_unreadable_whatever_the_image_holds(values: np.ndarray, reason: str) -> None:
-    with raises(UnreadablePictureError, match=reason):
+    with raises(UnreadableImageError, match=reason):
         decode(row(encoded(Image.fromarray(values), "TIFF")))
 
 
 def test_pixels_that_are_no_numbers_are_unreadable() -> None:
     for value in (np.nan, np.inf):
-        with raises(UnreadablePictureError, match="not finite"):
+        with raises(UnreadableImageError, match="not finite"):
             decode(row(encoded(Image.fromarray(np.full((4, 4), value, np.float32)), "TIFF")))
 
 
@@ -434,7 +452,7 @@ def test_pixels_that_are_no_numbers_are_unreadable() -> None:
 def test_a_jpeg_of_endless_filling_is_refused_before_it_costs_time(filling: bytes) -> None:
     whole = encoded(Image.new("RGB", (40, 40)), "JPEG")
     begin = time.process_time()
-    with raises(UnreadablePictureError, match="parts beside its pixels"):
+    with raises(UnreadableImageError, match="parts beside its pixels"):
         decode(row(whole[:2] + filling * 4_000_000 + whole[2:]))
     assert time.process_time() - begin < 1.0
     assert decode(row(whole[:2] + b"\xff" * 100 + whole[2:])).size == (40, 40)
@@ -442,7 +460,7 @@ def test_a_jpeg_of_endless_filling_is_refused_before_it_costs_time(filling: byte
 
 @mark.parametrize("header", [b"P6\n" + b"#x\n" * 400_000, b"P6" + b" " * 1_000_000, b"P5 4 #" + b"x" * 1_000_000])
 def test_a_header_of_endless_comments_is_refused_before_it_costs_time(header: bytes) -> None:
-    with raises(UnreadablePictureError, match="a header of more than 65536 bytes"):
+    with raises(UnreadableImageError, match="a header of more than 65536 bytes"):
         decode(row(header + b"\n4 4 255\n" + b"\0" * 48))
     assert decode(row(b"P6 # made by hand\n4 4\n# at noon\n255\n" + b"\0" * 70_000)).size == (4, 4)
     assert decode(row(b"P4 8 8\n" + b"\0" * 70_000)).size == (8, 8)
@@ -501,7 +519,7 @@ def test_netpbm_has_pillows_pixels(maxval: int) -> None:
     ],
 )
 def test_damaged_netpbm_says_why(data: bytes, reason: str) -> None:
-    with raises(UnreadablePictureError, match=reason):
+    with raises(UnreadableImageError, match=reason):
         decode(row(data))
 
 
@@ -533,7 +551,7 @@ def test_a_run_length_encoded_bmp_of_usual_size_is_decoded() -> None:
     pixels = np.asarray(decode(row(run_length_bmp(132, line * 132 + b"\0\1")), "RGB"))[0, :, 0]
     assert pixels.tolist() == [1] * 64 + [1, 2, 3, 4] + [2] * 64
     assert decode(row(run_length_bmp(512, (b"\1\1" * 512 + b"\0\0") * 512))).size == (512, 512)  # runs of one pixel
-    with raises(UnreadablePictureError, match="too many parts"):
+    with raises(UnreadableImageError, match="too many parts"):
         decode(row(run_length_bmp(200, b"\0\2\0\0" * 200_000)))  # moves to where it is
 
 
@@ -556,8 +574,12 @@ def test_an_avif_may_have_a_long_profile() -> None:
 
 def test_a_pointer_of_git_lfs_says_how_to_get_the_image() -> None:
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
-    for reader in (decode, Augmentation(TransformConfig(), CFG, "simplejpeg"), FastTransform(CFG)):
-        with raises(UnreadablePictureError, match="a Git LFS pointer, not the image itself; run `git lfs pull`"):
+    for reader in (
+        decode,
+        Augmentation(TransformConfig(), InputConfig.resolve(CFG), "simplejpeg"),
+        FastTransform(InputConfig.resolve(CFG)),
+    ):
+        with raises(UnreadableImageError, match="a Git LFS pointer, not the image itself; run `git lfs pull`"):
             reader(row(pointer))
 
 
@@ -571,7 +593,7 @@ def test_damaged_files_of_every_format_are_decoded_or_unreadable(kind: str) -> N
         damaged = bytearray(whole)
         for _ in range(draw.randint(1, 8)):  # headers more than pixels
             damaged[draw.randrange(min(len(damaged), draw.choice([40, 400, 10**6])))] = draw.choice([0, 1, 127, 255])
-        with contextlib.suppress(UnreadablePictureError):
+        with contextlib.suppress(UnreadableImageError):
             assert decode(row(bytes(damaged[: draw.choice([None, len(damaged) // 2])]))).mode == "RGB"
             readable += 1
         if time.process_time() - begin > 3.0:

@@ -4,37 +4,34 @@ import hashlib
 from pathlib import Path
 
 import torch
-from conftest import write_pictures
 from pytest import TempPathFactory, fixture, mark
+from support.processes import write_images
 
 from resnext_hub.data.augment import Augmentation, Augmented
 from resnext_hub.data.batches import Unreadable, read_batches
-from resnext_hub.data.dataset import DataConfig, load_splits
+from resnext_hub.data.config import DataConfig
 from resnext_hub.data.decode import decode
-from resnext_hub.data.loaders import (
-    Place,
-    StepSampler,
-    TrainingSamples,
-    build_train_loader,
-    places_of_step,
-)
+from resnext_hub.data.loaders import StepSampler, TrainingSamples, build_train_loader, places_of_step
+from resnext_hub.data.splits import load_splits
 from resnext_hub.data.transforms import (
+    EvalTransform,
     TransformConfig,
-    build_eval_transform,
     draw_mix,
     erase,
     mix_pairs,
     normalize,
-    published_input,
+    resolve_input,
 )
+from resnext_hub.models.input_config import InputConfig
+from resnext_hub.processes.launcher import Place
 
 CFG = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.25,) * 3, "interpolation": "bilinear", "crop_pct": 1.0}
 AUGMENTED = TransformConfig(auto_augment="rand-m7-mstd0.5", random_erasing=0.5, color_jitter=0.3, mixup=0.4, cutmix=1.0)
 
 
 def samples() -> TrainingSamples:
-    pictures = load_splits(DataConfig()).train
-    return TrainingSamples(pictures, Augmentation(AUGMENTED, published_input(AUGMENTED, CFG)), seed=3)
+    images = load_splits(DataConfig()).train
+    return TrainingSamples(images, Augmentation(AUGMENTED, resolve_input(AUGMENTED, CFG)), seed=3)
 
 
 def test_every_sample_comes_once_per_epoch_and_every_batch_is_full() -> None:
@@ -67,16 +64,16 @@ def test_resuming_is_starting_at_another_step() -> None:
 
 @fixture(scope="module")
 def fifty(tmp_path_factory: TempPathFactory) -> TrainingSamples:
-    """Fifty pictures with everything on that draws at random."""
-    root = tmp_path_factory.mktemp("pictures")
+    """Fifty images with everything on that draws at random."""
+    root = tmp_path_factory.mktemp("images")
     for name, shade in (("a", 60), ("b", 180)):
-        write_pictures(root / name, 25, shade)
-    pictures = load_splits(DataConfig(dataset=str(root), eval_fraction=0.04)).train
-    return TrainingSamples(pictures, Augmentation(AUGMENTED, published_input(AUGMENTED, CFG)), seed=3)
+        write_images(root / name, 25, shade)
+    images = load_splits(DataConfig(dataset=str(root), eval_fraction=0.04)).train
+    return TrainingSamples(images, Augmentation(AUGMENTED, resolve_input(AUGMENTED, CFG)), seed=3)
 
 
 BATCH, STEPS = 24, 4
-"""Two epochs of the 48 pictures that are not held out."""
+"""Two epochs of the 48 images that are not held out."""
 
 
 def hashes(samples: TrainingSamples, processes: int, workers: int) -> list[str]:
@@ -84,7 +81,7 @@ def hashes(samples: TrainingSamples, processes: int, workers: int) -> list[str]:
     part = BATCH // processes
     found = [hashlib.sha256() for _ in range(STEPS)]
     for process in range(processes):
-        sampler = StepSampler(len(samples.pictures), BATCH, 3, 0, STEPS, process, processes)
+        sampler = StepSampler(len(samples.images), BATCH, 3, 0, STEPS, process, processes)
         for step, batch in enumerate(read_batches(build_train_loader(samples, sampler, workers))):
             mix = draw_mix(AUGMENTED, 3, step, range(process * part // 2, (process + 1) * part // 2), (32, 32))
             images = erase(
@@ -99,7 +96,7 @@ def hashes(samples: TrainingSamples, processes: int, workers: int) -> list[str]:
 
 @fixture(scope="module")
 def reference(fifty: TrainingSamples) -> list[str]:
-    assert len(fifty.pictures) * 2 == STEPS * BATCH
+    assert len(fifty.images) * 2 == STEPS * BATCH
     found = hashes(fifty, 1, 0)
     assert len(set(found)) == STEPS
     return found
@@ -125,11 +122,11 @@ def test_a_sample_is_augmented_anew_in_each_epoch() -> None:
 
 def test_an_unreadable_sample_is_replaced_by_the_same_other_one_every_time(tmp_path: Path) -> None:
     for name, shade in (("a", 60), ("b", 180)):
-        write_pictures(tmp_path / name, 10, shade)
+        write_images(tmp_path / name, 10, shade)
     splits = load_splits(DataConfig(dataset=str(tmp_path)))
     bad = 3
     Path(splits.train.rows[int(splits.train.indices[bad])]["image"]["path"]).write_bytes(b"")
-    transform = build_eval_transform(CFG)
+    transform = EvalTransform(InputConfig.resolve(CFG))
     data = TrainingSamples(splits.train, lambda row: Augmented(transform(decode(row))), seed=0)
     first, again = data[Place(0, bad)], data[Place(5, bad)]
     assert first.unreadable == again.unreadable == [Unreadable(bad, splits.train.name(bad), "zero bytes")]
@@ -144,8 +141,8 @@ def test_evaluation_uses_timms_transform_of_the_published_configuration() -> Non
     import timm
 
     config = TransformConfig(image_size=48, crop_pct=0.8, interpolation="bicubic")
-    resolved = published_input(config, CFG)
-    assert resolved["input_size"] == (3, 48, 48)
+    resolved = resolve_input(config, CFG)
+    assert resolved.input_size == (3, 48, 48)
     image = load_splits(DataConfig()).eval.image(0)
-    stock = timm.data.create_transform(**timm.data.resolve_data_config({}, pretrained_cfg=dict(resolved)))
-    assert torch.equal(build_eval_transform(resolved)(image), stock(image))
+    stock = timm.data.create_transform(**resolved.to_timm())
+    assert torch.equal(EvalTransform(resolved)(image), stock(image))

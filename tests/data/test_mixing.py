@@ -9,12 +9,12 @@ from resnext_hub.errors import RequestError
 LABELS = torch.tensor([0, 1, 2, 2, 1, 0, 3, 0])
 
 
-def pictures() -> torch.Tensor:
+def some_images() -> torch.Tensor:
     return torch.rand(8, 3, 20, 30, generator=torch.Generator().manual_seed(0))
 
 
-def test_mixup_blends_pictures_and_labels_by_the_same_share() -> None:
-    images = pictures()
+def test_mixup_blends_images_and_labels_by_the_same_share() -> None:
+    images = some_images()
     mix = draw_mix(TransformConfig(mixup=0.4), 0, 7, range(4), (20, 30))
     mixed, targets = mix_pairs(images, LABELS, mix, 4)
     for i in range(8):
@@ -28,7 +28,7 @@ def test_mixup_blends_pictures_and_labels_by_the_same_share() -> None:
 
 
 def test_cutmix_exchanges_a_rectangle_and_counts_its_area() -> None:
-    images = pictures()
+    images = some_images()
     mix = draw_mix(TransformConfig(cutmix=1.0), 0, 7, range(4), (20, 30))
     mixed, targets = mix_pairs(images, LABELS, mix, 4)
     changed = (mixed != images).any(dim=1)
@@ -49,7 +49,7 @@ def test_with_both_either_is_drawn_and_a_probability_leaves_pairs_alone() -> Non
     alone = (mix.share == 1.0) & ~cut
     assert 150 < int(alone.sum()) < 250
     assert 60 < int(cut.sum()) < 140
-    images, labels = pictures(), LABELS
+    images, labels = some_images(), LABELS
     left_alone = draw_mix(TransformConfig(mixup=1.0, mix_prob=1e-12), 0, 0, range(4), (20, 30))
     mixed, targets = mix_pairs(images, labels, left_alone, 4)
     assert torch.equal(mixed, images)

@@ -15,20 +15,21 @@ from types import SimpleNamespace
 import datasets
 import numpy as np
 import pyarrow
-from conftest import TINY
 from PIL import Image
 from pyarrow import parquet
 from pytest import LogCaptureFixture, MonkeyPatch, fixture, mark, raises
+from support.processes import TINY
 
 from resnext_hub.data.config import DataConfig
-from resnext_hub.data.dataset import Pictures, Splits, load_splits
-from resnext_hub.data.decode import UnreadablePictureError
+from resnext_hub.data.decode import UnreadableImageError
+from resnext_hub.data.holdout import doubts, stratified_cut
+from resnext_hub.data.images import IndexedImages
 from resnext_hub.data.sources import Source, check_source, dataset_name, open_source, table_files
 from resnext_hub.data.sources.names import class_names_of, likely_splits, split_keyword
 from resnext_hub.data.sources.parquet import _small_columns, _version_of
 from resnext_hub.data.sources.shards import splits_of
-from resnext_hub.data.sources.walk import list_pictures, real_path, stored_path, walk
-from resnext_hub.data.splits import doubts, stratified_cut
+from resnext_hub.data.sources.walk import list_images, real_path, stored_path, walk
+from resnext_hub.data.splits import Splits, load_splits
 from resnext_hub.errors import RequestError, RunError
 
 
@@ -85,7 +86,7 @@ SPLITS = classes("train/") + classes("val/")
 @mark.parametrize(
     ("files", "splits", "note"),
     [
-        ([*SPLITS, "__MACOSX/train/cat/._0.png", "__MACOSX/x.png"], {"train", "val"}, "left out: __MACOSX"),
+        ([*SPLITS, "__MACOSX/train/cat/._0.png", "__MACOSX/x.png"], {"train", "val"}, "ignored: __MACOSX"),
         ([*SPLITS, "annotations/a.json"], {"train", "val"}, "left out: annotations"),
         ([*SPLITS, *flat("test")], {"train", "val"}, "left out: test"),
         ([*SPLITS, *flat("samples"), "README.md"], {"train", "val"}, "left out: samples"),
@@ -107,7 +108,7 @@ SPLITS = classes("train/") + classes("val/")
         ([*classes(), "cover.png"], {"train"}, "1 images outside class folders"),
         ([*classes(), "notes/a.txt", "empty/"], {"train"}, "folders without images left out: empty, notes"),
         ([*classes(), "dog/1.heic", ".hidden", "a.txt"], {"train"}, "3 files skipped (.heic: 1, .txt: 1, hidden: 1)"),
-        ([*classes(), "stray.parquet"], {"train"}, "left out, as it holds no images: stray.parquet"),
+        ([*classes(), "stray.parquet"], {"train"}, "ignored, as it holds no images: stray.parquet"),
     ],
 )
 def test_splits_and_wrappers_are_recognised_and_what_is_left_out_is_named(
@@ -195,7 +196,7 @@ def test_layout_decides_what_folders_called_like_splits_are(tmp_path: Path) -> N
     other = fill(tmp_path / "other", [*classes("first/"), *classes("second/")])
     splits = load(other, layout="splits", train_split="first", eval_split="second")
     assert (len(splits.train), len(splits.eval)) == (6, 6)
-    assert "--layout goes with folders of images" in refused("digits", layout="classes")
+    assert "--layout is for folders of images" in refused("digits", layout="classes")
 
 
 @mark.parametrize(
@@ -803,7 +804,7 @@ def test_junk_and_run_folders_are_left_out_at_every_depth(tmp_path: Path) -> Non
     fill(tmp_path, [*classes(), *(f"cat/{name}" for name in junk), *junk])
     for place in ("runs/a", "cat/old"):
         fill(tmp_path / place, ["config.yaml", "metrics.jsonl", "plots/curves.png", "model/plots/curves.png"])
-    assert [str(path.relative_to(tmp_path)) for path in list_pictures(tmp_path)] == classes()
+    assert [str(path.relative_to(tmp_path)) for path in list_images(tmp_path)] == classes()
     assert any("run folder cat/old, run folder runs/a" in note for note in opened(tmp_path).notes)
 
 
@@ -1105,7 +1106,7 @@ def test_the_configuration_of_a_cloned_repository_is_chosen(tmp_path: Path) -> N
         splits = load(tmp_path, dataset_config=name)
         assert splits.label_names == ("common", f"{name}/train-0.parquet", f"{name}/test-0.parquet")
         assert splits.found.dataset_config == name
-    assert "go with a dataset on the Hub" in refused(tmp_path / "full", dataset_config="full")
+    assert "are for datasets on the Hub" in refused(tmp_path / "full", dataset_config="full")
 
 
 @mark.parametrize(
@@ -1294,12 +1295,12 @@ def test_rows_read_only_files_of_the_datasets_own_folder(tmp_path: Path) -> None
     write(tmp_path / "data" / "all.parquet", ["x", "y"] * 5, datasets.Value("string"), rows)
     splits = load(tmp_path / "data")
     part = splits.train
-    everything = Pictures(part.rows, part.image_column, np.arange(10), np.zeros(10, np.int64), part.roots)
+    everything = IndexedImages(part.rows, part.image_column, np.arange(10), np.zeros(10, np.int64), part.roots)
     for index in range(10):
         if index < len(inside):
             assert everything.image(index).size == (8, 8)
         else:
-            with raises(UnreadablePictureError, match="leads out of the dataset's folder"):
+            with raises(UnreadableImageError, match="leads out of the dataset's folder"):
                 everything.row(index)
             assert everything.name(index).isprintable()
 
@@ -1334,7 +1335,7 @@ def test_an_evaluation_split_alone_is_trained_on_only_if_asked_for(tmp_path: Pat
 
 @mark.parametrize("name", ["-", "-x/y", "a" * 5000])
 def test_what_can_be_no_id_of_the_hub_is_not_looked_for_there(name: str) -> None:
-    assert "is no dataset id of the Hub either" in refused(name)
+    assert "is not a dataset id of the Hub either" in refused(name)
 
 
 def test_parquet_of_images_among_class_folders_asks_which(tmp_path: Path) -> None:

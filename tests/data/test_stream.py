@@ -13,10 +13,13 @@ from pytest import LogCaptureFixture, fixture, mark, raises
 
 from resnext_hub.data.augment import Augmentation
 from resnext_hub.data.batches import Batch, Position, read_batches
-from resnext_hub.data.dataset import DataConfig, StreamedPictures, load_splits
+from resnext_hub.data.config import DataConfig
+from resnext_hub.data.images import StreamedImages
+from resnext_hub.data.splits import load_splits
 from resnext_hub.data.stream import StreamBatches, StreamedEvaluation, build_stream_loader
-from resnext_hub.data.transforms import TransformConfig, build_eval_transform, published_input
+from resnext_hub.data.transforms import EvalTransform, TransformConfig, resolve_input
 from resnext_hub.errors import RequestError, RunError
+from resnext_hub.models.input_config import InputConfig
 
 CFG = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.25,) * 3, "interpolation": "bilinear", "crop_pct": 1.0}
 AUGMENTED = TransformConfig(auto_augment="rand-m7-mstd0.5", random_erasing=0.5, color_jitter=0.3)
@@ -34,10 +37,10 @@ def png(shade: int) -> bytes:
     return buffer.getvalue()
 
 
-def write_shard(path: Path, pictures: list[bytes], label: object = datasets.ClassLabel(names=["cat", "dog"])) -> None:
-    features = datasets.Features({"picture": datasets.Image(), "kind": label})
-    rows = [{"bytes": content, "path": None} for content in pictures]
-    table = {"picture": rows, "kind": [i % 2 for i in range(len(rows))]}
+def write_shard(path: Path, images: list[bytes], label: object = datasets.ClassLabel(names=["cat", "dog"])) -> None:
+    features = datasets.Features({"image": datasets.Image(), "kind": label})
+    rows = [{"bytes": content, "path": None} for content in images]
+    table = {"image": rows, "kind": [i % 2 for i in range(len(rows))]}
     datasets.Dataset.from_dict(table, features=features).to_parquet(path)
 
 
@@ -53,14 +56,14 @@ def shards(tmp_path_factory) -> Path:
 
 
 @fixture(scope="module")
-def stream(shards: Path) -> StreamedPictures:
-    pictures = load_splits(DataConfig(dataset=str(shards), streaming=True)).train
-    assert isinstance(pictures, StreamedPictures)
-    return pictures
+def stream(shards: Path) -> StreamedImages:
+    images = load_splits(DataConfig(dataset=str(shards), streaming=True)).train
+    assert isinstance(images, StreamedImages)
+    return images
 
 
 def batches(
-    stream: StreamedPictures,
+    stream: StreamedImages,
     steps: int,
     processes: int = 1,
     workers: int = 0,
@@ -69,7 +72,7 @@ def batches(
     batch: int = 12,
 ) -> list[list[Batch]]:
     """Give the batches of each process."""
-    augment = Augmentation(AUGMENTED, published_input(AUGMENTED, CFG))
+    augment = Augmentation(AUGMENTED, resolve_input(AUGMENTED, CFG))
     return [
         list(
             read_batches(
@@ -104,12 +107,12 @@ def indices(parts: list[list[Batch]]) -> list[int]:
 def test_a_stream_is_known_by_its_columns_and_classes_without_reading_it(shards: Path) -> None:
     splits = load_splits(DataConfig(dataset=str(shards), streaming=True))
     assert splits.label_names == ("cat", "dog")
-    assert isinstance(splits.train, StreamedPictures)
-    assert (splits.train.shards, splits.train.image_column, splits.train.label_column) == (3, "picture", "kind")
+    assert isinstance(splits.train, StreamedImages)
+    assert (splits.train.shards, splits.train.image_column, splits.train.label_column) == (3, "image", "kind")
 
 
 @mark.parametrize(("block", "batch"), [(10, 12), (1, 12), (1000, 12), (7, 60)])
-def test_every_sample_comes_once_per_epoch(stream: StreamedPictures, block: int, batch: int) -> None:
+def test_every_sample_comes_once_per_epoch(stream: StreamedImages, block: int, batch: int) -> None:
     everything = {(shard << 32) + n for shard, size in enumerate(SHARDS) for n in range(size)}
     seen = indices(batches(stream, steps=-(-3 * 43 // batch), block=block, batch=batch))
     for epoch in range(3):
@@ -117,7 +120,7 @@ def test_every_sample_comes_once_per_epoch(stream: StreamedPictures, block: int,
     assert seen[:43] != seen[43:86]  # another order
 
 
-def test_blocks_shuffle_within_themselves(stream: StreamedPictures) -> None:
+def test_blocks_shuffle_within_themselves(stream: StreamedImages) -> None:
     in_order = indices(batches(stream, 1, block=1, batch=43))
     shuffled = indices(batches(stream, 1, block=10, batch=43))
     assert shuffled != in_order
@@ -129,12 +132,12 @@ def test_blocks_shuffle_within_themselves(stream: StreamedPictures) -> None:
 @mark.parametrize("workers", [0, 1, 2, 3])
 @mark.parametrize("processes", [1, 2, 3, 4])
 def test_two_epochs_have_equal_pixels_at_any_number_of_processes_and_readers(
-    stream: StreamedPictures, processes: int, workers: int
+    stream: StreamedImages, processes: int, workers: int
 ) -> None:
     assert hashes(batches(stream, 8, processes, workers)) == hashes(batches(stream, 8))
 
 
-def test_going_on_from_any_step_gives_the_rest(stream: StreamedPictures, caplog: LogCaptureFixture) -> None:
+def test_going_on_from_any_step_gives_the_rest(stream: StreamedImages, caplog: LogCaptureFixture) -> None:
     whole = batches(stream, 9)
     with caplog.at_level(logging.INFO, "resnext_hub"):
         for step, batch in enumerate(whole[0][:-1], start=1):
@@ -147,7 +150,7 @@ def test_going_on_from_any_step_gives_the_rest(stream: StreamedPictures, caplog:
     assert "passed over 5 records of epoch 1, undecoded" in caplog.text
 
 
-def test_the_end_of_an_epoch_is_the_start_of_the_next(stream: StreamedPictures) -> None:
+def test_the_end_of_an_epoch_is_the_start_of_the_next(stream: StreamedImages) -> None:
     ends = [batch.end for batch in batches(stream, 4, batch=43)[0]]
     assert ends == [Position(1, 0), Position(2, 0), Position(3, 0), Position(4, 0)]
 
@@ -155,13 +158,13 @@ def test_the_end_of_an_epoch_is_the_start_of_the_next(stream: StreamedPictures) 
 @mark.parametrize("processes", [1, 2, 3])
 @mark.parametrize("workers", [0, 2])
 def test_the_evaluation_split_is_read_whole_in_order(shards: Path, processes: int, workers: int) -> None:
-    pictures = load_splits(DataConfig(dataset=str(shards), streaming=True)).eval
-    assert isinstance(pictures, StreamedPictures)
-    transform = build_eval_transform(CFG)
+    images = load_splits(DataConfig(dataset=str(shards), streaming=True)).eval
+    assert isinstance(images, StreamedImages)
+    transform = EvalTransform(InputConfig.resolve(CFG))
     expected = load_splits(DataConfig(dataset=str(shards))).eval
     seen: dict[int, torch.Tensor] = {}
     for process in range(processes):
-        samples = StreamedEvaluation(pictures, transform)
+        samples = StreamedEvaluation(images, transform)
         for batch in samples.batches(4, process, processes, workers, pin_memory=False):
             seen |= dict(zip(batch.indices.tolist(), batch.images, strict=True))
         assert samples.count == 11
@@ -181,7 +184,9 @@ def test_a_sample_that_cannot_be_read_is_replaced_by_the_next_of_its_block(tmp_p
     unreadable = [entry for part in found[0] for batch in part for entry in batch.unreadable]
     assert {(entry.name, entry.index) for entry in unreadable} == {("shard 0, record 2", 2)}
     assert len(unreadable) == 2  # once in each epoch
-    (batch,) = StreamedEvaluation(splits.eval, build_eval_transform(CFG)).batches(8, 0, 1, 0, pin_memory=False)
+    (batch,) = StreamedEvaluation(splits.eval, EvalTransform(InputConfig.resolve(CFG))).batches(
+        8, 0, 1, 0, pin_memory=False
+    )
     assert [(entry.index, entry.reason) for entry in batch.unreadable] == [(1, "zero bytes")]
 
 

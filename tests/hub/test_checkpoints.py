@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 import yaml
-from client import Client
-from conftest import ROOT, TINY, run_process, write_pictures
-from loopback_hub import Fault, LoopbackHub, serve
 from pytest import fixture
 from safetensors.torch import load_file
+from support.client import Client
+from support.loopback_hub import Fault, LoopbackHub, serve
+from support.processes import ROOT, TINY, run_process, write_images
 
 from resnext_hub.record import RunRecord
 
@@ -38,9 +38,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_run_whose_machine_is_lost_goes_on_from_the_hub_to_the_same_bits(hub: LoopbackHub, tmp_path: Path) -> None:
-    """Trained on a folder of pictures, which lies elsewhere on the second machine."""
+    """Trained on a folder of images, which lies elsewhere on the second machine."""
     for name, shade in (("a", 60), ("b", 180)):
-        write_pictures(tmp_path / "here" / "pets" / name, 30, shade)
+        write_images(tmp_path / "here" / "pets" / name, 30, shade)
     shutil.copytree(tmp_path / "here", tmp_path / "there")
     flags = (
         *TINY, "--image-size", 32, "--batch-size", 8, "--max-steps", 60, "--lr", 0.01, "--checkpoint-every", 5,

@@ -5,10 +5,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from client import Client
-from conftest import ROOT, run_process
-from loopback_hub import Fault, LoopbackHub, serve
 from pytest import fixture, mark
+from support.client import Client
+from support.loopback_hub import Fault, LoopbackHub, serve
+from support.processes import ROOT, run_process
 
 WORDS = ("--license", "mit")
 

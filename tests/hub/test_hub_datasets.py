@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
-from client import Client
-from conftest import TINY
-from loopback_hub import Fault, LoopbackHub, Repo, serve
 from pyarrow import parquet as parquet_file
 from pytest import fixture, mark
+from support.client import Client
+from support.loopback_hub import Fault, LoopbackHub, Repo, serve
+from support.processes import TINY
 
 from resnext_hub.data.sources import load_digits_table
 
@@ -76,7 +76,7 @@ def test_a_private_dataset_of_ones_own_and_a_gated_one_with_access_are_read(
     dataset(hub, "you/open", {"data/train-0.parquet": parquet}).granted = {"me"}
     for name in ("me/secret", "you/open"):
         answer = client.run(
-            "from resnext_hub.data.dataset import *\n"
+            "from resnext_hub.data.config import *\nfrom resnext_hub.data.splits import *\n"
             f"splits = load_splits(DataConfig(dataset={name!r}))\n"
             "result = len(splits.train) + len(splits.eval)"
         )
@@ -94,7 +94,7 @@ def test_a_config_that_must_be_chosen_is_asked_for_and_taken(
     assert said.endswith("name one with --dataset-config")
     assert "none" in refused(client, tmp_path, "--dataset", "me/two", "--dataset-config", "none")
     answer = client.run(
-        "from resnext_hub.data.dataset import *\n"
+        "from resnext_hub.data.config import *\nfrom resnext_hub.data.splits import *\n"
         "result = len(load_splits(DataConfig(dataset='me/two', dataset_config='small')).label_names)"
     )
     assert answer["result"] == 10, answer["err"]
@@ -106,7 +106,7 @@ def test_a_revision_is_taken_or_refused(running: tuple[LoopbackHub, Client], par
     first = repo.commits[-1].oid
     repo.commit("other", {"data/train-0.parquet": b"broken"})
     answer = client.run(
-        "from resnext_hub.data.dataset import *\n"
+        "from resnext_hub.data.config import *\nfrom resnext_hub.data.splits import *\n"
         f"splits = load_splits(DataConfig(dataset='me/moved', dataset_revision={first!r}))\n"
         "result = [splits.revision, len(splits.train)]"
     )
@@ -114,7 +114,7 @@ def test_a_revision_is_taken_or_refused(running: tuple[LoopbackHub, Client], par
     assert "v9" in refused(client, tmp_path, "--dataset", "me/moved", "--dataset-revision", "v9")
 
 
-def test_files_that_are_no_pictures_are_refused(
+def test_files_that_are_no_images_are_refused(
     running: tuple[LoopbackHub, Client], parquet: bytes, tmp_path: Path
 ) -> None:
     hub, client = running
@@ -160,7 +160,7 @@ def test_files_whose_class_names_differ_are_matched_by_name_and_not_streamed(
     }
     dataset(hub, "me/mixed", files)
     answer = client.run(
-        "from resnext_hub.data.dataset import *\n"
+        "from resnext_hub.data.config import *\nfrom resnext_hub.data.splits import *\n"
         "splits = load_splits(DataConfig(dataset='me/mixed'))\n"
         "result = [splits.label_names, splits.train.labels.tolist(), splits.eval.labels.tolist()]"
     )
@@ -187,15 +187,15 @@ def test_a_row_of_the_hub_cannot_name_a_file_of_this_disk(running: tuple[Loopbac
     content = (tmp_path / "all.parquet").read_bytes()
     dataset(hub, "you/hostile", {"data/train-0.parquet": content, "data/test-0.parquet": content})
     answer = client.run(
-        "from resnext_hub.data.dataset import *\n"
-        "from resnext_hub.data.decode import UnreadablePictureError\n"
+        "from resnext_hub.data.config import *\nfrom resnext_hub.data.splits import *\n"
+        "from resnext_hub.data.decode import UnreadableImageError\n"
         "result = []\n"
         "for streaming in (False, True):\n"
-        "    pictures = load_splits(DataConfig(dataset='you/hostile', streaming=streaming)).train\n"
-        "    for item in (pictures.read([0]) if streaming else range(4)):\n"
+        "    images = load_splits(DataConfig(dataset='you/hostile', streaming=streaming)).train\n"
+        "    for item in (images.read([0]) if streaming else range(4)):\n"
         "        try:\n"
-        "            result.append(str(pictures.row(item)))\n"
-        "        except UnreadablePictureError as error:\n"
+        "            result.append(str(images.row(item)))\n"
+        "        except UnreadableImageError as error:\n"
         "            result.append(str(error))\n"
     )
     assert answer["result"] == ["its path leads out of the dataset's folder"] * 8, answer["err"]
@@ -211,11 +211,11 @@ def test_class_folders_on_the_hub_are_read_whole_and_streamed(running: tuple[Loo
     }
     dataset(hub, "me/folders", images)
     answer = client.run(
-        "from resnext_hub.data.dataset import *\n"
+        "from resnext_hub.data.config import *\nfrom resnext_hub.data.splits import *\n"
         "result = []\n"
         "for streaming in (False, True):\n"
-        "    pictures = load_splits(DataConfig(dataset='me/folders', streaming=streaming)).train\n"
-        "    items = pictures.read(range(pictures.shards)) if streaming else range(len(pictures))\n"
-        "    result.append([pictures.image(item).size for item in items])\n"
+        "    images = load_splits(DataConfig(dataset='me/folders', streaming=streaming)).train\n"
+        "    items = images.read(range(images.shards)) if streaming else range(len(images))\n"
+        "    result.append([images.image(item).size for item in items])\n"
     )
     assert answer["result"] == [[[8, 8]] * 6] * 2, answer["err"]

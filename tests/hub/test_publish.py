@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from client import Client
-from conftest import TINY, run_process
-from loopback_hub import Fault, LoopbackHub, serve
 from pytest import fixture, mark
+from support.client import Client
+from support.loopback_hub import Fault, LoopbackHub, serve
+from support.processes import TINY, run_process
 
-from resnext_hub.hub.card import render_card, wilson_interval
-from resnext_hub.hub.export import export_model
-from resnext_hub.models.source import build_model, find_model, portable_architecture
+from resnext_hub.cards.model_card import render_card, wilson_interval
+from resnext_hub.export.model_folder import export_model
+from resnext_hub.models.lookup import build_model, find_model, portable_architecture
 from resnext_hub.record import BaseModelFacts, RunRecord
 
 Command = Callable[..., tuple[int, str, str]]
@@ -174,7 +174,8 @@ def test_a_dataset_and_a_base_model_come_from_the_hub(
 ) -> None:
     import datasets
 
-    from resnext_hub.data.dataset import DataConfig, load_splits
+    from resnext_hub.data.config import DataConfig
+    from resnext_hub.data.splits import load_splits
 
     splits = load_splits(DataConfig(dataset=str(folder_of_classes)))
     table = splits.train.rows.add_column("label", np_labels(splits.train.rows))
@@ -295,19 +296,19 @@ def test_a_stream_that_breaks_off_ends_the_run_in_a_line_and_goes_on_later(hub: 
     hub.faults.clear()
     done = run_process(*words, **environment)
     assert done.returncode == 0, done.stderr
-    assert "going on from step-" in done.stderr
+    assert "resuming from step-" in done.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "samples-0.jsonl").read_text().splitlines()]
     assert len({index for line in lines[:16] for index in line["indices"]}) == 160
 
 
-def test_pictures_that_lie_in_a_repository_as_files_stream_too(
+def test_images_that_lie_in_a_repository_as_files_stream_too(
     hub: LoopbackHub, tmp_path: Path, folder_of_classes: Path
 ) -> None:
     files = {}
-    for picture in sorted(folder_of_classes.rglob("*.png")):
+    for image in sorted(folder_of_classes.rglob("*.png")):
         for split in ("train", "test"):
-            files[f"{split}/{picture.relative_to(folder_of_classes).as_posix()}"] = picture.read_bytes()
-    files["train/bus/000.png"] = b"no picture"
+            files[f"{split}/{image.relative_to(folder_of_classes).as_posix()}"] = image.read_bytes()
+    files["train/bus/000.png"] = b"no image"
     hub.create("datasets", "me/files").commit("data", files)
     words = (
         "scripts/train.py", *TINY, "--dataset", "me/files", "--streaming", "--image-size", 32, "--batch-size", 10,
@@ -318,8 +319,8 @@ def test_pictures_that_lie_in_a_repository_as_files_stream_too(
     record = RunRecord.load(tmp_path / "run" / "record.json")
     assert record.label_names == ["bus", "car", "train"]
     assert record.evaluation.count == 30
-    assert record.broken_pictures == [
-        {"split": "training", "picture": "bus/000.png (shard 0, record 8)", "reason": "not an image"}
+    assert record.unreadable_images == [
+        {"split": "training", "image": "bus/000.png (shard 0, record 8)", "reason": "not an image"}
     ]
 
 
@@ -356,9 +357,10 @@ def test_the_cards_metadata_is_what_the_hub_asks_for(finished: Path) -> None:
     assert result.metric_value == RunRecord.load(finished / "record.json").evaluation.top1
 
 
-def test_every_snippet_of_the_card_runs_on_a_picture(finished: Path, hub: LoopbackHub, tmp_path: Path) -> None:
+def test_every_snippet_of_the_card_runs_on_an_image(finished: Path, hub: LoopbackHub, tmp_path: Path) -> None:
     """Those of the published card, against the Hub that it was published to; its sample's output is the real one."""
-    from resnext_hub.data.dataset import DataConfig, load_splits
+    from resnext_hub.data.config import DataConfig
+    from resnext_hub.data.splits import load_splits
 
     client = Client(hub, tmp_path / "home")
     assert client.command("push", finished, "--repo-id", "me/digits", "--license", "mit")[0] == 0

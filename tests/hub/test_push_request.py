@@ -6,16 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from conftest import run_process
 from pytest import MonkeyPatch, fixture, mark, raises
-from records import a_record, replace_by
 from safetensors.torch import save_file
+from support.processes import run_process
+from support.records import a_record, replace_by
 
+from resnext_hub.cards.licenses import LICENSES, check_license
+from resnext_hub.cards.model_card import render_card
 from resnext_hub.errors import RequestError
 from resnext_hub.files import sha256_of
-from resnext_hub.hub.card import render_card
 from resnext_hub.hub.checkpoints import fetched_settings
-from resnext_hub.hub.licenses import LICENSES, check_license
 from resnext_hub.hub.publish import check_request
 
 Command = Callable[..., tuple[int, str, str]]

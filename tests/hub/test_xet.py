@@ -9,12 +9,12 @@ from pathlib import Path
 
 import timm
 import torch
-from client import Client
-from conftest import run_process
-from loopback_hub import Fault, LoopbackHub, serve
-from loopback_xet import TOKEN as XET_TOKEN
 from pytest import fixture, mark
 from safetensors.torch import save_file
+from support.client import Client
+from support.loopback_hub import Fault, LoopbackHub, serve
+from support.loopback_xet import TOKEN as XET_TOKEN
+from support.processes import run_process
 
 PUSH = ("--repo-id", "me/cars", "--license", "mit")
 

@@ -1,4 +1,4 @@
-"""The fast network computes what the given one does, for any number of pictures, and says what it costs."""
+"""The fast network computes what the given one does, for any number of images, and says what it costs."""
 
 import copy
 import json
@@ -19,15 +19,16 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from conftest import run_process
 from pytest import LogCaptureFixture, MonkeyPatch, approx, fixture, importorskip, mark, raises, skip
+from support.processes import run_process
 from torch import nn
 
 from resnext_hub.errors import RequestError
-from resnext_hub.inference.fold import fold_batch_norms
 from resnext_hub.inference.optimize import OptimizedModel, optimize
-from resnext_hub.models.merged import grouped_convolutions
-from resnext_hub.models.widths import Packed, TrainingTiming, _remember, _remembered, cache_file, choose_widths
+from resnext_hub.kernels.fold import fold_batch_norms
+from resnext_hub.kernels.merged import grouped_convolutions
+from resnext_hub.kernels.timing import Packed, TrainingTiming
+from resnext_hub.kernels.widths import _remember, _remembered, cache_file, choose_widths
 
 
 def network(name: str = "resnext26_g32") -> nn.Module:
@@ -43,23 +44,23 @@ def network(name: str = "resnext26_g32") -> nn.Module:
     return model.eval()
 
 
-def pictures(count: int = 4, size: int = 64) -> torch.Tensor:
+def some_images(count: int = 4, size: int = 64) -> torch.Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
 @fixture(scope="module")
 def compiled() -> tuple[nn.Module, OptimizedModel]:
     model = network()
-    return model, optimize(model, pictures(), dtype=torch.float32, merge=8)
+    return model, optimize(model, some_images(), dtype=torch.float32, merge=8)
 
 
-def test_the_compiled_network_gives_the_same_logits_for_any_number_of_pictures(
+def test_the_compiled_network_gives_the_same_logits_for_any_number_of_images(
     compiled: tuple[nn.Module, OptimizedModel],
 ) -> None:
     model, fast = compiled
     assert fast.report is not None
     for count in (1, 3, 4, 9):
-        images = pictures(count)
+        images = some_images(count)
         with torch.no_grad():
             torch.testing.assert_close(fast(images), model(images), rtol=1e-4, atol=1e-5)  # other kernels, other sums
 
@@ -79,15 +80,15 @@ def test_the_report_says_what_was_done_and_measures_the_error(compiled: tuple[nn
     assert all(layer.merged_width >= layer.width for layer in report.layers)
     assert len(report.layers) == len(grouped_convolutions(model))
     with torch.no_grad():
-        difference = fast(pictures()) - model(pictures())
+        difference = fast(some_images()) - model(some_images())
     assert report.max_error == approx(float(difference.abs().max()))
     assert report.same_predictions == 1.0
     assert report.speedup > 0
     assert report.dtype == "float32"
 
 
-def test_as_many_pictures_are_computed_at_once_as_is_fastest_as_measured() -> None:
-    model, images = network("test_resnet"), pictures(12, 32)
+def test_as_many_images_are_computed_at_once_as_is_fastest_as_measured() -> None:
+    model, images = network("test_resnet"), some_images(12, 32)
     with torch.no_grad():
         expected = model(images)
     for engine in ("torch", "openvino") if find_spec("openvino") else ("torch",):
@@ -119,7 +120,7 @@ def test_widths_for_a_compiled_network_are_timed_on_the_function_that_it_compute
 def test_a_convolution_that_pads_by_a_word_is_merged_as_well() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 32, 1), nn.Conv2d(32, 32, 3, padding="same", groups=8), nn.Flatten()).eval()
-    report = optimize(model, pictures(2, 16), dtype=torch.float32).report
+    report = optimize(model, some_images(2, 16), dtype=torch.float32).report
     assert report is not None
     assert [sorted(layer.milliseconds) for layer in report.layers] == [[4, 8, 16, 32]]
     assert report.relative_error < 1e-5
@@ -129,7 +130,7 @@ def test_a_convolution_that_pads_by_a_word_is_merged_as_well() -> None:
 def test_merging_and_folding_leave_the_given_network_alone(name: str) -> None:
     model = network(name)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    fast = optimize(model, pictures(2), dtype=torch.float32, merge=16, compile=False)
+    fast = optimize(model, some_images(2), dtype=torch.float32, merge=16, compile=False)
     assert fast.report is not None
     assert not fast.report.compiled
     assert any(layer.merged_width > layer.width for layer in fast.report.layers)
@@ -142,7 +143,7 @@ def test_merging_and_folding_leave_the_given_network_alone(name: str) -> None:
 def test_bfloat16_errs_no_more_with_merged_groups_than_without() -> None:
     model = network()
     errors = [
-        optimize(model, pictures(), dtype=torch.bfloat16, merge=merge, compile=False).report for merge in ("off", 16)
+        optimize(model, some_images(), dtype=torch.bfloat16, merge=merge, compile=False).report for merge in ("off", 16)
     ]
     assert errors[0] is not None
     assert errors[1] is not None
@@ -150,7 +151,7 @@ def test_bfloat16_errs_no_more_with_merged_groups_than_without() -> None:
 
 
 def test_measuring_takes_a_width_that_was_measured_faster() -> None:
-    fast = optimize(network(), pictures(2), dtype=torch.float32, compile=False)
+    fast = optimize(network(), some_images(2), dtype=torch.float32, compile=False)
     assert fast.report is not None
     for layer in fast.report.layers:
         times = layer.milliseconds
@@ -160,7 +161,7 @@ def test_measuring_takes_a_width_that_was_measured_faster() -> None:
 
 def test_what_was_measured_is_remembered_and_chosen_again(monkeypatch: MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RESNEXT_HUB_CACHE", str(tmp_path / "cache"))
-    first, again = (choose_widths(network(), pictures(2), "measure") for _ in range(2))
+    first, again = (choose_widths(network(), some_images(2), "measure") for _ in range(2))
     assert {choice.source for choice in first} == {"measured"}
     assert [replace(choice, source="measured") for choice in again] == list(first)
     assert {choice.source for choice in again} == {"remembered"}
@@ -169,7 +170,7 @@ def test_what_was_measured_is_remembered_and_chosen_again(monkeypatch: MonkeyPat
     spoilt = ({kind: {"3": 0.1} for kind in content}, {kind: times | {"4096": 0.01} for kind, times in content.items()})
     for text in ("no JSON", *map(json.dumps, spoilt)):
         file.write_text(text)
-        assert {choice.source for choice in choose_widths(network(), pictures(2), "measure")} == {"measured"}
+        assert {choice.source for choice in choose_widths(network(), some_images(2), "measure")} == {"measured"}
 
 
 def test_processes_that_remember_at_once_keep_what_each_has_measured(tmp_path: Path) -> None:
@@ -186,7 +187,7 @@ def test_without_a_home_folder_widths_are_measured_all_the_same(monkeypatch: Mon
     assert cache_file(torch.device("cpu")).parent == tmp_path / ".cache" / "resnext_hub"
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # what it gives to a user without a home
     monkeypatch.chdir(tmp_path)
-    assert {choice.source for choice in choose_widths(network(), pictures(2), "measure")} == {"measured"}
+    assert {choice.source for choice in choose_widths(network(), some_images(2), "measure")} == {"measured"}
 
 
 def test_where_nothing_can_be_remembered_widths_are_measured_all_the_same(
@@ -194,11 +195,11 @@ def test_where_nothing_can_be_remembered_widths_are_measured_all_the_same(
 ) -> None:
     (tmp_path / "cache").write_text("a file where a folder should be")
     monkeypatch.setenv("RESNEXT_HUB_CACHE", str(tmp_path / "cache"))
-    assert {choice.source for choice in choose_widths(network(), pictures(2), "measure")} == {"measured"}
+    assert {choice.source for choice in choose_widths(network(), some_images(2), "measure")} == {"measured"}
 
 
 def test_the_table_stands_in_for_measuring() -> None:
-    choices = choose_widths(network().bfloat16(), pictures(2).bfloat16(), "table")
+    choices = choose_widths(network().bfloat16(), some_images(2).bfloat16(), "table")
     assert {choice.width: choice.merged_width for choice in choices} == {4: 32, 8: 32, 16: 32, 32: 32}
     assert {choice.source for choice in choices} == {"table"}
     assert not any(choice.milliseconds for choice in choices)
@@ -209,7 +210,7 @@ def test_choosing_changes_neither_network_nor_random_numbers() -> None:
     model.bn1.eval()  # frozen
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
-    choose_widths(model, pictures(2, 32), "measure", timing=TrainingTiming(torch.bfloat16))
+    choose_widths(model, some_images(2, 32), "measure", timing=TrainingTiming(torch.bfloat16))
     assert torch.equal(torch.get_rng_state(), state)
     assert [name for name, module in model.named_modules() if not module.training] == ["bn1"]
     for key, tensor in model.state_dict().items():
@@ -219,24 +220,24 @@ def test_choosing_changes_neither_network_nor_random_numbers() -> None:
 
 def test_a_layer_that_is_not_there_cannot_be_merged() -> None:
     with raises(ValueError, match="layer9 is no grouped convolution"):
-        optimize(network(), pictures(2), merge={"layer9": 2}, compile=False)
+        optimize(network(), some_images(2), merge={"layer9": 2}, compile=False)
     with raises(ValueError, match="factor=5 does not divide groups=32"):
-        optimize(network(), pictures(2), merge={"layer1.0.conv2": 5}, compile=False)
+        optimize(network(), some_images(2), merge={"layer1.0.conv2": 5}, compile=False)
 
 
 @fixture(scope="module")
 def openvino_network() -> tuple[nn.Module, OptimizedModel]:
     importorskip("openvino")
     model = network()
-    return model, optimize(model, pictures(), engine="openvino", dtype=torch.float32)
+    return model, optimize(model, some_images(), engine="openvino", dtype=torch.float32)
 
 
-def test_openvino_gives_the_same_logits_for_any_number_of_pictures(
+def test_openvino_gives_the_same_logits_for_any_number_of_images(
     openvino_network: tuple[nn.Module, OptimizedModel],
 ) -> None:
     model, fast = openvino_network
     for count in (1, 4, 9):
-        images = pictures(count)
+        images = some_images(count)
         with torch.no_grad():
             torch.testing.assert_close(fast(images), model(images), rtol=1e-3, atol=1e-4)  # other kernels, other sums
 
@@ -254,7 +255,7 @@ def test_openvino_measures_each_layer_in_its_network(openvino_network: tuple[nn.
 def test_int8_is_calibrated_and_its_error_reported() -> None:
     importorskip("openvino")
     model = network()
-    report = optimize(model, pictures(), engine="openvino", calibration=pictures(16), merge=16).report
+    report = optimize(model, some_images(), engine="openvino", calibration=some_images(16), merge=16).report
     assert report is not None
     assert report.dtype == "int8"
     assert 1e-4 < report.relative_error < 0.3
@@ -262,7 +263,7 @@ def test_int8_is_calibrated_and_its_error_reported() -> None:
 
 def test_openvino_computes_for_several_threads(openvino_network: tuple[nn.Module, OptimizedModel]) -> None:
     model, fast = openvino_network
-    batches = [pictures(4) + number for number in range(4)]
+    batches = [some_images(4) + number for number in range(4)]
     with torch.no_grad():
         expected = [model(batch) for batch in batches]
     with ThreadPoolExecutor(4) as pool:
@@ -274,24 +275,24 @@ def test_calibrating_leaves_the_random_numbers_of_the_process_alone() -> None:
     importorskip("openvino")
     model = network("test_resnet")
     before = random.getstate(), torch.get_rng_state().tolist()
-    optimize(model, pictures(), engine="openvino", calibration=pictures(8))
+    optimize(model, some_images(), engine="openvino", calibration=some_images(8))
     assert (random.getstate(), torch.get_rng_state().tolist()) == before
 
 
 def test_what_is_asked_of_the_wrong_engine_is_refused() -> None:
     with raises(ValueError, match="calibration goes with engine='openvino'"):
-        optimize(network(), pictures(), calibration=pictures())
+        optimize(network(), some_images(), calibration=some_images())
     with raises(ValueError, match="expected at least 4 images"):
-        optimize(network(), pictures(), engine="openvino", calibration=pictures(2))
+        optimize(network(), some_images(), engine="openvino", calibration=some_images(2))
 
 
 def test_the_tenth_network_is_compiled_like_the_first() -> None:
     torch.manual_seed(0)
     for classes in range(2, 12):  # the compiler stops silently after eight networks that share their code
         model = timm.create_model("test_resnet", num_classes=classes).eval()
-        fast = optimize(model, pictures(2, 32), dtype=torch.float32, merge="off")
+        fast = optimize(model, some_images(2, 32), dtype=torch.float32, merge="off")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        fast(pictures(2, 32))
+        fast(some_images(2, 32))
     assert any("Torch-Compiled Region" in entry.key for entry in profile.key_averages())
 
 
@@ -299,21 +300,21 @@ def test_inference_mode_uses_the_network_that_was_compiled(compiled: tuple[nn.Mo
     from torch._dynamo.utils import counters
 
     _, fast = compiled
-    expected = fast(pictures())
+    expected = fast(some_images())
     before = counters["frames"]["total"]
     with torch.inference_mode():
-        torch.testing.assert_close(fast(pictures().clone()), expected, rtol=0, atol=0)
+        torch.testing.assert_close(fast(some_images().clone()), expected, rtol=0, atol=0)
     assert counters["frames"]["total"] == before
 
 
 def test_every_batch_norm_after_a_convolution_is_folded() -> None:
     model = network()
     with torch.no_grad():
-        expected = model(pictures())
+        expected = model(some_images())
         norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
         assert fold_batch_norms(model) == norms
         assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-        torch.testing.assert_close(model(pictures()), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(some_images()), expected, rtol=1e-4, atol=1e-5)
 
 
 class Odd(nn.Module):
@@ -361,22 +362,22 @@ def test_a_batch_norm_that_cannot_be_folded_stays(kind: str) -> None:
     torch.manual_seed(0)
     model = Odd(kind).eval()
     with torch.no_grad():
-        expected = model(pictures())
+        expected = model(some_images())
         assert fold_batch_norms(model) == 0
-        torch.testing.assert_close(model(pictures()), expected, rtol=0, atol=0)
+        torch.testing.assert_close(model(some_images()), expected, rtol=0, atol=0)
 
 
-def test_hooks_are_called_with_pictures_alone() -> None:
+def test_hooks_are_called_with_images_alone() -> None:
     model, seen = network("test_resnet"), []
     model.layer1.register_forward_hook(lambda module, arguments, output: seen.append(type(output)))
     assert fold_batch_norms(model) > 0
     assert seen == []
-    model(pictures())
+    model(some_images())
     assert seen == [torch.Tensor]
 
 
 def test_a_network_of_another_type_or_under_autocast_is_computed_in_the_type_that_was_asked() -> None:
-    model, images = network("test_resnet"), pictures(2)
+    model, images = network("test_resnet"), some_images(2)
     with torch.no_grad():
         expected = model(images)
     half = optimize(network("test_resnet").bfloat16(), images, dtype=torch.float32, compile=False)
@@ -391,7 +392,7 @@ def test_a_network_of_another_type_or_under_autocast_is_computed_in_the_type_tha
 
 def test_a_network_that_gives_several_tensors_is_refused() -> None:
     with raises(ValueError, match="the model returns a list: expected one tensor"):
-        optimize(timm.create_model("test_resnet", features_only=True), pictures())
+        optimize(timm.create_model("test_resnet", features_only=True), some_images())
 
 
 FAULTS = """
@@ -425,11 +426,11 @@ def test_what_is_no_example_is_refused() -> None:
         optimize(network(), torch.randn(3, 64, 64))
     for at_once in (0, 3):
         with raises(ValueError, match=f"at_once={at_once}: expected an int from 1 to 2"):
-            optimize(network(), pictures(2), at_once=at_once)
+            optimize(network(), some_images(2), at_once=at_once)
     with raises(ValueError, match=r"torch.float64: expected"):
         optimize(network(), torch.randn(1, 3, 64, 64, dtype=torch.float64))
     with raises(ValueError, match=r"example of shape \(0, 3, 64, 64\)"):
-        optimize(network(), pictures(0))
+        optimize(network(), some_images(0))
 
 
 def test_a_word_that_is_none_of_those_is_refused() -> None:
@@ -440,20 +441,20 @@ def test_a_word_that_is_none_of_those_is_refused() -> None:
         ({"merge": "auto"}, "merge='auto': expected 'measure', 'table', 'off'"),
     ):
         with raises(ValueError, match=said):
-            optimize(network(), pictures(), **words)
+            optimize(network(), some_images(), **words)
 
 
-def test_pictures_of_another_shape_or_type_are_refused(compiled: tuple[nn.Module, OptimizedModel]) -> None:
-    for images in (pictures(2, 96), pictures()[:, :1], pictures().double(), pictures()[0]):
+def test_images_of_another_shape_or_type_are_refused(compiled: tuple[nn.Module, OptimizedModel]) -> None:
+    for images in (some_images(2, 96), some_images()[:, :1], some_images().double(), some_images()[0]):
         with raises(ValueError, match=r"expected \(N, 3, 64, 64\), float32, as in the example"):
             compiled[1](images)
-    assert compiled[1](pictures(0)).shape == (0, 7)
+    assert compiled[1](some_images(0)).shape == (0, 7)
 
 
 def test_the_report_is_readable(compiled: tuple[nn.Module, OptimizedModel]) -> None:
     text = str(compiled[1].report)
     # how many at once is measured
-    assert re.match(r"torch.compile, float32, [124] pictures at once: \S+ ms, \S+ times as fast as the given", text)
+    assert re.match(r"torch.compile, float32, [124] images at once: \S+ ms, \S+ times as fast as the given", text)
     assert "groups of 4 -> 8 channels at (4, 128, 16, 16) (asked): layer1.0.conv2, layer1.1.conv2\n" in text
 
 
@@ -464,8 +465,8 @@ import resnext_hub
 
 handled = []
 signal.signal(signal.SIGUSR1, lambda number, frame: handled.append(number))
-network, pictures = timm.create_model("test_resnet").eval(), torch.zeros(1, 3, 32, 32)
-first, second = (resnext_hub.optimize(network, pictures, engine="openvino") for _ in range(2))
+network, images = timm.create_model("test_resnet").eval(), torch.zeros(1, 3, 32, 32)
+first, second = (resnext_hub.optimize(network, images, engine="openvino") for _ in range(2))
 del first
 del second
 signal.raise_signal(signal.SIGUSR1)
@@ -491,7 +492,7 @@ def classifier() -> nn.Sequential:
 
 @mark.parametrize("wrong", [[1, 2], "image", np.zeros((2, 3, 16, 16), np.float32), [torch.zeros(3, 16, 16)], None])
 def test_what_is_no_batch_is_refused_in_one_line(wrong: Any) -> None:
-    fast = quick(classifier(), pictures(2, 16))
+    fast = quick(classifier(), some_images(2, 16))
     for call in (lambda: fast(wrong), lambda: quick(classifier(), wrong)):
         with raises(RequestError, match=r"^[^\n]+: expected a [^\n]*tensor \(N, C, H, W\)"):
             call()
@@ -508,11 +509,11 @@ def test_values_that_are_not_finite_are_refused_by_name(value: float) -> None:
     with torch.no_grad():
         model[4].weight[1, 2] = value
     with raises(RequestError, match=r"the weights of the model are not finite: 4\.weight holds NaN or infinity"):
-        quick(model, pictures(2, 16))
+        quick(model, some_images(2, 16))
 
 
 def test_an_optimized_model_is_neither_pickled_nor_copied() -> None:
-    fast = quick(classifier(), pictures(2, 16))
+    fast = quick(classifier(), some_images(2, 16))
     for call in (copy.deepcopy, copy.copy, pickle.dumps):
         with raises(
             TypeError, match="cannot be pickled or copied, as it was compiled for this process; save the model"
@@ -547,7 +548,7 @@ def test_a_model_whose_output_depends_on_the_batch_is_warned_of(
     dtype: torch.dtype, caplog: LogCaptureFixture, monkeypatch: MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("resnext_hub"), "propagate", True)
-    fast = quick(OfTheBatch(), pictures(4, 16), dtype=dtype)
+    fast = quick(OfTheBatch(), some_images(4, 16), dtype=dtype)
     assert fast.report is not None
     assert f"{fast.report.second_error:.1e} on a second batch, where rounding in" in caplog.text
     assert "it computes something else" in caplog.text
@@ -556,7 +557,7 @@ def test_a_model_whose_output_depends_on_the_batch_is_warned_of(
 def test_a_branch_on_data_that_openvino_fixed_is_warned_of(caplog: LogCaptureFixture, monkeypatch: MonkeyPatch) -> None:
     importorskip("openvino")
     monkeypatch.setattr(logging.getLogger("resnext_hub"), "propagate", True)
-    fast = quick(OfABranch(), pictures(4, 16).abs(), engine="openvino")
+    fast = quick(OfABranch(), some_images(4, 16).abs(), engine="openvino")
     assert fast.report is not None
     assert fast.report.relative_error < 1e-3 < fast.report.second_error
     assert "it computes something else" in caplog.text
@@ -567,7 +568,7 @@ def test_a_hook_on_a_grouped_convolution_keeps_its_effect() -> None:
     grouped = nn.Conv2d(8, 8, 3, groups=2)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), grouped, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
     grouped.register_forward_hook(lambda module, inputs, output: 2 * output)
-    fast = quick(model, pictures(2, 16), merge=8)
+    fast = quick(model, some_images(2, 16), merge=8)
     assert fast.report is not None
     assert fast.report.layers == ()
     assert max(fast.report.relative_error, fast.report.second_error) < 1e-5
@@ -581,18 +582,18 @@ def test_a_width_or_factor_that_is_no_count_is_refused(merge: Any) -> None:
     with raises(
         RequestError, match=r"^merge=.*: expected 'measure', 'table', 'off', a width .* of at least 1"
     ) as found:
-        quick(classifier(), pictures(2, 16), merge=merge)
+        quick(classifier(), some_images(2, 16), merge=merge)
     assert str(found.value).isprintable()
 
 
 @mark.parametrize("at_once", [0, -1, 3, 1.5, 2.0, True, None, "all", "2", [1]])
 def test_a_number_of_images_at_once_that_is_no_count_is_refused(at_once: Any) -> None:
     with raises(RequestError, match=r"^at_once=[^\n]*: expected an int from 1 to 2, the example's images"):
-        quick(classifier(), pictures(2, 16), at_once=at_once)
+        quick(classifier(), some_images(2, 16), at_once=at_once)
 
 
 def traced() -> nn.Module:
-    return torch.jit.trace(classifier(), pictures(2, 16))
+    return torch.jit.trace(classifier(), some_images(2, 16))
 
 
 def with_old_weight_norm() -> nn.Module:
@@ -616,7 +617,7 @@ def quantized() -> nn.Module:
     ("make", "said"),
     [
         (traced, "which is compiled already: expected the model that it was made from"),
-        (lambda: quick(classifier(), pictures(2, 16)), "which is compiled already"),
+        (lambda: quick(classifier(), some_images(2, 16)), "which is compiled already"),
         (quantized, "is no plain tensor, as in a quantized model: expected the model before that"),
         (lambda: classifier().to("meta"), r"the weights of the model have no values \(0\.weight\)"),
         (lambda: nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten()), r"have no values \(0\.weight\)"),
@@ -629,13 +630,13 @@ def quantized() -> nn.Module:
 )  # fmt: skip
 def test_a_model_that_cannot_be_optimized_is_refused_in_one_line(make: Callable[[], Any], said: str) -> None:
     with raises(RequestError, match=said) as found:
-        quick(make(), pictures(2, 16))
+        quick(make(), some_images(2, 16))
     assert str(found.value).isprintable()
 
 
 @mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_a_model_of_any_floating_point_type_is_computed_in_the_type_that_was_asked(dtype: torch.dtype) -> None:
-    report = quick(classifier().to(dtype), pictures(2, 16)).report
+    report = quick(classifier().to(dtype), some_images(2, 16)).report
     assert report is not None
     assert report.relative_error < 1e-5
 
@@ -654,11 +655,11 @@ def test_a_model_of_any_floating_point_type_is_computed_in_the_type_that_was_ask
 )  # fmt: skip
 def test_an_example_that_a_model_does_not_take_is_refused_in_one_line(change: Callable[..., Any], said: str) -> None:
     with raises(RequestError, match=said) as found:
-        quick(classifier(), change(pictures(2, 16)))
+        quick(classifier(), change(some_images(2, 16)))
     assert str(found.value).isprintable()
 
 
-@mark.parametrize("images", [3, pictures(4, 16).double(), pictures(4, 16)[0], pictures(4, 16) / 0])
+@mark.parametrize("images", [3, some_images(4, 16).double(), some_images(4, 16)[0], some_images(4, 16) / 0])
 def test_a_calibration_that_is_no_batch_of_images_is_refused(images: Any) -> None:
     with raises(RequestError, match=r"^calibration "):
-        quick(classifier(), pictures(2, 16), calibration=images, engine="openvino")
+        quick(classifier(), some_images(2, 16), calibration=images, engine="openvino")

@@ -1,4 +1,4 @@
-"""Pictures get the labels that the run's own evaluation gave them, one line each."""
+"""Images get the labels that the run's own evaluation gave them, one line each."""
 
 import json
 import os
@@ -11,16 +11,16 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-from conftest import ROOT, run_process, write_pictures
-from loopback_hub import serve
 from PIL import Image
 from pyarrow import parquet
 from pytest import approx, fixture, mark, raises
 from safetensors.torch import save_file
+from support.loopback_hub import serve
+from support.processes import ROOT, run_process, write_images
 
 from resnext_hub.errors import RequestError, RunError
-from resnext_hub.inference.predict import find_pictures, predict
-from resnext_hub.inference.trained import load_trained
+from resnext_hub.inference.classifier import load
+from resnext_hub.inference.prediction import find_images, predict
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -34,7 +34,7 @@ def command(command: Command) -> Command:
 
 
 @fixture
-def pictures(vehicles_run: Path) -> Path:
+def images(vehicles_run: Path) -> Path:
     return vehicles_run.parent / "vehicles" / "validation"
 
 
@@ -47,16 +47,16 @@ def objects(out: str) -> list[dict]:
 
 
 def test_predictions_are_those_of_the_runs_evaluation_to_the_bit(
-    vehicles_run: Path, pictures: Path, command: Command
+    vehicles_run: Path, images: Path, command: Command
 ) -> None:
-    code, out, err = command("predict", vehicles_run, pictures, "--json")
+    code, out, err = command("predict", vehicles_run, images, "--json")
     assert code == 0
     lines = objects(out)
     found = [line for line in lines if "error" not in line]
-    broken = {"path": str(pictures / "car" / "005-broken.png"), "error": "not an image"}
+    broken = {"path": str(images / "car" / "005-broken.png"), "error": "not an image"}
     assert [line for line in lines if line not in found] == [broken]
     expected = evaluated(vehicles_run)
-    files = sorted(pictures.rglob("*.png"))
+    files = sorted(images.rglob("*.png"))
     assert [line["path"] for line in found] == [str(files[index]) for index in expected["index"]]
     best = [line["predictions"][0] for line in found]
     assert len(best) == 36
@@ -65,16 +65,16 @@ def test_predictions_are_those_of_the_runs_evaluation_to_the_bit(
     assert np.float32([guess["probability"] for guess in best]).tolist() == expected["probability"]
     assert len(set(expected["prediction"])) > 1  # else equal predictions would say little
     assert err.splitlines() == [
-        f"{pictures / 'car' / '005-broken.png'}: cannot be read: not an image",
+        f"{images / 'car' / '005-broken.png'}: cannot be read: not an image",
         "1 of 37 images could not be read",
     ]
 
 
 @mark.parametrize("batch_size", [1, 7])
 def test_another_batch_size_gives_the_same_labels(
-    batch_size: int, vehicles_run: Path, pictures: Path, command: Command
+    batch_size: int, vehicles_run: Path, images: Path, command: Command
 ) -> None:
-    _, out, _ = command("predict", vehicles_run, pictures, "--json", "--batch-size", batch_size)
+    _, out, _ = command("predict", vehicles_run, images, "--json", "--batch-size", batch_size)
     expected = evaluated(vehicles_run)
     best = [line["predictions"][0] for line in objects(out) if "predictions" in line]
     assert [guess["index"] for guess in best] == expected["prediction"]
@@ -83,9 +83,9 @@ def test_another_batch_size_gives_the_same_labels(
 
 
 def test_a_line_holds_path_label_and_probability_between_tabs(
-    vehicles_run: Path, pictures: Path, command: Command
+    vehicles_run: Path, images: Path, command: Command
 ) -> None:
-    first, second = pictures / "train" / "003.png", pictures / "bus" / "001.png"
+    first, second = images / "train" / "003.png", images / "bus" / "001.png"
     code, out, err = command("predict", vehicles_run, first, second)
     assert (code, err) == (0, "")
     rows = [line.split("\t") for line in out.splitlines()]
@@ -96,11 +96,11 @@ def test_a_line_holds_path_label_and_probability_between_tabs(
 
 
 def test_top_gives_classes_by_probability_and_all_of_them_sum_to_one(
-    vehicles_run: Path, pictures: Path, command: Command
+    vehicles_run: Path, images: Path, command: Command
 ) -> None:
-    _, out, _ = command("predict", vehicles_run, pictures / "bus", "--top", 2)
+    _, out, _ = command("predict", vehicles_run, images / "bus", "--top", 2)
     assert all(len(line.split("\t")) == 5 for line in out.splitlines())
-    _, out, _ = command("predict", vehicles_run, pictures / "bus", "--top", 9, "--json")
+    _, out, _ = command("predict", vehicles_run, images / "bus", "--top", 9, "--json")
     for line in objects(out):
         probabilities = [guess["probability"] for guess in line["predictions"]]
         assert probabilities == sorted(probabilities, reverse=True)
@@ -109,20 +109,20 @@ def test_top_gives_classes_by_probability_and_all_of_them_sum_to_one(
 
 
 def test_a_model_folder_predicts_as_its_run_does(
-    vehicles_run: Path, pictures: Path, command: Command, tmp_path: Path
+    vehicles_run: Path, images: Path, command: Command, tmp_path: Path
 ) -> None:
-    _, expected, _ = command("predict", vehicles_run, pictures)
+    _, expected, _ = command("predict", vehicles_run, images)
     shutil.copytree(vehicles_run / "model", tmp_path / "anywhere")
     for where in (tmp_path / "anywhere", f"local-dir:{tmp_path / 'anywhere'}"):
-        assert command("predict", where, pictures)[:2] == (0, expected)
+        assert command("predict", where, images)[:2] == (0, expected)
 
 
-def test_folders_are_searched_recursively_for_pictures_in_the_order_of_their_paths(
+def test_folders_are_searched_recursively_for_images_in_the_order_of_their_paths(
     vehicles_run: Path, command: Command, tmp_path: Path
 ) -> None:
-    write_pictures(tmp_path / "b" / "deep", 2, 100)
-    write_pictures(tmp_path / "a", 1, 100)
-    (tmp_path / "a" / "notes.txt").write_text("no picture")
+    write_images(tmp_path / "b" / "deep", 2, 100)
+    write_images(tmp_path / "a", 1, 100)
+    (tmp_path / "a" / "notes.txt").write_text("no image")
     (tmp_path / "a" / "000.png").rename(tmp_path / "a" / "UPPER.PNG")
     _, out, err = command("predict", vehicles_run, tmp_path)
     names = [line.split("\t")[0] for line in out.splitlines()]
@@ -140,7 +140,7 @@ def test_names_that_are_not_utf8_are_printed_and_read(vehicles_run: Path, comman
     assert objects(command("predict", vehicles_run, odd, "--json")[1])[0]["path"] == str(odd)
 
 
-def test_pictures_of_which_none_can_be_read_exit_with_1(vehicles_run: Path, command: Command, tmp_path: Path) -> None:
+def test_images_of_which_none_can_be_read_exit_with_1(vehicles_run: Path, command: Command, tmp_path: Path) -> None:
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "text.jpg").write_text("text")
     code, out, err = command("predict", vehicles_run, tmp_path)
@@ -152,8 +152,8 @@ def test_pictures_of_which_none_can_be_read_exit_with_1(vehicles_run: Path, comm
     ]
 
 
-def test_a_reader_that_leaves_early_ends_the_command_without_a_traceback(vehicles_run: Path, pictures: Path) -> None:
-    words = ["scripts/predict.py", vehicles_run, pictures, "--batch-size", 1, "--threads", 1]
+def test_a_reader_that_leaves_early_ends_the_command_without_a_traceback(vehicles_run: Path, images: Path) -> None:
+    words = ["scripts/predict.py", vehicles_run, images, "--batch-size", 1, "--threads", 1]
     command = [sys.executable, *map(str, words)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
@@ -185,18 +185,18 @@ def test_labels_are_the_stated_ones_or_imagenets_or_numbers(
     config: dict, labels: list[str], command: Command, tmp_path: Path
 ) -> None:
     model = small_model(tmp_path / "model-folder", **config)
-    write_pictures(tmp_path / "pictures", 1, 100)
-    _, out, _ = command("predict", model, tmp_path / "pictures", "--json", "--top", 1000)
+    write_images(tmp_path / "images", 1, 100)
+    _, out, _ = command("predict", model, tmp_path / "images", "--json", "--top", 1000)
     guesses = objects(out)[0]["predictions"]
     assert [guess["label"] for guess in sorted(guesses, key=lambda guess: guess["index"])] == labels
 
 
-def test_a_model_on_the_hub_predicts(vehicles_run: Path, pictures: Path, command: Command, tmp_path: Path) -> None:
-    _, expected, _ = command("predict", vehicles_run, pictures)
+def test_a_model_on_the_hub_predicts(vehicles_run: Path, images: Path, command: Command, tmp_path: Path) -> None:
+    _, expected, _ = command("predict", vehicles_run, images)
     files = {name: (vehicles_run / "model" / name).read_bytes() for name in ("config.json", "model.safetensors")}
     with serve() as hub:
         hub.create("models", "me/vehicles").commit("weights", files)
-        words = ("scripts/predict.py", "hf-hub:me/vehicles", pictures, "--threads", 1)
+        words = ("scripts/predict.py", "hf-hub:me/vehicles", images, "--threads", 1)
         done = run_process(*words, HF_HOME=str(tmp_path), **hub.environment())
     assert done.returncode == 0, done.stderr
     assert done.stdout == expected
@@ -218,7 +218,7 @@ def test_a_wrong_number_exits_with_2(flags: list[str], parts: list[str], command
 
 
 def test_what_is_no_trained_model_exits_with_2_in_a_line(vehicles_run: Path, command: Command, tmp_path: Path) -> None:
-    write_pictures(tmp_path / "pictures", 1, 100)
+    write_images(tmp_path / "images", 1, 100)
     unnamed = small_model(tmp_path / "unnamed", label_names=["one"])
     foreign = small_model(tmp_path / "foreign", architecture="test_vit")
     unknown = small_model(tmp_path / "unknown", architecture="sparkle")
@@ -238,7 +238,7 @@ def test_what_is_no_trained_model_exits_with_2_in_a_line(vehicles_run: Path, com
         (damaged, "model.safetensors cannot be read (Error while deserializing header"),
         (without, "there is no model.safetensors in"),
     ):
-        code, out, err = command("predict", where, tmp_path / "pictures")
+        code, out, err = command("predict", where, tmp_path / "images")
         assert (code, out) == (2, ""), err
         assert part in err
         assert err.count("\n") == 1
@@ -246,13 +246,13 @@ def test_what_is_no_trained_model_exits_with_2_in_a_line(vehicles_run: Path, com
 
 
 def test_a_model_on_a_hub_out_of_reach_exits_with_1(command: Command, tmp_path: Path) -> None:
-    write_pictures(tmp_path / "pictures", 1, 100)
-    code, _, err = command("predict", "hf-hub:me/vehicles", tmp_path / "pictures")
+    write_images(tmp_path / "images", 1, 100)
+    code, _, err = command("predict", "hf-hub:me/vehicles", tmp_path / "images")
     assert code == 1
     assert "hf-hub:me/vehicles: the Hub could not be reached for config.json of me/vehicles" in err
 
 
-def test_paths_without_pictures_exit_with_2(vehicles_run: Path, command: Command, tmp_path: Path) -> None:
+def test_paths_without_images_exit_with_2(vehicles_run: Path, command: Command, tmp_path: Path) -> None:
     for path, part in (
         (tmp_path, "holds no images; known suffixes: .avif"),
         (tmp_path / "x.jpg", "there is no such"),
@@ -277,13 +277,13 @@ def test_what_is_no_file_is_refused_by_name_and_never_opened(command: Command, t
         assert f"{name}" in err
         assert reason in err
     with raises(RequestError, match=r"odd\\n\\x1b.jpg cannot be read: Too many levels of symbolic links"):
-        find_pictures([tmp_path / "odd\n\x1b.jpg"])
+        find_images([tmp_path / "odd\n\x1b.jpg"])
 
 
 def test_names_break_neither_lines_nor_columns_nor_json(command: Command, tmp_path: Path) -> None:
     model = small_model(tmp_path / "model-folder", label_names=[f"{n}a\tb\nc\x1b[1m\u202e\x7f" for n in range(1000)])
     odd = tmp_path / "x\t\n\x1b.png"
-    write_pictures(tmp_path / "images", 1, 100)
+    write_images(tmp_path / "images", 1, 100)
     (tmp_path / "images" / "000.png").rename(odd)
     _, out, _ = command("predict", model, odd)
     path, label, _ = out.split("\t")
@@ -298,7 +298,7 @@ def test_names_break_neither_lines_nor_columns_nor_json(command: Command, tmp_pa
 
 def test_images_above_the_limit_of_pixels_are_unread(command: Command, tmp_path: Path) -> None:
     model = small_model(tmp_path / "model-folder")
-    write_pictures(tmp_path / "images", 1, 100)
+    write_images(tmp_path / "images", 1, 100)
     for decoder in ("pil", "simplejpeg"):
         code, _, err = command("predict", model, tmp_path / "images", "--max-image-pixels", 1000, "--decoder", decoder)
         assert code == 1
@@ -306,17 +306,17 @@ def test_images_above_the_limit_of_pixels_are_unread(command: Command, tmp_path:
 
 
 def test_probabilities_that_are_not_finite_are_refused(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "images", 1, 100)
-    model = load_trained(str(small_model(tmp_path / "model-folder")))
-    next(model.network.parameters()).data.fill_(float("nan"))
+    write_images(tmp_path / "images", 1, 100)
+    model = load(str(small_model(tmp_path / "model-folder")))
+    next(model.model.parameters()).data.fill_(float("nan"))
     with raises(RunError, match="the probabilities are not finite: the model's weights"):
-        list(predict(model, find_pictures([tmp_path / "images"]), batch_size=1, device=torch.device("cpu")))
+        list(predict(model, find_images([tmp_path / "images"]), batch_size=1, device=torch.device("cpu")))
 
 
 def test_plots_of_a_run_are_no_images_to_classify(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "curves.png")
-    assert find_pictures([tmp_path]) == [tmp_path / "curves.png"]
+    assert find_images([tmp_path]) == [tmp_path / "curves.png"]
     for name in ("config.yaml", "record.json"):
         (tmp_path / name).write_text("{}")
     with raises(RequestError, match="is a run folder, whose images are its plots"):
-        find_pictures([tmp_path])
+        find_images([tmp_path])

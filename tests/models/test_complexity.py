@@ -113,7 +113,7 @@ def test_a_cardinality_beyond_the_reference_is_refused() -> None:
 
 @mark.parametrize("name", ["resnext_g32", "resnext_g1", "resnext29_g32_w4"])
 def test_the_memory_estimate_is_what_autograd_keeps(name: str) -> None:
-    size, batch = 64, 8  # few pictures would let the norm layers' statistics show, which do not grow with them
+    size, batch = 64, 8  # few images would let the norm layers' statistics show, which do not grow with them
     model = timm.create_model(name, num_classes=10).train()
     kept: dict[int, int] = {}
 
@@ -154,4 +154,4 @@ def test_info_solves_for_the_width_that_costs_the_same(command: Callable[..., tu
     assert "--like vgg16" in err
     code, _, err = command("info", "resnext_g9")
     assert code == 2
-    assert "resnext_g9: there is no such variant; close: resnext_g" in err
+    assert "resnext_g9 is not a variant; close: resnext_g" in err

@@ -19,7 +19,7 @@ def name(request) -> str:
     return request.param
 
 
-def pictures(name: str, count: int = 2) -> torch.Tensor:
+def some_images(name: str, count: int = 2) -> torch.Tensor:
     return torch.randn(
         count, 3, *[32 if VARIANTS[name].small_stem else 64] * 2, generator=torch.Generator().manual_seed(0)
     )
@@ -67,7 +67,7 @@ def test_single_feature_maps_can_be_asked_for(name: str, indices: tuple[int, ...
     whole = timm.create_model(name, features_only=True).eval()
     some = timm.create_model(name, features_only=True, out_indices=indices).eval()
     some.load_state_dict({k: v for k, v in whole.state_dict().items() if k in some.state_dict()})
-    images = pictures(name)
+    images = some_images(name)
     with torch.inference_mode():
         for index, found in zip(indices, some(images), strict=True):
             assert torch.equal(found, whole(images)[index])
@@ -87,7 +87,7 @@ def test_checkpointed_blocks_give_the_same_gradients(name: str) -> None:
         torch.manual_seed(0)
         model = timm.create_model(name, num_classes=3, zero_init_last=False).train()
         model.set_grad_checkpointing(enable)
-        model(pictures(name)).square().sum().backward()
+        model(some_images(name)).square().sum().backward()
         results.append({n: p.grad for n, p in model.named_parameters()})
     for parameter, gradient in results[0].items():
         assert torch.equal(results[1][parameter], gradient), parameter
@@ -113,7 +113,7 @@ def test_stochastic_depth_grows_with_depth_and_acts_in_training_alone(name: str)
     assert rates[0] == 0.0
     assert abs(rates[-1] - 0.4) < 1e-6
     assert rates == sorted(rates)
-    images = pictures(name)
+    images = some_images(name)
     model.eval()
     assert torch.equal(model(images), model(images))
 
@@ -121,8 +121,8 @@ def test_stochastic_depth_grows_with_depth_and_acts_in_training_alone(name: str)
 def test_export_gives_the_same_logits_at_another_batch_size(name: str) -> None:
     model = timm.create_model(name, num_classes=3).eval()
     batch = torch.export.Dim("batch", min=1, max=16)
-    program = torch.export.export(model, (pictures(name),), dynamic_shapes={"x": {0: batch}})
-    images = pictures(name, 5)
+    program = torch.export.export(model, (some_images(name),), dynamic_shapes={"x": {0: batch}})
+    images = some_images(name, 5)
     with torch.inference_mode():
         torch.testing.assert_close(program.module()(images), model(images), rtol=1e-5, atol=1e-6)
 
@@ -130,7 +130,7 @@ def test_export_gives_the_same_logits_at_another_batch_size(name: str) -> None:
 def test_compile_sees_one_graph(name: str) -> None:
     model = timm.create_model(name, num_classes=3).eval()
     with torch.inference_mode():
-        explained = torch._dynamo.explain(model)(pictures(name))
+        explained = torch._dynamo.explain(model)(some_images(name))
     assert explained.graph_break_count == 0
     assert explained.graph_count == 1
 
@@ -169,12 +169,12 @@ def test_impossible_settings_are_refused_with_their_values(name: str) -> None:
         timm.create_model(name, cardinality=0)
     model = timm.create_model(name).eval()
     size = model.stride - 1
-    with raises(AssertionError, match=f"a picture of height {size} is smaller than the stride {model.stride}"):
+    with raises(AssertionError, match=f"an image of height {size} is smaller than the stride {model.stride}"):
         model(torch.randn(1, 3, size, 64))
     with raises(AssertionError, match=f"width {size} is smaller than the stride {model.stride}"):
         model.forward_intermediates(torch.randn(1, 3, 64, size))
     with raises(ValueError, match="output_fmt='NLC'"):
-        model.forward_intermediates(pictures(name), output_fmt="NLC")
+        model.forward_intermediates(some_images(name), output_fmt="NLC")
 
 
 def test_the_backbone_carries_torchvisions_detector() -> None:

@@ -14,19 +14,18 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from conftest import save_with_timm
 from PIL import Image
 from pytest import MonkeyPatch, fixture, mark, raises
 from safetensors.torch import load_file, save_file
+from support.processes import save_with_timm
 
 from resnext_hub.errors import RequestError, RunError
-from resnext_hub.hub.load import from_hub
-from resnext_hub.inference.predict import Prediction, predict
-from resnext_hub.inference.trained import load_trained
+from resnext_hub.inference.classifier import from_hub, load
+from resnext_hub.inference.prediction import Prediction, predict
 from resnext_hub.models.fetch import forget
+from resnext_hub.models.lookup import build_model, find_model, portable_architecture, variant_of
 from resnext_hub.models.saved import HEADER_BYTES, read_model
 from resnext_hub.models.saved_config import parse_config
-from resnext_hub.models.source import build_model, find_model, portable_architecture, variant_of
 
 NAMES = [str(number) for number in range(10)]
 
@@ -60,7 +59,7 @@ def change(folder: Path, **entries: Any) -> None:
 def refusal(folder: Path) -> str:
     """The one line that refuses a folder; it begins with the folder's name."""
     with raises(RequestError) as caught:
-        load_trained(str(folder))
+        load(str(folder))
     message = str(caught.value)
     assert message.startswith(str(folder))
     assert "\n" not in message
@@ -94,13 +93,13 @@ def test_a_key_that_steers_loading_is_refused_by_name(folder: Path, key: str, va
 
 def test_keys_that_are_not_set_and_unknown_ones_at_the_top_are_ignored(folder: Path) -> None:
     change(folder, pretrained_cfg__url="", pretrained_cfg__file=None, pretrained_cfg__custom_load=False, sparkle=[1])
-    assert load_trained(str(folder)).label_names == tuple(NAMES)
+    assert load(str(folder)).label_names == tuple(NAMES)
 
 
 def test_no_other_file_of_the_folder_is_ever_opened(folder: Path) -> None:
     for name in ("pytorch_model.bin", "model.pth", "open_clip_model.safetensors"):
         os.mkfifo(folder / name)  # opening one would block
-    assert load_trained(str(folder)).label_names == tuple(NAMES)
+    assert load(str(folder)).label_names == tuple(NAMES)
     (folder / "model.safetensors").unlink()
     assert "there is no model.safetensors in" in refusal(folder)
 
@@ -364,8 +363,8 @@ def test_a_header_of_many_tensors_is_compared_in_bounded_time(folder: Path) -> N
 @mark.parametrize("size", [(32, 64), (64, 32)])
 def test_a_model_of_images_that_are_not_square_predicts(folder: Path, size: tuple[int, int]) -> None:
     change(folder, pretrained_cfg__input_size=[3, *size])
-    model = load_trained(str(folder))
-    assert model.data_config["input_size"] == (3, *size)
+    model = load(str(folder))
+    assert model.input.input_size == (3, *size)
     image = folder.parent / "image.png"
     Image.effect_noise((50, 40), 90).convert("RGB").save(image)
     (found,) = predict(model, [image], batch_size=1, device=torch.device("cpu"))
@@ -375,7 +374,7 @@ def test_a_model_of_images_that_are_not_square_predicts(folder: Path, size: tupl
 def judge(folder: Path) -> str | None:
     """Load a folder; return the message if it is refused."""
     try:
-        load_trained(str(folder))
+        load(str(folder))
     except RequestError as error:
         return str(error)
     return None
@@ -409,7 +408,7 @@ def test_other_floating_point_types_become_float32(folder: Path, dtype: torch.dt
     tensors = load_file(folder / "model.safetensors")
     converted = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
     save_file(converted, folder / "model.safetensors")
-    for name, tensor in load_trained(str(folder)).network.state_dict().items():
+    for name, tensor in load(str(folder)).model.state_dict().items():
         assert torch.equal(tensor, converted[name].to(tensor.dtype)), name
 
 
@@ -417,12 +416,12 @@ def test_weights_without_the_counters_of_batch_norm_load(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     older = {name: tensor for name, tensor in tensors.items() if not name.endswith("num_batches_tracked")}
     save_file(older, folder / "model.safetensors")
-    assert torch.equal(load_trained(str(folder)).network.fc.weight, tensors["fc.weight"])
+    assert torch.equal(load(str(folder)).model.fc.weight, tensors["fc.weight"])
 
 
 def test_loaded_tensors_are_the_files_to_the_bit_and_aligned(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
-    network = load_trained(str(folder)).network
+    network = load(str(folder)).model
     assert not network.training
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, tensors[name]), name
@@ -433,33 +432,33 @@ def test_loaded_tensors_are_the_files_to_the_bit_and_aligned(folder: Path) -> No
 def test_weights_under_a_wrappers_name_load(folder: Path, prefix: str) -> None:
     tensors = load_file(folder / "model.safetensors")
     save_file({f"{prefix}{name}": tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
-    assert torch.equal(load_trained(str(folder)).network.fc.weight, tensors["fc.weight"])
+    assert torch.equal(load(str(folder)).model.fc.weight, tensors["fc.weight"])
 
 
 @mark.parametrize("names", [{str(n): f"kind {n}" for n in reversed(range(10))}, [f"kind {n}" for n in range(10)]])
 def test_label_names_come_in_the_order_of_the_classes(folder: Path, names: Any) -> None:
     change(folder, label_names=names)
-    assert load_trained(str(folder)).label_names == tuple(f"kind {n}" for n in range(10))
+    assert load(str(folder)).label_names == tuple(f"kind {n}" for n in range(10))
 
 
 def test_two_classes_may_share_a_name_and_names_are_kept_as_they_are(folder: Path) -> None:
     names = ["crane", "crane", "\x1b[31mred", "a\nb", "\u202eevil", *NAMES[:5]]
     change(folder, label_names=names)
-    assert load_trained(str(folder)).label_names == tuple(names)
+    assert load(str(folder)).label_names == tuple(names)
 
 
 def test_the_layout_of_the_first_timm_loads(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     flat = {**config["pretrained_cfg"], "architecture": "test_resnet", "num_classes": 10, "labels": NAMES, "other": 1}
     (folder / "config.json").write_text(json.dumps(flat))
-    model = load_trained(str(folder))
-    assert (model.label_names, model.data_config["input_size"]) == (tuple(NAMES), (3, 32, 32))
+    model = load(str(folder))
+    assert (model.label_names, model.input.input_size) == (tuple(NAMES), (3, 32, 32))
 
 
 @mark.parametrize("name", ["run#1", "run?2", "a b", "50%", "ünï"])
 def test_a_folders_name_is_no_address(folder: Path, name: str) -> None:
     moved = folder.rename(folder.parent / name)
-    assert load_trained(str(moved)).folder == moved
+    assert load(str(moved)).folder == moved
     source = find_model(f"local-dir:{moved}")
     assert build_model(source, NAMES).num_classes == 10
 
@@ -467,7 +466,7 @@ def test_a_folders_name_is_no_address(folder: Path, name: str) -> None:
 def test_a_model_folder_may_be_a_link(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "model").symlink_to(folder)
-    assert load_trained(str(tmp_path / "run")).folder == tmp_path / "run" / "model"
+    assert load(str(tmp_path / "run")).folder == tmp_path / "run" / "model"
 
 
 @mark.parametrize("classes", [2, 10, 17])
@@ -512,11 +511,11 @@ def test_grey_images_and_other_arguments_load(tmp_path: Path) -> None:
     network = timm.create_model("test_resnet", num_classes=3, in_chans=1, stem_width=16, act_layer="silu").eval()
     data = {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,)}
     save_for_hf(network, tmp_path / "model", safe_serialization=True, data_config=data)
-    model = load_trained(str(tmp_path / "model"))
-    assert model.data_config["input_size"] == (1, 32, 32)
+    model = load(str(tmp_path / "model"))
+    assert model.input.input_size == (1, 32, 32)
     images = torch.randn(2, 1, 32, 32)
     with torch.inference_mode():
-        assert torch.equal(model.network(images), network(images))
+        assert torch.equal(model.model(images), network(images))
 
 
 def test_a_model_larger_than_the_machine_is_refused_unbuilt(folder: Path) -> None:
@@ -595,7 +594,7 @@ def test_branches_tags_and_commits_are_asked_for(revision: str) -> None:
 @mark.parametrize("name", ["a" * 5000, "a/" * 5000, "\0", "~nobody/x"], ids=["long", "deep", "null", "home"])
 def test_a_path_that_cannot_be_is_refused_like_one_that_is_not_there(name: str) -> None:
     with raises(RequestError, match="holds no trained model"):
-        load_trained(name)
+        load(name)
 
 
 @mark.parametrize(

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 from pytest import LogCaptureFixture, MonkeyPatch, mark, raises
-from records import DAMAGES, NO_FILES, replace_by
+from support.records import DAMAGES, NO_FILES, replace_by
 
 from resnext_hub.errors import RequestError
 from resnext_hub.files import link_or_copy, new_folder, write_atomic
+from resnext_hub.run_folder import RunFolder, RunLock
 from resnext_hub.training.checkpoint import (
     BestFacts,
     CheckpointConfig,
-    RunLock,
     StateFacts,
     latest_checkpoint,
     read_checkpoint,
@@ -226,8 +226,8 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from resnext_hub.training.checkpoint import RunLock
-lock = RunLock(Path(sys.argv[1]))
+from resnext_hub.run_folder import RunFolder, RunLock
+lock = RunLock(RunFolder(Path(sys.argv[1])))
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -240,10 +240,10 @@ def test_the_lock_names_its_holder_and_goes_when_that_is_killed(tmp_path: Path) 
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         with raises(RequestError, match=f"in use by a running process, pid {holder.pid}"):
-            RunLock(tmp_path)
+            RunLock(RunFolder(tmp_path))
         os.kill(holder.pid, signal.SIGKILL)
         holder.wait()
-    with RunLock(tmp_path):
+    with RunLock(RunFolder(tmp_path)):
         pass
 
 
@@ -255,7 +255,7 @@ def test_a_file_system_without_locks_is_warned_of(
 
     monkeypatch.setattr("fcntl.lockf", no_locks)
     logging.getLogger("resnext_hub").propagate = True
-    with RunLock(tmp_path):
+    with RunLock(RunFolder(tmp_path)):
         assert "cannot be locked (No locks available): make sure that no second command trains in it" in caplog.text
 
 
@@ -264,7 +264,7 @@ def test_something_else_in_the_place_of_the_lock_is_refused(tmp_path: Path, kind
     (tmp_path / ".lock").touch()
     replace_by(tmp_path / ".lock", kind)
     with raises(RequestError, match=r"\.lock is not a regular file"):
-        RunLock(tmp_path)
+        RunLock(RunFolder(tmp_path))
 
 
 def test_a_file_system_without_links_permissions_and_flushing_of_folders_is_enough(

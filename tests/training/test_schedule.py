@@ -6,7 +6,7 @@ from resnext_hub.training.schedule import size_at, sizes_of
 
 
 @mark.parametrize(("first", "full"), [(32, 64), (128, 224), (16, 32), (40, 45), (58, 64), (90, 96)])
-def test_pictures_grow_in_few_stages_from_the_first_size_to_the_full_one(first: int, full: int) -> None:
+def test_images_grow_in_few_stages_from_the_first_size_to_the_full_one(first: int, full: int) -> None:
     sizes = [size_at(step, 80, first, full) for step in range(80)]
     assert (sizes[0], sizes[14], sizes[-1]) == (first, first, full)
     assert sizes == sorted(sizes)
@@ -15,7 +15,7 @@ def test_pictures_grow_in_few_stages_from_the_first_size_to_the_full_one(first: 
     assert all(first <= size <= full for size in sizes)
 
 
-def test_pictures_have_one_size_if_nothing_is_asked_for() -> None:
+def test_images_have_one_size_if_nothing_is_asked_for() -> None:
     assert {size_at(step, 10, None, 224) for step in range(10)} == {224}
 
 

@@ -6,11 +6,28 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from resnext_hub.data.sources.source import OpenDataset
+
 if TYPE_CHECKING:
     import datasets
 
+    from resnext_hub.data.sources.request import Request
+
 BUNDLED = "digits"
 """Name of the bundled dataset."""
+
+
+class BundledDigits:
+    """The dataset that needs no download."""
+
+    def matches(self, request: "Request") -> bool:
+        """Return whether the bundled digits are requested."""
+        return request.is_bundled
+
+    def open(self, request: "Request") -> OpenDataset:
+        """Open them as one split, of which a part is held out."""
+        request.require_no_streaming()
+        return OpenDataset(tables={"train": load_digits_table()})
 
 
 def load_digits_table() -> "datasets.Dataset":

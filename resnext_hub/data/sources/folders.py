@@ -10,22 +10,24 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
 from resnext_hub.data.sources.names import class_names_of, loose_role, split_role
-from resnext_hub.data.sources.source import Source
+from resnext_hub.data.sources.refusals import LAYOUTS, refuse_no_images, refuse_tables
+from resnext_hub.data.sources.source import OpenDataset
 from resnext_hub.data.sources.unread import refuse_unread_tables
-from resnext_hub.data.sources.walk import PICTURE_SUFFIXES, Tree, describe_counts, stored_path, suffix_of
+from resnext_hub.data.sources.walk import (
+    IMAGE_SUFFIXES,
+    Tree,
+    describe_counts,
+    ignored,
+    stored_path,
+    suffix_of,
+)
 from resnext_hub.errors import RequestError
 from resnext_hub.text import listing, printable
 
 if TYPE_CHECKING:
     import datasets
 
-LAYOUTS = (
-    "one folder per class, such as cat/ and dog/; train/ and val/ with class folders in each; images with a "
-    "metadata.csv (columns file_name,label); or parquet files"
-)
-"""The layouts of a local folder, for messages."""
-
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".xlsx")
+    from resnext_hub.data.sources.request import Request
 
 _DOCUMENTS = frozenset(
     (
@@ -35,8 +37,23 @@ _DOCUMENTS = frozenset(
 )  # fmt: skip
 """Suffixes of files that are surely no images: a folder of these alone is no class."""
 
-_HOLDERS = frozenset({"image", "images", "img", "imgs", "jpegimages", "masks", "photos", "pictures", "pics"})
+_HOLDERS = frozenset({"image", "images", "img", "imgs", "jpegimages", "masks", "photos", "pics"})
 """Names of folders that hold all images, whatever their class."""
+
+
+class ClassFolders:
+    """A folder per class, with or without folders of splits around them."""
+
+    def matches(self, request: "Request") -> bool:
+        """Return True: this is the layout of a folder that has no other."""
+        return True
+
+    def open(self, request: "Request") -> OpenDataset:
+        """Open the class folders."""
+        request.require_no_streaming()
+        if not request.tree.images:
+            refuse_no_images(request.tree)
+        return open_folders(request.tree, request.config.layout).with_notes(ignored(request.tree, []))
 
 
 @dataclass(frozen=True)
@@ -52,7 +69,7 @@ class Folder:
         return self.path.rpartition("/")[2]
 
 
-def open_folders(tree: Tree, layout: str | None) -> Source:
+def open_folders(tree: Tree, layout: str | None) -> OpenDataset:
     """Open a folder of class folders, or of splits that hold class folders.
 
     Args:
@@ -90,37 +107,12 @@ def open_folders(tree: Tree, layout: str | None) -> Source:
             tree, [index for index, _ in order], "label", [n for _, n in order], datasets.ClassLabel(names=labels)
         )
     used = (index for _, classes in splits.values() for images in classes.values() for index in images)
-    return Source(
+    return OpenDataset(
         tables=tables,
         files=tuple((tree.images[i], tree.sizes[i]) for i in sorted(used)),
         roots=None,
         notes=tuple(notes),
     )
-
-
-def refuse_linked_splits(tree: Tree) -> None:
-    """Refuse links that would fill a split with a folder that is part of the dataset already.
-
-    Each folder is read once, in its own place: such a split would vanish, or its images would be found elsewhere.
-    Links within a split that lead to a folder of that split, or to one above them, add nothing and are ignored.
-
-    Raises:
-        RequestError: If there is such a link.
-    """
-    for path in tree.repeated:
-        parts = path.split("/")
-        depth = next((i for i, part in enumerate(parts, start=1) if loose_role(part)), 0)
-        split, place, target = (
-            os.path.join(os.path.realpath(tree.root / inner), "")
-            for inner in ("/".join(parts[:depth]), "/".join(parts[:-1]), path)
-        )
-        within = depth < len(parts) and (target.startswith(split) or place.startswith(target))
-        if depth and not within:
-            raise RequestError(
-                f"{printable(tree.root / path)} is a link to a folder that is part of the dataset already "
-                f"({printable(target.rstrip('/'))}); a split needs images of its own: move that folder out of the "
-                "dataset, or replace the link by images; --layout classes ignores the link"
-            )
 
 
 def image_table(
@@ -185,7 +177,7 @@ def _find_splits(
     names = list(inside) if layout == "splits" else [] if layout == "classes" else _split_names(tree, inside, notes)
     if not names:
         if layout is None and any(name.lower() in _HOLDERS for name in inside):
-            refuse_tables(tree, top)
+            refuse_tables(tree, top.path)
         return {"train": (top, {name: folder.images for name, folder in inside.items()})}
     left_out = [name for name in _folders_in(tree, top) if name not in names]
     if left_out:
@@ -318,47 +310,15 @@ def _refuse_lost_classes(tree: Tree, places: Iterable[str], notes: list[str]) ->
                 raise RequestError(
                     f"the class folder {printable(start + name)} holds no images of a known kind "
                     f"({describe_counts(counts)}); convert them, or move the folder away; known suffixes: "
-                    f"{' '.join(PICTURE_SUFFIXES)}"
+                    f"{' '.join(IMAGE_SUFFIXES)}"
                 )
         empty += [start + name for name in _folders_in(tree, Folder(place, ())) if name not in filled]
     if empty:
         notes.append(f"folders without images left out: {listing(sorted(empty))}")
 
 
-def refuse_tables(tree: Tree, folder: Folder) -> None:
-    """Refuse images that lie apart from the table of their labels."""
-    start = f"{folder.path}/" if folder.path else ""
-    tables = [path for path in tree.others if path.startswith(start) and path.lower().endswith(TABLE_SUFFIXES)]
-    metadata = [path for path in tables if path.rpartition("/")[2].lower().startswith("metadata.")]
-    if metadata:
-        raise RequestError(
-            f"{printable(tree.root / metadata[0])} has no column file_name; expected the columns file_name (as seen "
-            "from the table) and label"
-        )
-    if tables:
-        raise RequestError(
-            f"{printable(tree.root)} has its labels in a table, {printable(tables[0])}: name it metadata.csv, with the "
-            "columns file_name (as seen from the table) and label, or sort the images into one folder per class"
-        )
-
-
-def refuse_no_images(tree: Tree, archives: tuple[str, ...]) -> NoReturn:
-    """Name what a folder without a single image holds instead."""
-    where = printable(tree.root)
-    packed = [path for path in tree.others if path.lower().endswith(archives)]
-    if packed:
-        raise RequestError(
-            f"{where} holds archives ({listing(packed, 3)}) and no images; unpack them and give the folder (tar shards "
-            "of WebDataset are not read yet)"
-        )
-    found = describe_counts(Counter(suffix_of(path) for path in tree.others)) or "nothing"
-    raise RequestError(
-        f"{where} holds no images (found: {found}); known suffixes: {' '.join(PICTURE_SUFFIXES)}; expected {LAYOUTS}"
-    )
-
-
 def _refuse_single_class(tree: Tree, name: str | None, top: Folder) -> NoReturn:
-    refuse_tables(tree, top)
+    refuse_tables(tree, top.path)
     found = describe_counts(Counter(suffix_of(path) for path in tree.images))
     if name is None:
         raise RequestError(f"{printable(tree.root)} holds images ({found}) and no class folders; expected {LAYOUTS}")

@@ -6,12 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from resnext_hub.data.sources.parquet import DAMAGED, check_cache, part_of, quiet_library, require_space
-from resnext_hub.data.sources.source import Part, Source
+from resnext_hub.data.sources.source import OpenDataset, Part
 from resnext_hub.errors import RequestError, RunError, one_line
 from resnext_hub.text import printable
 
 if TYPE_CHECKING:
     import datasets
+
+    from resnext_hub.data.sources.request import Request
 
 _ID_LENGTH = 96 * 2 + 1
 """Characters of the longest id, with owner and name of the Hub's greatest length."""
@@ -20,12 +22,25 @@ _FOOTERS_AT_ONCE = 16
 """Parquet files whose footers are fetched side by side."""
 
 
+class HubDataset:
+    """A dataset on the Hub."""
+
+    def matches(self, request: "Request") -> bool:
+        """Return whether nothing local has that name."""
+        return request.path is None
+
+    def open(self, request: "Request") -> OpenDataset:
+        """Download it, or open it as a stream."""
+        config = request.config
+        return load_from_hub(config.dataset, config.dataset_config, config.dataset_revision, config.streaming)
+
+
 def is_hub_id(name: str) -> bool:
     """Return whether a name has the form of a dataset id: `owner/name`, or a name alone."""
     return len(name) <= _ID_LENGTH and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is not None
 
 
-def load_from_hub(name: str, config: str | None, revision: str | None, streaming: bool = False) -> Source:
+def load_from_hub(name: str, config: str | None, revision: str | None, streaming: bool = False) -> OpenDataset:
     """Open a dataset on the Hub.
 
     Streamed, no images are downloaded before they are read.
@@ -48,7 +63,7 @@ def load_from_hub(name: str, config: str | None, revision: str | None, streaming
                 builder.download_and_prepare()
             tables = dict(builder.as_dataset())
         stated = {split: info.num_examples for split, info in (builder.info.splits or {}).items()}
-        return Source(
+        return OpenDataset(
             tables=tables,
             parts=_parts(builder),
             roots=(

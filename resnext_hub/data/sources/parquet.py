@@ -17,15 +17,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from resnext_hub.data.sources.shards import Shards, folder_columns
-from resnext_hub.data.sources.source import Part, Source
-from resnext_hub.data.sources.walk import Tree
+from resnext_hub.data.sources.shards import Shards, folder_columns, group
+from resnext_hub.data.sources.source import OpenDataset, Part
+from resnext_hub.data.sources.walk import Tree, ignored
 from resnext_hub.errors import RequestError, RunError, one_line
 from resnext_hub.files import LFS_POINTER
 from resnext_hub.text import listing, printable
 
 if TYPE_CHECKING:
     import datasets
+
+    from resnext_hub.data.sources.request import Request
 
 
 DAMAGED = (ValueError, TypeError, AttributeError, LookupError, RecursionError, NotImplementedError)
@@ -41,7 +43,23 @@ _FOOTER_BYTES = 1 << 26
 """How much of a footer tells versions of a file apart; what is no parquet could state any length."""
 
 
-def open_parquet(root: Path, shards: Shards, streaming: bool) -> Source:
+class ParquetFiles:
+    """A folder of parquet files."""
+
+    def matches(self, request: "Request") -> bool:
+        """Return whether the dataset is parquet files, with loose images at most beside them."""
+        return bool(request.parquet)
+
+    def open(self, request: "Request") -> OpenDataset:
+        """Open the files of the requested configuration by split."""
+        tree, files = request.tree, request.parquet
+        loose = [f"{len(tree.images)} image files outside the parquet files"] if tree.images else []
+        shards = group(request.root, files, request.config.dataset_config)
+        opened = open_parquet(request.root, shards, request.config.streaming)
+        return opened.with_notes(ignored(tree, files, loose))
+
+
+def open_parquet(root: Path, shards: Shards, streaming: bool) -> OpenDataset:
     """Open parquet files.
 
     Streamed, they are read in place; else they are copied into the library's cache, where each row is at hand. The copy
@@ -86,7 +104,7 @@ def open_parquet(root: Path, shards: Shards, streaming: bool) -> Source:
         raise RunError(f"{printable(root)} changed while it was read; run the same command again")
     of_splits = {split: tuple(parts[file] for file in members) for split, members in splits.items()}
     columns = {} if streaming else folder_columns(files, parts[files[0]].features)
-    return Source(
+    return OpenDataset(
         tables={split: _with_columns(table, of_splits[split], columns) for split, table in tables.items()},
         parts={split: tuple(_stating(part, columns) for part in of_split) for split, of_split in of_splits.items()},
         files=tuple((file, (root / file).stat().st_size) for file in files),
@@ -275,10 +293,10 @@ def has_images(features: "datasets.Features | dict[str, Any]") -> bool:
     """Return whether a file has a column that can hold images."""
     import datasets
 
-    return any(isinstance(kind, datasets.Image) or is_encoded_picture(kind) for kind in features.values())
+    return any(isinstance(kind, datasets.Image) or is_encoded_image(kind) for kind in features.values())
 
 
-def is_encoded_picture(feature: Any) -> bool:
+def is_encoded_image(feature: Any) -> bool:
     """Return whether a column written without type metadata can hold images: bytes, or bytes beside a path."""
     if isinstance(feature, dict):
         return set(feature) == {"bytes", "path"}

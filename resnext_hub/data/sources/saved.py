@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resnext_hub.data.sources.parquet import DAMAGED, pointer_reason
-from resnext_hub.data.sources.source import Source
+from resnext_hub.data.sources.source import OpenDataset
 from resnext_hub.data.sources.walk import Tree
 from resnext_hub.errors import RequestError, one_line
 from resnext_hub.files import read_json, require_regular
@@ -18,6 +18,8 @@ from resnext_hub.text import printable
 
 if TYPE_CHECKING:
     import datasets
+
+    from resnext_hub.data.sources.request import Request
 
 _WAY_OUT = "save the dataset again with datasets.save_to_disk"
 
@@ -42,6 +44,19 @@ class _State:
     _indices_data_files: list[_File] | None = None
 
 
+class SavedDataset:
+    """A folder that the library datasets wrote."""
+
+    def matches(self, request: "Request") -> bool:
+        """Return whether the folder was written by save_to_disk."""
+        return is_saved(request.root)
+
+    def open(self, request: "Request") -> OpenDataset:
+        """Open its splits."""
+        request.require_no_streaming()
+        return open_saved(request.tree)
+
+
 def is_saved(root: Path) -> bool:
     """Return whether a folder was written by save_to_disk."""
     return (root / "dataset_dict.json").is_file() or all(
@@ -49,14 +64,14 @@ def is_saved(root: Path) -> bool:
     )
 
 
-def open_saved(tree: Tree) -> Source:
+def open_saved(tree: Tree) -> OpenDataset:
     """Open a saved dataset by its own columns and splits; a single one is the training split.
 
     Raises:
         RequestError: If it cannot be read, or a split has no rows.
     """
     root = tree.root
-    return Source(
+    return OpenDataset(
         tables={split: _open_split(split, folder) for split, folder in _folders_of(root).items()},
         files=tuple((path, os.stat(root / path).st_size) for path in tree.others),
         roots=(os.path.realpath(root),),

@@ -12,8 +12,9 @@ from urllib.parse import unquote
 
 from resnext_hub.data.sources.names import split_keyword
 from resnext_hub.errors import RequestError, one_line
-from resnext_hub.files import YAML_BYTES, parse_yaml, read_regular
+from resnext_hub.files import read_regular
 from resnext_hub.text import listing, printable
+from resnext_hub.yaml_files import YAML_BYTES, parse_yaml
 
 _README_BYTES = 1 << 24
 _SPLIT_KEYS = frozenset({"fold", "partition", "set", "split", "subset"})

@@ -1,11 +1,13 @@
-"""What every kind of source is opened as."""
+"""How a dataset layout is recognized and opened, and what it is opened as."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import datasets
+
+    from resnext_hub.data.sources.request import Request
 
 
 @dataclass(frozen=True)
@@ -18,8 +20,8 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """Tables of undecoded images by the name of their split, and what was found out about them."""
+class OpenDataset:
+    """Tables of undecoded images by split, and what was found out about them."""
 
     tables: "dict[str, datasets.Dataset | datasets.IterableDataset]"
     parts: dict[str, tuple[Part, ...]] = field(default_factory=dict)
@@ -37,6 +39,21 @@ class Source:
     notes: tuple[str, ...] = ()
     """Lines for the log: what was left out and how the layout was understood."""
 
-    def with_notes(self, notes: Iterable[str]) -> "Source":
-        """Return the same source with other notes."""
-        return replace(self, notes=tuple(notes))
+    def with_notes(self, notes: Iterable[str]) -> "OpenDataset":
+        """Return the same dataset with more notes."""
+        return replace(self, notes=(*self.notes, *notes))
+
+
+class Source(Protocol):
+    """A dataset layout."""
+
+    def matches(self, request: "Request") -> bool:
+        """Return whether a requested dataset has this layout; the first source that matches opens it."""
+
+    def open(self, request: "Request") -> OpenDataset:
+        """Open the dataset.
+
+        Raises:
+            RequestError: If it cannot be opened as labelled images.
+            RunError: If the Hub cannot be reached.
+        """

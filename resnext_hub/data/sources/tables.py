@@ -10,20 +10,38 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from resnext_hub.data.sources.folders import image_table
 from resnext_hub.data.sources.names import EVAL_NAMES, TRAIN_NAMES, likely_splits, loose_role, split_role
-from resnext_hub.data.sources.source import Source
+from resnext_hub.data.sources.source import OpenDataset
 from resnext_hub.data.sources.table_files import Columns, read_table
-from resnext_hub.data.sources.walk import Tree
+from resnext_hub.data.sources.walk import Tree, ignored
 from resnext_hub.errors import RequestError, one_line
 from resnext_hub.text import listing, printable
+
+if TYPE_CHECKING:
+    from resnext_hub.data.sources.request import Request
 
 FILE_NAME = "file_name"
 SPLIT = "split"
 LABEL_NAMES = ("label", "labels", "class", "class_name", "category", "target")
 """Columns of labels, by name in any case, the one to prefer first."""
+
+
+class MetadataTables:
+    """Images with tables of their labels."""
+
+    def matches(self, request: "Request") -> bool:
+        """Return whether there are metadata files with a column of labels."""
+        return request.label_column is not None
+
+    def open(self, request: "Request") -> OpenDataset:
+        """Open the images that the tables name."""
+        request.require_no_streaming()
+        assert request.label_column is not None
+        opened = open_tables(request.tree, request.tables, request.label_column, request.config.eval_split)
+        return opened.with_notes(ignored(request.tree, [table.path for table in request.tables]))
 
 
 @dataclass(frozen=True)
@@ -129,7 +147,7 @@ def _holds_splits(tables: Sequence[Table], name: str) -> bool:
     )
 
 
-def open_tables(tree: Tree, tables: Sequence[Table], label_column: str, eval_split: str | None = None) -> Source:
+def open_tables(tree: Tree, tables: Sequence[Table], label_column: str, eval_split: str | None = None) -> OpenDataset:
     """Open images whose labels stand in tables; splits come from a column of splits, or from the folders of the files.
 
     Tables without labels, as of a test split, are left out.
@@ -193,7 +211,7 @@ def open_tables(tree: Tree, tables: Sequence[Table], label_column: str, eval_spl
         _require_evaluation(sorted(set(splits.values())), where, eval_split)
     else:
         splits = _splits_of(tree, labels, where)
-    return Source(
+    return OpenDataset(
         tables={
             split: _image_table(tree, [i for i in sorted(labels) if splits[i] == split], label_column, labels, where)
             for split in sorted(set(splits.values()))

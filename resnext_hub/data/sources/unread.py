@@ -15,7 +15,7 @@ from itertools import islice
 from typing import IO
 
 from resnext_hub.data.sources.names import loose_role, split_role
-from resnext_hub.data.sources.walk import Tree, is_picture
+from resnext_hub.data.sources.walk import Tree, is_image
 from resnext_hub.errors import RequestError
 from resnext_hub.files import require_regular
 from resnext_hub.text import listing, printable
@@ -205,7 +205,7 @@ def _owners(tree: Tree, images: Iterable[int], rows: Sequence[Sequence[str]]) ->
     for i in images:
         name = posixpath.basename(tree.images[i]).casefold()
         for key in {name, os.path.splitext(name)[0]} & cells:
-            if is_picture(key) or numbers or not re.fullmatch(r".|\d{1,4}", key):
+            if is_image(key) or numbers or not re.fullmatch(r".|\d{1,4}", key):
                 owners[key].append(i)
     return owners
 

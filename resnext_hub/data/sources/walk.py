@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from resnext_hub.errors import RequestError
-from resnext_hub.text import printable
+from resnext_hub.text import listing, printable
 
-PICTURE_SUFFIXES = (
+IMAGE_SUFFIXES = (
     ".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
 )  # fmt: skip
+
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
 
 _JUNK = frozenset({"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "__pycache__"})
 """Folders that archives, operating systems and network disks leave behind, in lower case."""
@@ -88,7 +90,7 @@ def walk(root: Path) -> Tree:
     return tree
 
 
-def list_pictures(folder: Path) -> list[Path]:
+def list_images(folder: Path) -> list[Path]:
     """Return the images anywhere under a folder, known by their suffixes, in the order of their paths.
 
     Raises:
@@ -115,7 +117,7 @@ def _scan(tree: Tree, place: str, found: list[tuple[str, int]], folders: list[st
                 (links if is_link else folders).append(path)
         elif is_hidden(entry.name):
             tree.hidden += 1
-        elif is_picture(entry.name):
+        elif is_image(entry.name):
             found.append((path, _size(entry, is_link)))
         elif is_link and not os.path.exists(entry.path):
             tree.broken.append(path)
@@ -134,9 +136,9 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in _JUNK
 
 
-def is_picture(name: str) -> bool:
+def is_image(name: str) -> bool:
     """Return whether a file has the suffix of an image."""
-    return name.lower().endswith(PICTURE_SUFFIXES)
+    return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def skipped(tree: Tree, used: Iterable[str] = ()) -> str | None:
@@ -153,6 +155,31 @@ def skipped(tree: Tree, used: Iterable[str] = ()) -> str | None:
         return None
     total = sum(kinds.values())
     return f"{total} {'file' if total == 1 else 'files'} skipped ({describe_counts(kinds)})"
+
+
+def ignored(tree: Tree, used: Iterable[str], left_out: Iterable[str] = ()) -> list[str]:
+    """Return log lines about what is not part of the dataset.
+
+    Args:
+        tree: The files.
+        used: Files that were read beside the images.
+        left_out: More to name.
+    """
+    used, left_out = list(used), list(left_out)
+    for what, places in (
+        ("", tree.junk),
+        ("run folder ", tree.runs),
+        ("link to a folder found elsewhere ", tree.repeated),
+        ("link that leads nowhere ", tree.broken),
+    ):
+        left_out += [f"{what}{printable(place)}" for place in sorted(places)[:4]]
+        left_out += [f"{len(places) - 4} more such folders"] if len(places) > 4 else []
+    notes = [f"ignored: {', '.join(left_out)}"] if left_out else []
+    stray = [path for path in tree.others if path.lower().endswith(".parquet") and path not in used]
+    if stray:
+        notes.append(f"ignored, as it holds no images: {listing(stray, 4)}")
+    files = skipped(tree, [*used, *stray])
+    return [*notes, files] if files else notes
 
 
 def suffix_of(path: str) -> str:

@@ -1,0 +1,139 @@
+"""What the commands do, as Python functions."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Unpack
+
+from resnext_hub.hub.publish import Publication
+from resnext_hub.inference.classifier import Classifier, load
+from resnext_hub.processes.peers import join
+from resnext_hub.record import RunRecord
+from resnext_hub.run_folder import RunFolder
+from resnext_hub.training.evaluation import Evaluation
+from resnext_hub.training.keywords import TrainSettings
+
+if TYPE_CHECKING:
+    from resnext_hub.inference.prediction import ImageInput, Prediction, Unread
+
+
+def train(
+    *,
+    recipe: str | None = None,
+    config: "str | os.PathLike[str] | None" = None,
+    output_dir: "str | os.PathLike[str] | None" = None,
+    resume: bool | None = None,
+    resume_from: str | None = None,
+    **settings: Unpack[TrainSettings],
+) -> RunFolder:
+    """Train a model and leave a run folder, as the command `train` does.
+
+        run = resnext_hub.train(recipe="finetune", dataset="photos", model="resnext_g32", epochs=10)
+        classifier = resnext_hub.load(run.path)
+
+    Under `torchrun` or `accelerate launch`, call it in every process.
+
+    Args:
+        recipe: A named configuration: `quickstart`, `finetune` or `imagenet`; `quickstart` if no dataset is named.
+        config: A YAML file of settings, such as a run's config.yaml; it overrides the recipe.
+        output_dir: The run folder; `runs/DATASET-MODEL` if not given.
+        resume: Whether to resume a run in the folder: None resumes one if there is one, False refuses a used folder.
+        resume_from: `hub:owner/name`, to resume from the checkpoint that a run left on the Hub.
+        settings: The flags of the command, with underscores; they override recipe and file.
+
+    Returns:
+        The run folder; a run that is finished already is not trained again.
+
+    Raises:
+        RequestError: If the request is wrong; nothing was computed.
+        RunError: If training fails; the last checkpoint is kept.
+        StoppedRun: After SIGTERM or Ctrl-C; the state was saved.
+    """
+    from resnext_hub.runs.train import train_run
+
+    done = train_run(
+        dict(settings),
+        join(),
+        recipe=recipe,
+        file=None if config is None else Path(config),
+        output_dir=None if output_dir is None else Path(output_dir),
+        resume=resume,
+        resume_from=resume_from,
+    )
+    return done.plan.folder
+
+
+def evaluate(run: "str | os.PathLike[str]", *, threads: str = "auto") -> Evaluation:
+    """Evaluate the model folder of a finished run on its evaluation split.
+
+    Args:
+        run: The run folder.
+        threads: Computing threads on a CPU, or `auto`.
+
+    Raises:
+        RequestError: If there is no finished run, or its dataset is missing or has changed.
+    """
+    from resnext_hub.runs.evaluate import evaluate_run
+
+    evaluation, _ = evaluate_run(Path(run), threads)
+    return evaluation
+
+
+def predict(
+    model: "Classifier | str | os.PathLike[str]", images: "ImageInput | Sequence[ImageInput]", *, top: int = 1
+) -> "list[Prediction | Unread]":
+    """Classify images.
+
+    Args:
+        model: A classifier, or what `load` takes.
+        images: An image or a sequence of them: paths, encoded bytes, PIL images or uint8 arrays.
+        top: Number of classes for each image.
+
+    Returns:
+        For each image its most probable classes, or the reason why it cannot be decoded.
+    """
+    classifier = model if isinstance(model, Classifier) else load(os.fspath(model))
+    return classifier.predict(images, top=top)
+
+
+def publish(
+    run: "str | os.PathLike[str]",
+    repo_id: str,
+    *,
+    license: str,
+    private: bool = False,
+    create_pr: bool = False,
+    revision: str = "main",
+    dry_run: bool = False,
+    overwrite_card: bool = False,
+) -> Publication:
+    """Upload the model folder of a finished run to the Hub in one commit, and read it back.
+
+    Args:
+        run: The run folder.
+        repo_id: `owner/name`; created if it does not exist.
+        license: Licence of the weights, an id of the Hub's list.
+        private: Create a new repository as a private one.
+        create_pr: Open a pull request instead of committing.
+        revision: Branch to commit to.
+        dry_run: List the files, and send nothing.
+        overwrite_card: Replace the README.md on the Hub, even if somebody edited it.
+
+    Raises:
+        RequestError: If the request is incomplete, or the folder does not hold the recorded model.
+        RunError: If the Hub refuses, cannot be reached, or returns other bytes.
+    """
+    from resnext_hub.hub.publish import publish as upload
+
+    folder = RunFolder(Path(run))
+    return upload(
+        folder.model,
+        RunRecord.load(folder.record),
+        repo_id,
+        license,
+        private=private,
+        create_pr=create_pr,
+        revision=revision,
+        dry_run=dry_run,
+        overwrite_card=overwrite_card,
+    )

@@ -1,0 +1,52 @@
+"""`resnext-hub benchmark`: measure speed against baselines."""
+
+import argparse
+import importlib
+import os
+
+from resnext_hub.cli.output import write
+from resnext_hub.cli.parser import add_config_flags, add_threads, count, existing_path
+from resnext_hub.errors import RequestError, RunError
+from resnext_hub.settings import check_value
+from resnext_hub.training.config import BATCH, fields_of
+
+BENCHMARKS = {
+    "inference": "the forward pass of a model, against timm, torchvision, ONNX Runtime and OpenVINO",
+    "training": "optimizer steps, against a bare loop and timm's train.py",
+    "loader": "encoded images to batches, against datasets, PIL and timm's transform",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the command."""
+    kinds = parser.add_subparsers(title="what to measure", required=True, dest="kind", metavar="KIND")
+    for kind, text in BENCHMARKS.items():
+        own = kinds.add_parser(kind, help=text, description=text)
+        own.add_argument("--rounds", type=count(BATCH), default=5, metavar="N", help="rounds that count (default: 5)")
+        own.add_argument(
+            "--json", type=existing_path, metavar="FILE", help="write all rounds, the machine and the ratios there"
+        )
+        add_threads(own)
+        add_config_flags(own, fields_of(importlib.import_module(f"resnext_hub.benchmark.{kind}").Settings))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, print the table, and write the JSON file."""
+    from resnext_hub.files import write_atomic
+    from resnext_hub.machine import device_type
+    from resnext_hub.processes.accelerator import set_threads
+
+    set_threads(options.threads, device_type())
+    module = importlib.import_module(f"resnext_hub.benchmark.{options.kind}")
+    known = fields_of(module.Settings)
+    given = {name: value for name, value in vars(options).items() if name in known}
+    settings = module.Settings(**{name: check_value(name, value, known[name].type) for name, value in given.items()})
+    if options.json is not None and not os.access(options.json.absolute().parent, os.W_OK | os.X_OK):
+        raise RequestError(f"--json {options.json}: expected a file in an existing, writable folder")
+    contest = module.measure(settings, options.rounds)
+    write(contest.table())
+    if options.json is not None:
+        try:
+            write_atomic(options.json, contest.to_json())
+        except OSError as error:
+            raise RunError(f"{options.json} could not be written: {error.strerror or error}") from error

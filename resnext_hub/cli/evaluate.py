@@ -1,0 +1,37 @@
+"""`resnext-hub evaluate`: evaluate a run's model again, and compare with its record."""
+
+import argparse
+
+from resnext_hub.cli.output import write
+from resnext_hub.cli.parser import add_threads, existing_path
+from resnext_hub.errors import RunError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the command."""
+    parser.add_argument("run", type=existing_path, help="run folder")
+    add_threads(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Evaluate, and print the counts beside the recorded ones.
+
+    Raises:
+        RunError: If the counts or the weights differ from the record.
+    """
+    from resnext_hub.files import sha256_of
+    from resnext_hub.models.saved import WEIGHTS
+    from resnext_hub.run_folder import RunFolder
+    from resnext_hub.runs.evaluate import evaluate_run
+
+    evaluation, record = evaluate_run(options.run, options.threads)
+    recorded = record.evaluation
+    text = (
+        f"accuracy {100 * evaluation.top1:.2f} % ({evaluation.correct}/{evaluation.count}), loss "
+        f"{evaluation.loss:.6f}; recorded: {recorded.correct}/{recorded.count}, loss {recorded.loss:.6f}"
+    )
+    if evaluation.confusion(len(record.label_names)) != recorded.confusion:
+        raise RunError(f"the counts differ from the record: {text}")
+    if sha256_of(RunFolder(options.run).model / WEIGHTS) != record.model.weights_sha256:
+        raise RunError(f"the counts equal the record, but {WEIGHTS} is not the recorded file: {text}")
+    write(f"{text}: equal counts in every class\n")

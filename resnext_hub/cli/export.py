@@ -1,0 +1,78 @@
+"""`resnext-hub export`: write a trained model for another runtime."""
+
+import argparse
+from typing import Annotated, Any
+
+from resnext_hub.cli.output import write
+from resnext_hub.cli.parser import add_threads, choice_or_count, existing_path, value_of
+from resnext_hub.errors import RequestError
+from resnext_hub.settings import Range
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the command."""
+    from resnext_hub.training.config import WIDTHS
+
+    parser.add_argument(
+        "model", metavar="RUN_OR_MODEL", help="run folder, model folder, hf-hub:owner/name, or a name of timm"
+    )
+    parser.add_argument("--format", choices=("onnx", "openvino"), default="onnx", help="what to write (default: onnx)")
+    parser.add_argument(
+        "--output",
+        type=existing_path,
+        metavar="FILE",
+        help="the file (default: beside the model: model.onnx or model.xml, in int8 model-int8.onnx or model-int8.xml)",
+    )
+    parser.add_argument(
+        "--merge-groups",
+        type=choice_or_count(["off", "auto"], WIDTHS, "a number of channels"),
+        default="off",
+        metavar="off|auto|N",
+        help="merge neighbouring groups of grouped convolutions to a width of N channels or, with OpenVINO, to the "
+        "fastest width on this machine; the function stays the same (default: off)",
+    )
+    parser.add_argument(
+        "--int8", action="store_true", help="compute convolutions in int8, if accuracy drops by at most --max-drop"
+    )
+    parser.add_argument(
+        "--calibration", metavar="DATASET", help="with --int8: a dataset as for training (default: that of the run)"
+    )
+    parser.add_argument(
+        "--max-drop",
+        type=value_of("max_drop", Annotated[float, Range(0, 100)]),
+        metavar="POINTS",
+        help="with --int8: points of top-1 accuracy that may be lost (default: 0.5)",
+    )
+    add_threads(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write the file, and print its size, its input and output, and the error against torch."""
+    from resnext_hub.export.runtime import BATCH_SIZES, MAX_DROP, TOLERANCE
+    from resnext_hub.inference.classifier import load
+    from resnext_hub.kernels.widths import list_widths
+    from resnext_hub.processes.accelerator import set_threads
+
+    if not options.int8 and (options.calibration is not None or options.max_drop is not None):
+        raise RequestError("--calibration and --max-drop need --int8")
+    max_drop = MAX_DROP if options.max_drop is None else options.max_drop
+    classifier = load(options.model)
+    set_threads(options.threads, "cpu")
+    int8 = None
+    if options.int8:
+        from resnext_hub.runs.calibration import prepare_int8
+
+        int8 = prepare_int8(classifier, options.calibration, max_drop)
+    merge: Any = "measure" if options.merge_groups == "auto" else options.merge_groups
+    done = classifier.export(options.format, options.output, merge=merge, int8=int8)
+    merged = list_widths((layer.name, layer.width, layer.merged_width) for layer in done.layers)
+    size = ", ".join(map(str, classifier.input.input_size))
+    write(
+        f"{done.path}: {done.size / 1e6:.1f} MB, normalized images (N, {size}) float32 to logits "
+        f"(N, {len(classifier.label_names)})\n"
+        + (f"channels of merged groups: {merged or 'unchanged'}\n" if done.layers else "")
+        + f"{done.runtime} against torch{', before int8' if done.int8 else ''}, at batch sizes "
+        f"{', '.join(map(str, BATCH_SIZES))}: largest error {done.absolute_error:.1e} absolute, "
+        f"{done.relative_error:.1e} relative (tolerance {TOLERANCE:.0e})\n"
+        + (f"int8 on held-out images: {done.int8}\n" if done.int8 else "")
+    )

@@ -1,0 +1,50 @@
+"""`resnext-hub push`: upload a run's model folder to the Hub, in one commit."""
+
+import argparse
+
+from resnext_hub.cli.output import write
+from resnext_hub.cli.parser import existing_path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the command."""
+    parser.add_argument("run", type=existing_path, help="run folder")
+    parser.add_argument("--repo-id", metavar="OWNER/NAME", help="repository; created if it does not exist")
+    parser.add_argument("--license", help="licence of the weights, such as apache-2.0")
+    parser.add_argument("--private", action="store_true", help="create a new repository as a private one")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
+    parser.add_argument("--revision", default="main", metavar="BRANCH", help="branch to commit to (default: main)")
+    parser.add_argument(
+        "--overwrite-card",
+        action="store_true",
+        help="replace the README.md on the Hub, even if somebody edited it",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="list what would be uploaded, and send nothing")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Publish, and print the address and the files."""
+    from resnext_hub.hub.publish import publish
+    from resnext_hub.record import RunRecord
+    from resnext_hub.run_folder import RunFolder
+
+    folder = RunFolder(options.run)
+    done = publish(
+        folder.model,
+        RunRecord.load(folder.record),
+        options.repo_id,
+        options.license,
+        private=options.private,
+        create_pr=options.create_pr,
+        revision=options.revision,
+        dry_run=options.dry_run,
+        overwrite_card=options.overwrite_card,
+    )
+    listing = "".join(f"    {size:>12,}  {name}\n" for name, size in done.files)
+    if done.address is None:
+        visibility = "private " if options.private else ""
+        write(f"would be uploaded to the {visibility}repository {options.repo_id} in one commit:\n{listing}")
+    elif done.changed:
+        write(f"published and read back: {done.address}\n{listing}")
+    else:
+        write(f"nothing has changed there: {done.address}\n")

@@ -1,0 +1,83 @@
+"""`resnext-hub train`: train a model and leave a run folder."""
+
+import argparse
+import contextlib
+import importlib
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from resnext_hub.cli.output import write
+from resnext_hub.cli.parser import add_config_flags, existing_path, new_path
+from resnext_hub.extras import named_extras
+from resnext_hub.processes.peers import Peers
+from resnext_hub.text import printable, python_string
+from resnext_hub.training.config import flat_fields
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the command."""
+    from resnext_hub.runs.recipes import RECIPES
+
+    group = parser.add_argument_group("Where settings come from (defaults < recipe < file < flags), and the run folder")
+    group.add_argument("--recipe", help=f"a named configuration: {', '.join(RECIPES)}")
+    group.add_argument(
+        "--config", type=existing_path, metavar="FILE", help="settings in YAML, as in a run's config.yaml"
+    )
+    group.add_argument("--output-dir", type=new_path, metavar="DIR", help="run folder (default: runs/DATASET-MODEL)")
+    group.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="resume the run in the folder; this is the default if there is one, and --no-resume refuses a used folder",
+    )
+    group.add_argument(
+        "--resume-from", metavar="hub:OWNER/NAME", help="resume from the checkpoint that --push-checkpoints left there"
+    )
+    add_config_flags(parser, flat_fields())
+
+
+def run(options: argparse.Namespace, peers: Peers) -> None:
+    """Train, and print the accuracy and how to load the model."""
+
+    def ready() -> Mapping[str, Any]:
+        with named_extras():
+            importlib.import_module("resnext_hub.runs.train")
+        return {name: value for name, value in vars(options).items() if name in flat_fields()}
+
+    asked = peers.together(ready)
+    from resnext_hub.runs.train import train_run
+
+    with _bars_beside_logs():
+        done = train_run(
+            asked,
+            peers,
+            recipe=options.recipe,
+            file=options.config,
+            output_dir=options.output_dir,
+            resume=options.resume,
+            resume_from=options.resume_from,
+        )
+    folder, record = done.plan.folder, done.record
+    if done.plan.finished:
+        write(f"{folder} is finished already; nothing was computed (--epochs may grow)\n")
+    if done.publication is not None:
+        write(f"published and read back: {done.publication.address}\n")
+    evaluation = record.evaluation
+    write(
+        f"accuracy {100 * evaluation.top1:.2f} % ({evaluation.correct}/{evaluation.count} held-out images)\n"
+        f"model folder: {printable(folder.model)}\n\n"
+        f"    import timm\n"
+        + ("    import resnext_hub\n" if record.model.needs_plugin else "")
+        + f"    model = timm.create_model({python_string(f'local-dir:{folder.model}')}, pretrained=True).eval()\n"
+        f"    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
+    )
+
+
+@contextlib.contextmanager
+def _bars_beside_logs() -> Iterator[None]:
+    """Keep log lines from breaking a progress bar on a terminal."""
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    with logging_redirect_tqdm([logging.getLogger("resnext_hub")]):
+        yield

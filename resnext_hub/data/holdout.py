@@ -1,0 +1,60 @@
+"""What is held out of a training split, and what is doubtful about two splits."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from resnext_hub.errors import RequestError
+from resnext_hub.text import listing
+
+
+def stratified_cut(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return indices to train on and indices to hold out, in the same proportion in every class.
+
+    A class of one image keeps it for training; of any other at least one is held out, and at least one kept.
+
+    Raises:
+        RequestError: If no class has two images.
+    """
+    from sklearn.model_selection import train_test_split
+
+    counts = np.bincount(labels)
+    divisible = np.flatnonzero(counts[labels] > 1)
+    classes = np.count_nonzero(counts > 1)
+    if not classes:
+        raise RequestError(
+            f"{len(labels)} images of {np.count_nonzero(counts)} classes: none can be held out, as every class has a "
+            "single image; a class needs at least 2, or the dataset an evaluation split"
+        )
+    held_out = np.zeros(len(labels), dtype=bool)
+    held = int(np.ceil(fraction * len(divisible)))
+    if min(held, len(divisible) - held) >= classes:
+        _, chosen = train_test_split(
+            divisible, test_size=fraction, stratify=labels[divisible], random_state=np.random.RandomState(seed)
+        )
+        held_out[chosen] = True
+    generator = np.random.RandomState(seed)
+    in_order, ends = np.argsort(labels, kind="stable"), np.cumsum(counts)
+    taken = np.bincount(labels[held_out], minlength=len(counts))
+    for label in np.flatnonzero((counts > 1) & ((taken == 0) | (taken == counts))):
+        members = generator.permutation(in_order[ends[label] - counts[label] : ends[label]])
+        some = int(np.clip(round(fraction * counts[label]), 1, counts[label] - 1))
+        held_out[members] = False
+        held_out[members[:some]] = True
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def doubts(names: Sequence[str], train: np.ndarray, evaluation: np.ndarray) -> list[str]:
+    """Return what is likely not meant: classes without a training image, and names that are nearly the same."""
+    in_train, in_eval = (np.bincount(labels, minlength=len(names)) for labels in (train, evaluation))
+    found = []
+    untrained = [names[int(i)] for i in np.flatnonzero((in_train == 0) & (in_eval > 0))]
+    if untrained:
+        found.append(f"no training image is of the class {listing(untrained)}, which the evaluation split has")
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault("".join(name.casefold().split()), []).append(name)
+    for group in alike.values():
+        if len(group) > 1:
+            found.append(f"classes {listing(group)} differ in upper case or spaces alone; they are kept apart")
+    return found

@@ -1,0 +1,220 @@
+"""Labelled, undecoded images: by index, or as a stream."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from huggingface_hub.errors import HTTPError
+from PIL import Image
+
+from resnext_hub.data.decode import UnreadableImageError, decode
+from resnext_hub.data.sources.walk import real_path
+from resnext_hub.errors import RunError, one_line
+from resnext_hub.text import printable
+
+if TYPE_CHECKING:
+    import datasets
+
+
+@dataclass(frozen=True, eq=False)
+class IndexedImages:
+    """Labelled images by index.
+
+    `labels` is `(N,)` int64; `rows` gives the undecoded image (bytes or a path) at an index of the whole source, and
+    `indices` says which of those belong here; it is a table as it was loaded, with no selection of its own.
+    """
+
+    rows: "datasets.Dataset"
+    image_column: str
+    indices: np.ndarray
+    labels: np.ndarray
+    roots: tuple[str, ...] | None = None
+    """Folders in which files have to lie that rows name by their paths; None if the paths were listed here."""
+
+    def __post_init__(self) -> None:
+        assert self.rows._indices is None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def count(self) -> int | None:
+        """Number of images."""
+        return len(self)
+
+    def image(self, index: int, mode: str = "RGB") -> Image.Image:
+        """Decode an image.
+
+        Raises:
+            UnreadableImageError: If it cannot be decoded; the message is the reason.
+        """
+        return decode(self.row(index), mode)
+
+    def name(self, index: int) -> str:
+        """Return a name for people: the end of its path, or its index in the source.
+
+        Images of a table may all have the same path, so the index stands beside it there; count by index.
+        """
+        row = self._stored(index)
+        place = f"index {self.indices[index]}"
+        if not row["path"]:
+            return place
+        return short_name(row["path"]) if row["bytes"] is None else f"{short_name(row['path'])} ({place})"
+
+    def row(self, index: int) -> dict[str, Any]:
+        """Return an image as it is stored: `bytes`, or a `path` where there are none.
+
+        Raises:
+            UnreadableImageError: If the path leads out of the dataset's folder.
+        """
+        return located(self._stored(index), self.roots)
+
+    def _stored(self, index: int) -> dict[str, Any]:
+        # from the table itself: what datasets does around it takes as long as a tenth of decoding an image
+        row = self.rows.data.column(self.image_column)[int(self.indices[index])]
+        try:
+            return row.as_py() or {"bytes": None, "path": None}
+        except UnicodeDecodeError:  # parquet stores text of any bytes
+            path = row["path"].as_buffer().to_pybytes()
+            return {"bytes": row["bytes"].as_py(), "path": path.decode("utf-8", "surrogateescape")}
+
+
+def short_name(path: str) -> str:
+    """Return the last two parts of a stored path, printable."""
+    return printable("/".join(Path(real_path(path)).parts[-2:]))
+
+
+def located(row: dict[str, Any], roots: tuple[str, ...] | None) -> dict[str, Any]:
+    """Return a stored image with the path of its file on this machine.
+
+    Args:
+        row: `bytes`, or a `path` where there are none, which somebody else may have written.
+        roots: Folders in which the file has to lie, links followed, or beginnings of addresses; None trusts the path,
+            which then is as `stored_path` made it.
+
+    Raises:
+        UnreadableImageError: If it lies elsewhere.
+    """
+    path = row["path"]
+    if row["bytes"] is not None or path is None:
+        return row
+    if roots is None:
+        return {"bytes": None, "path": real_path(path)}
+    if "://" in path:
+        if path.rpartition("::")[2].startswith(tuple(root for root in roots if "://" in root)):
+            return row
+    else:
+        folders = [root for root in roots if "://" not in root]
+        real = os.path.realpath(os.path.join(folders[0], path)) if folders and "\0" not in path else ""
+        if any(real.startswith(os.path.join(folder, "")) for folder in folders):
+            return {"bytes": None, "path": real}
+    raise UnreadableImageError("its path leads out of the dataset's folder")
+
+
+class Record(NamedTuple):
+    """A sample of a stream: which one it is, the undecoded image, and its label."""
+
+    shard: int
+    number: int
+    """Place within the shard."""
+    row: dict[str, Any]
+    label: int
+
+    @property
+    def key(self) -> int:
+        """One number that says which sample it is."""
+        return self.shard << 32 | self.number
+
+    @property
+    def name(self) -> str:
+        """Name the sample for people."""
+        path = self.row["path"]
+        place = f"shard {self.shard}, record {self.number}"
+        return f"{short_name(path)} ({place})" if path else place
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedImages:
+    """Labelled images that are read in order, shard by shard."""
+
+    rows: "datasets.IterableDataset"
+    image_column: str
+    label_column: str
+    classes: int
+    count: int | None
+    """Number of images as the source states it."""
+    roots: tuple[str, ...] | None = ()
+    """Folders, or beginnings of addresses, in which files have to lie that rows name by their paths."""
+
+    @property
+    def shards(self) -> int:
+        """Number of files, or parts of them, that can be read apart."""
+        return int(self.rows.num_shards)
+
+    def read(self, shards: Sequence[int]) -> Iterator[Record]:
+        """Read shards one after the other.
+
+        Raises:
+            RunError: If a label is out of range, or the source cannot be reached any more.
+        """
+        for shard in shards:
+            number = 0
+            for batch in self._batches(shard):
+                for row, label in zip(batch[self.image_column], batch[self.label_column], strict=True):
+                    if label is None or not 0 <= label < self.classes:
+                        raise RunError(
+                            f"record {number} of shard {shard} has the label {label}: expected 0 to {self.classes - 1}"
+                        )
+                    yield Record(int(shard), number, row or {"bytes": None, "path": None}, label)
+                    number += 1
+
+    def _batches(self, shard: int) -> Iterator[dict[str, list[Any]]]:
+        # by `iter`, since a plain loop would leave out other shards in each of several reading processes
+        rows = self.rows.shard(num_shards=self.shards, index=int(shard)).iter(batch_size=16)
+        try:
+            yield from rows
+        except UnicodeDecodeError as error:
+            raise RunError(
+                f"shard {shard} holds text that is not valid UTF-8 ({one_line(error)}), which cannot be streamed; "
+                "leave out --streaming, or write the file again"
+            ) from error
+        except (HTTPError, OSError, ValueError) as error:  # the last is what the reader of broken parquet raises
+            raise RunError(
+                f"the stream broke off in shard {shard} ({one_line(error)}); the same command goes on from the last "
+                "checkpoint"
+            ) from error
+
+    def image(self, record: Record, mode: str = "RGB") -> Image.Image:
+        """Decode an image.
+
+        Raises:
+            UnreadableImageError: If it cannot be decoded; the message is the reason.
+        """
+        return decode(self.row(record), mode)
+
+    def row(self, record: Record) -> dict[str, Any]:
+        """Give an image as it is stored, with the bytes of a file that is in a repository or an archive of it.
+
+        Raises:
+            UnreadableImageError: If that file is gone.
+            RunError: If it cannot be fetched.
+        """
+        row = located(record.row, self.roots)
+        path = row["path"]
+        if row["bytes"] is not None or path is None or "://" not in path:
+            return row
+        from datasets.utils.file_utils import xopen
+
+        try:
+            with xopen(path, "rb") as file:
+                return {"bytes": file.read(), "path": path}
+        except FileNotFoundError as error:
+            raise UnreadableImageError("the file is gone") from error
+        except OSError as error:
+            raise RunError(
+                f"{short_name(path)} could not be fetched ({one_line(error)}); the same command goes "
+                "on from the last checkpoint"
+            ) from error

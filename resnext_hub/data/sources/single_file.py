@@ -1,0 +1,45 @@
+"""A file in place of a folder: parquet is opened, anything else is refused with the way to use it."""
+
+from typing import TYPE_CHECKING
+
+from resnext_hub.data.sources.parquet import open_parquet
+from resnext_hub.data.sources.refusals import LAYOUTS, TABLE_SUFFIXES
+from resnext_hub.data.sources.shards import Shards, splits_of
+from resnext_hub.data.sources.source import OpenDataset
+from resnext_hub.data.sources.walk import ARCHIVES, is_image
+from resnext_hub.errors import RequestError
+from resnext_hub.text import printable
+
+if TYPE_CHECKING:
+    from resnext_hub.data.sources.request import Request
+
+
+class SingleFile:
+    """A path that is not a folder."""
+
+    def matches(self, request: "Request") -> bool:
+        """Return whether something other than a folder is requested."""
+        return not request.is_folder
+
+    def open(self, request: "Request") -> OpenDataset:
+        """Open a parquet file.
+
+        Raises:
+            RequestError: If it is anything else.
+        """
+        path = request.path
+        assert path is not None
+        name = printable(path)
+        if path.name.lower().endswith(".parquet"):
+            return open_parquet(path.parent, Shards(splits_of(path.parent, [path.name])), request.config.streaming)
+        if path.name.lower().endswith(ARCHIVES):
+            raise RequestError(f"{name} is an archive; unpack it and use the folder: {LAYOUTS}")
+        if path.name.lower().endswith(TABLE_SUFFIXES):
+            raise RequestError(
+                f"{name} is a table, but not a parquet file: name it metadata.csv, with the columns file_name and "
+                "label, and use the folder that holds it"
+            )
+        if not path.is_file():
+            raise RequestError(f"{name} is neither a folder nor a regular file; expected a folder: {LAYOUTS}")
+        what = "an image" if is_image(path.name) else "a file"
+        raise RequestError(f"{name} is {what}, but not a parquet file; expected a folder: {LAYOUTS}")

@@ -1,0 +1,98 @@
+"""Checks of the arguments of `optimize`."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from resnext_hub.errors import RequestError
+from resnext_hub.kernels.widths import Merge
+from resnext_hub.settings import shown
+
+
+def check_request(
+    model: nn.Module,
+    example: torch.Tensor,
+    engine: str,
+    dtype: torch.dtype | None,
+    merge: Merge,
+    at_once: int | Literal["measure"],
+    calibration: torch.Tensor | None,
+) -> None:
+    """Refuse arguments of `optimize` that cannot work, before any work; see there.
+
+    Raises:
+        ValueError: If one is wrong.
+    """
+    _check_model(model)
+    for name, images in (("example", example), ("calibration", calibration)):
+        if name == "example" or images is not None:
+            _check_images(name, images)
+    if engine not in ("torch", "openvino"):
+        raise ValueError(f"engine={engine!r}: expected 'torch' or 'openvino'")
+    if dtype not in (None, torch.bfloat16, torch.float32) and (dtype != torch.float16 or example.device.type == "cpu"):
+        raise ValueError(f"dtype={dtype!r}: expected torch.bfloat16, torch.float32, None, or on a GPU torch.float16")
+    if not _is_merge(merge):
+        raise RequestError(
+            f"merge={shown(repr(merge))}: expected 'measure', 'table', 'off', a width in channels (an int of at "
+            "least 1), or such factors by layer"
+        )
+    if engine == "openvino" and example.device.type != "cpu":
+        raise ValueError(f"engine='openvino' computes on a CPU, and the example is on {example.device}")
+    if calibration is not None and engine != "openvino":
+        raise ValueError(f"calibration goes with engine='openvino', not with {engine!r}")
+    if calibration is not None and (calibration.shape[1:] != example.shape[1:] or len(calibration) < len(example)):
+        raise ValueError(
+            f"calibration of shape {tuple(calibration.shape)}: expected at least {len(example)} images of the "
+            f"example's shape, {tuple(example.shape[1:])}"
+        )
+    if at_once != "measure" and not (_is_count(at_once) and at_once <= len(example)):
+        raise RequestError(
+            f"at_once={shown(repr(at_once))}: expected an int from 1 to {len(example)}, the example's images, or "
+            "'measure'"
+        )
+
+
+def _check_model(model: object) -> None:
+    """Refuse what is no eager model with weights in floating point, such as one that was compiled or quantized."""
+    if not isinstance(model, nn.Module):
+        raise RequestError(f"model is a {type(model).__name__}: expected an nn.Module, such as of timm.create_model")
+    if isinstance(model, torch.jit.ScriptModule) or getattr(model, "is_optimized", False):
+        raise RequestError(
+            f"model is a {type(model).__name__}, which is compiled already: expected the model that it was made from"
+        )
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, torch.Tensor) or tensor.is_quantized:
+            raise RequestError(
+                f"{name} of the model is no plain tensor, as in a quantized model: expected the model before that"
+            )
+        if is_lazy(tensor) or tensor.is_meta:
+            raise RequestError(f"the weights of the model have no values ({name}): expected a trained model")
+
+
+def _check_images(name: str, images: object) -> None:
+    if not isinstance(images, torch.Tensor):
+        raise RequestError(
+            f"{name} is a {type(images).__name__}: expected a float32 tensor (N, C, H, W), as torch.stack makes"
+        )
+    if images.is_meta or images.layout != torch.strided:
+        raise RequestError(
+            f"{name} is a tensor of the device {images.device} and the layout {images.layout}: expected normalised "
+            "images (N, C, H, W), float32, with values and dense"
+        )
+    if images.ndim != 4 or images.dtype != torch.float32 or images.numel() == 0:
+        raise RequestError(f"{name} of shape {tuple(images.shape)} and {images.dtype}: expected (N, C, H, W), float32")
+    if not images.isfinite().all():
+        raise RequestError(f"{name} holds NaN or infinity: expected normalised images")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_merge(merge: object) -> bool:
+    if isinstance(merge, Mapping):
+        return all(map(_is_count, merge.values()))
+    return merge in ("measure", "table", "off") if isinstance(merge, str) else _is_count(merge)

@@ -1,0 +1,244 @@
+"""From images to labels, with the evaluation transform that the model itself states."""
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from resnext_hub.data.decode import MAX_IMAGE_PIXELS, UnreadableImageError, upright
+from resnext_hub.data.jpeg import FastTransform
+from resnext_hub.data.loaders import derive_workers, read_transformed
+from resnext_hub.data.sources import IMAGE_SUFFIXES, list_images
+from resnext_hub.data.sources.walk import is_run_folder
+from resnext_hub.data.transforms import EvalTransform
+from resnext_hub.errors import RequestError, RunError, one_line
+from resnext_hub.machine import device_type
+from resnext_hub.models.input_config import IMAGE_MODES
+from resnext_hub.processes.launcher import local_processes
+from resnext_hub.text import printable
+
+if TYPE_CHECKING:
+    from resnext_hub.inference.classifier import Classifier
+
+ImageInput: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | np.ndarray"
+"""A path, an encoded image, a PIL image, or pixels `(H, W)` or `(H, W, C)` uint8."""
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A class and its probability, 0 to 1."""
+
+    index: int
+    label: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The most probable classes of an image, the most probable first."""
+
+    image: ImageInput
+    guesses: tuple[Guess, ...]
+
+
+@dataclass(frozen=True)
+class Unread:
+    """An image that cannot be decoded."""
+
+    image: ImageInput
+    reason: str
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """Give the images that paths stand for, in their order: files as they are, of folders all images in them.
+
+    Raises:
+        RequestError: If there is nothing at a path, or a folder holds no image.
+    """
+    found: list[Path] = []
+    for path in paths:
+        try:
+            mode = os.stat(path).st_mode
+        except FileNotFoundError as error:
+            raise RequestError(f"{printable(path)}: there is no such file or folder") from error
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or one_line(error)
+            raise RequestError(f"{printable(path)} cannot be read: {reason}; expected an image or a folder") from error
+        if stat.S_ISDIR(mode):
+            inside = list_images(path)
+            if is_run_folder(os.listdir(path)):
+                raise RequestError(
+                    f"{printable(path)} is a run folder, whose images are its plots: expected a folder of images"
+                )
+            if not inside:
+                raise RequestError(f"{printable(path)} holds no images; known suffixes: {' '.join(IMAGE_SUFFIXES)}")
+            found += inside
+        elif stat.S_ISREG(mode):
+            found.append(path)
+        else:
+            raise RequestError(f"{printable(path)} is no regular file: expected an image, or a folder with images")
+    return found
+
+
+def predict(
+    classifier: "Classifier",
+    images: Sequence[ImageInput],
+    *,
+    batch_size: int = 32,
+    device: torch.device | None = None,
+    top: int = 1,
+    decoder: str = "pil",
+    max_pixels: int = MAX_IMAGE_PIXELS,
+) -> Iterator[Prediction | Unread]:
+    """Classify images, one result for each, in their order.
+
+    Args:
+        classifier: The model, which is moved to the device.
+        images: What to classify.
+        batch_size: Shape of the forward passes; fewer images than that make it smaller.
+        device: Where to compute; the accelerator if there is one.
+        top: Number of classes for each image, at most all.
+        decoder: `pil`, as for the figures of a card, or `simplejpeg`, which is faster and has nearly the same pixels.
+        max_pixels: Pixels above which an image is unreadable.
+
+    Raises:
+        RequestError: If the model takes images of other than one or three channels.
+        RunError: If probabilities are not finite.
+        ModuleNotFoundError: If simplejpeg is asked for and not installed.
+    """
+    rows = probabilities(
+        classifier, images, batch_size=batch_size, device=device, decoder=decoder, max_pixels=max_pixels
+    )
+    return _ranked(classifier.label_names, images, rows, top)
+
+
+def _ranked(
+    names: Sequence[str], images: Sequence[ImageInput], rows: Iterator[torch.Tensor | str], top: int
+) -> Iterator[Prediction | Unread]:
+    for image, row in zip(images, rows, strict=True):
+        if isinstance(row, str):
+            yield Unread(image, row)
+            continue
+        # of equally probable classes the first comes first, as in argmax
+        values, indices = row.sort(descending=True, stable=True)
+        best = zip(indices[:top].tolist(), values[:top].tolist(), strict=True)
+        yield Prediction(image, tuple(Guess(index, names[index], value) for index, value in best))
+
+
+def probabilities(
+    classifier: "Classifier",
+    images: Sequence[ImageInput],
+    *,
+    batch_size: int,
+    device: torch.device | None = None,
+    decoder: str = "pil",
+    max_pixels: int = MAX_IMAGE_PIXELS,
+) -> Iterator[torch.Tensor | str]:
+    """Return an iterator over the probabilities `(classes,)` float64 of images, or the reason where one is unreadable.
+
+    Every forward pass has one shape, as in the evaluation of a run, so that probabilities do not depend on how many
+    other images share the last batch. Arguments and errors are those of `predict`.
+    """
+    files = _Inputs(classifier, images, decoder, max_pixels)
+    return _computed(classifier, files, min(batch_size, max(len(images), 1)), device or torch.device(device_type()))
+
+
+def prepare(classifier: "Classifier", images: Sequence[ImageInput]) -> torch.Tensor:
+    """Return images as the model takes them, `(N, C, H, W)` float32 on the CPU.
+
+    Raises:
+        RequestError: If there are none, or one cannot be decoded.
+    """
+    if not images:
+        raise RequestError("expected at least one image")
+    found = []
+    for index, entry in enumerate(map(_Inputs(classifier, images).__getitem__, range(len(images)))):
+        if isinstance(entry, str):
+            raise RequestError(f"image {index} cannot be decoded: {entry}")
+        found.append(entry)
+    return torch.stack(found)
+
+
+def _computed(
+    classifier: "Classifier", files: "_Inputs", batch_size: int, device: torch.device
+) -> Iterator[torch.Tensor | str]:
+    model = classifier.model.to(device).to(memory_format=torch.channels_last)
+    loader = DataLoader(
+        files,
+        batch_size=batch_size,
+        num_workers=derive_workers(device.type, local_processes()),
+        collate_fn=list,
+    )
+    for batch in loader:
+        tensors = [entry for entry in batch if isinstance(entry, torch.Tensor)]
+        rows = iter(_probabilities(model, tensors, batch_size, device, classifier.temperature))
+        for entry in batch:
+            yield entry if isinstance(entry, str) else next(rows)
+
+
+class _Inputs(Dataset[torch.Tensor | str]):
+    """Transformed images `(C, H, W)` float32; in place of one that cannot be decoded, the reason."""
+
+    def __init__(
+        self,
+        classifier: "Classifier",
+        images: Sequence[ImageInput],
+        decoder: str = "pil",
+        max_pixels: int = MAX_IMAGE_PIXELS,
+    ) -> None:
+        input = classifier.input
+        if input.channels not in IMAGE_MODES:
+            raise RequestError(f"the model takes images of {input.channels} channels: expected 1 or 3")
+        self.images = images
+        self.transform = EvalTransform(input)
+        self.fast = FastTransform(input, max_pixels) if decoder == "simplejpeg" else None
+        self.mode, self.max_pixels = input.mode, max_pixels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> torch.Tensor | str:
+        image = self.images[index]
+        try:
+            if isinstance(image, np.ndarray):
+                return self.transform(upright(_from_array(image), self.mode))
+            if isinstance(image, Image.Image):
+                return self.transform(upright(image, self.mode))
+            row = {"bytes": image, "path": None} if isinstance(image, bytes) else {"bytes": None, "path": str(image)}
+            if self.fast is not None:
+                return self.fast(row)
+            return read_transformed(row, self.transform, self.mode, self.max_pixels)
+        except UnreadableImageError as error:
+            return str(error)
+
+
+def _from_array(pixels: np.ndarray) -> Image.Image:
+    if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (1, 3, 4))):
+        raise RequestError(
+            f"an array of shape {pixels.shape} and {pixels.dtype} is not an image: expected (H, W) or (H, W, C), uint8"
+        )
+    return Image.fromarray(pixels[:, :, 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
+
+
+@torch.inference_mode()
+def _probabilities(
+    model: nn.Module, images: Sequence[torch.Tensor], batch_size: int, device: torch.device, temperature: float
+) -> torch.Tensor:
+    """Return the probabilities `(N, classes)` of N images `(C, H, W)`, at most a batch, which is padded."""
+    if not images:
+        return torch.empty(0)
+    stacked = F.pad(torch.stack(list(images)), (0,) * 7 + (batch_size - len(images),))
+    logits = model(stacked.to(device).contiguous(memory_format=torch.channels_last))[: len(images)].float()
+    found = F.log_softmax(logits / temperature, dim=1).cpu().double().exp()
+    if not found.isfinite().all():
+        raise RunError("the probabilities are not finite: the model's weights, or its mean and std, cannot be used")
+    return found

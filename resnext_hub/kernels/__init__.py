@@ -1,0 +1,1 @@
+"""The same functions, computed faster: other modules over the parameters of a model."""

@@ -1,0 +1,181 @@
+"""How long a grouped convolution takes at each width to which its groups can be merged."""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from resnext_hub.kernels.merged import MergedConv2d, dense_form, merge_factors
+
+ROUNDS = 15
+"""Interleaved measurements of each candidate; their median counts."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A grouped convolution of a network, and what comes to it: a tensor of the type and layout, of any values."""
+
+    name: str
+    conv: nn.Conv2d
+    input: torch.Tensor
+
+    @property
+    def width(self) -> int:
+        """Channels of a group."""
+        return self.conv.in_channels // self.conv.groups
+
+
+class Timing(Protocol):
+    """A way to time layers."""
+
+    @property
+    def key(self) -> str:
+        """What tells its figures from those of other ways."""
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The type of a mixed-precision pass, if it is one."""
+
+    def times(self, layers: Sequence[Layer]) -> list[dict[int, float]]:
+        """Give the median milliseconds of each layer by width."""
+
+
+@dataclass(frozen=True)
+class ForwardTiming:
+    """The forward pass of torch, with the merged weights laid out before."""
+
+    packed: bool = False
+    """As a network computes that is compiled with its weights frozen: on a CPU, these are in the kernel's own order."""
+    autocast = None
+
+    @property
+    def key(self) -> str:
+        """What tells its figures from those of other ways."""
+        return "forward, packed" if self.packed else "forward"
+
+    def times(self, layers: Sequence[Layer]) -> list[dict[int, float]]:
+        """Give the median milliseconds of each layer by width."""
+
+        def form(layer: Layer, conv: nn.Conv2d, factor: int) -> nn.Module:
+            dense = dense_form(conv, factor)
+            return Packed(dense, layer.input) if self.packed and _can_be_packed(layer) else dense
+
+        return [_times_by_width(layer, partial(form, layer), _forward) for layer in layers]
+
+
+def _can_be_packed(layer: Layer) -> bool:
+    """Say whether torch.compile would pack a layer's weights."""
+    if layer.input.device.type != "cpu" or isinstance(layer.conv.padding, str):
+        return False
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return layer.input.dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+class Packed(nn.Module):
+    """A convolution as torch.compile has it on a CPU: oneDNN's, of weights that were put in its order before.
+
+    Without that, it puts them in order in each pass, which takes longer for wider groups.
+
+    Args:
+        conv: The convolution, on the CPU.
+        x: What comes to it, of that shape and type.
+    """
+
+    def __init__(self, conv: nn.Conv2d, x: torch.Tensor) -> None:
+        super().__init__()
+        self.conv = conv
+        self.shape = (conv.padding, conv.stride, conv.dilation, conv.groups)
+        self.weight = torch.ops.mkldnn._reorder_convolution_weight(conv.weight.detach(), *self.shape, x.shape)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map `(N, in_channels, H, W)` to `(N, out_channels, H', W')`."""
+        y: torch.Tensor = torch.ops.mkldnn._convolution_pointwise(
+            x, self.weight, self.conv.bias, *self.shape, "none", [], ""
+        )
+        return y
+
+
+@dataclass(frozen=True)
+class TrainingTiming:
+    """Forward and backward pass of torch, with the merged weights laid out in each."""
+
+    autocast: torch.dtype | None = None
+    """The type of a mixed-precision pass, if it is one."""
+
+    @property
+    def key(self) -> str:
+        """What tells its figures from those of other ways."""
+        return f"forward and backward, autocast {self.autocast}"
+
+    def times(self, layers: Sequence[Layer]) -> list[dict[int, float]]:
+        """Give the median milliseconds of each layer by width."""
+
+        def step(conv: nn.Module, x: torch.Tensor) -> object:
+            x = x.requires_grad_()
+            with torch.enable_grad(), casting(x.device, self.autocast):
+                y = conv(x)
+            return torch.autograd.grad(y, [x, *conv.parameters()], torch.ones_like(y))
+
+        return [_times_by_width(layer, MergedConv2d, step) for layer in layers]
+
+
+def median_seconds(
+    work: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = ROUNDS, *, warm: bool = False
+) -> dict[str, float]:
+    """Time pieces of work by turns, after a run that does not count; give the median seconds of each.
+
+    Args:
+        work: What is timed, by name.
+        device: What it is done on.
+        rounds: Turns that count.
+        warm: Let each run once more before each of its turns: another engine leaves its threads spinning.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for turn in range(rounds + 1):
+        for name, run in work.items():
+            if warm:
+                run()
+            _synchronize(device)
+            begin = time.perf_counter()
+            run()
+            _synchronize(device)
+            if turn:
+                seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _times_by_width(
+    layer: Layer,
+    merged: Callable[[nn.Conv2d, int], nn.Module],
+    work: Callable[[nn.Module, torch.Tensor], object],
+) -> dict[int, float]:
+    generator = torch.Generator(layer.input.device).manual_seed(0)  # the run's own generators stay where they are
+    x = torch.empty_like(layer.input).normal_(generator=generator)
+    candidates = {factor * layer.width: merged(layer.conv, factor) for factor in merge_factors(layer.conv)}
+    runs = {str(width): partial(work, conv, x) for width, conv in candidates.items()}
+    seconds = median_seconds(runs, x.device)
+    return {int(width): round(1000 * value, 4) for width, value in seconds.items()}
+
+
+@torch.no_grad()
+def _forward(conv: nn.Module, x: torch.Tensor) -> object:
+    return conv(x)
+
+
+@contextlib.contextmanager
+def casting(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
+    """Autocast to a type; None computes as it is."""
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        yield
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,0 +1,198 @@
+"""Exact evaluation: the same integers at any number of processes and any training batch size.
+
+The samples are cut into batches in their own order, and each batch is computed whole by one process, at one fixed shape
+(the last one padded), by the unwrapped network in float32. What a process computed stands in an array that is zero
+elsewhere, so the sum over the processes is every sample's own value, to the bit.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from resnext_hub.data.batches import Batch, Unreadable
+from resnext_hub.data.loaders import EvaluationSamples
+from resnext_hub.data.stream import StreamedEvaluation
+from resnext_hub.errors import RunError
+from resnext_hub.text import printable
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """One entry per evaluation sample that can be read, `(N,)`, in the order of the split."""
+
+    indices: np.ndarray
+    """Places in the split."""
+    labels: np.ndarray
+    predictions: np.ndarray
+    probabilities: np.ndarray
+    """Probability that the network gives its prediction."""
+    losses: np.ndarray
+    """Cross entropy in nats, without label smoothing."""
+    ranks: np.ndarray
+    """Number of classes that the network puts before the true one."""
+    unreadable: list[Unreadable]
+    """What this process could not read, and why: it is left out of everything above."""
+    total: int
+    """Size of the split, with what could not be read."""
+
+    @property
+    def count(self) -> int:
+        """Number of samples."""
+        return len(self.labels)
+
+    @property
+    def correct(self) -> int:
+        """Number of samples whose prediction is their label."""
+        return int((self.labels == self.predictions).sum())
+
+    @property
+    def top1(self) -> float:
+        """Fraction of samples that are right, 0 to 1."""
+        return self.correct / self.count
+
+    @property
+    def top5(self) -> float:
+        """Fraction of samples whose label is among the five most probable classes, 0 to 1."""
+        return int((self.ranks < 5).sum()) / self.count
+
+    @property
+    def loss(self) -> float:
+        """Mean cross entropy in nats."""
+        return float(self.losses.mean())
+
+    @property
+    def macro_f1(self) -> float:
+        """Mean over the measured classes, those of the labels, of the harmonic mean of precision and recall, 0 to 1."""
+        from sklearn.metrics import f1_score
+
+        measured = np.unique(self.labels)
+        return float(f1_score(self.labels, self.predictions, labels=measured, average="macro", zero_division=0.0))
+
+    @property
+    def calibration_error(self) -> float:
+        """Expected calibration error, 0 to 1: how far the probability of the predictions is from how often they hold.
+
+        Over 15 bins of equal width, weighted by their samples (Guo et al., 2017, arXiv 1706.04599).
+        """
+        bins = np.minimum((self.probabilities * 15).astype(np.int64), 14)
+        right = (self.labels == self.predictions).astype(np.float64)
+        gaps = np.bincount(bins, weights=right - self.probabilities, minlength=15)
+        return float(np.abs(gaps).sum() / self.count)
+
+    def confusion(self, classes: int) -> list[list[tuple[int, int]]]:
+        """Return, for each true class, the classes predicted and how often; only those that occur."""
+        pairs, counts = np.unique(self.labels * classes + self.predictions, return_counts=True)
+        rows: list[list[tuple[int, int]]] = [[] for _ in range(classes)]
+        for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True):
+            rows[pair // classes].append((pair % classes, count))
+        return rows
+
+
+class EvaluationStoppedError(Exception):
+    """A process was asked to stop before its part was done."""
+
+
+def _identity(values: torch.Tensor) -> torch.Tensor:
+    return values
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    samples: EvaluationSamples | StreamedEvaluation,
+    *,
+    batch_size: int,
+    device: torch.device,
+    workers: int = 0,
+    process: int = 0,
+    processes: int = 1,
+    sum_over_processes: Callable[[torch.Tensor], torch.Tensor] = _identity,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> Evaluation:
+    """Evaluate a model on every sample once.
+
+    Args:
+        model: The unwrapped model, `(N, C, H, W)` float32 to logits `(N, classes)`; its mode is restored.
+        samples: What to evaluate on.
+        batch_size: Shape of every forward pass.
+        device: Where the model is.
+        workers: Data-loading workers.
+        process: Index of this process.
+        processes: Number of processes that share the work.
+        sum_over_processes: Adds a float64 CPU tensor over the processes.
+        stop_requested: Called before each batch; evaluation ends early if it returns True in any process.
+
+    Raises:
+        EvaluationStoppedError: In every process, if any was asked to stop.
+        RunError: In every process, if no sample can be read.
+    """
+    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+    unreadable: list[Unreadable] = []
+    stopped = 0.0
+    was_training = model.training
+    model.eval()
+    batches = samples.batches(batch_size, process, processes, workers, pin_memory=device.type == "cuda")
+    try:
+        for batch in batches:
+            if stop_requested():
+                stopped = 1.0
+                break
+            parts.append((batch.indices, _columns(model, batch, batch_size, device)))
+            unreadable += batch.unreadable
+    finally:
+        batches.close()
+        model.train(was_training)
+    if sum_over_processes(torch.tensor([stopped], dtype=torch.float64)).item():
+        raise EvaluationStoppedError
+    values = torch.zeros(6, samples.count, dtype=torch.float64)
+    for indices, columns in parts:
+        values[:, indices] = columns
+    summed = sum_over_processes(values).numpy()
+    found = np.flatnonzero(summed[5])
+    if not len(found):
+        raise RunError(_nothing_read(samples.count, unreadable), everywhere=True)
+    label, prediction, probability, losses, rank = summed[:5, found]
+    return Evaluation(
+        indices=found,
+        labels=label.astype(np.int64),
+        predictions=prediction.astype(np.int64),
+        probabilities=probability.astype(np.float32),
+        losses=losses,
+        ranks=rank.astype(np.int64),
+        unreadable=unreadable,
+        total=samples.count,
+    )
+
+
+def _columns(model: nn.Module, batch: Batch, batch_size: int, device: torch.device) -> torch.Tensor:
+    """Return label, prediction, probability, loss, rank and whether it was read of each sample, `(6, N)` float64."""
+    size = len(batch.indices)
+    images = F.pad(batch.images, (0,) * 7 + (batch_size - size,))
+    images = images.to(device).contiguous(memory_format=torch.channels_last)
+    logits = model(images)[:size].float()
+    log_probabilities = F.log_softmax(logits, dim=1).cpu().double()
+    best, prediction = log_probabilities.max(dim=1)
+    losses = F.nll_loss(log_probabilities, batch.labels, reduction="none")
+    ranks = _ranks(log_probabilities, batch.labels).double()
+    read = torch.ones(size, dtype=torch.float64)
+    for index in (entry.index for entry in batch.unreadable):
+        read[batch.indices == index] = 0.0
+    return torch.stack([batch.labels.double(), prediction.double(), best.exp(), losses, ranks, read])
+
+
+def _nothing_read(count: int, unreadable: list[Unreadable]) -> str:
+    if count == 0:
+        return "the evaluation split holds no images; name another one with --eval-split"
+    first = f", the first: {printable(unreadable[0].name)} ({unreadable[0].reason})" if unreadable else ""
+    return f"none of the {count} images of the evaluation split can be read{first}; mend them, or name another split"
+
+
+def _ranks(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Count the classes `(N,)` before the label; of equal scores `(N, classes)` the first comes first, as in argmax."""
+    own = scores.gather(1, labels[:, None])
+    earlier = torch.arange(scores.shape[1]) < labels[:, None]
+    return ((scores > own) | ((scores == own) & earlier)).sum(dim=1)

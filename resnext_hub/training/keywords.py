@@ -1,0 +1,72 @@
+"""The settings of a run as keywords, for type checkers and editors; a test keeps them equal to the configuration."""
+
+from typing import Literal, TypedDict
+
+
+class TrainSettings(TypedDict, total=False):
+    """Settings by their flat names; `resnext-hub train --help` says what each means."""
+
+    model: str
+    pretrained: bool | None
+    drop_rate: float
+    drop_path: float
+    epochs: float
+    max_steps: int | None
+    batch_size: int
+    micro_batch_size: int | None
+    eval_batch_size: int
+    label_smoothing: float
+    ema: float | None
+    seed: int
+    deterministic: bool | None
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"]
+    merge_groups: str
+    compile: bool
+    progressive_size: int | None
+    threads: str
+    log_every: int
+    eval_every: int
+    log_samples: bool
+    dataset: str
+    dataset_config: str | None
+    dataset_revision: str | None
+    layout: Literal["classes", "splits"] | None
+    train_split: str | None
+    eval_split: str | None
+    image_column: str | None
+    label_column: str | None
+    eval_fraction: float
+    split_seed: int
+    max_bad_fraction: float
+    streaming: bool
+    shuffle_block: int
+    image_size: int | None
+    crop_pct: float | None
+    interpolation: str | None
+    mean: tuple[float, float, float] | None
+    std: tuple[float, float, float] | None
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    hflip: float
+    color_jitter: float
+    auto_augment: str | None
+    random_erasing: float
+    mixup: float
+    cutmix: float
+    mix_prob: float
+    workers: int | None
+    decoder: Literal["auto", "simplejpeg", "pil"]
+    max_image_pixels: int
+    optimizer: str
+    lr: float | None
+    momentum: float
+    weight_decay: float
+    warmup_epochs: float
+    clip_grad: float | None
+    checkpoint_every: str
+    keep_checkpoints: int
+    push_to_hub: bool
+    push_checkpoints: bool
+    repo_id: str | None
+    license: str | None
+    private: bool

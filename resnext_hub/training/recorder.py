@@ -1,0 +1,98 @@
+"""What a run writes down as it goes: metrics.jsonl, the samples of each step, the log, and how long things took."""
+
+import hashlib
+import logging
+from typing import Any
+
+import torch
+
+from resnext_hub.data.batches import Batch
+from resnext_hub.training.evaluation import Evaluation
+from resnext_hub.training.metrics import METRICS, LineLog, read_lines
+from resnext_hub.training.plan import Plan
+from resnext_hub.training.state import TrainingState
+from resnext_hub.training.timer import Timer
+
+_logger = logging.getLogger(__name__)
+
+
+class Recorder:
+    """Logs of one process; the main one alone writes metrics.
+
+    Args:
+        plan: The run.
+        state: Its state, restored. Lines of later steps are removed, as those steps are taken again.
+    """
+
+    def __init__(self, plan: Plan, state: TrainingState) -> None:
+        self.timer = Timer(state.wall_seconds, state.step)
+        self._plan, self._state = plan, state
+        self._metrics: LineLog | None = None
+        self._samples: LineLog | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes metrics and shows progress."""
+        return bool(self._state.accelerator.is_main_process)
+
+    def __enter__(self) -> "Recorder":
+        state, folder = self._state, self._plan.folder
+        if self.is_main:
+            self._metrics = LineLog(folder.metrics, state.step, state.evaluated, METRICS)
+        if self._plan.config.log_samples:
+            folder.path.mkdir(parents=True, exist_ok=True)  # on another host than the main process's
+            self._samples = LineLog(folder.samples(state.accelerator.process_index), state.step)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for log in (self._metrics, self._samples):
+            if log is not None:
+                log.close()
+
+    def log_due(self) -> bool:
+        """Return whether this step has a log line."""
+        step, steps = self._state.step, self._plan.schedule.steps
+        return step % self._plan.config.log_every == 0 or step == steps
+
+    def log_step(self, lr: float, loss: float) -> dict[str, str]:
+        """Write the metrics of a step; return those that belong on a progress bar."""
+        speed, wait = self.timer.lap(self._state.step, self._plan.config.batch_size)
+        if self._metrics:
+            facts = {"lr": lr, "loss": loss, "images_per_second": speed, "data_wait": wait}
+            self._metrics.write(step=self._state.step, epoch=self._state.epoch, **facts)
+        return {"loss": f"{loss:.3f}", "images/s": f"{speed:.0f}", "data_wait": f"{wait:.0%}"}
+
+    def log_samples(self, batch: Batch, images: torch.Tensor) -> None:
+        """Write the indices of a step's samples and hashes of their pixels, with --log-samples."""
+        if self._samples:
+            pixels = [hashlib.sha256(image.cpu().numpy().tobytes()).hexdigest()[:16] for image in images]
+            self._samples.write(step=self._state.step, indices=batch.indices.tolist(), pixels=pixels)
+
+    def log_evaluation(self, evaluation: Evaluation) -> None:
+        """Write the metrics of an evaluation, and log them."""
+        facts: dict[str, Any] = {
+            "eval_loss": evaluation.loss,
+            "eval_top1": evaluation.top1,
+            "eval_correct": evaluation.correct,
+            "eval_count": evaluation.count,
+        }
+        if self._metrics:
+            self._metrics.write(step=self._state.step, epoch=self._state.epoch, **facts)
+        _logger.info(
+            "epoch %g, step %d of %d: accuracy %.2f %% (%d/%d), loss %.4f",
+            self._state.epoch,
+            self._state.step,
+            self._plan.schedule.steps,
+            100 * evaluation.top1,
+            evaluation.correct,
+            evaluation.count,
+            evaluation.loss,
+        )
+
+    def log_compiled(self) -> None:
+        """Log how long compiling took, in the first step, and leave it out of the training speed."""
+        _logger.info("compiled in the first step, which took %.0f s", self.timer.restart(self._state.step))
+
+    def history(self) -> list[dict[str, Any]]:
+        """Return the lines of metrics.jsonl."""
+        return read_lines(self._plan.folder.metrics, *METRICS)

@@ -1,0 +1,58 @@
+"""Wall time and throughput of a run."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+
+class Timer:
+    """Wall time of the run, training speed between log lines, and the part of it spent waiting for data."""
+
+    def __init__(self, wall_before: float, step: int) -> None:
+        now = time.monotonic()
+        self._start = now - wall_before
+        self._checkpoint = self._lap = now
+        self._step = step
+        self._waited = self._apart = 0.0
+
+    @property
+    def wall_seconds(self) -> float:
+        """Seconds that the run has taken so far, over all its resumes."""
+        return round(time.monotonic() - self._start, 3)
+
+    @property
+    def since_checkpoint(self) -> float:
+        """Seconds since the last checkpoint."""
+        return time.monotonic() - self._checkpoint
+
+    def checkpointed(self) -> None:
+        """Note that a checkpoint was written."""
+        self._checkpoint = time.monotonic()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count as waiting for data."""
+        begin = time.monotonic()
+        yield
+        self._waited += time.monotonic() - begin
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """Leave evaluation and saving out of the training speed."""
+        begin = time.monotonic()
+        yield
+        self._apart += time.monotonic() - begin
+
+    def restart(self, step: int) -> float:
+        """Begin the lap anew, at a step; give the seconds that are left out so."""
+        before = self._lap + self._apart
+        self.lap(step, 0)
+        return self._lap - before
+
+    def lap(self, step: int, batch_size: int) -> tuple[float, float]:
+        """Give images per second, and the fraction of the time spent waiting for data, since the last lap."""
+        now = time.monotonic()
+        spent = max(now - self._lap - self._apart, 1e-9)
+        speed, wait = (step - self._step) * batch_size / spent, self._waited / spent
+        self._lap, self._step, self._waited, self._apart = now, step, 0.0, 0.0
+        return round(speed, 2), round(wait, 4)

@@ -1,0 +1,221 @@
+"""Sources: what is found in them, and what is refused."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+import numpy as np
+from PIL import Image
+from pytest import mark, raises
+from support.processes import write_images
+
+from resnext_hub.data.config import DataConfig
+from resnext_hub.data.splits import Splits, load_splits
+from resnext_hub.errors import RequestError, RunError
+
+
+def load(dataset: object, **settings: object) -> Splits:
+    return load_splits(DataConfig(dataset=str(dataset), **settings))
+
+
+def write_parquet(path: Path, columns: dict[str, Sequence[object]], features: dict[str, object]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_dict(columns, features=datasets.Features(features)).to_parquet(path)
+    return path
+
+
+def some_images(count: int) -> list[Image.Image]:
+    return [Image.fromarray(np.full((8, 8, 3), 10 * i % 256, np.uint8)) for i in range(count)]
+
+
+def test_digits_hold_out_a_stratified_fifth() -> None:
+    splits = load("digits")
+    assert (len(splits.train), len(splits.eval)) == (1437, 360)
+    assert not set(splits.train.indices) & set(splits.eval.indices)
+    assert set(splits.train.indices) | set(splits.eval.indices) == set(range(1797))
+    parts = np.bincount(splits.eval.labels) / np.bincount(np.concatenate([splits.train.labels, splits.eval.labels]))
+    assert parts.min() > 0.19
+    assert parts.max() < 0.21
+    assert splits.label_names == tuple("0123456789")
+
+
+def test_digits_are_scikit_learns_pixels() -> None:
+    from sklearn.datasets import load_digits
+
+    splits = load("digits")
+    image = np.asarray(splits.eval.image(5, "L"))
+    original = load_digits().images[splits.eval.indices[5]]
+    assert np.array_equal(image, np.round(original * 255 / 16))
+
+
+def test_the_cut_follows_its_seed_alone() -> None:
+    assert np.array_equal(load("digits").eval.indices, load("digits").eval.indices)
+    assert not np.array_equal(load("digits").eval.indices, load("digits", split_seed=1).eval.indices)
+    assert len(load("digits", eval_fraction=0.5).eval) == 899
+
+
+def test_a_folder_of_class_folders_keeps_a_class_called_train(folder_of_classes: Path) -> None:
+    splits = load(folder_of_classes)
+    assert splits.label_names == ("bus", "car", "train")
+    assert len(splits.train) + len(splits.eval) == 30
+    assert splits.found.eval_split is None
+    for index, label in enumerate(splits.train.labels):
+        path = splits.train.rows[int(splits.train.indices[index])]["image"]["path"]
+        assert Path(path).parent.name == splits.label_names[label]
+    assert splits.dataset_id == "vehicles"
+
+
+def test_split_folders_count_when_every_folder_is_one(tmp_path: Path) -> None:
+    for split, count in (("train", 5), ("val", 3)):
+        for name, shade in (("cat", 60), ("dog", 180)):
+            write_images(tmp_path / split / name, count, shade)
+    splits = load(tmp_path)
+    assert (splits.found.train_split, splits.found.eval_split) == ("train", "val")
+    assert (len(splits.train), len(splits.eval)) == (10, 6)
+    assert splits.label_names == ("cat", "dog")
+
+
+def test_images_in_folders_below_a_class_belong_to_it(tmp_path: Path) -> None:
+    write_images(tmp_path / "cat" / "persian", 5, 60)
+    write_images(tmp_path / "dog", 5, 180)
+    (tmp_path / "dog" / "notes.txt").write_text("not an image")
+    (tmp_path / "empty").mkdir()
+    splits = load(tmp_path)
+    assert splits.label_names == ("cat", "dog")
+    assert len(splits.train) + len(splits.eval) == 10
+
+
+def test_parquet_files_are_split_by_their_names(tmp_path: Path) -> None:
+    features = {
+        "image": datasets.Image(),
+        "kind": datasets.ClassLabel(names=["a", "b"]),
+        "id": datasets.Value("int64"),
+    }
+    for name, count in (("train-00000-of-00002", 6), ("train-00001-of-00002", 4), ("test-00000-of-00001", 4)):
+        columns = {"image": some_images(count), "kind": [i % 2 for i in range(count)], "id": list(range(count))}
+        write_parquet(tmp_path / "data" / f"{name}.parquet", columns, features)
+    splits = load(tmp_path)
+    assert (len(splits.train), len(splits.eval)) == (10, 4)
+    assert (splits.found.image_column, splits.found.label_column) == ("image", "kind")
+    assert splits.label_names == ("a", "b")
+    assert np.asarray(splits.train.image(3)).max() == 30
+
+
+@mark.parametrize(
+    ("values", "feature", "names"),
+    [
+        (["red", "blue"] * 5, "string", ("blue", "red")),
+        ([7, 3] * 5, "int64", ("3", "7")),
+        ([True, False] * 5, "bool", ("False", "True")),
+    ],
+)
+def test_classes_are_found_in_a_plain_column(
+    tmp_path: Path, values: list[object], feature: str, names: tuple[str, ...]
+) -> None:
+    path = write_parquet(
+        tmp_path / "all.parquet",
+        {"image": some_images(10), "y": values},
+        {"image": datasets.Image(), "y": datasets.Value(feature)},
+    )
+    splits = load(path)
+    assert splits.label_names == names
+    assert splits.found.label_column == "y"
+    assert sorted(set(splits.train.labels)) == [0, 1]
+
+
+def test_encoded_images_without_type_metadata_are_found(tmp_path: Path) -> None:
+    import io
+
+    encoded = []
+    for image in some_images(10):
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG")
+        encoded.append(buffer.getvalue())
+    path = write_parquet(
+        tmp_path / "all.parquet",
+        {"blob": encoded, "label": ["x", "y"] * 5},
+        {"blob": datasets.Value("binary"), "label": datasets.Value("string")},
+    )
+    splits = load(path)
+    assert splits.found.image_column == "blob"
+    assert splits.train.image(0).size == (8, 8)
+
+
+def test_a_class_of_one_image_stays_in_training(tmp_path: Path) -> None:
+    for name, count in (("a", 10), ("b", 10), ("rare", 1)):
+        write_images(tmp_path / name, count, 100)
+    splits = load(tmp_path)
+    assert np.bincount(splits.train.labels, minlength=3)[2] == 1
+    assert np.bincount(splits.eval.labels, minlength=3)[2] == 0
+
+
+def test_the_fingerprint_changes_with_the_files(folder_of_classes: Path) -> None:
+    before = load(folder_of_classes).fingerprint
+    assert load(folder_of_classes).fingerprint == before
+    next((folder_of_classes / "bus").iterdir()).unlink()
+    assert load(folder_of_classes).fingerprint != before
+
+
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+    write_images(tmp_path / "a", 4, 100)
+    write_images(tmp_path / "b", 4, 100)
+    image = Image.new("RGB", (20, 10))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    image.save(tmp_path / "a" / "999.jpg", exif=exif)
+    splits = load(tmp_path)
+    sizes = {part.image(i).size for part in (splits.train, splits.eval) for i in range(len(part))}
+    assert (10, 20) in sizes
+    assert (20, 10) not in sizes
+
+
+def refused(dataset: object, **settings: object) -> str:
+    with raises(RequestError) as caught:
+        load(dataset, **settings)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_table_without_images_is_refused_with_its_columns(tmp_path: Path) -> None:
+    features = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b"])}
+    path = write_parquet(tmp_path / "all.parquet", {"text": ["x", "y"], "label": [0, 1]}, features)
+    assert "has no image column: it has text (string), label (int64)" in refused(path)
+
+
+def test_several_image_columns_have_to_be_chosen_from(tmp_path: Path) -> None:
+    features = {"a": datasets.Image(), "b": datasets.Image(), "label": datasets.ClassLabel(names=["x", "y"])}
+    columns = {"a": some_images(10), "b": some_images(10), "label": [0, 1] * 5}
+    path = write_parquet(tmp_path / "all.parquet", columns, features)
+    assert "--image-column: a, b" in refused(path)
+    assert load(path, image_column="b").found.image_column == "b"
+    assert "label" in refused(path, image_column="label")
+    assert "--image-column c: there is no such column" in refused(path, image_column="c")
+
+
+def test_a_single_class_is_refused(tmp_path: Path) -> None:
+    write_images(tmp_path / "cat", 5, 100)
+    assert "has a single class to train on (cat)" in refused(tmp_path)
+
+
+def test_labels_out_of_range_are_refused_with_their_place(tmp_path: Path) -> None:
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+    write_parquet(tmp_path / "train.parquet", {"image": some_images(6), "label": [0, 1] * 3}, features)
+    write_parquet(tmp_path / "test.parquet", {"image": some_images(3), "label": [0, 1, -1]}, features)
+    message = refused(tmp_path)
+    assert "label -1 at index 2 of the evaluation split is out of range" in message
+    assert "0 to 1" in message
+
+
+def test_names_that_are_nowhere_are_refused(tmp_path: Path, folder_of_classes: Path) -> None:
+    assert "there is no folder or file" in refused(tmp_path / "nowhere")
+    assert "holds images (.png: 12) and no class folders" in refused(folder_of_classes / "bus")
+    assert "there is no such split, but train" in refused(folder_of_classes, eval_split="test")
+    assert "are for datasets on the Hub" in refused(folder_of_classes, dataset_revision="main")
+    (tmp_path / "table.csv").write_text("a,b")
+    assert "not a parquet file" in refused(tmp_path / "table.csv")
+
+
+def test_a_hub_dataset_without_the_hub_is_a_run_error() -> None:
+    with raises(RunError, match="is no local folder, and the Hub could not be reached for it"):
+        load("somebody/something")

@@ -1,0 +1,198 @@
+"""Plots show names as they are, cost little, and never keep a run from being finished."""
+
+import dataclasses
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import matplotlib
+import numpy as np
+from PIL import Image
+from pytest import mark, raises
+from support.processes import TINY, write_images
+from support.records import a_record
+
+from resnext_hub.cards.model_card import render_card
+from resnext_hub.data.images import IndexedImages
+from resnext_hub.plots.figures import (
+    lettering,
+    percent,
+    plot_confusion,
+    plot_curves,
+    plot_samples,
+    save_plot,
+    thumbnail,
+    write_plots,
+)
+from resnext_hub.record import RunRecord
+from resnext_hub.text import is_printable
+from resnext_hub.training.evaluation import Evaluation
+
+Command = Callable[..., tuple[int, str, str]]
+
+NAMES = [
+    ["$", "$$", "$$$"],
+    ["$5_$10", "$10_$20", r"\frac{$1$}"],
+    ["猫", "犬と猫", "고양이"],
+    ["قطة", "חתול", "แมว"],
+    ["😀", "a\u200db\ufe0f", "\U000e0001"],
+    ["golden retriever dog", "Siberian husky dog", "x" * 300],
+    ["a\nb", "\x1b[1mc", "\udce9\u202e"],
+]
+
+STEP, EVALUATION = ({"step": 1, "epoch": 1.0}, {"step": 1, "epoch": 1.0, "eval_loss": 1.0, "eval_top1": 0.5})
+STEP |= {"loss": 2.0, "lr": 0.1}
+
+
+def stored(size: tuple[int, int]) -> dict[str, object]:
+    buffer = io.BytesIO()
+    Image.effect_noise(size, 60).convert("RGB").save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def gallery(count: int, classes: int = 3, size: tuple[int, int] = (40, 30)) -> tuple[IndexedImages, Evaluation]:
+    """Return so many images of which every third is taken for another class."""
+    labels = np.arange(count) % classes
+    rows = datasets.Dataset.from_dict({"image": [stored(size)] * count})
+    predictions = np.where(np.arange(count) % 3 == 1, (labels + 1) % classes, labels)
+    evaluation = Evaluation(
+        indices=np.arange(count),
+        labels=labels,
+        predictions=predictions,
+        probabilities=np.linspace(0.001, 0.999, count, dtype=np.float32),
+        losses=np.ones(count),
+        ranks=np.zeros(count, dtype=np.int64),
+        unreadable=[],
+        total=count,
+    )
+    return IndexedImages(rows, "image", np.arange(count), labels), evaluation
+
+
+def drawn(figure: object, names: tuple[str, ...]) -> None:
+    with matplotlib.rc_context({"font.family": list(lettering(names).families)}):
+        figure.savefig(io.BytesIO(), dpi=60)
+
+
+@mark.parametrize("names", NAMES, ids=lambda names: ascii(names[0])[:20])
+def test_names_of_any_script_are_drawn_without_a_warning(names: list[str]) -> None:
+    letters, history = lettering(tuple(names)), [STEP, EVALUATION]
+    record = a_record(names=names, history=history)
+    many = a_record(names=names * 20, confusion=[[(0, 2)], *([(n, 1)] for n in range(1, 60))], history=history)
+    images, evaluation = gallery(5)
+    for figure in (
+        plot_confusion(record, letters),
+        plot_confusion(many, letters),
+        plot_samples(images, evaluation, names, letters),
+    ):
+        drawn(figure, tuple(names))
+
+
+def test_a_name_that_no_font_has_is_escaped_after_its_number() -> None:
+    names = ("cat", "\U0001fbf9 x")  # a digit of the computers of old, in hardly any font
+    letters = dataclasses.replace(lettering(names), characters=lettering(names).characters - {0x1FBF9})
+    assert [letters.name(names, index, 20) for index in range(2)] == ["cat", "1: \\U0001fbf9 x"]
+    assert letters.name(names, 1, 6) == "1: \\U…"
+    assert "escaped" in letters.note(names)
+    assert letters.note(names[:1]) == ""
+
+
+def test_a_probability_is_neither_none_nor_all_unless_it_is() -> None:
+    shown = [percent(part) for part in (0.0, 0.001, 0.01, 0.5, 0.99, 0.9999, 1.0)]
+    assert shown == ["0 %", "<1 %", "1 %", "50 %", "99 %", ">99 %", "100 %"]
+
+
+@mark.parametrize("count", [1, 2, 7, 24, 60])
+def test_a_gallery_is_as_wide_as_its_images(count: int) -> None:
+    images, evaluation = gallery(count)
+    figure = plot_samples(images, evaluation, ["a", "b", "c"], lettering(("a", "b", "c")))
+    shown = [axes for axes in figure.axes if axes.images]
+    assert len(shown) == min(count, 24)
+    assert len(figure.axes) - len(shown) < 6
+    assert figure.get_figwidth() == 1.9 * min(count, 6)
+
+
+def test_images_of_a_gallery_are_thumbnails_and_one_that_is_gone_is_white() -> None:
+    assert max(thumbnail(stored((900, 500)), 10**8).size) == 256
+    assert thumbnail({"bytes": None, "path": "nowhere"}, 10**8).getextrema() == ((255, 255),) * 3
+
+
+def test_a_gallery_of_large_images_holds_thumbnails_alone() -> None:
+    images, evaluation = gallery(6, size=(900, 700))
+    figure = plot_samples(images, evaluation, list("abc"), lettering(tuple("abc")))
+    assert {max(image.get_array().shape) for axes in figure.axes for image in axes.images} == {256}
+
+
+@mark.parametrize("history", [[STEP], [EVALUATION], [STEP, EVALUATION]])
+def test_curves_of_one_point_show_it_whole(history: list[dict]) -> None:
+    figure = plot_curves(a_record(history=history), lettering(("a",)))
+    drawn(figure, ("a",))
+    for line in (line for axes in figure.axes for line in axes.lines):
+        assert not line.get_clip_on()
+        assert line.get_marker() not in ("", "None")
+
+
+def test_of_many_classes_the_most_confused_pairs_are_shown_by_name() -> None:
+    names = [f"kind {n}" for n in range(500)]
+    confusion = [[(n, 3)] for n in range(500)]
+    confusion[7], confusion[9] = [(7, 1), (400, 5)], [(9, 1), (10, 2)]
+    figure = plot_confusion(a_record(names=names, confusion=confusion), lettering(tuple(names)))
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == ["kind 7 as kind 400", "kind 9 as kind 10"]
+    perfect = plot_confusion(a_record(names=names, confusion=[[(n, 1)] for n in range(500)]), lettering(tuple(names)))
+    assert "every image was classified correctly" in [text.get_text() for text in perfect.axes[0].texts]
+
+
+FAILURES = [
+    OSError(28, "No space left on device"),
+    ValueError("bad"),
+    MemoryError(),
+    RuntimeError("In FT2Font"),
+    KeyError("x"),
+]
+
+
+@mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
+def test_a_plot_that_fails_is_reported_and_leaves_no_file(error: Exception, tmp_path: Path) -> None:
+    def fail(_: object) -> object:
+        (tmp_path / "plot.png").write_bytes(b"half")
+        raise error
+
+    assert not save_plot(tmp_path / "plot.png", ("a",), fail)
+    assert list(tmp_path.iterdir()) == []
+    with raises(KeyboardInterrupt):
+        save_plot(tmp_path / "plot.png", ("a",), lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+
+
+def test_a_card_shows_the_plots_that_were_drawn(tmp_path: Path) -> None:
+    record = a_record()  # without lines of metrics there are no curves
+    drawn = write_plots(record, tmp_path)
+    assert drawn == ["confusion_matrix.png"] == [path.name for path in tmp_path.iterdir()]
+    card = render_card(dataclasses.replace(record, plots=drawn))
+    assert "plots/confusion_matrix.png" in card
+    assert "plots/curves.png" not in card
+    (tmp_path / "confusion_matrix.png").unlink()
+    (tmp_path / "confusion_matrix.png").mkdir()
+    assert write_plots(record, tmp_path) == []
+
+
+def test_a_run_with_odd_names_and_damaged_logs_is_finished(tmp_path: Path, command: Command) -> None:
+    images, run = tmp_path / "im\u202eages", tmp_path / 'r "😀\\ 1'
+    for name, shade in (("$", 60), ("$$", 110), ("猫\n", 160)):
+        write_images(images / name, 6, shade)
+    flags = ("train", *TINY, "--dataset", images, "--image-size", 32, "--batch-size", 6)
+    flags += ("--eval-fraction", 0.5, "--checkpoint-every", 1, "--output-dir", run)
+    assert command(*flags, "--max-steps", 1)[0] == 0
+    metrics = run / "metrics.jsonl"
+    metrics.write_bytes(b"\xff\x00\n" + b"{}\n" + metrics.read_bytes())
+    (run / "unreadable-0.jsonl").write_bytes(b"null\n\xff\n")
+    code, out, err = command(*flags, "--max-steps", 2)
+    assert code == 0, err
+    exec("\n".join(line.strip() for line in out.splitlines() if line.startswith("    ")), {})
+    assert is_printable((run / "config.yaml").read_text().replace("\n", ""))
+    assert "Traceback" not in err
+    assert "2 damaged lines are ignored" in err
+    record = RunRecord.load(run / "record.json")
+    assert [line["step"] for line in record.history if "eval_loss" in line][-1] == 2
+    assert record.plots == ["curves.png", "confusion_matrix.png"]
+    assert (run / "plots" / "samples.png").is_file()

@@ -1,0 +1,140 @@
+"""Evaluation gives the same integers however the work is shared out."""
+
+import numpy as np
+import timm
+import torch
+from pytest import mark, raises
+
+from resnext_hub.data.config import DataConfig
+from resnext_hub.data.loaders import EvaluationSamples
+from resnext_hub.data.splits import load_splits
+from resnext_hub.data.transforms import EvalTransform
+from resnext_hub.models.input_config import InputConfig
+from resnext_hub.training.evaluation import Evaluation, EvaluationStoppedError, evaluate
+
+INPUT = dict(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bilinear", crop_pct=1.0)
+
+
+def digits() -> EvaluationSamples:
+    return EvaluationSamples(load_splits(DataConfig()).eval, EvalTransform(InputConfig.resolve(INPUT)))
+
+
+def network() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("test_resnet", num_classes=10).to(memory_format=torch.channels_last).train()
+
+
+def shared(processes: int, batch_size: int) -> Evaluation:
+    """Evaluate as so many processes would, one after the other, and add their arrays up."""
+    model, samples, parts = network(), digits(), []
+
+    def keep(values: torch.Tensor) -> torch.Tensor:
+        parts.append(values)
+        return sum(part for part in parts if part.shape == values.shape)
+
+    for process in range(processes):
+        result = evaluate(
+            model,
+            samples,
+            batch_size=batch_size,
+            device=torch.device("cpu"),
+            process=process,
+            processes=processes,
+            sum_over_processes=keep,
+        )
+    assert model.training
+    return result
+
+
+@mark.parametrize("processes", [2, 3, 4])
+def test_any_number_of_processes_gives_the_same_values_to_the_bit(processes: int) -> None:
+    one, many = shared(1, 32), shared(processes, 32)
+    assert one.count == 360
+    for field in ("labels", "predictions", "probabilities", "losses", "ranks"):
+        assert np.array_equal(getattr(one, field), getattr(many, field)), field
+    assert one.loss == many.loss
+
+
+def test_the_padded_tail_does_not_count() -> None:
+    whole, tailed = shared(1, 360), shared(1, 50)
+    assert (whole.correct, whole.count) == (tailed.correct, tailed.count)
+    np.testing.assert_allclose(whole.losses, tailed.losses, rtol=1e-4)  # float32 moves with the shape
+
+
+def test_values_are_those_of_a_plain_forward_pass() -> None:
+    model, samples = network().eval(), digits()
+    images = torch.stack([samples[i].image for i in range(32)]).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        logits = model(images)
+    result = shared(1, 32)
+    labels = torch.from_numpy(result.labels[:32])
+    assert np.array_equal(result.predictions[:32], logits.argmax(1).numpy())
+    np.testing.assert_allclose(
+        result.losses[:32], torch.nn.functional.cross_entropy(logits, labels, reduction="none"), rtol=1e-6
+    )
+
+
+def test_confusion_counts_true_classes_in_rows() -> None:
+    labels, predictions = np.array([0, 0, 1, 2]), np.array([0, 2, 1, 2])
+    result = Evaluation(
+        indices=np.arange(4),
+        labels=labels,
+        predictions=predictions,
+        probabilities=np.ones(4),
+        losses=np.zeros(4),
+        ranks=np.array([0, 1, 0, 0]),
+        unreadable=[],
+        total=0,
+    )
+    assert result.confusion(3) == [[(0, 1), (2, 1)], [(1, 1)], [(2, 1)]]
+    assert (result.correct, result.top1) == (3, 0.75)
+
+
+def test_top5_macro_f1_and_rank_agree_with_scikit_learn() -> None:
+    from sklearn.metrics import f1_score, top_k_accuracy_score
+
+    model, samples = network().eval(), digits()
+    images = torch.stack([samples[i].image for i in range(360)]).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        logits = torch.cat([model(part) for part in images.split(36)]).numpy()
+    result = shared(1, 36)
+    assert result.top5 == top_k_accuracy_score(result.labels, logits, k=5)
+    assert result.macro_f1 == f1_score(result.labels, logits.argmax(1), average="macro", zero_division=0.0)
+    assert np.array_equal(result.ranks == 0, result.labels == result.predictions)
+
+
+def test_the_first_of_equal_scores_comes_first() -> None:
+    class Flat(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(len(images), 10)
+
+    result = evaluate(Flat(), digits(), batch_size=60, device=torch.device("cpu"))
+    assert np.array_equal(result.ranks, result.labels)
+    assert set(result.predictions) == {0}
+
+
+def test_calibration_error_is_the_mean_distance_of_confidence_from_accuracy() -> None:
+    probabilities = np.array([0.9] * 10 + [0.65] * 4)  # two of the fifteen bins
+    right = np.array([1] * 7 + [0] * 3 + [1, 1, 0, 0])
+    result = Evaluation(
+        indices=np.arange(14),
+        labels=np.ones(14, dtype=np.int64),
+        predictions=right,
+        probabilities=probabilities,
+        losses=np.zeros(14),
+        ranks=1 - right,
+        unreadable=[],
+        total=0,
+    )
+    assert np.isclose(result.calibration_error, (10 * abs(0.9 - 0.7) + 4 * abs(0.65 - 0.5)) / 14)
+
+
+def test_a_process_that_is_asked_to_stop_stops_all() -> None:
+    with raises(EvaluationStoppedError):
+        evaluate(
+            network(), digits(), batch_size=60, device=torch.device("cpu"), stop_requested=iter([False, True]).__next__
+        )
+    with raises(EvaluationStoppedError):  # this process is not asked, but another one says so
+        evaluate(
+            network(), digits(), batch_size=60, device=torch.device("cpu"), sum_over_processes=lambda values: values + 1
+        )
