@@ -179,7 +179,7 @@ def optimize(
             layers; a mapping gives the factor for layers by name.
         at_once: Images computed at once, at most N. `measure` tries N and, on a CPU, a half, a quarter and an eighth
             of that, as the activations of fewer stay in the caches.
-        compile: With torch, compile the model with frozen weights; without a C++ compiler it stays eager, with a warning.
+        compile: With torch, compile the model with frozen weights; without a C++ compiler it stays eager and warns.
         calibration: With OpenVINO, normalised images `(M, C, H, W)` float32, M at least N: convolutions are computed
             in int8, with the ranges that activations have on these images. The error is larger then: check the
             accuracy.
