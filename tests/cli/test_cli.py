@@ -248,14 +248,14 @@ def test_a_file_with_wrong_settings_is_refused(tmp_path: Path) -> None:
         TrainConfig.from_flat({"learning_rate": 1})
     with raises(RequestError, match=r"unknown setting epoch; did you mean epochs\?"):
         TrainConfig.from_flat({"epoch": 1})
-    with raises(RequestError, match=r"--epochs nan: expected a number above 0"):
+    with raises(RequestError, match=r"epochs=nan: expected a number above 0"):
         TrainConfig.from_flat({"epochs": float("nan")})
     (tmp_path / "bytes.yaml").write_bytes(b"\x94\xff")
     with raises(RequestError, match=r"--config .*bytes.yaml cannot be read"):
         merge_settings({}, None, tmp_path / "bytes.yaml")
-    with raises(RequestError, match=r"--epochs ten: expected a number"):
+    with raises(RequestError, match=r"epochs=ten: expected a number"):
         TrainConfig.from_flat({"epochs": "ten"})
-    with raises(RequestError, match=r"--mixed-precision fp8: expected one of auto, no, bf16, fp16"):
+    with raises(RequestError, match=r"mixed_precision=fp8: expected one of auto, no, bf16, fp16"):
         TrainConfig.from_flat({"mixed_precision": "fp8"})
 
 
