@@ -9,7 +9,6 @@ from typing import Any
 
 from resnext_hub.data.splits import Splits
 from resnext_hub.errors import RequestError, one_line
-from resnext_hub.yaml_files import read_yaml
 from resnext_hub.hub.publish import require_model
 from resnext_hub.record import RunRecord
 from resnext_hub.run_folder import RunFolder
@@ -18,6 +17,7 @@ from resnext_hub.settings import flag_of
 from resnext_hub.text import listing, printable
 from resnext_hub.training.config import TrainConfig, growing_fields, resumable_fields
 from resnext_hub.training.schedule import Schedule, plan_schedule
+from resnext_hub.yaml_files import read_yaml
 
 _logger = logging.getLogger(__name__)
 
@@ -133,9 +133,7 @@ def _compare(
     ]
     old_steps = plan_schedule(TrainConfig.from_flat(before), splits.train.count).steps
     if schedule.steps < old_steps:
-        differing.append(
-            f"{old_steps} steps there and {schedule.steps} now (--epochs and --max-steps may only grow)"
-        )
+        differing.append(f"{old_steps} steps there and {schedule.steps} now (--epochs and --max-steps may only grow)")
     if existing.fingerprint not in (None, splits.fingerprint):
         differing.append(f"the images of {splits.dataset_id} have changed")
     if differing:

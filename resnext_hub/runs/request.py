@@ -16,7 +16,6 @@ from resnext_hub.data.sources import check_source, dataset_name
 from resnext_hub.data.splits import Splits, load_splits
 from resnext_hub.data.transforms import resolve_input
 from resnext_hub.errors import RequestError
-from resnext_hub.yaml_files import read_yaml
 from resnext_hub.hub.publish import check_request
 from resnext_hub.machine import device_type, resolve_precision
 from resnext_hub.models.input_config import InputConfig
@@ -34,6 +33,7 @@ from resnext_hub.training.config import TrainConfig
 from resnext_hub.training.optim import check_optimizer, derive_lr
 from resnext_hub.training.plan import Plan
 from resnext_hub.training.schedule import plan_schedule
+from resnext_hub.yaml_files import read_yaml
 
 _logger = logging.getLogger(__name__)
 
@@ -158,9 +158,7 @@ def prepare(
     )
 
 
-def _continue(
-    config: TrainConfig, folder: RunFolder, before: Mapping[str, Any], resume: bool | None
-) -> TrainConfig:
+def _continue(config: TrainConfig, folder: RunFolder, before: Mapping[str, Any], resume: bool | None) -> TrainConfig:
     """Pin the commit of the dataset that a run in the folder began with, even if the dataset has moved on since.
 
     Raises:
@@ -196,9 +194,7 @@ def _choose_decoder(
     return dataclasses.replace(config, loader=dataclasses.replace(config.loader, decoder=decoder))
 
 
-def _resolve(
-    config: TrainConfig, source: ModelSource, splits: Splits, input: InputConfig, device: str
-) -> TrainConfig:
+def _resolve(config: TrainConfig, source: ModelSource, splits: Splits, input: InputConfig, device: str) -> TrainConfig:
     """Fill in every open field with what follows from model, data and device."""
     optim, loader = config.optim, config.loader
     found = splits.found

@@ -6,8 +6,8 @@ import sys
 import time
 from pathlib import Path
 
-from support.processes import ROOT, TINY, run_process
 from pytest import fixture
+from support.processes import ROOT, TINY, run_process
 
 from resnext_hub.record import RunRecord
 

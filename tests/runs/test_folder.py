@@ -9,20 +9,20 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from support.processes import TINY
 from pytest import MonkeyPatch, fixture, mark, raises, skip
 from safetensors.torch import load_file, save_file
+from support.processes import TINY
 
-from resnext_hub.processes.peers import Peers
 from resnext_hub.errors import RequestError
 from resnext_hub.files import sha256_of
-from resnext_hub.run_folder import RunFolder
-from resnext_hub.runs.public import public_model
-from resnext_hub.training.plan import Plan
-from resnext_hub.runs.request import merge_settings, prepare
+from resnext_hub.processes.peers import Peers
 from resnext_hub.record import RunRecord
+from resnext_hub.run_folder import RunFolder
 from resnext_hub.runs.job import execute, require_places
+from resnext_hub.runs.public import public_model
+from resnext_hub.runs.request import merge_settings, prepare
 from resnext_hub.training.checkpoint import latest_checkpoint
+from resnext_hub.training.plan import Plan
 
 Command = Callable[..., tuple[int, str, str]]
 

@@ -14,12 +14,12 @@ import numpy as np
 import timm
 import torch
 import yaml
-from support.processes import ROOT, TINY, run_process
-from support.runs import kill_at, lines, weights, without_clock
 from PIL import Image
 from pyarrow import parquet
 from pytest import MonkeyPatch, fixture, mark
 from safetensors.torch import load_file
+from support.processes import ROOT, TINY, run_process
+from support.runs import kill_at, lines, weights, without_clock
 
 from resnext_hub.record import RunRecord
 

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from support.processes import TINY, run_process, save_with_timm
 from pytest import CaptureFixture, MonkeyPatch, mark, raises
+from support.processes import TINY, run_process, save_with_timm
 
-from resnext_hub.models.input_config import InputConfig
 from resnext_hub.cli import main as cli
 from resnext_hub.data.augment import Augmentation
 from resnext_hub.data.transforms import TransformConfig
 from resnext_hub.errors import RequestError
 from resnext_hub.machine import is_out_of_memory
+from resnext_hub.models.input_config import InputConfig
 from resnext_hub.models.saved_config import CROP, MEAN, STD
 from resnext_hub.run_folder import RunFolder
 from resnext_hub.runs.checks import check_space
