@@ -18,7 +18,7 @@ from resnext_hub.files import sha256_of
 from resnext_hub.processes.peers import Peers
 from resnext_hub.record import RunRecord
 from resnext_hub.run_folder import RunFolder
-from resnext_hub.runs.job import execute, require_places
+from resnext_hub.runs.job import execute, require_writable_paths
 from resnext_hub.runs.public import public_model
 from resnext_hub.runs.request import merge_settings, prepare
 from resnext_hub.training.checkpoint import latest_checkpoint
@@ -59,10 +59,10 @@ def test_what_lies_where_results_go_is_refused_before_training(tmp_path: Path, n
     path = tmp_path / name
     {"file": path.touch, "FIFO": lambda: os.mkfifo(path), "folder": path.mkdir}[kind]()
     if kind == ("folder" if name in FOLDERS else "file"):
-        require_places(RunFolder(tmp_path))
+        require_writable_paths(RunFolder(tmp_path))
     else:
         with raises(RequestError, match=f"{name} is .*; remove it, or choose another --output-dir"):
-            require_places(RunFolder(tmp_path))
+            require_writable_paths(RunFolder(tmp_path))
 
 
 GROWN = ("train", *TINY, "--lr", 0.01, "--max-steps", 32)
