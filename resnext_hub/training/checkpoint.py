@@ -41,8 +41,8 @@ class CheckpointConfig:
         check_fields(self)
         if not re.fullmatch(r"[1-9][0-9]{0,8}m?", self.checkpoint_every):
             raise RequestError(
-                f"{setting('checkpoint_every', shown(self.checkpoint_every))}: expected steps, such as 500, or minutes, "
-                "such as 10m"
+                f"{setting('checkpoint_every', shown(self.checkpoint_every))}: expected steps, such as 500, or "
+                "minutes, such as 10m"
             )
 
     @property
