@@ -1,4 +1,4 @@
-"""Every path in a run folder, and the lock that keeps the folder to one run."""
+"""Paths in a run folder, and the lock that reserves the folder for one process."""
 
 import errno
 import fcntl
@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from resnext_hub.errors import RequestError
+from resnext_hub.errors import RequestError, setting
 from resnext_hub.files import sha256_of
 from resnext_hub.text import printable
 
@@ -16,7 +16,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of a run; nothing here creates or checks a file by itself."""
+    """Paths in the folder of a run; nothing is created or checked."""
 
     path: Path
 
@@ -30,7 +30,7 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """Numbers of training and evaluation, a JSON object a line."""
+        """Metrics of training and evaluation, in JSON Lines."""
         return self.path / "metrics.jsonl"
 
     @property
@@ -50,7 +50,7 @@ class RunFolder:
 
     @property
     def predictions(self) -> Path:
-        """Prediction for each evaluation sample, in Parquet."""
+        """Predictions for the evaluation split, in Parquet."""
         return self.path / "predictions.parquet"
 
     @property
@@ -60,26 +60,26 @@ class RunFolder:
 
     @property
     def previous_record(self) -> Path:
-        """Record of a finished run that was extended; nothing reads it."""
+        """Record of a finished run before it was extended; kept for the user."""
         return self.path / "record.previous.json"
 
     @property
     def unreadable(self) -> Path:
-        """List of images that could not be decoded, written by the main process."""
+        """List of unreadable images, in JSON Lines, written by the main process."""
         return self.path / "unreadable-0.jsonl"
 
     @property
     def unreadable_lists(self) -> list[Path]:
-        """All such lists: before version 0.2 every process wrote one."""
+        """All lists of unreadable images; before version 0.2 every process wrote one."""
         return sorted(self.path.glob("unreadable-*.jsonl"))
 
     @property
     def lock(self) -> Path:
-        """File that a running process holds a lock on."""
+        """File on which a running process holds a lock."""
         return self.path / ".lock"
 
     def samples(self, process: int) -> Path:
-        """Indices and pixel hashes of the samples that a process trained on."""
+        """Indices and pixel hashes of the samples that a process trained on, in JSON Lines."""
         return self.path / f"samples-{process}.jsonl"
 
     @property
@@ -88,18 +88,17 @@ class RunFolder:
         return os.path.lexists(self.config)
 
     def state(self) -> tuple[str | None, ...]:
-        """Return digests of settings and record, by which to see whether another command has worked here since."""
+        """Return digests of settings and record, to detect whether another command has changed the folder since."""
         return tuple(sha256_of(path) if path.is_file() else None for path in (self.config, self.record))
 
 
 class RunLock:
-    """An exclusive lock on a run folder, released by the kernel when the process ends, however it ends.
+    """An exclusive lock on a run folder; the kernel releases it when the process ends for any reason.
 
-    It is a record lock: workers forked by this process do not hold it. On a file system without locks it warns and
-    does nothing.
+    It is a record lock, so forked workers do not hold it. On a file system without locks it only logs a warning.
 
     Raises:
-        RequestError: If another process holds it; the message names its pid.
+        RequestError: If another process holds the lock; the message names its pid.
     """
 
     def __init__(self, folder: RunFolder) -> None:
@@ -114,7 +113,7 @@ class RunLock:
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 _logger.warning(
-                    "%s cannot be locked (%s): make sure that no second command trains in it",
+                    "%s cannot be locked (%s); make sure that no other command uses it",
                     printable(folder),
                     error.strerror,
                 )
@@ -122,9 +121,10 @@ class RunLock:
             self._file.seek(0)
             holder = self._file.read(20).strip()
             self._file.close()
+            pid = holder if holder.isdecimal() else "unknown"
             raise RequestError(
-                f"{printable(folder)} is in use by a running process, pid {holder if holder.isdecimal() else 'unknown'}"
-                "; wait for it, or choose another --output-dir"
+                f"{printable(folder)} is in use by a running process, pid {pid}; wait for it to end, or choose "
+                f"another {setting('output_dir')}"
             ) from error
         self._file.truncate(0)
         self._file.write(str(os.getpid()))

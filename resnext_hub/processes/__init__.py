@@ -1,1 +1,1 @@
-"""The processes of one run: how they find each other, agree, and notice that one is gone."""
+"""The processes of a run: how they find each other, agree on the run, and notice lost processes."""

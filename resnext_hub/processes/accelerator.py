@@ -1,4 +1,4 @@
-"""Accelerate and computing threads, set up for the processes that the launcher started."""
+"""Set up Accelerate and computing threads for the processes that the launcher started."""
 
 from typing import TYPE_CHECKING
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 def build_accelerator(precision: str, deterministic: bool) -> "Accelerator":
-    """Start Accelerate for the processes that the launcher made.
+    """Return an accelerator for the processes that the launcher started.
 
-    Without an accelerator device it must be told so: it would leave several CPU processes each alone otherwise.
+    On CPU, Accelerate must be told so explicitly; several processes would otherwise each train alone.
 
     Args:
-        precision: Mixed precision, resolved.
-        deterministic: Whether gradients are to be added up in the same order after a resume as before it.
+        precision: Mixed precision: `no`, `bf16` or `fp16`.
+        deterministic: Whether to sum gradients in the same order before and after a resume.
 
     Raises:
         RunError: If it does not see as many processes as the launcher started.
@@ -31,8 +31,8 @@ def build_accelerator(precision: str, deterministic: bool) -> "Accelerator":
         cpu=device_type() == "cpu",
         mixed_precision=precision,
         kwargs_handlers=[
-            # keeps the gradients' buckets as they are at the start: they are rearranged after the first pass otherwise,
-            # so that a resumed run adds in another order than the one before
+            # keeps the initial gradient buckets: otherwise DDP rebuilds them after the first pass, and a resumed run
+            # would sum in another order
             DistributedDataParallelKwargs(find_unused_parameters=deterministic),
             InitProcessGroupKwargs(timeout=WAIT),
         ],

@@ -1,7 +1,7 @@
-"""A sign of life between the processes of a run: a host that drops off the network closes no connection.
+"""Heartbeats between the processes of a run, because a host that drops off the network closes no connection.
 
-Each process counts up a number in the store through which they found each other. The main process watches the numbers
-of all others, and they watch its own, as the store is on its host.
+Each process increments a counter in the store of the run. The main process, whose host serves the store, watches the
+counters of all others; they watch its counter.
 """
 
 import contextlib
@@ -20,26 +20,26 @@ from resnext_hub.processes.peers import Peers, open_store
 from resnext_hub.text import printable
 
 BEAT = 5.0
-"""Seconds between two signs of life."""
+"""Seconds between heartbeats."""
 
 SILENCE = 45.0
-"""Seconds without one after which a process counts as lost."""
+"""Seconds without a heartbeat after which a process counts as lost."""
 
 _LEFT = "left"
 
 
 @contextlib.contextmanager
 def heartbeat(peers: Peers) -> Iterator[None]:
-    """End this process with exit code 1 and one line if another one falls silent inside.
+    """End this process with one line and exit code 1 if another one is lost.
 
-    It would wait for hours: what blocks it is a call into a library, which no exception can end.
+    It could otherwise wait for hours in a library call, which an exception cannot interrupt.
     """
     if peers.size == 1:
         yield
         return
     store = open_store(Place.read())
     store.set_timeout(timedelta(seconds=SILENCE))
-    store.set(_key(peers.rank), "")  # no number of an attempt before this one is left when the others look
+    store.set(_key(peers.rank), "")  # reset the counter of an earlier attempt before the others read it
     pulse = _Pulse(peers.rank, peers.gather(platform.node()), store)
     for work in (pulse.beat, pulse.watch):
         threading.Thread(target=work, daemon=True).start()
@@ -50,7 +50,7 @@ def heartbeat(peers: Peers) -> Iterator[None]:
 
 
 class _Pulse:
-    """What this process has heard of the others, and when."""
+    """Heartbeats of this process, and when it last heard those of the others."""
 
     def __init__(self, rank: int, hosts: list[str], store: distributed.Store) -> None:
         self.rank, self.hosts, self.store = rank, hosts, store
@@ -60,8 +60,8 @@ class _Pulse:
         self.heard = dict.fromkeys(watched, time.monotonic())
 
     def beat(self) -> None:
-        """Send signs of life, and listen for those of the others, until this process leaves or the store is gone."""
-        with contextlib.suppress(RuntimeError):  # whatever breaks, `watch` hears nothing more
+        """Send heartbeats and read those of the others, until this process leaves or the store is gone."""
+        with contextlib.suppress(RuntimeError):  # if the store is gone, `watch` sees no more heartbeats
             count = 0
             while not self.left.wait(BEAT):
                 count += 1
@@ -75,7 +75,7 @@ class _Pulse:
             self.store.set(_key(self.rank), _LEFT)
 
     def watch(self) -> None:
-        """End this process when another one has been silent for too long."""
+        """End this process if another one has been silent for too long."""
         while not self.left.wait(BEAT):
             now = time.monotonic()
             silent = [rank for rank, at in list(self.heard.items()) if now - at > SILENCE]

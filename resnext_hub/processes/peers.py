@@ -1,7 +1,7 @@
-"""What the processes of a run agree on, and how the failure of one reaches all of them.
+"""Agreement between the processes of a run, and propagation of errors from one to all of them.
 
-Each process reads a command line, a disk and packages of its own, which may differ on another host. Before the first
-step they compare what decides the run, and wherever one of them fails the others hear of it and stop as well.
+Each process has its own command line, disk and packages, which may differ between hosts. Before the first step the
+processes compare everything that determines the run. If one fails, the others are notified and stop as well.
 """
 
 import contextlib
@@ -26,23 +26,23 @@ RENDEZVOUS = timedelta(minutes=5)
 """How long a process waits for the others to start."""
 
 PARTING = timedelta(seconds=5)
-"""How long the main process, which holds the store, stays for others to read why the run cannot start."""
+"""How long the main process keeps the store open for others to read why the run cannot start."""
 
-SHOWN = 4
-"""How many differing settings a message names."""
+MAX_NAMED = 4
+"""Number of differing settings that a message names."""
 
 T = TypeVar("T")
 
 
 class Peers:
-    """The processes of one run; with one process, everything here is a plain function call.
+    """The processes of a run; with one process, every method is a plain function call.
 
-    All processes make the same calls in the same order. One that fails before its next call tells the others in place
-    of that call, whichever it is, and they fail there as well.
+    All processes make the same calls in the same order. A process that fails reports it in place of its next call, and
+    the others fail in theirs.
 
     Args:
-        rank: Index of this process; 0 is the main one.
-        size: How many there are.
+        rank: Index of this process; 0 is the main process.
+        size: Number of processes.
         group: A gloo group of all of them, for CPU tensors.
     """
 
@@ -53,15 +53,15 @@ class Peers:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that decides and writes."""
+        """Whether this is the main process, which makes decisions and writes files."""
         return self.rank == 0
 
     def together(self, work: Callable[[], T]) -> T:
-        """Return what the work gives here, after it has succeeded in every process.
+        """Run a function in every process; return this process's result once all have succeeded.
 
         Raises:
-            RequestError: In every process, if that or another error below was raised in any.
-            RunError: The same.
+            RequestError: In every process, if any raised it.
+            RunError: In every process, if any raised it or an OSError.
         """
         if self.size == 1:
             return work()
@@ -73,31 +73,35 @@ class Peers:
         except OSError as error:
             failure = failed_system_call(error)
         if failure is not None and self._failed:
-            raise failure  # which is what the others failed of, or they know of it
+            raise failure  # the others know of a failure already
         reports = self._gather(None if failure is None else _Failure.of(failure))
         self._require_success(reports, failure)
         return result
 
     def from_main(self, work: Callable[[], T]) -> T:
-        """Return in every process what the work gives in the main process, which alone does it."""
+        """Run a function in the main process only; return its result in every process."""
         done = self.together(lambda: [work()] if self.is_main else [])
         if self.size == 1:
             return done[0]
         box: list[Any] = done or [None]
         with lost_peers(self.rank, self.size):
             distributed.broadcast_object_list(box, src=0, group=self._group)
-        found: T = box[0]
-        return found
+        result: T = box[0]
+        return result
 
     def gather(self, value: T) -> list[T]:
-        """Return the values of all processes, in the order of their ranks."""
+        """Return the values of all processes, ordered by rank."""
         return [value] if self.size == 1 else self._gather(value)
 
     def agree(self, work: Callable[[], T], facts: Callable[[T], Mapping[str, object]]) -> T:
-        """Return what the work gives here, after all processes were found to have the same facts of theirs.
+        """Run a function in every process; return this process's result once the facts about all results agree.
+
+        Args:
+            work: The function.
+            facts: Returns the facts about a result, by the name that messages use.
 
         Raises:
-            RequestError: In every process, if the facts differ; the host, the fact and both values are named.
+            RequestError: In every process, if the facts differ; the message names the host, the fact and both values.
         """
         if self.size == 1:
             return work()
@@ -111,7 +115,7 @@ class Peers:
         return result
 
     def share_tensors(self, load: Callable[[], Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Return in every process, on the CPU, the tensors that the main process loads; they are sent one by one."""
+        """Load tensors in the main process; return them in every process, on the CPU. They are sent one by one."""
         loaded: dict[str, torch.Tensor] = {}
 
         def describe() -> list[tuple[str, torch.Size, torch.dtype]]:
@@ -158,14 +162,14 @@ class Peers:
         raise RunError(text, everywhere=True) from mine
 
     def _part(self) -> None:
-        """Wait until all have heard, as the connection of one that ends first would break under the others."""
+        """Wait until all processes know; the first to end would otherwise break the connections of the others."""
         with contextlib.suppress(RuntimeError):
             distributed.barrier(group=self._group)
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """What failed in a process."""
+    """An error of a process."""
 
     host: str
     text: str
@@ -173,12 +177,12 @@ class _Failure:
 
     @classmethod
     def of(cls, error: RequestError | RunError) -> "_Failure":
-        """Describe an error of this process."""
+        """Return a description of an error of this process."""
         return cls(platform.node(), error.message, isinstance(error, RequestError))
 
 
 def _difference(found: list[tuple[str, dict[str, object]]]) -> str | None:
-    """Describe how the facts of the first process that differs from the main one differ from them, in one line."""
+    """Describe in one line how the first process that differs from the main one differs; None if none does."""
     (_, main), *_ = found
     differing = [
         (rank, host, [name for name in main if facts.get(name) != main[name]])
@@ -189,9 +193,9 @@ def _difference(found: list[tuple[str, dict[str, object]]]) -> str | None:
         return None
     rank, host, names = differing[0]
     facts = found[rank][1]
-    shown = [f"{name} {_shown(facts.get(name))}, rank 0 has {_shown(main[name])}" for name in names[:SHOWN]]
-    more = [f"{len(names) - SHOWN} more"] if len(names) > SHOWN else []
-    others = f" (and {len(differing) - 1} more processes differ)" if len(differing) > 1 else ""
+    shown = [f"{name} {_shown(facts.get(name))}, rank 0 has {_shown(main[name])}" for name in names[:MAX_NAMED]]
+    more = [f"{len(names) - MAX_NAMED} more"] if len(names) > MAX_NAMED else []
+    others = f" ({len(differing) - 1} more processes differ)" if len(differing) > 1 else ""
     return (
         f"host {printable(host)} (rank {rank}): {'; '.join(shown + more)}{others}; start every process with the same "
         "settings, dataset and package versions"
@@ -205,7 +209,7 @@ def _shown(value: object) -> str:
 
 @contextlib.contextmanager
 def lost_peers(rank: int, size: int) -> Iterator[None]:
-    """Report in one line that another process has ended, which shows as a broken connection to it."""
+    """Turn a broken connection to another process into a one-line RunError."""
     try:
         yield
     except RunError:
@@ -221,11 +225,11 @@ def lost_peers(rank: int, size: int) -> Iterator[None]:
 
 
 def join() -> Peers:
-    """Open the process group of the processes that the launcher started.
+    """Join the process group of the processes that the launcher started.
 
     Raises:
-        RequestError: If the launcher's variables are wrong, or processes were started as parts of different runs.
-        RunError: If the others do not start in time.
+        RequestError: If variables of the launcher are wrong or differ between processes.
+        RunError: If other processes do not start in time.
     """
     place = Place.read()
     if place.processes == 1:
@@ -240,14 +244,14 @@ def join() -> Peers:
 
 
 def open_store(place: Place, *, serves: bool = False) -> distributed.Store:
-    """Connect to the store through which the processes find each other.
+    """Return the key-value store through which the processes find each other.
 
     Args:
-        place: Where it is.
-        serves: Whether this process serves it: the main one does, if the launcher does not.
+        place: Its address, and the rank of this process.
+        serves: Whether this process serves it; the main process does, unless the launcher does.
 
     Raises:
-        RunError: If that fails.
+        RunError: If it cannot be reached or opened.
     """
     where = f"{printable(place.address)}:{place.port}"
     try:
@@ -261,15 +265,15 @@ def open_store(place: Place, *, serves: bool = False) -> distributed.Store:
             multi_tenant=serves,
         )
     except (RuntimeError, ValueError) as error:
-        what = "open" if serves else "reach"
+        action = "open" if serves else "reach"
         raise RunError(
-            f"rank {place.rank} could not {what} {where} (MASTER_ADDR, MASTER_PORT), where the processes of the run "
+            f"rank {place.rank} could not {action} {where} (MASTER_ADDR, MASTER_PORT), where the processes of the run "
             f"find each other: {one_line(error)[:160]}"
         ) from error
 
 
 def _check_in(store: distributed.Store, place: Place) -> None:
-    """Wait for all processes, and compare how many each of them expects."""
+    """Wait for all processes, and check that all expect the same number of them."""
     mine = json.dumps([platform.node(), place.processes])
     deadline = time.monotonic() + RENDEZVOUS.total_seconds()
     waited_for = 0
@@ -282,7 +286,7 @@ def _check_in(store: distributed.Store, place: Place) -> None:
                 _wait_until_read(store, place, waited_for)
                 raise RequestError(
                     f"host {printable(host)} (rank {waited_for}) was started with WORLD_SIZE {processes}, rank "
-                    f"{place.rank} with {place.processes}; start every process with the same number"
+                    f"{place.rank} with {place.processes}; start every process with the same WORLD_SIZE"
                 )
     except RuntimeError as error:
         raise RunError(
@@ -296,7 +300,7 @@ def _key(rank: int) -> str:
 
 
 def _wait_until_read(store: distributed.Store, place: Place, other: int) -> None:
-    """Keep the store open, if this is its process, until the other one has seen the difference as well."""
+    """Keep the store open, if this process serves it, until the other one has seen the difference as well."""
     with contextlib.suppress(RuntimeError):
         store.set(f"{_key(place.rank)}/read", "")
         if place.rank == 0:

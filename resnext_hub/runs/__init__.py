@@ -1,1 +1,1 @@
-"""A training job from request to results."""
+"""A training run, from request to results."""

@@ -1,4 +1,4 @@
-"""The images that int8 is calibrated on and judged by."""
+"""The images that an int8 model is calibrated and evaluated on."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import torch
 from resnext_hub.data.config import DataConfig
 from resnext_hub.data.images import IndexedImages
 from resnext_hub.data.splits import load_splits
-from resnext_hub.errors import RequestError
+from resnext_hub.errors import RequestError, setting
 from resnext_hub.export.runtime import CALIBRATION_IMAGES, Int8
 from resnext_hub.models.lookup import LoadedModel
 from resnext_hub.run_folder import RunFolder
@@ -19,15 +19,16 @@ from resnext_hub.training.feed import evaluation_samples
 
 
 def prepare_int8(model: LoadedModel, dataset: str | None, max_drop: float) -> Int8:
-    """Read the images that int8 is calibrated on and judged by.
+    """Load the images that an int8 model is calibrated and evaluated on.
 
     Args:
-        model: The network.
-        dataset: A dataset as for training, of the network's classes; if not given, that of the run whose model it is.
-        max_drop: Points of top-1 accuracy that may be lost.
+        model: The model.
+        dataset: A dataset as for training, with the classes of the model; if not given, the dataset of the run that
+            trained the model.
+        max_drop: Largest acceptable drop of top-1 accuracy, in percentage points.
 
     Raises:
-        RequestError: If there is no dataset, or it has other classes.
+        RequestError: If there is no dataset, its classes differ, or none of its images is readable.
     """
     settings = read_config(RunFolder(model.folder.parent)) if model.folder is not None else {}
     if dataset is not None:
@@ -35,17 +36,19 @@ def prepare_int8(model: LoadedModel, dataset: str | None, max_drop: float) -> In
     elif settings:
         data = TrainConfig.from_flat(settings).data
     else:
-        raise RequestError("--int8 needs --calibration, a dataset to calibrate on and to measure its accuracy by")
+        raise RequestError(
+            f"{setting('int8', True)} needs {setting('calibration')}, a dataset to calibrate and measure accuracy on"
+        )
     splits = load_splits(data)
     if splits.label_names != model.label_names:
         raise RequestError(
-            f"--calibration {data.dataset} has the classes {listing(splits.label_names)}; expected the network's, "
-            f"{listing(model.label_names)}"
+            f"{setting('calibration', data.dataset)} has the classes {listing(splits.label_names)}; expected those of "
+            f"the model, {listing(model.label_names)}"
         )
     train = splits.train
-    if isinstance(train, IndexedImages):  # some from everywhere, as a folder's come class by class
-        some = np.linspace(0, len(train) - 1, min(CALIBRATION_IMAGES, len(train))).round().astype(int)
-        train = dataclasses.replace(train, indices=train.indices[some], labels=train.labels[some])
+    if isinstance(train, IndexedImages):  # evenly spaced, because images of a folder are ordered by class
+        chosen = np.linspace(0, len(train) - 1, min(CALIBRATION_IMAGES, len(train))).round().astype(int)
+        train = dataclasses.replace(train, indices=train.indices[chosen], labels=train.labels[chosen])
     images, batches = 0, []
     for batch in evaluation_samples(train, model.input).batches(25, 0, 1, 0, False):
         unreadable = torch.tensor([entry.index for entry in batch.unreadable], dtype=torch.int64)
@@ -54,7 +57,10 @@ def prepare_int8(model: LoadedModel, dataset: str | None, max_drop: float) -> In
         if images >= CALIBRATION_IMAGES:
             break
     if images == 0:
-        raise RequestError(f"none of the images of {printable(data.dataset)} can be read to calibrate on")
+        raise RequestError(
+            f"none of the training images of {printable(data.dataset)} is readable; choose another "
+            f"{setting('calibration')} dataset"
+        )
     return Int8(
         calibration=torch.cat(batches)[:CALIBRATION_IMAGES],
         samples=evaluation_samples(splits.eval, model.input),

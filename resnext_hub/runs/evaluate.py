@@ -1,4 +1,4 @@
-"""Evaluate a finished run again, from its published model folder."""
+"""Evaluate the model folder of a finished run again."""
 
 from pathlib import Path
 
@@ -20,11 +20,11 @@ from resnext_hub.training.feed import evaluation_samples
 
 
 def evaluate_run(path: Path, threads: str = "auto") -> tuple[Evaluation, RunRecord]:
-    """Evaluate the model folder of a run as the run did.
+    """Evaluate the model folder of a finished run as the run itself did.
 
     Args:
         path: The run folder.
-        threads: Computing threads on a CPU, or `auto`.
+        threads: CPU threads, or `auto`.
 
     Returns:
         The evaluation, and the record of the run to compare it with.
@@ -36,14 +36,14 @@ def evaluate_run(path: Path, threads: str = "auto") -> tuple[Evaluation, RunReco
     record = RunRecord.load(folder.record)
     settings = read_config(folder)
     if not settings:
-        raise RequestError(f"there is no config.yaml in {printable(folder)}, which states the dataset to evaluate on")
+        raise RequestError(f"{printable(folder)} has no config.yaml, which names the dataset to evaluate on")
     require_config(folder.model, record)
     config = TrainConfig.from_flat(settings)
     splits = load_splits(config.data)
     if splits.fingerprint != record.dataset.fingerprint:
         raise RequestError(
-            f"{config.data.dataset} has changed since the run: its fingerprint is {splits.fingerprint[:16]}, "
-            f"recorded is {record.dataset.fingerprint[:16]}"
+            f"{printable(config.data.dataset)} has changed since the run: its fingerprint is "
+            f"{splits.fingerprint[:16]}, expected {record.dataset.fingerprint[:16]}"
         )
     device = torch.device(device_type())
     set_threads(threads, device.type)

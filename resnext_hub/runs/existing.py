@@ -1,4 +1,4 @@
-"""What a run folder holds already: nothing, an unfinished run, or a finished one, and whether it is the requested run."""
+"""Inspect an existing run folder: does it hold a run, is it finished, and is it the requested run?"""
 
 import logging
 import os
@@ -8,47 +8,46 @@ from pathlib import Path
 from typing import Any
 
 from resnext_hub.data.splits import Splits
-from resnext_hub.errors import RequestError, one_line
-from resnext_hub.yaml_files import read_yaml
+from resnext_hub.errors import RequestError, one_line, setting
 from resnext_hub.hub.publish import require_model
 from resnext_hub.record import RunRecord
 from resnext_hub.run_folder import RunFolder
 from resnext_hub.runs.public import public_settings
-from resnext_hub.settings import flag_of
 from resnext_hub.text import listing, printable
 from resnext_hub.training.config import TrainConfig, growing_fields, resumable_fields
 from resnext_hub.training.schedule import Schedule, plan_schedule
+from resnext_hub.yaml_files import read_yaml
 
 _logger = logging.getLogger(__name__)
 
 CONFIG_VERSION = 1
-"""Format version of config.yaml; files before version 0.3 do not state it and are of version 1."""
+"""Format version of config.yaml; files of versions before 0.3 do not state it and have version 1."""
 
 _LAST_SETTING = "private"
-"""The setting that config.yaml has ended with since the first release; a file without it was cut off."""
+"""The last setting in config.yaml since the first release; a file without it is truncated."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExistingRun:
-    """What a run folder holds. On several hosts only the main process's folder counts."""
+    """Content of a run folder; with several hosts, that of the main process."""
 
     settings: dict[str, Any]
-    """The run's flat settings; empty if there is no run."""
+    """Flat settings of the run; empty if there is no run."""
     steps: int | None = None
     """Steps of the run, if it is finished."""
     fingerprint: str | None = None
-    """Dataset of the run, if it is finished."""
+    """Fingerprint of the dataset, if the run is finished."""
     state: tuple[str | None, ...] = ()
-    """`RunFolder.state` when it was read."""
+    """`RunFolder.state` at the time of reading."""
     fault: str | None = None
-    """Why the model folder does not hold the recorded model, if it does not."""
+    """Why the model folder does not match the record, if it does not."""
 
 
 def read_existing(folder: RunFolder) -> ExistingRun:
-    """Read what a run folder holds; nothing is created.
+    """Read an existing run folder; nothing is created.
 
     Raises:
-        RequestError: If it cannot be a run folder, or what it holds cannot be read.
+        RequestError: If the path cannot be a run folder, or the run in it cannot be read.
     """
     _require_usable(folder)
     state = folder.state()
@@ -68,7 +67,7 @@ def read_existing(folder: RunFolder) -> ExistingRun:
 
 
 def read_config(folder: RunFolder) -> dict[str, Any]:
-    """Return the flat settings in a folder's config.yaml, or none if there is no such file.
+    """Return the flat settings in the config.yaml of a folder; empty if there is no such file.
 
     Raises:
         RequestError: If the file is damaged, or of a newer format version.
@@ -76,20 +75,20 @@ def read_config(folder: RunFolder) -> dict[str, Any]:
     path = folder.config
     if not os.path.lexists(path):
         return {}
-    way_out = "restore the file, or choose another --output-dir"
-    content = read_yaml(path, way_out)
+    remedy = f"restore the file, or choose another {setting('output_dir')}"
+    content = read_yaml(path, remedy)
     version = content.pop("format_version", CONFIG_VERSION)
     if version != CONFIG_VERSION or isinstance(version, bool):
         raise RequestError(
             f"{printable(path)} has format version {printable(version)[:40]}; this version of resnext-hub reads "
-            f"{CONFIG_VERSION}; update resnext-hub, or choose another --output-dir"
+            f"version {CONFIG_VERSION}; update resnext-hub, or choose another {setting('output_dir')}"
         )
     try:
         TrainConfig.from_flat(content)
     except RequestError as error:
-        raise RequestError(f"{printable(path)} is damaged ({one_line(error)}); {way_out}") from error
+        raise RequestError(f"{printable(path)} is damaged ({one_line(error)}); {remedy}") from error
     if _LAST_SETTING not in content:
-        raise RequestError(f"{printable(path)} is damaged (it ends before its last setting); {way_out}")
+        raise RequestError(f"{printable(path)} is truncated (it ends before its last setting); {remedy}")
     return content
 
 
@@ -101,49 +100,55 @@ def is_finished(
     splits: Splits,
     schedule: Schedule,
 ) -> bool:
-    """Return whether the folder holds this very run, complete.
+    """Return whether the folder holds the requested run, complete.
 
     Raises:
-        RequestError: If the run there, or the one fetched to be resumed, is another one.
+        RequestError: If the run in the folder, or the fetched one to resume, is another run.
     """
     if existing.settings:
         return _compare(folder, existing, config.to_flat(), splits, schedule)
     if resume_from is not None:
-        there, here = read_config(RunFolder(resume_from)), public_settings(config, splits)
-        if all(settings["model"].startswith("local-dir:") for settings in (there, here)):
-            here["model"] = there["model"]  # it lies elsewhere on another machine; its tensors are compared
-        _compare(folder, ExistingRun(settings=there), here, splits, schedule)
+        fetched, requested = read_config(RunFolder(resume_from)), public_settings(config, splits)
+        if all(settings["model"].startswith("local-dir:") for settings in (fetched, requested)):
+            requested["model"] = fetched["model"]  # its path may differ between machines; tensors are compared
+        _compare(folder, ExistingRun(settings=fetched), requested, splits, schedule)
     return False
 
 
 def _compare(
     folder: RunFolder, existing: ExistingRun, now: Mapping[str, Any], splits: Splits, schedule: Schedule
 ) -> bool:
-    """Compare a request with the run in a folder; return whether that run is complete.
+    """Compare the requested run with the one in a folder; return whether the latter is complete.
 
     Raises:
-        RequestError: If it is another run; the message names the settings that differ.
+        RequestError: If they differ; the message names the settings that differ.
     """
     before = existing.settings
     fixed = [name for name in now if name not in resumable_fields() | growing_fields()]
     differing = [
-        f"{flag_of(name)} is {before.get(name)} there and {now[name]} now"
+        f"{setting(name)} was {printable(before.get(name))} and is now {printable(now[name])}"
         for name in fixed
         if before.get(name) != now[name]
     ]
     old_steps = plan_schedule(TrainConfig.from_flat(before), splits.train.count).steps
     if schedule.steps < old_steps:
-        differing.append(f"{old_steps} steps there and {schedule.steps} now (--epochs and --max-steps may only grow)")
+        differing.append(
+            f"it has {old_steps} steps and this one {schedule.steps} ({setting('epochs')} and {setting('max_steps')} "
+            "may only grow)"
+        )
     if existing.fingerprint not in (None, splits.fingerprint):
         differing.append(f"the images of {splits.dataset_id} have changed")
     if differing:
         raise RequestError(
-            f"{folder} holds another run: {'; '.join(differing)}. Choose another --output-dir, or use the same "
-            "settings to resume it"
+            f"{printable(folder)} holds another run: {'; '.join(differing)}. Choose another {setting('output_dir')}, "
+            "or use the same settings to resume it"
         )
     if existing.steps == schedule.steps and existing.fault is not None:
         if not any(folder.checkpoints.glob("step-*")):
-            raise RequestError(f"{existing.fault}, but no checkpoint is left to write it from; train in another folder")
+            raise RequestError(
+                f"{existing.fault}, but no checkpoint is left to restore it from; choose another "
+                f"{setting('output_dir')}"
+            )
         _logger.warning("%s", existing.fault)
     return existing.steps == schedule.steps and existing.fault is None
 
@@ -157,21 +162,24 @@ def require_writable(folder: RunFolder) -> None:
     """Raise RequestError if the folder cannot be written or created."""
     if not os.access(nearest(folder), os.W_OK | os.X_OK):
         raise RequestError(
-            f"the run folder {printable(folder)} is not writable: permission denied; choose another --output-dir"
+            f"the run folder {printable(folder)} is not writable: permission denied; choose another "
+            f"{setting('output_dir')}"
         )
 
 
 def _require_usable(folder: RunFolder) -> None:
-    """Refuse a run folder that cannot be created, or that holds other things."""
+    """Raise RequestError if the run folder cannot be created, or holds other files."""
     closest = nearest(folder)
     if not closest.is_dir():
         raise RequestError(
-            f"the run folder {folder} cannot be created, as {closest} is a file; choose another --output-dir"
+            f"the run folder {printable(folder)} cannot be created, because {printable(closest)} is a file; choose "
+            f"another {setting('output_dir')}"
         )
     others = (
         sorted(entry.name for entry in folder.path.iterdir() if entry.name[0] != ".") if folder.path.is_dir() else []
     )
     if others and not folder.is_run:
         raise RequestError(
-            f"{folder} holds other files ({listing(others, 3)}) and no run; choose an --output-dir of its own"
+            f"{printable(folder)} holds other files ({listing(others, 3)}) and no run; choose an empty or new "
+            f"{setting('output_dir')}"
         )

@@ -1,4 +1,4 @@
-"""The settings of a run as they may be published: without paths of this machine."""
+"""The settings of a run in publishable form, without local paths."""
 
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,11 @@ from resnext_hub.training.config import TrainConfig
 
 
 def public_settings(config: TrainConfig, splits: Splits) -> dict[str, Any]:
-    """Return the flat settings of a run, with local paths reduced to the folder's own name."""
+    """Return the flat settings of a run, with local paths reduced to the name of the folder."""
     return config.to_flat() | {"dataset": printable(splits.dataset_id), "model": public_model(config.model)}
 
 
 def public_model(requested: str) -> str:
-    """Return a requested model without the path of a local one."""
-    kind, _, place = requested.partition(":")
-    return f"local-dir:{local_name(Path(place))}" if kind == "local-dir" else printable(requested)
+    """Return the requested model, with a local path reduced to the name of the folder."""
+    kind, _, path = requested.partition(":")
+    return f"local-dir:{local_name(Path(path))}" if kind == "local-dir" else printable(requested)

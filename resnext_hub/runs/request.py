@@ -1,6 +1,6 @@
 """Validate a request and resolve it into a Plan.
 
-This runs in every process, except that only the main process looks at the run folder. Nothing is computed.
+Every process does this, but only the main process reads the run folder. Nothing is computed.
 """
 
 import dataclasses
@@ -15,8 +15,7 @@ from resnext_hub.data.loaders import derive_workers
 from resnext_hub.data.sources import check_source, dataset_name
 from resnext_hub.data.splits import Splits, load_splits
 from resnext_hub.data.transforms import resolve_input
-from resnext_hub.errors import RequestError
-from resnext_hub.yaml_files import read_yaml
+from resnext_hub.errors import RequestError, setting
 from resnext_hub.hub.publish import check_request
 from resnext_hub.machine import device_type, resolve_precision
 from resnext_hub.models.input_config import InputConfig
@@ -34,10 +33,12 @@ from resnext_hub.training.config import TrainConfig
 from resnext_hub.training.optim import check_optimizer, derive_lr
 from resnext_hub.training.plan import Plan
 from resnext_hub.training.schedule import plan_schedule
+from resnext_hub.yaml_files import read_yaml
 
 _logger = logging.getLogger(__name__)
 
 RUNS = Path("runs")
+"""Folder of run folders, if `output_dir` is not given."""
 
 
 def merge_settings(
@@ -46,36 +47,36 @@ def merge_settings(
     file: Path | None = None,
     fetched: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], str | None]:
-    """Merge settings in order of precedence: recipe, then file, then what the user gave.
+    """Merge settings; those of the user override those of the file, which override the recipe.
 
-    If no dataset is named at all, the recipe is quickstart.
+    If no dataset is given, the recipe is quickstart.
 
     Args:
         asked: Flat settings that the user gave.
         recipe: Name of a recipe.
         file: A YAML file of flat settings.
-        fetched: Settings of a run on the Hub, in place of a file.
+        fetched: Settings of a run on the Hub, used if there is no file.
 
     Returns:
-        The flat settings, and the name of the recipe.
+        The flat settings, and the name of the recipe, if any.
 
     Raises:
-        RequestError: If there is no such recipe or file, or the file is no mapping.
+        RequestError: If there is no such recipe or file, or the file is not a mapping.
     """
     from_file: dict[str, Any] = dict(fetched or {})
     if file is not None:
         try:
-            from_file = read_yaml(file, "expected a file of settings, one `name: value` a line")
+            from_file = read_yaml(file, "expected a file of settings, one `name: value` per line")
         except RequestError as error:
-            raise RequestError(f"--config {error}") from error
+            raise RequestError(f"{setting('config')} {error}") from error
         version = from_file.pop("format_version", CONFIG_VERSION)
         if version != CONFIG_VERSION:
-            raise RequestError(f"--config {printable(file)} has format version {shown(version)}; update resnext-hub")
+            raise RequestError(f"{setting('config', file)} has format version {shown(version)}; update resnext-hub")
     if recipe is None and not {"dataset"} & (from_file.keys() | asked.keys()):
         recipe = QUICKSTART
     if recipe is not None and recipe not in RECIPES:
         hint = did_you_mean(recipe, RECIPES)
-        raise RequestError(f"--recipe {shown(recipe)} does not exist; available: {', '.join(RECIPES)}{hint}")
+        raise RequestError(f"{setting('recipe', shown(recipe))} does not exist; available: {', '.join(RECIPES)}{hint}")
     return {**(RECIPES[recipe] if recipe else {}), **from_file, **asked}, recipe
 
 
@@ -89,16 +90,16 @@ def prepare(
     resume_from: Path | None = None,
     peers: Peers | None = None,
 ) -> Plan:
-    """Validate a request and fill in what it leaves open, without computing anything.
+    """Validate a request and resolve its open settings, without computing anything.
 
     Args:
         settings: Flat settings, merged.
-        asked: Those that the user gave, for the command in the record.
-        recipe: Name of the recipe beneath them.
+        asked: The settings that the user gave, for the command in the record.
+        recipe: Name of the recipe, if any.
         output_dir: The run folder; `runs/{dataset}-{model}` if not given.
         resume: Whether to resume a run in the folder; None resumes one if there is one, False refuses a used folder.
-        resume_from: The fetched state of a run, to resume if the folder holds none.
-        peers: The processes of the run, of which only the main one looks into the run folder; this one if not given.
+        resume_from: Folder of a fetched run, to resume if the run folder holds none.
+        peers: The processes of the run; only the main process reads the run folder. A single process if not given.
 
     Raises:
         RequestError: If the request is wrong.
@@ -119,8 +120,8 @@ def prepare(
     existing = peers.from_main(lambda: read_existing(folder))
     before = existing.settings
     config = _continue(config, folder, before, resume)
-    own = before or (read_config(RunFolder(resume_from)) if resume_from else {})
-    config = _choose_decoder(config, folder, own, asked)
+    resumed = before or (read_config(RunFolder(resume_from)) if resume_from else {})
+    config = _choose_decoder(config, folder, resumed, asked)
     splits = load_splits(config.data)
     input = resolve_input(config.transform, source.pretrained_cfg)
     check_input(config, input)
@@ -135,12 +136,13 @@ def prepare(
             check_space(folder, weight_bytes)
         return finished
 
-    # only the main process compares paths with those of before: another host may have the dataset elsewhere
+    # only the main process compares paths with earlier ones: the dataset may have another path on another host
     finished = peers.from_main(check_folder)
     if config.loader.decoder == "simplejpeg" and not finished and not is_installed():
         raise RequestError(
-            f"{folder if before else '--decoder simplejpeg'} needs simplejpeg, which is not installed: "
-            'pip install "resnext-hub[train]", or --decoder pil, whose pixels differ slightly'
+            f"{printable(folder) if before else setting('decoder', 'simplejpeg')} needs simplejpeg, which is not "
+            f'installed; pip install "resnext-hub[train]", or use {setting("decoder", "pil")}, whose pixels differ '
+            "slightly"
         )
     return Plan(
         config=config,
@@ -159,15 +161,18 @@ def prepare(
 
 
 def _continue(config: TrainConfig, folder: RunFolder, before: Mapping[str, Any], resume: bool | None) -> TrainConfig:
-    """Pin the commit of the dataset that a run in the folder began with, even if the dataset has moved on since.
+    """Pin the dataset to the commit that the run in the folder started with, even if the dataset has newer ones.
 
     Raises:
-        RequestError: If there is a run, and it is not to be resumed.
+        RequestError: If there is a run, but `resume` is False.
     """
     if resume and not before:
-        _logger.warning("--resume: %s holds no run; starting at step 0", printable(folder))
+        _logger.warning("--resume is ignored, because %s holds no run; starting at step 0", printable(folder))
     if resume is False and before:
-        raise RequestError(f"--no-resume: {folder} holds a run already; choose another --output-dir, or remove it")
+        raise RequestError(
+            f"{setting('resume', False)} but {printable(folder)} already holds a run; choose another "
+            f"{setting('output_dir')}, or remove the run"
+        )
     if before and config.data.dataset_revision is None and before.get("dataset") == config.data.dataset:
         revision = before.get("dataset_revision")
         return dataclasses.replace(config, data=dataclasses.replace(config.data, dataset_revision=revision))
@@ -177,25 +182,25 @@ def _continue(config: TrainConfig, folder: RunFolder, before: Mapping[str, Any],
 def _choose_decoder(
     config: TrainConfig, folder: RunFolder, before: Mapping[str, Any], asked: Mapping[str, Any]
 ) -> TrainConfig:
-    """Use the decoder that a run began with, else the fast one if it is installed; a flag overrides both.
+    """Keep the decoder of a resumed run, else choose the fast one if it is installed; the user can override both.
 
     Raises:
-        RequestError: If the run would be resumed with another one, but not by the flag.
+        RequestError: If a file or recipe, rather than the user, would change the decoder of a resumed run.
     """
-    own = before.get("decoder", "pil") if before else None
+    old = before.get("decoder", "pil") if before else None
     decoder = config.loader.decoder
     if decoder == "auto":
-        decoder = own or ("simplejpeg" if is_installed() else "pil")
-    if own not in (None, decoder) and "decoder" not in asked:
+        decoder = old or ("simplejpeg" if is_installed() else "pil")
+    if old not in (None, decoder) and "decoder" not in asked:
         raise RequestError(
-            f"{folder} was decoded with {own} and would be resumed with {decoder}, whose pixels differ slightly; if "
-            f"that is intended, add --decoder {decoder}"
+            f"{printable(folder)} was decoded with {old} and would be resumed with {decoder}, whose pixels differ "
+            f"slightly; if that is intended, add {setting('decoder', decoder)}"
         )
     return dataclasses.replace(config, loader=dataclasses.replace(config.loader, decoder=decoder))
 
 
 def _resolve(config: TrainConfig, source: ModelSource, splits: Splits, input: InputConfig, device: str) -> TrainConfig:
-    """Fill in every open field with what follows from model, data and device."""
+    """Return the configuration with every open field derived from model, data and device."""
     optim, loader = config.optim, config.loader
     found = splits.found
     if splits.revision is not None:

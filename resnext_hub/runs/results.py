@@ -1,4 +1,4 @@
-"""The results of a run: model folder, plots, card, predictions and, last, the record."""
+"""Write the results of a run: model folder, plots, card, predictions and, last, the record."""
 
 import contextlib
 import dataclasses
@@ -59,39 +59,39 @@ _MODEL_FILES = {"README.md", CONFIG, WEIGHTS, "plots"}
 _SAMPLES = "samples.png"
 
 TOP5_CLASSES = 20
-"""Classes above which top-5 accuracy is worth a figure: of 20 classes, chance alone makes a quarter."""
+"""Number of classes above which top-5 accuracy is reported; with 20 classes, chance level is 25 %."""
 
 
 def write_results(plan: Plan, outcome: Outcome, accelerator: "Accelerator") -> RunRecord:
-    """Write model folder, plots, card and record; return the record.
+    """Write model folder, plots, card, predictions and record; return the record.
 
     Raises:
-        RunError: If the disk does not take them, or the exported model is not the trained one.
+        RunError: If they cannot be written, or the exported model differs from the trained one.
     """
     try:
         _write_files(plan, outcome, accelerator)
     except (OSError, SafetensorError) as error:
         raise RunError(
-            f"the results could not be written to {printable(plan.folder)}: {one_line(error)}; training is done and "
-            "kept: rerun the same command to write them"
+            f"the results could not be written to {printable(plan.folder)}: {one_line(error)}; training is finished "
+            "and saved: rerun the same command to write them"
         ) from error
     return RunRecord.load(plan.folder.record)
 
 
 def _write_files(plan: Plan, outcome: Outcome, accelerator: "Accelerator") -> None:
-    """Write all results; the model folder is replaced as a whole, and the record comes last and marks the run as done."""
+    """Write all results; the record comes last, because it marks the run as finished."""
     folder, splits, evaluation = plan.folder, plan.splits, outcome.evaluation
     kept = _kept_of_card(folder)
-    _keep_others(folder.model / "plots", folder.path / "model.plots", set(PLOTS))
-    _keep_others(folder.model, folder.model, _MODEL_FILES)
-    _keep_others(folder.plots, folder.plots, {*PLOTS, _SAMPLES})
+    _move_foreign_files(folder.model / "plots", folder.path / "model.plots", set(PLOTS))
+    _move_foreign_files(folder.model, folder.model, _MODEL_FILES)
+    _move_foreign_files(folder.plots, folder.plots, {*PLOTS, _SAMPLES})
     with new_folder(folder.model) as model:
         digest = _write_model(plan, outcome.model, model)
         record = _record_of(plan, outcome, accelerator, digest)
         _write_predictions(evaluation, folder.predictions)
         with new_folder(folder.plots) as aside:
             record = dataclasses.replace(record, plots=write_plots(record, aside))
-            if isinstance(splits.eval, IndexedImages):  # on this disk only: the images may not be ours to publish
+            if isinstance(splits.eval, IndexedImages):  # not published: the images may be under another licence
                 most = plan.config.loader.max_image_pixels
                 write_samples(splits.eval, evaluation, splits.label_names, aside / _SAMPLES, most)
         (model / "plots").mkdir()
@@ -100,7 +100,7 @@ def _write_files(plan: Plan, outcome: Outcome, accelerator: "Accelerator") -> No
         write_atomic(model / "README.md", render_card(record, kept=kept))
     unmeasured = [name for name, count in zip(record.label_names, record.evaluation.measured, strict=True) if not count]
     if unmeasured:
-        _logger.warning("not measured, as no evaluation image shows them: %s", listing(unmeasured, 20))
+        _logger.warning("classes without evaluation images, whose accuracy is unknown: %s", listing(unmeasured, 20))
     record.save(folder.record)
 
 
@@ -126,7 +126,7 @@ def _write_model(plan: Plan, model: torch.nn.Module, folder: Path) -> str:
 
 
 def _record_of(plan: Plan, outcome: Outcome, accelerator: "Accelerator", weights_sha256: str) -> RunRecord:
-    """Return every fact about a run that is done."""
+    """Return the record of a finished run."""
     config, splits = plan.config, plan.splits
     return RunRecord(
         name=printable(plan.folder.path.resolve().name),
@@ -210,9 +210,9 @@ def _evaluation_facts(plan: Plan, outcome: Outcome) -> EvaluationFacts:
 
 
 def _kept_of_card(folder: RunFolder) -> Kept | None:
-    """Return what the owner wrote into the card of a model folder that is about to be replaced.
+    """Return the parts of the existing card that its owner wrote, for the new card.
 
-    A card of which that cannot be told is copied to the run folder.
+    A card that cannot be parsed, or whose generated parts were edited, is copied to the run folder.
     """
     path = folder.model / "README.md"
     if not path.is_file():
@@ -225,7 +225,7 @@ def _kept_of_card(folder: RunFolder) -> Kept | None:
         previous = _free_name(folder.path, "README.previous", ".md")
         write_atomic(previous, read_regular(path, CARD_BYTES))
         _logger.warning(
-            "%s was edited where the tool writes, or by another version of it: it is kept as %s in the run folder",
+            "generated parts of %s were edited, or written by another version; it is kept as %s in the run folder",
             printable(path),
             previous.name,
         )
@@ -233,15 +233,15 @@ def _kept_of_card(folder: RunFolder) -> Kept | None:
     return card.kept
 
 
-def _keep_others(results: Path, stem: Path, own: set[str]) -> None:
-    """Move files that are not the tool's out of a folder of results that is about to be replaced.
+def _move_foreign_files(results: Path, stem: Path, own: set[str]) -> None:
+    """Move files that a run does not write out of a folder of results that is about to be replaced.
 
     Args:
         results: The folder.
-        stem: Path to which `.previous` is added, for where they go.
-        own: Names of the tool's files in the folder.
+        stem: Path of the destination, without its suffix `.previous`.
+        own: Names of the files that a run writes.
     """
-    if results.is_symlink() or not results.is_dir():  # only the link is replaced, and nothing behind it is lost
+    if results.is_symlink() or not results.is_dir():  # replacing a link does not touch its target
         return
     others = [path for path in results.iterdir() if path.name not in own]
     if not others:
@@ -251,7 +251,7 @@ def _keep_others(results: Path, stem: Path, own: set[str]) -> None:
     for path in others:
         os.rename(path, previous / path.name)
     _logger.warning(
-        "%s is written anew; moved to %s, as they are not part of it: %s",
+        "%s is replaced; moved other files in it to %s: %s",
         printable(results),
         previous.name,
         listing(sorted(path.name for path in others)),
@@ -259,7 +259,7 @@ def _keep_others(results: Path, stem: Path, own: set[str]) -> None:
 
 
 def _free_name(folder: Path, stem: str, suffix: str) -> Path:
-    """Return the first path of a name, numbered from the second on, that nothing lies at."""
+    """Return the first free path among `stem`, `stem-2`, `stem-3` and so on."""
     numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
     paths = (folder / f"{stem}{number}{suffix}" for number in numbers)
     return next(path for path in paths if not os.path.lexists(path))
@@ -267,7 +267,7 @@ def _free_name(folder: Path, stem: str, suffix: str) -> Path:
 
 @torch.inference_mode()
 def _sample(plan: Plan, model: torch.nn.Module) -> SampleFacts:
-    """Return the model's output for the first readable evaluation sample."""
+    """Return the model output for the first readable evaluation image."""
     names = plan.splits.label_names
     device = next(model.parameters()).device
     samples = evaluation_samples(plan.splits.eval, plan.input, plan.config.loader.max_image_pixels)
@@ -303,7 +303,7 @@ def _base_model(source: ModelSource) -> BaseModelFacts | None:
     if source.base_id is None:
         return None
     hub = not source.requested.startswith("local-dir:")
-    stated: Any = source.base_license  # of a config.json that anybody may have written
+    stated: Any = source.base_license  # from a config.json, so it can be anything
     parts = stated if isinstance(stated, list) else [stated] if stated else []
     return BaseModelFacts(
         id=source.base_id,
@@ -313,7 +313,7 @@ def _base_model(source: ModelSource) -> BaseModelFacts | None:
 
 
 def _command(plan: Plan) -> str:
-    """Give the command that was asked for, with local paths reduced to their names."""
+    """Return the command of the run, with local paths reduced to names."""
     words = ["accelerate", "launch", "scripts/train.py"]
     if plan.recipe and plan.recipe != QUICKSTART:
         words += ["--recipe", plan.recipe]

@@ -1,4 +1,4 @@
-"""What the log says of a run before it starts, with warnings about what is possible but probably not intended."""
+"""Log a summary of a run before it starts, with warnings about settings that are probably not intended."""
 
 import logging
 import math
@@ -20,7 +20,7 @@ _logger = logging.getLogger(__name__)
 
 
 def log_plan(plan: Plan, accelerator: "Accelerator") -> None:
-    """Log what the run will do."""
+    """Log the settings, data and schedule of a run."""
     config, splits, schedule = plan.config, plan.splits, plan.schedule
     part = config.batch_size // accelerator.num_processes
     _logger.info("run folder: %s", plan.folder)
@@ -36,7 +36,7 @@ def log_plan(plan: Plan, accelerator: "Accelerator") -> None:
         len(splits.label_names),
     )
     _logger.info(
-        "%d steps of %d images: %d process(es) x %d, %d at once; %s, %s, %d thread(s)",
+        "%d steps of %d images: %d process(es) x %d, %d per pass; %s, %s, %d thread(s)",
         schedule.steps,
         config.batch_size,
         accelerator.num_processes,
@@ -46,17 +46,17 @@ def log_plan(plan: Plan, accelerator: "Accelerator") -> None:
         {"no": "float32"}.get(plan.precision, plan.precision),
         torch.get_num_threads(),
     )
-    _log_doubts(plan)
+    _log_warnings(plan)
 
 
-def _log_doubts(plan: Plan) -> None:
+def _log_warnings(plan: Plan) -> None:
     config, splits = plan.config, plan.splits
     count, size, steps = splits.train.count, config.batch_size, plan.schedule.steps
     fitting = _fitting_batch(count, config.epochs)
     if count is not None and count < size:
         _logger.warning(
-            "--batch-size %d is larger than the training split (%d images), so a step repeats images; "
-            "--batch-size %d makes %d steps an epoch",
+            "--batch-size %d is larger than the training split (%d images), so steps repeat images; "
+            "--batch-size %d makes %d steps per epoch",
             size,
             count,
             fitting,
@@ -64,12 +64,12 @@ def _log_doubts(plan: Plan) -> None:
         )
     elif steps < 20 and config.max_steps is None:
         _logger.warning(
-            "only %d steps: --batch-size %d or --epochs %g makes more", steps, fitting, config.epochs * 20 / steps
+            "only %d steps; for more, use --batch-size %d or --epochs %g", steps, fitting, config.epochs * 20 / steps
         )
     policy = config.transform.auto_augment
     if config.transform.color_jitter and policy is not None and "3a" not in policy:
         _logger.warning(
-            "--color-jitter %g is ignored: timm does not combine it with --auto-augment %s",
+            "--color-jitter %g is ignored, because timm does not combine it with --auto-augment %s",
             config.transform.color_jitter,
             policy,
         )
@@ -77,19 +77,19 @@ def _log_doubts(plan: Plan) -> None:
         counts = class_counts(splits.eval, len(splits.label_names)) or []
         empty = [name for name, count in zip(splits.label_names, counts, strict=True) if count == 0]
         if empty:
-            _logger.warning("no evaluation image is of class %s", listing(empty))
+            _logger.warning("the evaluation split has no images of class %s", listing(empty))
 
 
 def _fitting_batch(count: int | None, epochs: float) -> int:
-    """Return a global batch, a power of two per process, with 4 steps an epoch and 20 a run if possible."""
+    """Return a batch size, a power of two per process, for at least 4 steps per epoch and 20 per run if possible."""
     images = min((count or 1) / 4, (count or 1) * epochs / 20)
     part = images / processes()
     return processes() * (1 << int(math.log2(part)) if part >= 2 else 2)
 
 
 def _count(images: IndexedImages | StreamedImages) -> str:
-    stated = "an unknown number of" if images.count is None else str(images.count)
-    return f"{stated} streamed" if isinstance(images, StreamedImages) else stated
+    count = "an unknown number of" if images.count is None else str(images.count)
+    return f"{count} streamed" if isinstance(images, StreamedImages) else count
 
 
 def _origin(splits: Splits) -> str:

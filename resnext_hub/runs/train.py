@@ -1,4 +1,4 @@
-"""Train from settings: what the command and the Python function share."""
+"""Train from settings, for both the command and the Python function."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resnext_hub.errors import RequestError, RunError, failed_system_call, one_line
+from resnext_hub.errors import RequestError, RunError, failed_system_call, one_line, setting
 from resnext_hub.extras import named_extras, require_packages
 from resnext_hub.hub.checkpoints import fetch_run, fetched_settings
 from resnext_hub.hub.publish import Publication
@@ -28,7 +28,7 @@ class Trained:
     plan: Plan
     record: RunRecord
     publication: Publication | None
-    """What was published, with --push-to-hub, by the main process."""
+    """The publication by the main process, if `push_to_hub` is set."""
 
 
 def train_run(
@@ -41,20 +41,20 @@ def train_run(
     resume: bool | None = None,
     resume_from: str | None = None,
 ) -> Trained:
-    """Plan, train and, if asked to, publish; a run that is finished already is only read.
+    """Plan, train and, if requested, publish a run; if it is finished already, only read its record.
 
     Args:
         asked: Flat settings that the user gave.
-        peers: The processes of the run, which is left at the end.
-        recipe: Name of a recipe beneath them.
-        file: A YAML file of settings between the two.
+        peers: The processes of the run; their group is closed at the end.
+        recipe: Name of a recipe, which the settings override.
+        file: A YAML file of settings; it overrides the recipe.
         output_dir: The run folder; `runs/{dataset}-{model}` if not given.
         resume: Whether to resume a run in the folder; see `prepare`.
-        resume_from: `hub:owner/name` to resume from.
+        resume_from: `hub:owner/name`, to resume from a checkpoint on the Hub.
 
     Raises:
         RequestError: If the request is wrong; nothing was computed.
-        RunError: If training, or publishing, fails.
+        RunError: If training or publishing fails.
         StoppedRun: After SIGTERM or Ctrl-C; the state was saved.
     """
 
@@ -64,7 +64,7 @@ def train_run(
         if state is not None and file is None:
             fetched = fetched_settings(read_config(RunFolder(state)), asked, str(resume_from))
         settings, name = merge_settings(asked, recipe, file, fetched)
-        with _wrong_requests():
+        with _as_request_errors():
             plan = prepare(
                 settings,
                 asked=asked,
@@ -82,7 +82,7 @@ def train_run(
     if plan.finished:
         record = peers.from_main(lambda: RunRecord.load(plan.folder.record))
     else:
-        with _one_line_failures(plan.config):
+        with _as_run_errors(plan.config):
             record = execute(plan, peers)
     peers.close()
     publication = publish_run(plan, record) if plan.config.publish.push_to_hub and peers.is_main else None
@@ -90,8 +90,8 @@ def train_run(
 
 
 @contextlib.contextmanager
-def _wrong_requests() -> Iterator[None]:
-    """Report what the operating system refuses before any work, such as to look up a path, as a wrong request."""
+def _as_request_errors() -> Iterator[None]:
+    """Turn an OSError before any work, such as permission denied for a path, into a RequestError."""
     try:
         yield
     except OSError as error:
@@ -100,8 +100,8 @@ def _wrong_requests() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _one_line_failures(config: TrainConfig) -> Iterator[None]:
-    """Report in one line what the operating system refused, or which worker it killed."""
+def _as_run_errors(config: TrainConfig) -> Iterator[None]:
+    """Turn an OSError, a killed worker or a lack of memory into a one-line RunError."""
     from resnext_hub.data.batches import lost_worker
     from resnext_hub.machine import is_out_of_memory
 
@@ -112,9 +112,9 @@ def _one_line_failures(config: TrainConfig) -> Iterator[None]:
     except (MemoryError, OSError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise RunError(f"{_memory_advice(config)} ({one_line(error)[:120]})") from error
-        lost = lost_worker(error)
-        if lost is not None:
-            raise lost from None
+        worker_error = lost_worker(error)
+        if worker_error is not None:
+            raise worker_error from None
         if not isinstance(error, OSError):
             raise
         raise failed_system_call(error) from error
@@ -124,10 +124,11 @@ def _memory_advice(config: TrainConfig) -> str:
     from resnext_hub.processes.launcher import processes
 
     part = config.batch_size // processes()
-    at_once = min(config.micro_batch_size or part, part)
+    micro = min(config.micro_batch_size or part, part)
     size = config.transform.image_size
-    smaller = f"--micro-batch-size {at_once // 2}" if at_once >= 4 else f"an --image-size below {size}"
+    smaller = setting("micro_batch_size", micro // 2) if micro >= 4 else f"{setting('image_size')} below {size}"
     return (
-        f"out of memory: {at_once} images of {size} px at once (global batch {config.batch_size}, evaluation "
-        f"{config.eval_batch_size}); use {smaller}, or a smaller --batch-size with another --output-dir"
+        f"out of memory: {micro} images of {size} px per pass (global batch {config.batch_size}, evaluation "
+        f"{config.eval_batch_size}); use {smaller}, or a smaller {setting('batch_size')} with another "
+        f"{setting('output_dir')}"
     )

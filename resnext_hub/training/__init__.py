@@ -1,1 +1,1 @@
-"""Training: configuration, optimizer, checkpoints, evaluation, and the loop that uses them."""
+"""Training: configuration, optimizer, checkpoints, evaluation and the training loop."""

@@ -1,7 +1,7 @@
 """Checkpoints that are complete or absent.
 
-A checkpoint is a folder `step-00000500` of safetensors files and one `state.json`, which holds everything that is not a
-tensor, the SHA-256 of every tensor file, and the SHA-256 of what it says itself.
+A checkpoint is a folder such as `step-00000500` with safetensors files and one `state.json`, which holds everything
+that is not a tensor, the SHA-256 of each tensor file, and the SHA-256 of its own content.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from resnext_hub.errors import RequestError, one_line
+from resnext_hub.errors import RequestError, one_line, setting
 from resnext_hub.files import convert, new_folder, read_json, remove_folder, remove_leftovers, sha256_of, write_json
 from resnext_hub.settings import FREE, FREE_PER_PROCESS, Range, check_fields, shown
 from resnext_hub.text import printable
@@ -30,28 +30,29 @@ STATE = "state.json"
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When the state of a run is saved."""
+    """Checkpoints: how often they are saved and how many are kept."""
 
     checkpoint_every: str = field(default="10m", metadata=FREE)
-    """Steps (`500`) or minutes (`10m`) between checkpoints; the last step always makes one."""
+    """Interval between checkpoints, in optimizer steps (`500`) or minutes (`10m`); the last step is always saved."""
     keep_checkpoints: Annotated[int, Range(1, 1_000_000)] = field(default=2, metadata=FREE_PER_PROCESS)
-    """How many of the newest checkpoints stay."""
+    """Number of checkpoints to keep; older ones are deleted."""
 
     def __post_init__(self) -> None:
         check_fields(self)
         if not re.fullmatch(r"[1-9][0-9]{0,8}m?", self.checkpoint_every):
             raise RequestError(
-                f"--checkpoint-every {shown(self.checkpoint_every)}: expected steps, as 500, or minutes, as 10m"
+                f"{setting('checkpoint_every', shown(self.checkpoint_every))}: expected steps, such as 500, or "
+                "minutes, such as 10m"
             )
 
     @property
     def steps(self) -> int | None:
-        """Steps between checkpoints, or None if minutes were asked for."""
+        """Steps between checkpoints, or None if the interval is in minutes."""
         return None if self.checkpoint_every.endswith("m") else int(self.checkpoint_every)
 
     @property
     def seconds(self) -> float | None:
-        """Seconds between checkpoints, or None if steps were asked for."""
+        """Seconds between checkpoints, or None if the interval is in steps."""
         return 60.0 * int(self.checkpoint_every[:-1]) if self.checkpoint_every.endswith("m") else None
 
 
@@ -63,38 +64,38 @@ class BestFacts:
     correct: int
     loss: float
     epoch: float | None = None
-    """None in a checkpoint that was written before it was noted."""
+    """None in checkpoints of versions that did not record it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StateFacts:
-    """Everything of a run's state that is not a tensor."""
+    """The part of a run's state that is not tensors."""
 
     optimizer: dict[str, dict[str, dict[str, Any]]]
     scaler: dict[str, Any] | None
     best: BestFacts | None
     how: dict[str, Any]
-    """What the bits depend on beside the settings: processes, threads, precision, …"""
+    """What the exact weights depend on besides the settings: processes, threads, precision, …"""
     wall_seconds: float
     resumes: int
     skipped_steps: int
     evaluated: bool
     position: tuple[int, int]
     fingerprint: str
-    """Of the dataset."""
+    """Fingerprint of the dataset."""
     decoders: list[str] = field(default_factory=lambda: ["pil"])
     merged_groups: dict[str, int] | None = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
-    """The settings that decide the result; empty in a checkpoint that was written before they were noted."""
+    """Settings that determine the result; empty in checkpoints of versions that did not record them."""
 
     def __post_init__(self) -> None:
         if not self.decoders:
-            raise ValueError("expected a decoder")
+            raise ValueError("expected at least one decoder")
 
 
 @dataclass(frozen=True)
 class _Contents:
-    """What state.json says: the step, the SHA-256 of the tensor files, and the facts."""
+    """Content of state.json: the step, the SHA-256 of each tensor file, and the facts."""
 
     step: int
     sha256: dict[str, str]
@@ -103,7 +104,7 @@ class _Contents:
 
 @dataclass(frozen=True)
 class _Sealed:
-    """state.json: its contents with their own SHA-256."""
+    """Layout of state.json: its content and the SHA-256 of that content."""
 
     format_version: Literal[2]
     digest: str
@@ -112,64 +113,62 @@ class _Sealed:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint on the disk."""
+    """A complete checkpoint on disk."""
 
     path: Path
     step: int
     facts: StateFacts
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """Read the tensors that were saved under a name.
+        """Load the tensors that were saved under a name.
 
         Raises:
-            RequestError: If there are none.
+            RequestError: If their file cannot be read.
         """
         try:
             return load_file(self.path / f"{name}.safetensors")
         except (OSError, SafetensorError) as error:
-            raise self.foreign(f"its {name}.safetensors cannot be read: {one_line(error)}") from error
+            raise self.mismatch(f"its {name}.safetensors cannot be read: {one_line(error)}") from error
 
-    def foreign(self, reason: str) -> RequestError:
-        """Return the error that says why a run cannot go on from here."""
+    def mismatch(self, reason: str) -> RequestError:
+        """Return an error that explains why the run cannot resume from this checkpoint."""
         return RequestError(
-            f"{printable(self.path)} is not a checkpoint of this run ({reason}); remove it, or give another "
-            "--output-dir"
+            f"{printable(self.path)} is not a checkpoint of this run ({reason}); remove it, or choose another "
+            f"{setting('output_dir')}"
         )
 
     def matching(self, name: str, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Read the tensors that were saved under a name, which have to be those of a model by name, shape and type.
+        """Load the tensors that were saved under a name, and check them against those of a model.
 
         Raises:
-            RequestError: If they are not.
+            RequestError: If their names, shapes or dtypes differ.
         """
         tensors = self.tensors(name)
         missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
         if missing or unknown:
-            what = f"lacks {missing[0]}" if missing else f"has an unknown {printable(unknown[0])[:80]}"
-            raise self.foreign(f"its {name}.safetensors {what}")
+            what = f"lacks {missing[0]}" if missing else f"has an unexpected tensor {printable(unknown[0])[:80]}"
+            raise self.mismatch(f"its {name}.safetensors {what}")
         for key, tensor in tensors.items():
             wanted = expected[key]
             if (tensor.shape, tensor.dtype) != (wanted.shape, wanted.dtype):
-                raise self.foreign(
-                    f"{key} of its {name}.safetensors is {_shape(tensor)}, and the model's is {_shape(wanted)}"
-                )
+                raise self.mismatch(f"{key} of its {name}.safetensors is {_shape(tensor)}, expected {_shape(wanted)}")
         return tensors
 
     def require_settings(self, settings: Mapping[str, Any]) -> None:
-        """Compare the settings that the checkpoint was written under with those of now.
+        """Compare the settings of the run that wrote the checkpoint with the current ones.
 
         Raises:
             RequestError: If any differs.
         """
-        now = json.loads(json.dumps(settings))  # as it was written: lists for tuples
+        now = json.loads(json.dumps(settings))  # tuples become lists, as in the file
         before = self.facts.settings
         differing = [
-            f"{name} {printable(before[name])} there, {now[name]} now"
+            f"{setting(name)} was {printable(before[name])} and is now {now[name]}"
             for name in now.keys() & before.keys()
             if now[name] != before[name]
         ]
         if differing:
-            raise self.foreign("; ".join(sorted(differing)))
+            raise self.mismatch("; ".join(sorted(differing)))
 
 
 def save_checkpoint(
@@ -179,14 +178,14 @@ def save_checkpoint(
     facts: StateFacts,
     keep: int,
 ) -> Path:
-    """Write a checkpoint, then remove all but the newest `keep`.
+    """Write a checkpoint, then delete all but the newest `keep`.
 
     Args:
-        folder: The folder of checkpoints.
-        step: Optimizer steps done.
-        tensors: Named groups of tensors, each a file.
-        facts: Everything else.
-        keep: How many checkpoints stay.
+        folder: Folder of the checkpoints.
+        step: Optimizer steps taken.
+        tensors: Groups of tensors by name; each is written to a file of its own.
+        facts: The rest of the state.
+        keep: Number of checkpoints to keep.
     """
     path = folder / f"step-{step:08d}"
     with new_folder(path) as aside:
@@ -203,7 +202,7 @@ def save_checkpoint(
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
-    """Return the newest checkpoint whose files are as they were written; name each damaged one that is ignored."""
+    """Return the newest intact checkpoint; log a warning for each damaged one that is skipped."""
     if not folder.is_dir():
         return None
     remove_leftovers(folder)
@@ -212,59 +211,59 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
         try:
             return read_checkpoint(path)
         except RequestError as error:
-            _logger.warning("checkpoint %s is damaged and ignored: %s", path.name, error)
+            _logger.warning("checkpoint %s is damaged and skipped: %s", path.name, error)
     return None
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint and compare its files with what was written.
+    """Read a checkpoint and verify its files.
 
     Raises:
         RequestError: If it is damaged.
     """
     file = path / STATE
-    content = read_json(file, dict[str, Any], _WAY_OUT)
-    if content.keys() == {"step", "sha256", "facts"}:  # as it was written before it had a digest of its own
+    content = read_json(file, dict[str, Any], _REMEDY)
+    if content.keys() == {"step", "sha256", "facts"}:  # format of versions without a digest
         state = content
     else:
-        sealed = convert(content, _Sealed, file, _WAY_OUT)
+        sealed = convert(content, _Sealed, file, _REMEDY)
         state = sealed.state
         if _digest(state) != sealed.digest:
-            raise RequestError(f"{printable(file)} is damaged (other content than was written); {_WAY_OUT}")
-    contents = convert(state, _Contents, file, _WAY_OUT)
+            raise RequestError(f"{printable(file)} is damaged (its SHA-256 differs); {_REMEDY}")
+    contents = convert(state, _Contents, file, _REMEDY)
     if path.name != f"step-{contents.step:08d}":
-        raise RequestError(f"{printable(file)} is damaged (it is of step {contents.step}); {_WAY_OUT}")
+        raise RequestError(f"{printable(file)} is damaged (it states step {contents.step}); {_REMEDY}")
     if not {"model.safetensors", "optimizer.safetensors"} <= contents.sha256.keys() <= _TENSOR_FILES:
-        raise RequestError(f"{printable(file)} is damaged (it lists other files); {_WAY_OUT}")
+        raise RequestError(f"{printable(file)} is damaged (it lists the wrong files); {_REMEDY}")
     for name, digest in contents.sha256.items():
         damage = _damage(path / name, digest)
         if damage is not None:
-            raise RequestError(f"{printable(path / name)} is damaged ({damage}); {_WAY_OUT}")
+            raise RequestError(f"{printable(path / name)} is damaged ({damage}); {_REMEDY}")
     return Checkpoint(path, contents.step, contents.facts)
 
 
-_WAY_OUT = "remove the checkpoint"
+_REMEDY = "remove the checkpoint"
 
 _TENSOR_FILES = frozenset(f"{name}.safetensors" for name in ("model", "optimizer", "ema", "best"))
 
 
 def _digest(state: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a state, whatever the order of its keys and the layout of its file."""
+    """Return the SHA-256 of a state, independent of key order and whitespace in its file."""
     return hashlib.sha256(json.dumps(state, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def _steps(folder: Path) -> list[int]:
-    """Return the steps of the checkpoints in a folder, in the order of their numbers."""
+    """Return the steps of the checkpoints in a folder, in ascending order."""
     matches = (re.fullmatch(r"step-(\d{8}|[1-9]\d{8,})", entry.name) for entry in folder.iterdir())
     return sorted(int(match.group(1)) for match in matches if match)
 
 
 def _damage(path: Path, digest: str) -> str | None:
-    """Say what is wrong with a file that was written with a SHA-256."""
+    """Return how a file differs from the one whose SHA-256 was recorded, or None if it is intact."""
     if not path.is_file():
-        return "missing, or not a regular file"
+        return "missing or not a regular file"
     try:
-        return None if sha256_of(path) == digest else "other bytes than were written"
+        return None if sha256_of(path) == digest else "its SHA-256 differs"
     except OSError as error:
         return one_line(error)
 

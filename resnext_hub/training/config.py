@@ -1,7 +1,7 @@
-"""Everything that decides a run, composed of the configurations that stand beside their owners.
+"""The configuration of a run, composed of the configurations that live beside the code that uses them.
 
-Flags and files are flat: every field has one name across all of them. `open` fields hold None until `resolve` in run.py
-derives them; a resolved configuration written to a file repeats the run.
+Flags and files are flat: a field name is unique across all configurations. Fields that are None are derived in
+`runs/request.py`; a resolved configuration written to a file reproduces the run.
 """
 
 import ast
@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from resnext_hub.data.config import DataConfig
 from resnext_hub.data.loaders import LoaderConfig
 from resnext_hub.data.transforms import IMAGE_SIZE, TransformConfig
-from resnext_hub.errors import RequestError
+from resnext_hub.errors import RequestError, setting
 from resnext_hub.machine import THREADS
 from resnext_hub.settings import (
     FREE,
@@ -37,7 +37,7 @@ from resnext_hub.training.optim import OptimConfig
 STEPS = 1_000_000_000
 BATCH = 1 << 20
 WIDTHS = 1 << 16
-"""Most steps, samples of a batch, and channels of a group that make sense anywhere."""
+"""Upper bounds of steps, samples in a batch, and channels of a convolution group."""
 
 ALIASES = {
     "learning_rate": "lr",
@@ -100,80 +100,83 @@ ALIASES = {
     "save_steps": "checkpoint_every",
     "logging_steps": "log_every",
 }
-"""What other trainers call a setting, and its name here."""
+"""Names that other trainers use for a setting, and its name here."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublishConfig:
-    """What of a run goes to the Hub, and where."""
+    """Publishing to the Hub."""
 
     push_to_hub: bool = field(default=False, metadata=FREE_PER_PROCESS)
-    """Publish the model folder when the run is done."""
+    """Publish the model folder when the run is finished."""
     push_checkpoints: bool = field(default=False, metadata=FREE_PER_PROCESS)
-    """Keep the newest checkpoint on the repository's branch `checkpoints`, for --resume-from hub:owner/name."""
+    """Upload the newest checkpoint to the branch `checkpoints` of the repository, for --resume-from hub:owner/name."""
     repo_id: str | None = field(default=None, metadata=FREE_PER_PROCESS)
-    """Repository on the Hub, owner/name; made if it is not there."""
+    """Repository on the Hub, owner/name; created if it does not exist."""
     license: str | None = field(default=None, metadata=FREE_PER_PROCESS)
-    """Licence of the weights, such as apache-2.0; asked for, never assumed."""
+    """Licence of the weights, such as apache-2.0; required for publishing, there is no default."""
     private: bool = field(default=False, metadata=FREE_PER_PROCESS)
-    """Make a new repository private."""
+    """Create a new repository as a private one."""
 
     def __post_init__(self) -> None:
         if (self.push_to_hub or self.push_checkpoints) and not self.repo_id:
-            raise RequestError("--push-to-hub and --push-checkpoints need --repo-id, such as me/name")
+            needing = setting("push_to_hub" if self.push_to_hub else "push_checkpoints", True)
+            raise RequestError(f"{needing} needs {setting('repo_id')}, such as me/name")
         if self.push_to_hub and not self.license:
-            raise RequestError("--push-to-hub needs --license, such as apache-2.0, mit or cc-by-nc-4.0")
+            raise RequestError(
+                f"{setting('push_to_hub', True)} needs {setting('license')}, such as apache-2.0, mit or cc-by-nc-4.0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training run."""
+    """Model and training."""
 
     model: str = "resnext_g32"
-    """A name that timm knows, `hf-hub:owner/repo`, or `local-dir:folder`."""
+    """Model name in timm, `hf-hub:owner/repo`, or `local-dir:folder`."""
     pretrained: bool | None = None
-    """Start from released weights; if not given, yes for `hf-hub:` and `local-dir:`, no for a name (the recipe finetune
-    says yes)."""
+    """Start from pretrained weights; if not given, yes for `hf-hub:` and `local-dir:`, no for a name (yes in the recipe
+    finetune)."""
     drop_rate: Annotated[float, Range(0, 1, below=True)] = 0.0
     """Dropout probability before the classifier."""
     drop_path: Annotated[float, Range(0, 1, below=True)] = 0.0
-    """Probability of dropping the last block's residual branch in training (stochastic depth)."""
+    """Stochastic depth: probability of dropping the last block's residual branch; it grows linearly with depth."""
     epochs: Annotated[float, Range(0, 1_000_000, above=True)] = field(default=30.0, metadata=GROWS)
-    """Passes over the training split."""
+    """Number of passes over the training split."""
     max_steps: Annotated[int, Range(1, STEPS)] | None = field(default=None, metadata=GROWS)
-    """Optimizer steps, in place of the number that follows from the epochs."""
+    """Number of optimizer steps; overrides epochs."""
     batch_size: Annotated[int, Range(1, BATCH)] = 128
-    """Global batch: samples of one optimizer step, over all processes."""
+    """Global batch size: images per optimizer step, over all processes."""
     micro_batch_size: Annotated[int, Range(1, BATCH)] | None = None
-    """Samples that a process computes at once; its whole part of the batch if not given."""
+    """Images per forward and backward pass of a process (gradient accumulation); its part of a batch if not given."""
     eval_batch_size: Annotated[int, Range(1, BATCH)] = 32
-    """Fixed shape of evaluation passes, apart from the training batch."""
+    """Images per forward pass in evaluation, on each process."""
     label_smoothing: Annotated[float, Range(0, 1, below=True)] = 0.1
-    """Part of the target that is spread over all classes."""
+    """Fraction of the target that is spread evenly over all classes."""
     ema: Annotated[float, Range(0, 1, above=True, below=True)] | None = None
-    """Decay of a moving average of the weights, such as 0.9998, which is then evaluated, kept and published."""
+    """Decay of an exponential moving average of the weights, such as 0.9998; the average is evaluated and published."""
     seed: Annotated[int, Range(0, SEEDS)] = 0
-    """Seed of weights, sample order and augmentation."""
+    """Seed of weight initialization, sample order and augmentation."""
     deterministic: bool | None = field(default=None, metadata=FREE)
     """Use deterministic algorithms only; if not given, yes on a CPU and no on an accelerator."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Precision of the forward pass; auto is the launcher's, else bf16 where the device computes it fast."""
+    """Precision of the forward pass; auto takes that of the launcher, else bf16 where it is fast on the device."""
     merge_groups: str = field(default="auto", metadata=FREE)
-    """Compute neighbouring groups of a grouped convolution as one wider group, which gives the same with fewer, larger
-    products: `auto` where forward and backward pass are measured to be faster so, `off` nowhere, a number merges all to
-    that width in channels, or the greatest below it."""
+    """Compute neighbouring groups of a grouped convolution as one wider group, with the same result: `auto` merges
+    where forward and backward pass measure faster, `off` never; a number merges all to that width in channels, or to
+    the largest possible width below it."""
     compile: bool = field(default=False, metadata=FREE)
-    """Compile forward and backward pass with torch.compile, which takes a minute or more at the start."""
+    """Compile the model with torch.compile; the first step then takes a minute or more."""
     progressive_size: Annotated[int, Range(1, IMAGE_SIZE)] | None = None
-    """Size in pixels at which training begins, to grow to the image size over three quarters of the run."""
+    """Initial image size in pixels; it grows to the full image size over the first three quarters of the run."""
     threads: str = field(default="auto", metadata=FREE_PER_PROCESS)
-    """Computing threads of each process on a CPU; auto shares the cores out."""
+    """CPU threads of each process; auto divides the cores among the processes."""
     log_every: Annotated[int, Range(1, STEPS)] = field(default=10, metadata=FREE)
     """Steps between log lines."""
     eval_every: Annotated[int, Range(1, STEPS)] = 1
     """Epochs between evaluations; the last step is always evaluated."""
     log_samples: bool = field(default=False, metadata=FREE_PER_PROCESS)
-    """Write samples-P.jsonl for each process: the indices of each step and a hash of their pixels."""
+    """Write samples-P.jsonl for each process P: for each step, the indices of its images and a hash of their pixels."""
     data: DataConfig = field(default_factory=DataConfig)
     transform: TransformConfig = field(default_factory=TransformConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
@@ -185,16 +188,16 @@ class TrainConfig:
         check_fields(self)
         if self.merge_groups not in ("auto", "off") and not is_count(self.merge_groups, WIDTHS):
             raise RequestError(
-                f"--merge-groups {shown(self.merge_groups)}: expected auto, off or a width in channels from 1 to "
-                f"{WIDTHS:,}, such as 32"
+                f"{setting('merge_groups', shown(self.merge_groups))}: expected auto, off or a width in channels "
+                f"from 1 to {WIDTHS:,}, such as 32"
             )
         if self.threads != "auto" and not is_count(self.threads, THREADS):
             raise RequestError(
-                f"--threads {shown(self.threads)}: expected auto or a number of threads from 1 to {THREADS:,}"
+                f"{setting('threads', shown(self.threads))}: expected auto or a number of threads from 1 to {THREADS:,}"
             )
 
     def to_flat(self) -> dict[str, Any]:
-        """Give every field by its one name; the inverse of `from_flat`."""
+        """Return the value of every field by its flat name; the inverse of `from_flat`."""
         flat: dict[str, Any] = {}
         for part in dataclasses.fields(self):
             value = getattr(self, part.name)
@@ -206,15 +209,18 @@ class TrainConfig:
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> "TrainConfig":
-        """Build a configuration from field names and values; what is not named keeps its default.
+        """Build a configuration from values by flat name; other fields keep their defaults.
 
         Raises:
-            RequestError: If a name is unknown or a value is of the wrong type or out of range.
+            RequestError: If a name is unknown, or a value has the wrong type or is out of range.
         """
         known = flat_fields()
         for name in values:
             if name not in known:
-                hint = did_you_mean(name.replace("-", "_"), known, ALIASES) or "; resnext-hub train --help lists them"
+                hint = (
+                    did_you_mean(name.replace("-", "_"), known, ALIASES)
+                    or "; `resnext-hub train --help` lists the settings"
+                )
                 raise RequestError(f"unknown setting {shown(name)}{hint}")
         checked = {name: check_value(name, value, known[name].type) for name, value in values.items()}
         own = {f.name: checked[f.name] for f in dataclasses.fields(cls) if f.name in checked}
@@ -227,7 +233,7 @@ class TrainConfig:
 def resumable_fields() -> frozenset[str]:
     """Return the settings that may change when a run is resumed.
 
-    Another decoder gives slightly different pixels, so it has to be requested by its flag.
+    Another decoder produces slightly different pixels, so `runs/request.py` allows it only if requested explicitly.
     """
     return frozenset(name for name, field in flat_fields().items() if field.resume == "free")
 
@@ -243,24 +249,25 @@ def process_fields() -> frozenset[str]:
 
 
 def fixed_settings(config: TrainConfig) -> dict[str, Any]:
-    """Return the settings that decide the result, without places on this machine: the dataset has a fingerprint."""
+    """Return the settings that determine the result, without local paths; the dataset has a fingerprint."""
     settings = config.to_flat()
-    left_out = resumable_fields() | growing_fields() | {"dataset"}
+    excluded = resumable_fields() | growing_fields() | {"dataset"}
     if settings["model"].startswith("local-dir:"):
-        left_out = left_out | {"model"}
-    return {name: value for name, value in settings.items() if name not in left_out}
+        excluded = excluded | {"model"}
+    return {name: value for name, value in settings.items() if name not in excluded}
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlatField:
-    """A field by its one name: its type, default, and the sentence under it."""
+    """A field of the configuration, by its flat name."""
 
     name: str
     type: Any
     default: Any
     help: str
+    """The docstring under the field."""
     group: str
-    """What the class that it belongs to is about."""
+    """Title of the class that it belongs to."""
     resume: Literal["fixed", "grows", "free"]
     """How it may change when a run is resumed."""
     per_process: bool
@@ -269,25 +276,25 @@ class FlatField:
 
 @lru_cache(maxsize=1)
 def flat_fields() -> dict[str, FlatField]:
-    """Give every field of the configuration and of its parts, by name."""
+    """Return every field of the configuration and its parts, by name."""
     fields: dict[str, FlatField] = {}
     for kind in (TrainConfig, *_parts(TrainConfig).values()):
         own = fields_of(kind)
-        assert not own.keys() & fields.keys(), f"two settings have one name: {own.keys() & fields.keys()}"
+        assert not own.keys() & fields.keys(), f"duplicate settings: {own.keys() & fields.keys()}"
         fields |= own
     return fields
 
 
 def fields_of(kind: type) -> dict[str, FlatField]:
-    """Give the fields of one class of settings, by name."""
+    """Return the fields of one configuration class, by name."""
     hints = typing.get_type_hints(kind, include_extras=True)
-    sentences = _sentences(kind)
+    docs = _field_docstrings(kind)
     return {
         f.name: FlatField(
             name=f.name,
             type=hints[f.name],
             default=f.default,
-            help=sentences[f.name],
+            help=docs[f.name],
             group=(kind.__doc__ or "").strip().splitlines()[0].rstrip("."),
             resume=f.metadata.get("resume", "fixed"),
             per_process=f.metadata.get("per_process", False),
@@ -303,13 +310,13 @@ def _parts(cls: type) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=32)
-def _sentences(cls: type) -> dict[str, str]:
-    """Read the docstrings that stand under the fields of a class; Python keeps them in the source alone."""
+def _field_docstrings(cls: type) -> dict[str, str]:
+    """Read the docstrings under the fields of a class from its source; Python does not keep them at run time."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(tree, ast.ClassDef)
-    sentences = {}
+    docs = {}
     for node, below in zip(tree.body, tree.body[1:], strict=False):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(below, ast.Expr):
             assert isinstance(below.value, ast.Constant)
-            sentences[node.target.id] = str(below.value.value)
-    return sentences
+            docs[node.target.id] = str(below.value.value)
+    return docs

@@ -1,8 +1,8 @@
-"""Exact evaluation: the same integers at any number of processes and any training batch size.
+"""Exact evaluation: the same counts for any number of processes and any training batch size.
 
-The samples are cut into batches in their own order, and each batch is computed whole by one process, at one fixed shape
-(the last one padded), by the unwrapped network in float32. What a process computed stands in an array that is zero
-elsewhere, so the sum over the processes is every sample's own value, to the bit.
+The split is divided into batches in order. Each batch is computed by one process, at a fixed shape (the last batch is
+padded), with the unwrapped model in float32. Each process stores its results in an array that is zero elsewhere, so the
+sum over the processes is every sample's own value, bit for bit.
 """
 
 from collections.abc import Callable
@@ -16,47 +16,47 @@ from torch.nn import functional as F
 from resnext_hub.data.batches import Batch, Unreadable
 from resnext_hub.data.loaders import EvaluationSamples
 from resnext_hub.data.stream import StreamedEvaluation
-from resnext_hub.errors import RunError
+from resnext_hub.errors import RunError, setting
 from resnext_hub.text import printable
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """One entry per evaluation sample that can be read, `(N,)`, in the order of the split."""
+    """Results for each readable evaluation sample, arrays `(N,)` in the order of the split."""
 
     indices: np.ndarray
-    """Places in the split."""
+    """Indices in the split."""
     labels: np.ndarray
     predictions: np.ndarray
     probabilities: np.ndarray
-    """Probability that the network gives its prediction."""
+    """Probability that the model assigns to its prediction."""
     losses: np.ndarray
     """Cross entropy in nats, without label smoothing."""
     ranks: np.ndarray
-    """Number of classes that the network puts before the true one."""
+    """Number of classes ranked before the true one."""
     unreadable: list[Unreadable]
-    """What this process could not read, and why: it is left out of everything above."""
+    """Images that this process could not read, and why; they are excluded from the arrays."""
     total: int
-    """Size of the split, with what could not be read."""
+    """Size of the split, unreadable images included."""
 
     @property
     def count(self) -> int:
-        """Number of samples."""
+        """Number of readable samples."""
         return len(self.labels)
 
     @property
     def correct(self) -> int:
-        """Number of samples whose prediction is their label."""
+        """Number of correct predictions."""
         return int((self.labels == self.predictions).sum())
 
     @property
     def top1(self) -> float:
-        """Fraction of samples that are right, 0 to 1."""
+        """Top-1 accuracy, 0 to 1."""
         return self.correct / self.count
 
     @property
     def top5(self) -> float:
-        """Fraction of samples whose label is among the five most probable classes, 0 to 1."""
+        """Top-5 accuracy, 0 to 1."""
         return int((self.ranks < 5).sum()) / self.count
 
     @property
@@ -66,7 +66,7 @@ class Evaluation:
 
     @property
     def macro_f1(self) -> float:
-        """Mean over the measured classes, those of the labels, of the harmonic mean of precision and recall, 0 to 1."""
+        """F1 score, 0 to 1, averaged over the classes that occur among the labels."""
         from sklearn.metrics import f1_score
 
         measured = np.unique(self.labels)
@@ -74,17 +74,17 @@ class Evaluation:
 
     @property
     def calibration_error(self) -> float:
-        """Expected calibration error, 0 to 1: how far the probability of the predictions is from how often they hold.
+        """Expected calibration error, 0 to 1: the mean gap between confidence and accuracy.
 
-        Over 15 bins of equal width, weighted by their samples (Guo et al., 2017, arXiv 1706.04599).
+        Over 15 bins of equal width, weighted by their number of samples (Guo et al., 2017, arXiv 1706.04599).
         """
         bins = np.minimum((self.probabilities * 15).astype(np.int64), 14)
-        right = (self.labels == self.predictions).astype(np.float64)
-        gaps = np.bincount(bins, weights=right - self.probabilities, minlength=15)
+        correct = (self.labels == self.predictions).astype(np.float64)
+        gaps = np.bincount(bins, weights=correct - self.probabilities, minlength=15)
         return float(np.abs(gaps).sum() / self.count)
 
     def confusion(self, classes: int) -> list[list[tuple[int, int]]]:
-        """Return, for each true class, the classes predicted and how often; only those that occur."""
+        """Return for each true class its `(predicted class, count)` pairs; pairs with count 0 are omitted."""
         pairs, counts = np.unique(self.labels * classes + self.predictions, return_counts=True)
         rows: list[list[tuple[int, int]]] = [[] for _ in range(classes)]
         for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True):
@@ -93,7 +93,7 @@ class Evaluation:
 
 
 class EvaluationStoppedError(Exception):
-    """A process was asked to stop before its part was done."""
+    """A process was asked to stop before the evaluation was complete."""
 
 
 def _identity(values: torch.Tensor) -> torch.Tensor:
@@ -113,22 +113,22 @@ def evaluate(
     sum_over_processes: Callable[[torch.Tensor], torch.Tensor] = _identity,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
-    """Evaluate a model on every sample once.
+    """Evaluate a model once on every sample.
 
     Args:
         model: The unwrapped model, `(N, C, H, W)` float32 to logits `(N, classes)`; its mode is restored.
-        samples: What to evaluate on.
-        batch_size: Shape of every forward pass.
-        device: Where the model is.
+        samples: The evaluation samples.
+        batch_size: Images per forward pass; the last batch is padded to it.
+        device: Device of the model.
         workers: Data-loading workers.
         process: Index of this process.
         processes: Number of processes that share the work.
-        sum_over_processes: Adds a float64 CPU tensor over the processes.
+        sum_over_processes: Sums a float64 CPU tensor over the processes.
         stop_requested: Called before each batch; evaluation ends early if it returns True in any process.
 
     Raises:
         EvaluationStoppedError: In every process, if any was asked to stop.
-        RunError: In every process, if no sample can be read.
+        RunError: In every process, if no image is readable.
     """
     parts: list[tuple[torch.Tensor, torch.Tensor]] = []
     unreadable: list[Unreadable] = []
@@ -154,7 +154,7 @@ def evaluate(
     summed = sum_over_processes(values).numpy()
     found = np.flatnonzero(summed[5])
     if not len(found):
-        raise RunError(_nothing_read(samples.count, unreadable), everywhere=True)
+        raise RunError(_describe_unreadable(samples.count, unreadable), everywhere=True)
     label, prediction, probability, losses, rank = summed[:5, found]
     return Evaluation(
         indices=found,
@@ -169,7 +169,7 @@ def evaluate(
 
 
 def _columns(model: nn.Module, batch: Batch, batch_size: int, device: torch.device) -> torch.Tensor:
-    """Return label, prediction, probability, loss, rank and whether it was read of each sample, `(6, N)` float64."""
+    """Return label, prediction, probability, loss, rank and readability (0 or 1) of each sample, `(6, N)` float64."""
     size = len(batch.indices)
     images = F.pad(batch.images, (0,) * 7 + (batch_size - size,))
     images = images.to(device).contiguous(memory_format=torch.channels_last)
@@ -184,15 +184,23 @@ def _columns(model: nn.Module, batch: Batch, batch_size: int, device: torch.devi
     return torch.stack([batch.labels.double(), prediction.double(), best.exp(), losses, ranks, read])
 
 
-def _nothing_read(count: int, unreadable: list[Unreadable]) -> str:
+def _describe_unreadable(count: int, unreadable: list[Unreadable]) -> str:
     if count == 0:
-        return "the evaluation split holds no images; name another one with --eval-split"
-    first = f", the first: {printable(unreadable[0].name)} ({unreadable[0].reason})" if unreadable else ""
-    return f"none of the {count} images of the evaluation split can be read{first}; mend them, or name another split"
+        return f"the evaluation split is empty; choose another {setting('eval_split')}"
+    first = f"; the first is {printable(unreadable[0].name)} ({unreadable[0].reason})" if unreadable else ""
+    return (
+        f"none of the {count} images of the evaluation split is readable{first}. Fix them, or choose another "
+        f"{setting('eval_split')}"
+    )
 
 
 def _ranks(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Count the classes `(N,)` before the label; of equal scores `(N, classes)` the first comes first, as in argmax."""
+    """Return the number of classes ranked before the label, `(N,)`; ties go to the lower class index, as in argmax.
+
+    Args:
+        scores: Scores of the classes, `(N, classes)`.
+        labels: True classes, `(N,)`.
+    """
     own = scores.gather(1, labels[:, None])
     earlier = torch.arange(scores.shape[1]) < labels[:, None]
     return ((scores > own) | ((scores == own) & earlier)).sum(dim=1)

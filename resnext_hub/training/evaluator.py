@@ -1,4 +1,4 @@
-"""Evaluation within a run: the published weights on the evaluation split, over all processes."""
+"""Evaluation during a run: the weights to publish, on the evaluation split, over all processes."""
 
 from typing import Any
 
@@ -14,13 +14,13 @@ from resnext_hub.training.unreadable import UnreadableLog
 
 
 class Evaluator:
-    """Evaluates models as the published one will be evaluated.
+    """Evaluates a model in the same way as `resnext-hub evaluate` evaluates the published one.
 
     Args:
         plan: The run.
-        state: Its state, whose batch norm statistics are made equal in all processes first.
-        stop: Whether a signal has asked the run to stop.
-        unreadable: Where unreadable images are counted.
+        state: Its state; batch norm statistics are synchronized over the processes before each evaluation.
+        stop: Tells whether a signal has asked the run to stop.
+        unreadable: Counts unreadable images.
     """
 
     def __init__(self, plan: Plan, state: TrainingState, stop: StopSignal, unreadable: UnreadableLog) -> None:

@@ -1,4 +1,4 @@
-"""From a split's images to what a step or an evaluation takes: samples, loaders, and the work left to the device."""
+"""Inputs of training steps and evaluations: samples, data loaders, and the preprocessing that runs on the device."""
 
 import torch
 from torch.nn import functional as F
@@ -16,20 +16,20 @@ from resnext_hub.data.loaders import (
 )
 from resnext_hub.data.stream import StreamBatches, StreamedEvaluation, build_stream_loader
 from resnext_hub.data.transforms import EvalTransform, draw_mix, erase, mix_pairs, normalize
-from resnext_hub.errors import RequestError
+from resnext_hub.errors import RequestError, setting
 from resnext_hub.models.input_config import InputConfig
 from resnext_hub.text import printable
 from resnext_hub.training.plan import Plan
 from resnext_hub.training.schedule import size_at
 
-MOST_TRIED = 1000
-"""Images that are tried before a run starts, where the first ones cannot be read."""
+MAX_TRIED = 1000
+"""Number of images to try before a run starts, if the first ones are unreadable."""
 
 
 def evaluation_samples(
     images: IndexedImages | StreamedImages, input: InputConfig, max_pixels: int = MAX_IMAGE_PIXELS
 ) -> EvaluationSamples | StreamedEvaluation:
-    """Return the samples of an evaluation split after timm's evaluation transform."""
+    """Return the samples of an evaluation split, with timm's evaluation transform."""
     transform = EvalTransform(input)
     if isinstance(images, StreamedImages):
         return StreamedEvaluation(images, transform, input.mode, max_pixels)
@@ -37,39 +37,40 @@ def evaluation_samples(
 
 
 def require_readable(samples: EvaluationSamples | StreamedEvaluation) -> None:
-    """Refuse an evaluation split of which nothing can be read, before anything is computed.
+    """Check that some image of an evaluation split is readable, before anything is computed.
 
-    A stream is not asked, as it would be fetched for that; nor is all of a large split.
+    A stream is not checked, since that would download it; of a large split only the first images are tried.
 
     Raises:
-        RequestError: If it is so.
+        RequestError: If no image is readable.
     """
     if isinstance(samples, StreamedEvaluation):
         return
     unread: list[Unreadable] = []
     for index in range(len(samples)):
         unreadable = samples[index].unreadable
-        if not unreadable or len(unread) == MOST_TRIED:
+        if not unreadable or len(unread) == MAX_TRIED:
             return
         unread += unreadable
-    first = f", the first: {printable(unread[0].name)} ({unread[0].reason})" if unread else ""
+    first = f"; the first is {printable(unread[0].name)} ({unread[0].reason})" if unread else ""
     raise RequestError(
-        f"none of the {len(samples)} images to evaluate on can be read{first}; mend them, or name another --eval-split"
+        f"none of the {len(samples)} images of the evaluation split is readable{first}. Fix them, or choose another "
+        f"{setting('eval_split')}"
     )
 
 
 def training_loader(
     plan: Plan, *, start: int, position: Position, process: int, processes: int, pin_memory: bool
 ) -> DataLoader[Parcel]:
-    """Return one process's part of every step from `start` to the end of the run.
+    """Return a loader of one process's part of every batch from step `start` to the end of the run.
 
     Args:
         plan: The run.
         start: The first step, counted from 0.
-        position: Position in a stream; for other data it follows from the step.
+        position: Position in a stream; ignored for other data, where it follows from the step.
         process: Index of this process.
         processes: Number of processes.
-        pin_memory: Whether to put batches into pinned memory, from which a GPU can fetch them.
+        pin_memory: Whether to put batches into pinned memory, for faster transfer to a GPU.
     """
     config, images = plan.config, plan.splits.train
     workers, stop = config.loader.workers or 0, plan.schedule.steps
@@ -93,7 +94,7 @@ def training_loader(
 
 
 class StepInputs:
-    """The part of preprocessing that runs on the device: normalizing, erasing, mixing, and resizing at each step.
+    """The preprocessing of each step that runs on the device: normalization, random erasing, mixing and resizing.
 
     Args:
         plan: The run.

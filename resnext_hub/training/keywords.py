@@ -1,10 +1,13 @@
-"""The settings of a run as keywords, for type checkers and editors; a test keeps them equal to the configuration."""
+"""The settings of a run as keyword arguments, for type checkers and editors.
+
+A test checks that names and types equal those of the configuration.
+"""
 
 from typing import Literal, TypedDict
 
 
 class TrainSettings(TypedDict, total=False):
-    """Settings by their flat names; `resnext-hub train --help` says what each means."""
+    """Settings by their flat names; `resnext-hub train --help` describes each of them."""
 
     model: str
     pretrained: bool | None

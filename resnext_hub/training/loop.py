@@ -1,4 +1,4 @@
-"""The training loop, in the order of events."""
+"""The training loop."""
 
 import contextlib
 import logging
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from resnext_hub.data.batches import Parcel, read_batches
-from resnext_hub.errors import RunError, StoppedRun, one_line
+from resnext_hub.errors import RunError, StoppedRun, one_line, setting
 from resnext_hub.kernels.training_view import require_shared_tensors
 from resnext_hub.machine import quiet_compilers
 from resnext_hub.processes.launcher import WAIT
@@ -41,7 +41,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What training returns: the model with its best weights, and how well they do."""
+    """Result of training: the model with its best weights, their evaluation, and facts about the run."""
 
     model: nn.Module
     evaluation: Evaluation
@@ -50,8 +50,9 @@ class Outcome:
     epoch: float
     """Passes over the training split at that step."""
     steps: int
+    """Steps of the run."""
     epochs: float
-    """Passes over the training split."""
+    """Passes over the training split in the whole run."""
     history: list[dict[str, Any]]
     """Lines of metrics.jsonl."""
     wall_seconds: float
@@ -59,10 +60,10 @@ class Outcome:
     skipped_steps: int
     """Steps that the optimizer skipped because fp16 gradients overflowed."""
     decoders: list[str]
-    """What decoded the training images, in order of use."""
+    """Decoders of the training images, in order of use."""
     unreadable: list[UnreadableImage]
     merged_groups: dict[str, int]
-    """How many neighbouring groups were computed as one in training, by layer name."""
+    """Number of neighbouring groups that were computed as one in training, by layer name."""
 
 
 def train(
@@ -72,14 +73,14 @@ def train(
     peers: Peers,
     on_checkpoint: Callable[[Path], None] = lambda path: None,
 ) -> Outcome:
-    """Train a model from the newest checkpoint of its run folder, or from the start.
+    """Train a model, from the newest checkpoint in its run folder if there is one.
 
     Args:
         plan: The run; the main process writes `metrics.jsonl` and `checkpoints/` in its folder.
-        model: The model before the first step.
-        accelerator: Accelerate's view of devices and processes.
+        model: The model in its initial state.
+        accelerator: The accelerator of this process.
         peers: The processes of the run.
-        on_checkpoint: Called with each checkpoint that the main process has written.
+        on_checkpoint: Called in the main process with the path of each new checkpoint.
 
     Raises:
         RunError: If the loss is not finite, or more images are unreadable than allowed.
@@ -98,7 +99,7 @@ def train(
     view = state.build_view()
     if config.compile:
         view.compile(dynamic=False)
-    # the model is in place already: Accelerate would move it once more, which replaces its buffers by copies
+    # the model is on its device already; if Accelerate moved it again, its buffers would be replaced by copies
     objective, optimizer = accelerator.prepare(
         Objective(view, config.label_smoothing), state.optimizer, device_placement=[False, False]
     )
@@ -110,7 +111,7 @@ def train(
         objective.train()
         compiling = config.compile
         bar = stack.enter_context(run.progress_bar())
-        recorder.timer.restart(state.step)  # time before this is not training time
+        recorder.timer.restart(state.step)  # exclude the time before the first step from the training speed
         while not state.done:
             with recorder.timer.waiting():
                 batch = next(batches)
@@ -145,7 +146,7 @@ def train(
 
 @dataclass(frozen=True)
 class _Run:
-    """The parts of a run, and what takes several of them."""
+    """The parts of a run, and the operations that involve several of them."""
 
     plan: Plan
     state: TrainingState
@@ -156,7 +157,7 @@ class _Run:
     on_checkpoint: Callable[[Path], None]
 
     def build_loader(self) -> DataLoader[Parcel]:
-        """Return this process's part of every step that is left."""
+        """Return a loader of this process's part of every remaining step."""
         state = self.state
         return training_loader(
             self.plan,
@@ -168,12 +169,12 @@ class _Run:
         )
 
     def progress_bar(self) -> "tqdm[Any]":
-        """Return the bar that counts steps; only the main process shows one, on a terminal."""
+        """Return the progress bar over steps; it is shown by the main process, on a terminal."""
         hidden = None if self.recorder.is_main else True
         return tqdm(total=self.plan.schedule.steps, initial=self.state.step, unit="step", disable=hidden)
 
     def mean_loss(self, loss: torch.Tensor) -> float:
-        """Return the loss over the global batch.
+        """Return the mean loss over the global batch.
 
         Raises:
             RunError: If the loss of this or an earlier step is not finite.
@@ -184,7 +185,11 @@ class _Run:
         return mean
 
     def evaluate_step(self) -> bool:
-        """Evaluate, and keep the weights if they are the best so far; return False if a signal interrupted it."""
+        """Evaluate, and keep the weights if they are the best so far.
+
+        Returns:
+            Whether the evaluation completed; False if a signal interrupted it.
+        """
         try:
             with self.recorder.timer.apart():
                 evaluation = self.evaluator(self.state.published)
@@ -199,7 +204,7 @@ class _Run:
         return True
 
     def checkpoint_due(self) -> bool:
-        """Return whether to save now; a period in minutes is measured by the main process, on log steps."""
+        """Return whether a checkpoint is due; minutes are checked on log steps, by the clock of the main process."""
         every, state = self.plan.config.checkpoint, self.state
         if state.done:
             return True
@@ -229,9 +234,9 @@ class _Run:
         timer.checkpointed()
 
     def finish(self) -> Outcome:
-        """Evaluate the best weights once more, as they will be published."""
+        """Load the best weights, evaluate them once more, and return the outcome of the run."""
         state = self.state
-        if state.best is None:  # an evaluation was interrupted at the very end, and again after a resume
+        if state.best is None:  # the only evaluation was interrupted at the last step, and again after a resume
             self.raise_stopped()
         state.model.load_state_dict(state.best.tensors)
         try:
@@ -239,10 +244,10 @@ class _Run:
         except EvaluationStoppedError:
             self.stop.stopping()
             self.raise_stopped()
-        if evaluation.correct != state.best.correct:  # without deterministic algorithms, an accelerator may do so
+        if evaluation.correct != state.best.correct:
             _logger.warning(
-                "the best weights classified %d images correctly at step %d and %d now, which is what is recorded: "
-                "this device is not deterministic (--deterministic)",
+                "the best weights had %d correct predictions at step %d but have %d now; recorded is the latter. This "
+                "device is not deterministic; use --deterministic for reproducible results",
                 state.best.correct,
                 state.best.step,
                 evaluation.correct,
@@ -265,7 +270,7 @@ class _Run:
         )
 
     def raise_stopped(self) -> NoReturn:
-        """End the run after a signal; the state of this step is saved."""
+        """Raise StoppedRun after a signal; the state of this step is saved."""
         raise StoppedRun(
             f"stopped by {self.stop.number.name}; step {self.state.step} of {self.plan.schedule.steps} is saved: rerun "
             "the same command to resume",
@@ -275,7 +280,7 @@ class _Run:
     def _raise_not_finite(self, what: str, step: int) -> NoReturn:
         good = self.state.peers.from_main(self.state.last_good_checkpoint)
         raise RunError(
-            f"the {what} at step {step}; {good}; try a lower --lr, or --clip-grad 1",
+            f"the {what} at step {step}; {good}; try a lower {setting('lr')}, or {setting('clip_grad', 1)}",
             everywhere=True,
         )
 
@@ -288,7 +293,7 @@ def _optimizer_step(
     config: TrainConfig,
     accelerator: "Accelerator",
 ) -> torch.Tensor:
-    """Take one step on this process's part of the global batch; return the mean loss over it, a scalar."""
+    """Take an optimizer step on this process's part of the global batch; return its mean loss, a scalar."""
     optimizer.zero_grad()
     size = len(images)
     micro = config.micro_batch_size or size
@@ -297,7 +302,7 @@ def _optimizer_step(
         part = slice(start, min(start + micro, size))
         last = part.stop == size
         with contextlib.nullcontext() if last else accelerator.no_sync(objective):
-            # weighted by its size, as the last micro-batch may be smaller
+            # weighted by size, because the last micro-batch may be smaller
             loss = objective(images[part], targets[part]) * ((part.stop - start) / size)
             accelerator.backward(loss)
         total += loss.detach()
@@ -309,7 +314,7 @@ def _optimizer_step(
 
 @contextlib.contextmanager
 def _compiling() -> Iterator[None]:
-    """Turn an error of the compiler into one line that says how to train without it."""
+    """Turn compiler errors into a one-line RunError."""
     from torch._dynamo.exc import TorchDynamoException
 
     try:
@@ -317,10 +322,10 @@ def _compiling() -> Iterator[None]:
             yield
     except TorchDynamoException as error:
         raise RunError(
-            f"the model cannot be compiled here ({one_line(error)[:200]}); rerun without --compile"
+            f"torch.compile failed ({one_line(error)[:200]}); rerun without {setting('compile', True)}"
         ) from error
 
 
 def _seed_step(seed: int, step: int, process: int) -> None:
-    """Seed dropout and stochastic depth, so that no generator's state has to be saved."""
+    """Seed dropout and stochastic depth by the step, so no generator state needs to be saved."""
     torch.manual_seed(int(np.random.SeedSequence((seed, step, process)).generate_state(1, np.uint64)[0]))

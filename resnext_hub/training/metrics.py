@@ -1,4 +1,4 @@
-"""Files of JSON lines that a resumed run continues, such as metrics.jsonl."""
+"""JSON Lines files that a resumed run continues, such as metrics.jsonl."""
 
 import contextlib
 import json
@@ -17,14 +17,14 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """What every line of a run says."""
+    """Fields of every line."""
 
     step: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepLine(Line):
-    """A line of metrics.jsonl about a training step."""
+    """Required fields of a metrics.jsonl line about a training step."""
 
     epoch: float
     loss: float
@@ -33,7 +33,7 @@ class StepLine(Line):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationLine(Line):
-    """A line of metrics.jsonl about an evaluation."""
+    """Required fields of a metrics.jsonl line about an evaluation."""
 
     epoch: float
     eval_loss: float
@@ -41,17 +41,17 @@ class EvaluationLine(Line):
 
 
 METRICS = (StepLine, EvaluationLine)
-"""The kinds of lines in metrics.jsonl."""
+"""Kinds of lines in metrics.jsonl."""
 
 
 def read_lines(path: Path, *kinds: type, upgrade: Callable[[Any], Any] = lambda line: line) -> list[dict[str, Any]]:
-    """Return the lines of a file that are JSON objects of one of the kinds, in order, with all their fields.
+    """Return the lines of a file that match one of the kinds, in order, with all their fields.
 
-    A killed process leaves half a line, and a failing disk worse: any other line is ignored.
+    Damaged lines, such as the partial line that a killed process leaves, are ignored with a warning.
 
     Args:
         path: The file.
-        kinds: Dataclasses, one of which a line has to match.
+        kinds: Dataclasses; a line must match at least one of them.
         upgrade: Converts a line of an earlier version before it is validated.
 
     Raises:
@@ -63,14 +63,14 @@ def read_lines(path: Path, *kinds: type, upgrade: Callable[[Any], Any] = lambda 
         return []
     except OSError as error:
         raise RunError(
-            f"{printable(path)} cannot be read ({error.strerror or one_line(error)}); remove it, and rerun the same "
+            f"{printable(path)} cannot be read ({error.strerror or one_line(error)}); remove it and rerun the same "
             "command to resume"
         ) from error
-    *whole, half = content.split(b"\n")
+    *whole, partial = content.split(b"\n")
     lines = [line for text in whole if (line := _parsed(text, kinds, upgrade)) is not None]
     if len(lines) < len(whole):
-        _logger.warning("%s: %d damaged lines are ignored", printable(path), len(whole) - len(lines))
-    last = _parsed(half, kinds, upgrade)
+        _logger.warning("%s: ignored %d damaged lines", printable(path), len(whole) - len(lines))
+    last = _parsed(partial, kinds, upgrade)
     return lines if last is None else [*lines, last]
 
 
@@ -89,13 +89,13 @@ def _parsed(text: bytes, kinds: tuple[type, ...], upgrade: Callable[[Any], Any])
 
 
 class LineLog:
-    """Appends lines to a file that a resumed run continues.
+    """A JSON Lines file that a resumed run continues.
 
     Args:
         path: The file.
-        step: Step of the checkpoint that the run resumes from; lines of later steps are removed.
-        evaluated: Whether that step's evaluation was done; if not, its lines go too.
-        kinds: What a line may be; others are removed.
+        step: Step that the run starts or resumes from; lines of later steps are removed.
+        evaluated: Whether the evaluation of that step is done; if not, its lines are removed as well.
+        kinds: Kinds of lines to keep; others are removed.
     """
 
     def __init__(self, path: Path, step: int, evaluated: bool = True, kinds: tuple[type, ...] = (Line,)) -> None:
@@ -103,10 +103,10 @@ class LineLog:
         if not evaluated:
             kept = [line for line in kept if line["step"] < step or "eval_loss" not in line]
         write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - stays open during the run
 
     def write(self, **values: Any) -> None:
-        """Append a line; it is with the operating system when this returns."""
+        """Append a line and flush it to the operating system."""
         self._file.write(json.dumps(values, allow_nan=False) + "\n")
         self._file.flush()
 

@@ -1,4 +1,4 @@
-"""The optimizer, built by timm, and the learning rate as a pure function of the step."""
+"""The optimizer, built by timm, and the learning rate as a function of the step."""
 
 import dataclasses
 import inspect
@@ -12,26 +12,26 @@ from typing import Annotated, Any
 import torch
 from torch import nn
 
-from resnext_hub.errors import RequestError, one_line
+from resnext_hub.errors import RequestError, one_line, setting
 from resnext_hub.settings import Range, check_fields, did_you_mean, shown
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """How the weights follow the gradients."""
+    """Optimizer and learning rate."""
 
     optimizer: str = "sgd"
-    """An optimizer of timm, such as sgd, adamw or lamb."""
+    """Name of a timm optimizer, such as sgd, adamw or lamb."""
     lr: Annotated[float, Range(0, 1000, above=True)] | None = None
-    """Greatest learning rate; derived from optimizer and batch size if not given."""
+    """Peak learning rate; derived from optimizer and global batch size if not given."""
     momentum: Annotated[float, Range(0, 1, below=True)] = 0.9
-    """Momentum, for optimizers that have one."""
+    """Momentum, for optimizers that use it."""
     weight_decay: Annotated[float, Range(0, 1000)] = 1e-4
-    """Weight decay; biases and norm layers are left out of it."""
+    """Weight decay; not applied to biases and norm layers."""
     warmup_epochs: Annotated[float, Range(0, 1_000_000)] = 5.0
-    """Epochs over which the learning rate rises linearly from near zero; at most half of the run."""
+    """Epochs of linear learning rate warmup from near zero; at most half of the run."""
     clip_grad: Annotated[float, Range(0, 1_000_000_000, above=True)] | None = None
-    """Greatest norm of the gradient, if it is to be clipped."""
+    """Maximum L2 norm of the gradient; not clipped if not given."""
 
     def __post_init__(self) -> None:
         from timm.optim import list_optimizers
@@ -39,16 +39,15 @@ class OptimConfig:
         check_fields(self)
         known = list_optimizers()
         if self.optimizer not in known:
-            hint = did_you_mean(self.optimizer, known) or ", but sgd, adamw, lamb and others"
-            raise RequestError(f"--optimizer {shown(self.optimizer)}: timm has no such optimizer{hint}")
+            hint = did_you_mean(self.optimizer, known) or "; choose another, such as sgd, adamw or lamb"
+            raise RequestError(f"{setting('optimizer', shown(self.optimizer))} is not an optimizer of timm{hint}")
 
 
 def check_optimizer(config: OptimConfig, device: str) -> None:
-    """Take a step of an optimizer on a few numbers, to see that it can be built here and its state can be saved.
+    """Take a step on a tiny model, to check that the optimizer works here and that its state can be saved.
 
     Raises:
-        RequestError: If it needs a GPU, a library or arguments that are not there, or keeps state that no checkpoint
-            holds.
+        RequestError: If it needs a GPU, a library or arguments that are missing, or if its state cannot be saved.
     """
     needs_gpu = device == "cuda" and config.optimizer.startswith(("bnb", "fused"))
     place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if needs_gpu else torch.device("cpu")
@@ -65,17 +64,17 @@ def check_optimizer(config: OptimConfig, device: str) -> None:
             optimizer.step()
         except (AssertionError, ImportError, RuntimeError, TypeError, ValueError, AttributeError) as error:
             raise RequestError(
-                f"--optimizer {config.optimizer} cannot be used here ({one_line(error)[:120]}); take another, such as "
-                "sgd, adamw or lamb"
+                f"{setting('optimizer', config.optimizer)} does not work here ({one_line(error)[:120]}); choose "
+                "another, such as sgd, adamw or lamb"
             ) from error
     optimizer_state(optimizer)
 
 
 def derive_lr(optimizer: str, batch_size: int, pretrained: bool) -> float:
-    """Give a learning rate in proportion to the global batch.
+    """Return a default learning rate, proportional to the global batch size.
 
-    For SGD it is the paper's, 0.1 at batch 256 (section 4), and a tenth of that from released weights; optimizers that
-    scale the gradient themselves take 1e-3 at 512 in both cases.
+    SGD uses that of the paper, 0.1 at batch size 256 (section 4), and a tenth of it from pretrained weights. Adaptive
+    optimizers use 1e-3 at batch size 512 in both cases.
     """
     if "sgd" in optimizer or optimizer in ("momentum", "nesterov"):
         return 0.1 * batch_size / 256 * (0.1 if pretrained else 1.0)
@@ -83,7 +82,7 @@ def derive_lr(optimizer: str, batch_size: int, pretrained: bool) -> float:
 
 
 def lr_at(step: int, total_steps: int, warmup_steps: int, lr: float) -> float:
-    """Give the learning rate of a step: a linear rise, then half a cosine down to zero at `total_steps`."""
+    """Return the learning rate of a step, counted from 0: linear warmup, then cosine decay to 0 at `total_steps`."""
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
@@ -91,15 +90,15 @@ def lr_at(step: int, total_steps: int, warmup_steps: int, lr: float) -> float:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, scaled: bool = False) -> torch.optim.Optimizer:
-    """Build timm's optimizer over the parameters of a model, with weight decay on matrices and filters only.
+    """Build timm's optimizer for a model; weight decay applies to weights of linear and convolution layers only.
 
-    torch's own optimizers take their step in one pass over the parameters, where they can.
+    The fused implementation of torch is used where there is one, except with scaled gradients.
 
     Args:
-        model: The network, on its device.
-        config: Which optimizer, and its settings.
-        scaled: Whether gradients are scaled for fp16: a step that overflows has to be left out, which an optimizer that
-            does all in one pass does by itself, where nobody sees and counts it.
+        model: The model, on its device.
+        config: The optimizer and its settings.
+        scaled: Whether gradients are scaled for fp16. A fused optimizer skips a step that overflows internally, so it
+            could not be counted.
     """
     from timm.optim import create_optimizer_v2, get_optimizer_class
 
@@ -120,14 +119,14 @@ def _can_fuse(model: nn.Module) -> bool:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every group, scaled where timm gave a group a scale of its own."""
+    """Set the learning rate of every parameter group, times the `lr_scale` that timm gave some groups."""
     groups: list[dict[str, Any]] = optimizer.param_groups
     for group in groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Take an optimizer's state apart into tensors, keyed `state.parameter.name` or `group.index.name`, and JSON.
+    """Split an optimizer's state into tensors, by key `state.PARAMETER.NAME` or `group.INDEX.NAME`, and JSON values.
 
     Raises:
         RequestError: If the optimizer keeps state that is neither a tensor nor JSON.
@@ -147,21 +146,21 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.T
         json.dumps(facts, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise RequestError(
-            f"the state of {type(optimizer).__name__} cannot be saved in a checkpoint ({one_line(error)}); take "
-            "another --optimizer, such as sgd, adamw or lamb"
+            f"the state of {type(optimizer).__name__} cannot be saved in a checkpoint ({one_line(error)}); "
+            f"choose another {setting('optimizer')}, such as sgd, adamw or lamb"
         ) from error
     return tensors, facts
 
 
 def require_same_kind(optimizer: torch.optim.Optimizer, facts: dict[str, Any]) -> None:
-    """Check that the facts of `optimizer_state` are of an optimizer of this kind; versions of torch may add settings.
+    """Check that saved facts belong to the same kind of optimizer; other versions of torch may have more options.
 
     Raises:
-        ValueError: If they are of another.
+        ValueError: If they belong to another kind.
     """
     groups: list[dict[str, Any]] = optimizer.param_groups
     if len(facts["group"]) != len(groups):
-        raise ValueError(f"it has {len(facts['group'])} groups of parameters, not {len(groups)}")
+        raise ValueError(f"it has {len(facts['group'])} parameter groups, expected {len(groups)}")
     for index, group in enumerate(groups):
         before, now = set(facts["group"][str(index)]), set(group) - {"params", "param_names"}
         now = {name for name in now if not isinstance(group[name], torch.Tensor)}
@@ -172,7 +171,7 @@ def require_same_kind(optimizer: torch.optim.Optimizer, facts: dict[str, Any]) -
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], facts: dict[str, Any]
 ) -> None:
-    """Put back what `optimizer_state` took apart, in the memory format of the parameters."""
+    """Load a state that `optimizer_state` split, in the memory format of the parameters."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     groups = optimizer.state_dict()["param_groups"]
     state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in facts["state"].items()}

@@ -1,4 +1,4 @@
-"""What a run will do: a request that was validated and resolved, once, before anything is computed."""
+"""The plan of a run: a request, validated and resolved before anything is computed."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,26 +14,26 @@ from resnext_hub.training.schedule import Schedule
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A resolved run. `runs/request.py` makes it; training and everything after it read it."""
+    """A resolved run, as built by `runs/request.py`."""
 
     config: TrainConfig
-    """Resolved: no field is left open."""
+    """Resolved configuration; fields that were derived have their values."""
     source: ModelSource
-    """The model to start from."""
+    """The model to train, and its initial weights."""
     splits: Splits
-    """What to train and evaluate on."""
+    """The images to train and evaluate on."""
     input: InputConfig
-    """The images that the model takes."""
+    """Format of the images that the model takes."""
     schedule: Schedule
     precision: str
     """`no` (float32), `bf16` or `fp16`."""
     folder: RunFolder
     asked: dict[str, Any]
-    """The settings given by the user, on top of recipe and defaults."""
+    """Settings that the user gave, without those of recipe and defaults."""
     recipe: str | None
     finished: bool
-    """Whether the folder holds this very run, complete."""
+    """Whether the folder already holds this run, complete."""
     resume_from: Path | None
-    """A fetched state to resume, if the folder holds no checkpoint."""
+    """A fetched state to resume from, if the folder holds no checkpoint."""
     folder_state: tuple[str | None, ...]
-    """`RunFolder.state` when the folder was looked at."""
+    """`RunFolder.state` at the time of planning."""

@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: metrics.jsonl, the samples of each step, the log, and how long things took."""
+"""Records of a run in progress: metrics.jsonl, the samples of each step, log lines and timing."""
 
 import hashlib
 import logging
@@ -17,11 +17,11 @@ _logger = logging.getLogger(__name__)
 
 
 class Recorder:
-    """Logs of one process; the main one alone writes metrics.
+    """Records of one process; only the main process writes metrics.
 
     Args:
         plan: The run.
-        state: Its state, restored. Lines of later steps are removed, as those steps are taken again.
+        state: Its state, restored. Lines of later steps are removed, because those steps will be repeated.
     """
 
     def __init__(self, plan: Plan, state: TrainingState) -> None:
@@ -40,7 +40,7 @@ class Recorder:
         if self.is_main:
             self._metrics = LineLog(folder.metrics, state.step, state.evaluated, METRICS)
         if self._plan.config.log_samples:
-            folder.path.mkdir(parents=True, exist_ok=True)  # on another host than the main process's
+            folder.path.mkdir(parents=True, exist_ok=True)  # it exists only on the main process's host
             self._samples = LineLog(folder.samples(state.accelerator.process_index), state.step)
         return self
 
@@ -50,12 +50,12 @@ class Recorder:
                 log.close()
 
     def log_due(self) -> bool:
-        """Return whether this step has a log line."""
+        """Return whether to log this step."""
         step, steps = self._state.step, self._plan.schedule.steps
         return step % self._plan.config.log_every == 0 or step == steps
 
     def log_step(self, lr: float, loss: float) -> dict[str, str]:
-        """Write the metrics of a step; return those that belong on a progress bar."""
+        """Write the metrics of a step; return the ones to show on the progress bar."""
         speed, wait = self.timer.lap(self._state.step, self._plan.config.batch_size)
         if self._metrics:
             facts = {"lr": lr, "loss": loss, "images_per_second": speed, "data_wait": wait}
@@ -63,13 +63,13 @@ class Recorder:
         return {"loss": f"{loss:.3f}", "images/s": f"{speed:.0f}", "data_wait": f"{wait:.0%}"}
 
     def log_samples(self, batch: Batch, images: torch.Tensor) -> None:
-        """Write the indices of a step's samples and hashes of their pixels, with --log-samples."""
+        """Write the indices of a step's samples and hashes of their pixels, if `log_samples` is set."""
         if self._samples:
             pixels = [hashlib.sha256(image.cpu().numpy().tobytes()).hexdigest()[:16] for image in images]
             self._samples.write(step=self._state.step, indices=batch.indices.tolist(), pixels=pixels)
 
     def log_evaluation(self, evaluation: Evaluation) -> None:
-        """Write the metrics of an evaluation, and log them."""
+        """Write and log the metrics of an evaluation."""
         facts: dict[str, Any] = {
             "eval_loss": evaluation.loss,
             "eval_top1": evaluation.top1,
@@ -90,8 +90,8 @@ class Recorder:
         )
 
     def log_compiled(self) -> None:
-        """Log how long compiling took, in the first step, and leave it out of the training speed."""
-        _logger.info("compiled in the first step, which took %.0f s", self.timer.restart(self._state.step))
+        """Log the duration of the first step, which compiles the model, and exclude it from the training speed."""
+        _logger.info("compiled the model; the first step took %.0f s", self.timer.restart(self._state.step))
 
     def history(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl."""

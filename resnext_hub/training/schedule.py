@@ -1,15 +1,15 @@
-"""What happens at which step of a run."""
+"""The schedule of a run: number of steps, warmup, evaluations and image size."""
 
 import math
 from dataclasses import dataclass
 
-from resnext_hub.errors import RequestError
+from resnext_hub.errors import RequestError, setting
 from resnext_hub.training.config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """What happens at which step, counted from 1."""
+    """Steps of a run; evaluation steps are counted from 1."""
 
     steps: int
     warmup_steps: int
@@ -17,20 +17,20 @@ class Schedule:
 
 
 GROWTH = 0.75
-"""Part of a run in which the images grow, where they do; in the rest they have their full size."""
+"""Fraction of a run in which progressive image sizes grow; the rest is at full size."""
 
 STAGES = 4
-"""Sizes below the full one: few, as some devices and compilers prepare anew for each."""
+"""Number of sizes below the full one; few, because some devices and compilers recompile for each."""
 
 
 def size_at(step: int, steps: int, first: int | None, full: int) -> int:
-    """Give the size in pixels at which a step trains: it grows from `first` to `full`, in stages of equal length.
+    """Return the image size of a step in pixels; it grows from `first` to `full` in stages of equal length.
 
     Args:
         step: The step, counted from 0.
-        steps: Steps of the run.
+        steps: Number of steps of the run.
         first: Size of the first stage; None if all steps have the full size.
-        full: Size of the last part of the run.
+        full: Size after the last stage.
     """
     stage = STAGES * step / (GROWTH * steps)
     if first is None or stage >= STAGES:
@@ -39,25 +39,30 @@ def size_at(step: int, steps: int, first: int | None, full: int) -> int:
 
 
 def sizes_of(steps: int, first: int | None, full: int) -> list[int]:
-    """Give the sizes in pixels at which the steps of a run train, as `size_at` has them, each once, small to large."""
+    """Return the distinct image sizes of a run in pixels, ascending; see `size_at`."""
     begins = (min(math.ceil(stage * GROWTH * steps / STAGES), steps - 1) for stage in range(STAGES + 1))
     return sorted({size_at(step, steps, first, full) for step in begins})
 
 
 def plan_schedule(config: TrainConfig, count: int | None) -> Schedule:
-    """Give the schedule of a run over `count` training samples.
+    """Return the schedule of a run over `count` training samples.
 
-    A run has ceil(epochs * count / batch) steps, and an epoch is evaluated at the step that completes it. Which step
-    that is shows in a stream only when it is read, so there only the last step stands here; of unknown length, a
-    stream warms up over a twentieth of the steps.
+    A run has ceil(epochs * count / batch) steps, and each epoch is evaluated at the step that completes it. For a
+    stream that step is known only once it is reached, so `evaluations` holds just the last step. Warmup of a stream of
+    unknown length is a twentieth of the steps.
+
+    Args:
+        config: The configuration.
+        count: Number of training samples; None for a stream of unknown length.
 
     Raises:
-        RequestError: If the number of steps does not follow from anything.
+        RequestError: If neither the number of samples nor `max_steps` is known.
     """
     if count is None:
         if config.max_steps is None:
             raise RequestError(
-                f"{config.data.dataset} does not say how many samples it has, so --streaming needs --max-steps"
+                f"{config.data.dataset} does not state its number of samples, so {setting('streaming', True)} needs "
+                f"{setting('max_steps')}"
             )
         warmup = config.max_steps // 20 if config.optim.warmup_epochs else 0
         return Schedule(steps=config.max_steps, warmup_steps=warmup, evaluations=frozenset({config.max_steps}))

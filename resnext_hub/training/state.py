@@ -1,7 +1,7 @@
-"""The state of a run, and how it is saved and restored.
+"""The state of a run: saved in checkpoints, restored on resume.
 
-The state is the weights, their moving average, the optimizer, the best weights so far and the step; sample order,
-learning rate and random numbers are functions of the step. So a resume starts at a step and needs nothing else.
+The state consists of the weights, their moving average, the optimizer, the best weights so far and the step. Sample
+order, learning rate and random numbers are functions of the step, so they need not be saved.
 """
 
 import logging
@@ -17,7 +17,7 @@ from torch import nn
 
 from resnext_hub.data.batches import Batch, Position
 from resnext_hub.data.images import StreamedImages
-from resnext_hub.errors import RequestError, RunError, one_line
+from resnext_hub.errors import RequestError, RunError, one_line, setting
 from resnext_hub.kernels.merged import grouped_convolutions
 from resnext_hub.kernels.training_view import agree_on_factors, build_training_view
 from resnext_hub.kernels.widths import list_widths
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 _NEVER = 2**62
-"""A step that no run reaches."""
+"""A step number beyond that of any run."""
 
 
 @dataclass(kw_only=True)
 class Best:
-    """The best weights so far: most correct samples, then the lower loss."""
+    """The best weights so far, by number of correct predictions, then by loss."""
 
     step: int
     correct: int
@@ -49,7 +49,7 @@ class Best:
     tensors: dict[str, torch.Tensor]
 
     def beaten_by(self, evaluation: Evaluation) -> bool:
-        """Return whether other weights do better."""
+        """Return whether an evaluation of other weights is better."""
         return (evaluation.correct, -evaluation.loss) > (self.correct, -self.loss)
 
 
@@ -58,8 +58,8 @@ class TrainingState:
 
     Args:
         plan: The run.
-        model: The model before the first step; this is what is evaluated, saved and published.
-        accelerator: Accelerate's view of devices and processes.
+        model: The model in its initial state; it is the one that is evaluated, saved and published.
+        accelerator: The accelerator of this process.
         peers: The processes of the run.
     """
 
@@ -77,33 +77,33 @@ class TrainingState:
             "decoder": config.loader.decoder,
             "compile": config.compile,
         }
-        """What the weights depend on beside the settings, down to their last bits."""
+        """What the exact weights depend on besides the settings."""
         self.decoders: list[str] = [config.loader.decoder]
         self.merged_groups: dict[str, int] | None = None
-        """How many neighbouring groups are computed as one, by layer name; None until it is chosen."""
+        """Number of neighbouring groups that are computed as one, by layer name; None until chosen."""
         self.step = self.resumes = self.skipped_steps = 0
         self.position = Position(0, 0)
         """Position in a stream; for other data it follows from the step."""
         self.evaluated = True
-        """Whether the evaluation due at this step, if any, is done."""
+        """Whether no evaluation is due at this step, or it is done."""
         self.best: Best | None = None
         self.wall_seconds = 0.0
-        """Wall time up to the checkpoint that the run resumed from."""
+        """Wall time of the run up to the checkpoint that it resumed from."""
         self._first_bad_step = torch.tensor(_NEVER, device=accelerator.device)
 
     @property
     def published(self) -> nn.Module:
-        """The model that is evaluated and kept: the moving average if there is one."""
+        """The model to evaluate and publish: the moving average if there is one."""
         return self.model if self.ema is None else self.ema.module
 
     @property
     def done(self) -> bool:
-        """Whether every step was taken."""
+        """Whether all steps are done."""
         return self.step >= self.plan.schedule.steps
 
     @property
     def epoch(self) -> float:
-        """Passes over the training split so far; whole ones only if the length of an epoch is unknown."""
+        """Passes over the training split so far; whole passes only if the length of an epoch is unknown."""
         count = self.plan.splits.train.count
         if isinstance(self.plan.splits.train, StreamedImages):
             return round(self.position.epoch + (self.position.place / count if count else 0.0), 4)
@@ -115,7 +115,7 @@ class TrainingState:
         return round(step * self.plan.config.batch_size / count, 4) if count else 0.0
 
     def advance(self, batch: Batch, loss: torch.Tensor, skipped: bool) -> None:
-        """Count an optimizer step; nothing here waits for the device.
+        """Count an optimizer step, without waiting for the device.
 
         Args:
             batch: The batch of the step.
@@ -146,7 +146,7 @@ class TrainingState:
             )
 
     def synchronize_buffers(self) -> None:
-        """Broadcast the main process's batch norm statistics: each process saw its own part of the batches."""
+        """Broadcast the batch norm statistics of the main process, because each process has its own."""
         if self.accelerator.num_processes > 1:
             from accelerate.utils import broadcast
 
@@ -155,11 +155,11 @@ class TrainingState:
                     buffer.copy_(broadcast(buffer.clone()))
 
     def weights_are_finite(self) -> bool:
-        """Return whether every weight is a finite number; a finite loss says nothing of the step that follows it."""
+        """Return whether all weights are finite; the step after a finite loss can still overflow."""
         return bool(torch.nn.utils.get_total_norm(self.model.parameters()).isfinite())
 
     def build_view(self) -> nn.Module:
-        """Return the training view of the model; the main process chooses it, once for the whole run."""
+        """Return the training view of the model; the main process chooses the merged groups, once per run."""
         config, before = self.plan.config, self.merged_groups
         if before is None or config.merge_groups != "auto":
             part = config.batch_size // self.accelerator.num_processes
@@ -170,7 +170,7 @@ class TrainingState:
         assert self.merged_groups is not None
         if before is not None and before != self.merged_groups:
             _logger.warning(
-                "groups are merged in another way than before the resume; the weights can differ in their last bits"
+                "merged groups differ from those before the resume; the weights can differ in their last bits"
             )
         if self.merged_groups:
             layers = grouped_convolutions(self.model)
@@ -181,16 +181,16 @@ class TrainingState:
             _logger.info("channels of merged groups: %s", merged)
         elif config.merge_groups not in ("auto", "off"):
             _logger.warning(
-                "no groups are merged: --merge-groups %s is less than twice the width of every group of the model",
+                "no groups are merged: --merge-groups %s is less than twice the width of every group in the model",
                 config.merge_groups,
             )
         return build_training_view(self.model, self.merged_groups)
 
     def restore(self) -> None:
-        """Load the newest checkpoint, if any. Only the main process reads it; it sends it to the others.
+        """Load the newest checkpoint, if any; the main process reads it and sends it to the others.
 
         Raises:
-            RequestError: If it belongs to another run, or the dataset has changed since.
+            RequestError: If it belongs to another run, or the dataset has changed.
         """
         checkpoint = self.peers.from_main(self._newest_checkpoint)
         if checkpoint is None:
@@ -198,7 +198,7 @@ class TrainingState:
         facts = checkpoint.facts
         checkpoint.require_settings(fixed_settings(self.plan.config))
         if checkpoint.step > self.plan.schedule.steps:
-            raise checkpoint.foreign(f"it is of step {checkpoint.step}, and the run has {self.plan.schedule.steps}")
+            raise checkpoint.mismatch(f"it is at step {checkpoint.step} of a run of {self.plan.schedule.steps} steps")
         self._restore_tensors(checkpoint)
         self.step, self.resumes = checkpoint.step, facts.resumes + 1
         self.skipped_steps = facts.skipped_steps
@@ -211,12 +211,12 @@ class TrainingState:
         self.merged_groups = facts.merged_groups or {}
         layers = grouped_convolutions(self.model)
         if not all(n in layers and f > 0 and layers[n].groups % f == 0 for n, f in self.merged_groups.items()):
-            raise checkpoint.foreign("its merged groups are of another model")
+            raise checkpoint.mismatch("its merged groups belong to another model")
         for name, before in facts.how.items():
             if name in self.how and self.how[name] != before:
-                effect = "in their last bits" if name != "decoder" else "slightly, as the pixels of JPEGs do"
+                effect = "in their last bits" if name != "decoder" else "slightly, because pixels of JPEGs differ"
                 _logger.warning(
-                    "%s: %s before, %s now; data and schedule stay the same, the weights can differ %s",
+                    "%s was %s before the resume and is %s now; data and schedule are the same, weights can differ %s",
                     name,
                     printable(before),
                     self.how[name],
@@ -229,7 +229,7 @@ class TrainingState:
         if checkpoint is not None and checkpoint.facts.fingerprint != splits.fingerprint:
             raise RequestError(
                 f"the images of {printable(splits.dataset_id)} have changed since {checkpoint.path.name} was "
-                "written; restore them, or choose another --output-dir"
+                f"written; restore them, or choose another {setting('output_dir')}"
             )
         return checkpoint
 
@@ -249,7 +249,7 @@ class TrainingState:
             if self.accelerator.scaler is not None and facts.scaler is not None:
                 self.accelerator.scaler.load_state_dict(facts.scaler)
         except (ValueError, LookupError, TypeError, RuntimeError) as error:
-            raise checkpoint.foreign(f"its optimizer's state does not fit: {one_line(error)}") from error
+            raise checkpoint.mismatch(f"its optimizer state does not match: {one_line(error)}") from error
         if self.ema is not None:
             self.ema.module.load_state_dict(tensors("ema", self.ema.module.state_dict()))
         if facts.best is not None:
@@ -264,7 +264,7 @@ class TrainingState:
             )
 
     def save(self, wall_seconds: Callable[[], float]) -> Path:
-        """Write a checkpoint; call it in the main process alone.
+        """Write a checkpoint; call only in the main process.
 
         Args:
             wall_seconds: Returns the wall time of the run so far.
@@ -307,6 +307,6 @@ class TrainingState:
             ) from error
 
     def last_good_checkpoint(self) -> str:
-        """Describe the newest intact checkpoint, for a message."""
+        """Return a clause for messages that names the newest intact checkpoint."""
         checkpoint = latest_checkpoint(self.plan.folder.checkpoints)
         return f"the last good checkpoint is {checkpoint.path.name}" if checkpoint else "there is no checkpoint yet"

@@ -1,7 +1,7 @@
-"""A signal to stop, from a scheduler or from Ctrl-C, made into a step at which all processes stop.
+"""Stop all processes of a run at the same step after SIGTERM or Ctrl-C.
 
-The signal reaches the processes at different moments, and may reach one of them only. So each of them asks the others
-after every step, over a group of its own that needs no work of an accelerator.
+The signal reaches the processes at different times, and possibly only one of them. So they compare notes after every
+step, over a gloo group of their own that does not involve the accelerator.
 """
 
 import contextlib
@@ -17,33 +17,33 @@ import torch
 from torch import distributed
 
 GRACE = 30.0
-"""Seconds that a stopped process waits for the others; launchers kill it about then."""
+"""Seconds that a process waits for the others after a signal; launchers send SIGKILL at about that time."""
 
 SAVING = 600.0
-"""Seconds that it may take after that to save the state."""
+"""Seconds that it may then take to save the state."""
 
 
 class StopSignal:
-    """Notes SIGTERM and Ctrl-C instead of dying of them, while it is entered; a second Ctrl-C is not waited for.
+    """A context in which SIGTERM and Ctrl-C only set a flag; a second Ctrl-C raises KeyboardInterrupt.
 
-    A process that waits for another one which is gone never returns to Python, where signals are handled. So a thread
-    ends it, if the processes do not come to stop together.
+    A process that waits for one that is gone never returns to Python, where signals are handled. So a thread ends the
+    process if the processes do not agree to stop in time.
 
     Args:
-        processes: How many processes work on the run.
-        timeout: How long a process waits for the others' answers.
+        processes: Number of processes of the run.
+        timeout: How long a process waits for the others to answer.
     """
 
     def __init__(self, processes: int, timeout: timedelta) -> None:
         self.requested = False
         self.number = signal.SIGTERM
-        """The signal that came to this process, or is taken to have come to another."""
+        """The signal that this process received; SIGTERM if another process received one."""
         self._group: Any = distributed.new_group(backend="gloo", timeout=timeout) if processes > 1 else None
         self._before: dict[signal.Signals, Any] = {}
         self._known, self._left = threading.Event(), threading.Event()
 
     def agreed(self) -> bool:
-        """Return whether any process was asked to stop; every process has to ask, and gets the same answer."""
+        """Return whether any process was asked to stop; all processes must call it, and get the same answer."""
         if self._group is None:
             return self.requested
         flag = torch.tensor([int(self.requested)])
@@ -53,7 +53,7 @@ class StopSignal:
         return bool(flag.item())
 
     def stopping(self) -> None:
-        """Note that all processes have come to know that they stop; what is left is to save the state."""
+        """Note that all processes know that they stop, and only the state is left to save."""
         self._known.set()
 
     def _note(self, signal_number: int, frame: FrameType | None) -> None:
@@ -66,7 +66,7 @@ class StopSignal:
         if self._group is not None:
             self._arrivals, self._arrived = os.pipe()
             os.set_blocking(self._arrived, False)
-            # written to by the C handler, at once, whatever the main thread does
+            # the C signal handler writes to it at once, whatever the main thread is doing
             self._wakeup = signal.set_wakeup_fd(self._arrived, warn_on_full_buffer=False)
             threading.Thread(target=self._watch, daemon=True).start()
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -81,7 +81,7 @@ class StopSignal:
             os.close(self._arrived)
 
     def _watch(self) -> None:
-        """End the process where it was asked to stop and cannot."""
+        """End the process if it was asked to stop and is blocked."""
         number = _first_stop(self._arrivals)
         if number is None or self._left.is_set():
             return
@@ -89,7 +89,7 @@ class StopSignal:
             return
         if not self._left.is_set():
             sys.stderr.write(
-                f"stopped by {signal.Signals(number).name} while waiting for another process of the run, which does "
+                f"stopped by {signal.Signals(number).name} while waiting for another process of the run that does "
                 "not answer; rerun the same command to resume from the last checkpoint\n"
             )
             sys.stderr.flush()
@@ -97,7 +97,7 @@ class StopSignal:
 
 
 def _first_stop(descriptor: int) -> int | None:
-    """Wait for SIGTERM or Ctrl-C among the signals that arrive; None if the pipe is closed before."""
+    """Wait for SIGTERM or Ctrl-C among the signals that arrive; return None if the pipe is closed first."""
     with contextlib.closing(os.fdopen(descriptor, "rb", buffering=0)) as arrivals:
         while found := arrivals.read(1):
             if found[0] in (signal.SIGTERM, signal.SIGINT):

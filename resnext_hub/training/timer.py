@@ -6,7 +6,12 @@ from collections.abc import Iterator
 
 
 class Timer:
-    """Wall time of the run, training speed between log lines, and the part of it spent waiting for data."""
+    """Wall time of a run, training speed between log lines, and the fraction of time spent waiting for data.
+
+    Args:
+        wall_before: Wall time of the run before this process, in seconds.
+        step: Step at which this process starts.
+    """
 
     def __init__(self, wall_before: float, step: int) -> None:
         now = time.monotonic()
@@ -17,7 +22,7 @@ class Timer:
 
     @property
     def wall_seconds(self) -> float:
-        """Seconds that the run has taken so far, over all its resumes."""
+        """Wall time of the run so far in seconds, over all resumes."""
         return round(time.monotonic() - self._start, 3)
 
     @property
@@ -31,26 +36,26 @@ class Timer:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count as waiting for data."""
+        """Count the time inside as waiting for data."""
         begin = time.monotonic()
         yield
         self._waited += time.monotonic() - begin
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:
-        """Leave evaluation and saving out of the training speed."""
+        """Exclude the time inside, such as for evaluation and saving, from the training speed."""
         begin = time.monotonic()
         yield
         self._apart += time.monotonic() - begin
 
     def restart(self, step: int) -> float:
-        """Begin the lap anew, at a step; give the seconds that are left out so."""
+        """Start a new lap at a step; return the seconds of the old one, which do not count."""
         before = self._lap + self._apart
         self.lap(step, 0)
         return self._lap - before
 
     def lap(self, step: int, batch_size: int) -> tuple[float, float]:
-        """Give images per second, and the fraction of the time spent waiting for data, since the last lap."""
+        """Start a new lap; return images per second and the fraction of time spent waiting for data in the old one."""
         now = time.monotonic()
         spent = max(now - self._lap - self._apart, 1e-9)
         speed, wait = (step - self._step) * batch_size / spent, self._waited / spent

@@ -1,4 +1,4 @@
-"""The images of a run that could not be decoded: counted, listed, and a reason to stop where there are too many."""
+"""Unreadable images of a run: counted and listed; too many of them stop the run."""
 
 import itertools
 import json
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from resnext_hub.data.batches import Unreadable
-from resnext_hub.errors import RunError
+from resnext_hub.errors import RunError, setting
 from resnext_hub.processes.peers import Peers
 from resnext_hub.record import UnreadableImage, renamed_image
 from resnext_hub.run_folder import RunFolder
@@ -16,8 +16,8 @@ from resnext_hub.training.metrics import read_lines
 
 _logger = logging.getLogger(__name__)
 
-MOST_SHOWN = 20
-"""Unreadable images of a split that the log names one by one; the file lists all."""
+MAX_LOGGED = 20
+"""Number of unreadable images of a split to log one by one; the file lists all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,16 +28,16 @@ class UnreadableLine:
     image: str
     reason: str
     index: int | None = None
-    """Place in the split, or key in a stream; runs of older versions did not write it."""
+    """Index in the split, or key in a stream; not written before version 0.2."""
 
 
 class UnreadableLog:
-    """What could not be read, each image once, in a file of the main process that a resumed run continues.
+    """Unreadable images, each counted once; the main process lists them in a file that a resumed run continues.
 
     Args:
-        folder: The run folder, on the main process's disk.
+        folder: The run folder.
         peers: The processes of the run.
-        limit: Part of a split above which the run stops.
+        limit: Fraction of a split, 0 to 1, above which the run stops.
     """
 
     def __init__(self, folder: RunFolder, peers: Peers, limit: float) -> None:
@@ -48,51 +48,51 @@ class UnreadableLog:
         self._known = {(line["split"], line.get("index")) for line in lines}
         self._found: dict[str, dict[int, str]] = {"training": {}, "evaluation": {}}
         self._counts: dict[str, int] = {}
-        self._untold: list[tuple[str, Unreadable]] = []
-        """What the other processes have not heard of yet."""
+        self._unshared: list[tuple[str, Unreadable]] = []
+        """Images that the other processes do not know of yet."""
         if self._known:
-            _logger.warning("%d images are known to be unreadable, from before (%s)", len(self._known), self._path)
+            _logger.warning("%d images were unreadable before the resume (%s)", len(self._known), self._path)
 
-    def note(self, split: str, count: int, unreadable: list[Unreadable], in_all: int = 0) -> None:
-        """Note what is new; the main process writes down its own at once.
+    def note(self, split: str, count: int, unreadable: list[Unreadable], total: int = 0) -> None:
+        """Count unreadable images that are new; the main process lists its own at once.
 
-        Images are told apart by their index: their names need not differ.
+        Images are identified by index, because names need not be unique.
 
         Args:
             split: `training` or `evaluation`.
             count: Size of the split.
-            unreadable: What this process could not read.
-            in_all: How many all processes could not read, where that is known.
+            unreadable: Images that this process could not read.
+            total: Number of images that all processes together could not read, if known.
 
         Raises:
-            RunError: If it is more of the split than may be, and more than one image. What was found before a resume
-                does not count, as it may have been mended.
+            RunError: If the limit is exceeded, by more than one image. Images found before a resume do not count,
+                because they may have been fixed.
         """
         self._counts[split] = count
         new = [entry for entry in unreadable if self._add(split, entry)]
         if self._peers.size > 1:
-            self._untold += [(split, entry) for entry in new]
-        bad = max(len(self._found[split]), in_all)
-        if unreadable or in_all:
-            self._check(split, bad, everywhere=bad == in_all)
+            self._unshared += [(split, entry) for entry in new]
+        count_unreadable = max(len(self._found[split]), total)
+        if unreadable or total:
+            self._check(split, count_unreadable, everywhere=count_unreadable == total)
 
     def collect(self) -> None:
-        """Let every process know, and the main one write down, what the others have noted since the last call.
+        """Share the images found since the last call with all processes; the main process lists them.
 
         Raises:
-            RunError: In every process, if it is more of a split than may be, and more than one image.
+            RunError: In every process, if the limit is exceeded, by more than one image.
         """
         if self._peers.size == 1:
             return
-        noted = self._peers.gather(self._untold)
-        self._untold = []
+        noted = self._peers.gather(self._unshared)
+        self._unshared = []
         for split, entry in itertools.chain.from_iterable(noted):
             self._add(split, entry)
         for split in self._counts:
             self._check(split, len(self._found[split]), everywhere=True)
 
     def _add(self, split: str, entry: Unreadable) -> bool:
-        """Add an image if it is new, and return whether it is."""
+        """Add an image; return whether it is new."""
         found = self._found[split]
         if entry.index in found:
             return False
@@ -101,12 +101,13 @@ class UnreadableLog:
             self._write(split, entry, len(found))
         return True
 
-    def _check(self, split: str, bad: int, *, everywhere: bool) -> None:
+    def _check(self, split: str, unreadable: int, *, everywhere: bool) -> None:
         count = self._counts[split]
-        if bad > max(self._limit * count, 1):
+        if unreadable > max(self._limit * count, 1):
             raise RunError(
-                f"{bad} of {count} images of the {split} split cannot be read, more than --max-bad-fraction "
-                f"{self._limit:g}: {listing(self._found[split].values(), 8)}; mend them, or raise --max-bad-fraction",
+                f"{unreadable} of {count} images of the {split} split are unreadable, more than "
+                f"{setting('max_bad_fraction', f'{self._limit:g}')} allows: "
+                f"{listing(self._found[split].values(), 8)}; fix them, or increase {setting('max_bad_fraction')}",
                 everywhere=everywhere,
             )
 
@@ -115,18 +116,18 @@ class UnreadableLog:
             return
         self._known.add((split, entry.index))
         name, reason = printable(entry.name), printable(entry.reason)
-        done = "others take its place" if split == "training" else "it is left out"
-        if number <= MOST_SHOWN:
-            _logger.warning("%s of the %s split cannot be read (%s): %s", name, split, reason, done)
-        if number == MOST_SHOWN:
-            _logger.warning("further ones of the %s split are listed in %s", split, self._path)
+        effect = "replaced by other images" if split == "training" else "excluded"
+        if number <= MAX_LOGGED:
+            _logger.warning("%s of the %s split is unreadable (%s); it is %s", name, split, reason, effect)
+        if number == MAX_LOGGED:
+            _logger.warning("further unreadable images of the %s split are listed in %s", split, self._path)
         with open(self._path, "a", encoding="utf-8") as file:
             line = {"split": split, "index": entry.index, "image": name, "reason": reason}
             file.write(json.dumps(line) + "\n")
 
 
 def read_unreadable(folder: RunFolder) -> list[UnreadableImage]:
-    """Return the images that any process of a run could not decode, each once."""
+    """Return the unreadable images of a run, each once."""
     lines = _unreadable_lines(folder)
     found = {(line["split"], line["index"]): line for line in lines if line.get("index") is not None}
     names = {(line["split"], line["image"]) for line in found.values()}

@@ -1,4 +1,4 @@
-"""Processes on several hosts, without a shared disk: they train one run, or all refuse it for one reason."""
+"""Processes on several hosts without a shared disk train one run, or all refuse it for the same reason."""
 
 import json
 import os
@@ -33,16 +33,16 @@ class Ended:
     out: str
     err: str
     at: float
-    """When, in seconds of the monotonic clock."""
+    """Time of its end on the monotonic clock, in seconds."""
 
     @property
     def errors(self) -> list[str]:
-        """The lines that say what went wrong."""
+        """Its error lines."""
         return [line for line in self.err.splitlines() if line.startswith("error: ")]
 
 
 class Hosts:
-    """Starts one process for each host: each works in a folder of its own, as on a disk of its own."""
+    """Starts one process for each host, in a working folder of its own that stands in for the disk of the host."""
 
     def __init__(self, folder: Path, size: int = 2) -> None:
         self.folders = [folder / f"host-{rank}" for rank in range(size)]
@@ -50,7 +50,7 @@ class Hosts:
             path.mkdir(parents=True, exist_ok=True)
 
     def start(self, *commands: Sequence[object], **environment: Sequence[str]) -> "list[subprocess.Popen[str]]":
-        """Start a command on each host; a variable of the environment has a value for each."""
+        """Start a command on each host; environment variables have one value per host."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         started = []
@@ -71,12 +71,12 @@ class Hosts:
         return started
 
     def train(self, *flags: Sequence[object], **environment: Sequence[str]) -> list[Ended]:
-        """Train with the flags of each host, and wait for all."""
+        """Train with the flags of each host, and wait for all processes."""
         return wait(self.start(*((ROOT / "scripts" / "train.py", *each) for each in flags), **environment))
 
 
 def wait(started: "list[subprocess.Popen[str]]") -> list[Ended]:
-    """Wait for processes; none is left behind."""
+    """Wait for processes, and kill those that exceed the limit."""
     ended: dict[int, float] = {}
     begin = time.monotonic()
     try:
@@ -145,7 +145,7 @@ print(json.dumps(found))
 """
 
 
-def test_what_fails_in_one_process_fails_in_all_with_its_host_named(tmp_path: Path) -> None:
+def test_an_error_in_one_process_is_raised_in_all_with_its_host(tmp_path: Path) -> None:
     main, other = wait(Hosts(tmp_path).start(["-c", PAIR], ["-c", PAIR]))
     assert (main.code, other.code) == (0, 0), main.err + other.err
     first, second = json.loads(main.out), json.loads(other.out)
@@ -163,12 +163,12 @@ def test_what_fails_in_one_process_fails_in_all_with_its_host_named(tmp_path: Pa
     assert first[6] == second[6]
     assert f"{name} (rank 1): --name a\\nb, rank 0 has none;" in first[6]["error"]
     assert first[7] == second[7] == {"value": 5}
-    assert first[8] == second[8]  # the main process's numbers, though each drew its own
+    assert first[8] == second[8]  # the values of the main process, although each process drew its own
 
 
-def test_another_setting_and_another_version_on_one_host_are_refused_on_all_of_them(tmp_path: Path) -> None:
+def test_different_settings_or_versions_on_one_host_are_refused_on_all(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "resnext_hub", tmp_path / "other" / "resnext_hub")
-    with open(tmp_path / "other" / "resnext_hub" / "recipes.py", "a") as file:
+    with open(tmp_path / "other" / "resnext_hub" / "runs" / "recipes.py", "a") as file:
         file.write("\n# edited on this host alone\n")
     flags = (*TINY, "--max-steps", 2, "--output-dir", "run")
     main, other = Hosts(tmp_path).train(
@@ -179,10 +179,10 @@ def test_another_setting_and_another_version_on_one_host_are_refused_on_all_of_t
     assert len(main.errors) == 1
     assert f"host {socket.gethostname()} (rank 1): --lr 0.5, rank 0 has 0.1; resnext-hub " in main.errors[0]
     assert abs(main.at - other.at) < 10
-    assert not list(tmp_path.rglob("run"))  # nothing was begun
+    assert not list(tmp_path.rglob("run"))  # nothing was created
 
 
-def test_a_dataset_that_one_host_lacks_or_has_otherwise_is_refused_on_all_of_them(tmp_path: Path) -> None:
+def test_a_missing_or_different_dataset_on_one_host_is_refused_on_all(tmp_path: Path) -> None:
     hosts = Hosts(tmp_path)
     for rank, folder in enumerate(hosts.folders):
         for name, shade in (("bus", 40), ("car" if rank == 0 else "tram", 200)):
@@ -190,8 +190,8 @@ def test_a_dataset_that_one_host_lacks_or_has_otherwise_is_refused_on_all_of_the
     flags = (*TINY, "--image-size", 32, "--batch-size", 8, "--max-steps", 2, "--output-dir", "run", "--dataset")
     main, other = hosts.train((*flags, "data"), (*flags, "data"))
     assert (main.code, other.code) == (2, 2), main.err + other.err
-    assert "(rank 1): class names bus, tram (2 in all, digest " in main.errors[0]
-    assert "rank 0 has bus, car (2 in all, digest " in main.errors[0]
+    assert "(rank 1): class names bus, tram (2 in total, digest " in main.errors[0]
+    assert "rank 0 has bus, car (2 in total, digest " in main.errors[0]
     assert main.errors == other.errors
     main, other = hosts.train((*flags, "data"), (*flags, "./elsewhere/data"))
     assert (main.code, other.code) == (2, 2), main.err + other.err
@@ -202,7 +202,7 @@ def test_a_dataset_that_one_host_lacks_or_has_otherwise_is_refused_on_all_of_the
     assert abs(main.at - other.at) < 10
 
 
-def test_hosts_that_expect_different_numbers_of_processes_are_refused(tmp_path: Path) -> None:
+def test_different_numbers_of_processes_are_refused(tmp_path: Path) -> None:
     code = "from resnext_hub.cli.main import main; raise SystemExit(main(['train']))"
     main, other = wait(Hosts(tmp_path).start(["-c", code], ["-c", code], WORLD_SIZE=("2", "3")))
     assert (main.code, other.code) == (2, 2), main.err + other.err
@@ -221,8 +221,8 @@ def vehicles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_hosts_without_a_shared_disk_resume_and_end_with_the_same_bits(tmp_path: Path, vehicles: Path) -> None:
-    """One host is killed and loses its disk; the run goes on from what the main process's host holds."""
+def test_hosts_without_a_shared_disk_resume_bit_for_bit(tmp_path: Path, vehicles: Path) -> None:
+    """One host is killed and loses its disk; the run resumes from the disk of the main process."""
     flags = (
         *TINY, "--dataset", "vehicles", "--image-size", 32, "--batch-size", 16, "--max-steps", 20, "--lr", 0.01,
         "--checkpoint-every", 5, "--ema", 0.9, "--max-bad-fraction", 0.5, "--log-samples", "--output-dir", "run",
@@ -259,7 +259,7 @@ def test_hosts_without_a_shared_disk_resume_and_end_with_the_same_bits(tmp_path:
     assert [line["split"] for line in record.unreadable_images] == ["evaluation", "training"]
 
     before = (killed.folders[0] / "run" / "record.json").read_bytes()
-    main, other = killed.train(flags, flags)  # whose second host knows nothing of the finished run
+    main, other = killed.train(flags, flags)  # the second host has no files of the finished run
     assert (main.code, other.code) == (0, 0), main.err + other.err
     assert "finished already; nothing was computed" in main.out
     assert (killed.folders[0] / "run" / "record.json").read_bytes() == before
@@ -267,7 +267,7 @@ def test_hosts_without_a_shared_disk_resume_and_end_with_the_same_bits(tmp_path:
 
 @pytest.fixture
 def namespaces() -> Iterator[list[str]]:
-    """Two network namespaces that are joined by a cable: as near to two hosts as one machine gets."""
+    """Two connected network namespaces, which stand in for two hosts."""
     names = [f"rh{os.getpid()}{side}" for side in "ab"]
     cable = [f"v{os.getpid()}{side}" for side in "ab"]
     made = [["ip", "netns", "add", name] for name in names]
@@ -290,7 +290,7 @@ def namespaces() -> Iterator[list[str]]:
                 subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 
 
-def test_torchrun_on_two_hosts_refuses_what_one_of_them_typed_otherwise(tmp_path: Path, namespaces: list[str]) -> None:
+def test_torchrun_on_two_hosts_refuses_different_settings(tmp_path: Path, namespaces: list[str]) -> None:
     started = []
     for rank, (name, lr) in enumerate(zip(namespaces, (0.1, 0.5), strict=True)):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(rank)]
@@ -320,7 +320,7 @@ from resnext_hub.processes import heartbeat, peers as agreement
 heartbeat.BEAT, heartbeat.SILENCE = 0.5, 5.0
 peers = agreement.join()
 with heartbeat.heartbeat(peers):
-    time.sleep(2)  # both are heard of
+    time.sleep(2)  # both have sent heartbeats
     peers.gather("together")
     Path(sys.argv[1], f"ready-{peers.rank}").touch()
     if peers.rank == 0:
@@ -329,7 +329,7 @@ with heartbeat.heartbeat(peers):
 """
 
 
-def test_a_host_that_drops_off_the_network_is_noticed_on_both_sides(tmp_path: Path, namespaces: list[str]) -> None:
+def test_a_host_that_drops_off_the_network_is_detected_on_both_sides(tmp_path: Path, namespaces: list[str]) -> None:
     from resnext_hub.processes import heartbeat
 
     assert heartbeat.SILENCE + 2 * heartbeat.BEAT <= 60
@@ -358,24 +358,24 @@ def test_a_host_that_drops_off_the_network_is_noticed_on_both_sides(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("variables", "says"),
+    ("variables", "message"),
     [
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is two; expected a whole number"),
         ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK is -1; expected a whole number"),
         ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "\x1b[1m"}, r"LOCAL_RANK is \x1b[1m; expected"),
-        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK 2 of WORLD_SIZE 2"),
-        ({"WORLD_SIZE": "0"}, "RANK 0 of WORLD_SIZE 0"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK is 2 with WORLD_SIZE 2"),
+        ({"WORLD_SIZE": "0"}, "RANK is 0 with WORLD_SIZE 0"),
         ({"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}, "WORLD_SIZE is not set, so each process would train"),
         ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR not set"),
         ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "0"}, "MASTER_PORT 0; expected"),
         ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "99999"}, "MASTER_PORT 99999"),
     ],
 )
-def test_a_launcher_that_contradicts_itself_is_refused(
+def test_inconsistent_launcher_variables_are_refused(
     command: Callable[..., tuple[int, str, str]],
     monkeypatch: pytest.MonkeyPatch,
     variables: dict[str, str],
-    says: str,
+    message: str,
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -384,10 +384,10 @@ def test_a_launcher_that_contradicts_itself_is_refused(
     assert err.count("\n") == 1 or "LOCAL_RANK" in variables
     with pytest.raises(RequestError) as refused:
         Place.read()
-    assert says in str(refused.value)
+    assert message in str(refused.value)
 
 
-def test_accelerate_launch_of_several_cpu_processes_is_refused_instead_of_training_alone(tmp_path: Path) -> None:
+def test_accelerate_launch_with_several_cpu_processes_is_refused(tmp_path: Path) -> None:
     words = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, ROOT / "scripts" / "train.py"]
     done = run_process(*words, *TINY, "--max-steps", 2, "--output-dir", tmp_path / "run")
     assert done.returncode != 0
@@ -411,14 +411,14 @@ with stop.StopSignal(peers.size, timedelta(hours=1)) as signal:
 """
 
 
-def test_a_process_that_waits_for_one_that_does_not_answer_ends_when_it_is_asked_to(tmp_path: Path) -> None:
-    assert stop.GRACE <= 30.0  # launchers kill after that
+def test_a_process_that_waits_for_a_lost_one_ends_on_sigterm(tmp_path: Path) -> None:
+    assert stop.GRACE <= 30.0  # launchers then send SIGKILL
     hosts = Hosts(tmp_path)
     started = hosts.start(["-c", BLOCKED], ["-c", BLOCKED])
     deadline = time.monotonic() + LIMIT
     while not all((folder / "ready").exists() for folder in hosts.folders) and time.monotonic() < deadline:
         time.sleep(0.01)
-    time.sleep(0.5)  # until it waits
+    time.sleep(0.5)  # until rank 0 waits
     started[0].terminate()
     try:
         _, err = started[0].communicate(timeout=30)

@@ -1,4 +1,4 @@
-"""Two processes are one run."""
+"""Runs with two processes."""
 
 import json
 import subprocess
@@ -6,13 +6,13 @@ import sys
 import time
 from pathlib import Path
 
-from support.processes import ROOT, TINY, run_process
 from pytest import fixture
+from support.processes import ROOT, TINY, run_process
 
 from resnext_hub.record import RunRecord
 
 PNG = {"bytes": (ROOT / "docs" / "quickstart.png").read_bytes(), "path": None}
-"""An image of its own kind, but an image."""
+"""Any image."""
 
 FLAGS = (*TINY, "--batch-size", "32", "--max-steps", "50", "--lr", "0.01", "--log-samples")
 
@@ -43,18 +43,18 @@ def one(tmp_path_factory) -> Path:
     return folder
 
 
-def test_two_processes_learn_what_one_learns(pair: Path, one: Path) -> None:
-    """tests/runs/test_learning.py has the other ways to start a run."""
+def test_two_processes_reach_the_accuracy_of_one(pair: Path, one: Path) -> None:
+    """tests/runs/test_learning.py covers other launchers."""
     correct = [RunRecord.load(folder / "record.json").evaluation.correct for folder in (pair, one)]
-    assert min(correct) > 200  # of 360; a model whose batch norm never learned has about 36
+    assert min(correct) > 200  # of 360; chance level is 36
     assert abs(correct[0] - correct[1]) <= 18
 
 
-def test_the_record_says_two_processes(pair: Path) -> None:
+def test_the_record_states_two_processes(pair: Path) -> None:
     assert RunRecord.load(pair / "record.json").processes == 2
 
 
-def test_the_indices_of_two_processes_are_disjoint_and_make_up_the_global_batch(pair: Path, one: Path) -> None:
+def test_two_processes_share_the_global_batch_of_one(pair: Path, one: Path) -> None:
     first, second, alone = samples(pair, 0), samples(pair, 1), samples(one, 0)
     assert len(first) == len(second) == len(alone) == 50
     seen: list[int] = []
@@ -62,7 +62,7 @@ def test_the_indices_of_two_processes_are_disjoint_and_make_up_the_global_batch(
         assert len(a["indices"]) == len(b["indices"]) == 16
         assert a["indices"] + b["indices"] == whole["indices"]
         seen += whole["indices"]
-    assert sorted(seen[:1437]) == list(range(1437))  # every sample once, whatever the number of processes
+    assert sorted(seen[:1437]) == list(range(1437))  # every sample once per epoch
 
 
 def test_each_file_is_written_once(pair: Path) -> None:
@@ -77,26 +77,26 @@ def test_two_processes_count_every_evaluation_sample_once(pair: Path) -> None:
     evaluation = RunRecord.load(pair / "record.json").evaluation
     assert evaluation.count == 360
     assert evaluation.matrix.sum() == 360
-    done = run_process("scripts/evaluate.py", pair)  # one process, the same counts
+    done = run_process("scripts/evaluate.py", pair)  # with one process
     assert done.returncode == 0, done.stderr
-    assert "the same counts in every class" in done.stdout
+    assert "equal counts in every class" in done.stdout
 
 
-def test_a_wrong_request_is_said_once_and_no_process_hangs(tmp_path: Path) -> None:
+def test_a_wrong_request_is_reported_once_and_no_process_hangs(tmp_path: Path) -> None:
     done = torchrun(2, *TINY, "--batch-size", 33, "--output-dir", tmp_path / "run")
     assert done.returncode != 0
-    assert done.stderr.count("--batch-size 33 is the global batch, and 2 processes do not divide it") == 1
+    assert done.stderr.count("--batch-size 33 (the global batch size) is not divisible by 2 processes") == 1
     assert "nearest: 32 or 34" in done.stderr
 
 
-def stop_and_go_on(folder: Path, flags: tuple[object, ...], at: int) -> tuple[list[list[int]], int, str]:
-    """Stop a run of two processes after a step, and finish it with one; give the samples of each step that counts."""
+def stop_and_resume(folder: Path, flags: tuple[object, ...], at: int) -> tuple[list[list[int]], int, str]:
+    """Stop a run of two processes after a step and finish it with one; return the samples of each step that counts."""
     words = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend", "c10d"]
     words += ["--rdzv_endpoint", "localhost:0", "scripts/train.py", *map(str, flags), "--output-dir", str(folder)]
     with subprocess.Popen(
         [sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as run:
-        log = folder / "samples-0.jsonl"  # whose last line may be half written
+        log = folder / "samples-0.jsonl"  # its last line may be incomplete
         while not log.is_file() or log.read_bytes().count(b"\n") < at:
             assert run.poll() is None
             time.sleep(0.01)
@@ -106,7 +106,10 @@ def stop_and_go_on(folder: Path, flags: tuple[object, ...], at: int) -> tuple[li
     done = run_process("scripts/train.py", *flags, "--output-dir", folder)
     assert done.returncode == 0, done.stderr
     assert f"resuming from step-{stopped:08d}" in done.stderr
-    assert "processes: 2 before, 1 now; data and schedule stay the same, the weights can differ" in done.stderr
+    assert (
+        "processes was 2 before the resume and is 1 now; data and schedule are the same, weights can differ"
+        in done.stderr
+    )
     after = samples(folder, 0)
     by_step = [line["indices"] for line in after]
     by_step[:stopped] = [a["indices"] + b["indices"] for a, b in zip(*before, strict=True)]
@@ -115,16 +118,16 @@ def stop_and_go_on(folder: Path, flags: tuple[object, ...], at: int) -> tuple[li
     return by_step, stopped, done.stderr
 
 
-def test_a_run_of_two_processes_stopped_in_the_second_epoch_goes_on_with_one(tmp_path: Path) -> None:
-    """In the steps that count, those before the checkpoint and those after it, each sample of an epoch comes once."""
+def test_a_run_of_two_processes_resumes_with_one(tmp_path: Path) -> None:
+    """Each sample occurs once per epoch, over the steps before and after the checkpoint."""
     flags = tuple("90" if flag == "50" else flag for flag in FLAGS)  # 45 steps make an epoch
-    by_step, stopped, _ = stop_and_go_on(tmp_path / "run", flags, at=66)
+    by_step, stopped, _ = stop_and_resume(tmp_path / "run", flags, at=66)
     assert 66 <= stopped < 90
     seen = [index for step in by_step for index in step]
     assert sorted(seen[:1437]) == sorted(seen[1437:2874]) == list(range(1437))
 
 
-def test_a_streamed_run_of_two_processes_stopped_in_the_second_epoch_goes_on_with_one(tmp_path: Path) -> None:
+def test_a_streamed_run_of_two_processes_resumes_with_one(tmp_path: Path) -> None:
     import datasets
 
     from resnext_hub.data.sources import load_digits_table
@@ -139,12 +142,12 @@ def test_a_streamed_run_of_two_processes_stopped_in_the_second_epoch_goes_on_wit
         "--batch-size", "32", "--max-steps", "80", "--lr", "0.01", "--log-samples", "--optimizer", "adamw",
         "--mixup", "0.2",
     )  # fmt: skip
-    by_step, stopped, err = stop_and_go_on(tmp_path / "run", flags, at=45)
+    by_step, stopped, err = stop_and_resume(tmp_path / "run", flags, at=45)
     assert 45 <= stopped < 80
     seen = [index for step in by_step for index in step]
     everything = {shard << 32 | n for shard in range(3) for n in range(400 - shard)}  # 1197 samples
     assert set(seen[:1197]) == set(seen[1197:2394]) == everything
-    assert f"passed over {stopped * 32 - 1197} records of epoch 1, undecoded" in err
+    assert f"{stopped * 32 - 1197} records of epoch 1" in err
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "eval_loss" in line] == [38, 75, 80]  # 37.4 steps make an epoch
     assert {line["eval_count"] for line in lines if "eval_loss" in line} == {97}
@@ -154,7 +157,7 @@ def test_a_streamed_run_of_two_processes_stopped_in_the_second_epoch_goes_on_wit
 
 
 def test_two_processes_prepare_a_dataset_once(tmp_path: Path) -> None:
-    """Both ask for the same parquet file at the same moment; the library's lock makes one of them wait."""
+    """Both open the same parquet file at the same time; the lock of the datasets library makes one of them wait."""
     import datasets
 
     rows = {"image": [PNG] * 40, "label": ["a", "b"] * 20}

@@ -1,4 +1,4 @@
-"""A run folder belongs to one command at a time, and what stands in it belongs together."""
+"""One command uses a run folder at a time, and the files in it are consistent."""
 
 import errno
 import json
@@ -9,20 +9,20 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from support.processes import TINY
 from pytest import MonkeyPatch, fixture, mark, raises, skip
 from safetensors.torch import load_file, save_file
+from support.processes import TINY
 
-from resnext_hub.processes.peers import Peers
 from resnext_hub.errors import RequestError
 from resnext_hub.files import sha256_of
-from resnext_hub.run_folder import RunFolder
-from resnext_hub.runs.public import public_model
-from resnext_hub.training.plan import Plan
-from resnext_hub.runs.request import merge_settings, prepare
+from resnext_hub.processes.peers import Peers
 from resnext_hub.record import RunRecord
-from resnext_hub.runs.job import execute, require_places
+from resnext_hub.run_folder import RunFolder
+from resnext_hub.runs.job import execute, require_writable_paths
+from resnext_hub.runs.public import public_model
+from resnext_hub.runs.request import merge_settings, prepare
 from resnext_hub.training.checkpoint import latest_checkpoint
+from resnext_hub.training.plan import Plan
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -36,15 +36,15 @@ def plan_of(folder: Path, **asked: object) -> Plan:
 
 @fixture
 def run(finished: Path, tmp_path: Path) -> Path:
-    """A finished run of 30 steps that a test may spoil."""
+    """A finished run of 30 steps that a test may modify."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-def test_a_folder_that_another_command_used_since_the_plan_is_not_gone_on_with(finished: Path, tmp_path: Path) -> None:
+def test_a_folder_that_another_command_changed_after_planning_is_refused(finished: Path, tmp_path: Path) -> None:
     plan = plan_of(tmp_path / "run", seed=7)
     shutil.copytree(finished, tmp_path / "run")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    with raises(RequestError, match=r"another command has worked in .*run since this one looked at it"):
+    with raises(RequestError, match=r"another command has changed .*run in the meantime"):
         execute(plan, Peers())
     assert all(path.read_bytes() == content for path, content in before.items() if path.name != ".lock")
 
@@ -55,20 +55,20 @@ FILES = ["config.yaml", "metrics.jsonl", "predictions.parquet", "record.previous
 
 @mark.parametrize("kind", ["file", "FIFO", "folder"])
 @mark.parametrize("name", [*FOLDERS, *FILES])
-def test_what_lies_where_results_go_is_refused_before_training(tmp_path: Path, name: str, kind: str) -> None:
+def test_files_in_the_way_of_results_are_refused_before_training(tmp_path: Path, name: str, kind: str) -> None:
     path = tmp_path / name
     {"file": path.touch, "FIFO": lambda: os.mkfifo(path), "folder": path.mkdir}[kind]()
     if kind == ("folder" if name in FOLDERS else "file"):
-        require_places(RunFolder(tmp_path))
+        require_writable_paths(RunFolder(tmp_path))
     else:
-        with raises(RequestError, match=f"{name} is .*; remove it, or choose another --output-dir"):
-            require_places(RunFolder(tmp_path))
+        with raises(RequestError, match=f"{name} is .*; remove it, or choose another output_dir"):
+            require_writable_paths(RunFolder(tmp_path))
 
 
 GROWN = ("train", *TINY, "--lr", 0.01, "--max-steps", 32)
 
 
-def test_a_finished_run_that_grows_is_no_finished_run_until_it_is_again(
+def test_an_extended_run_is_unfinished_until_it_is_finished_again(
     run: Path, command: Command, monkeypatch: MonkeyPatch
 ) -> None:
     def full_disk(*_: object) -> None:
@@ -77,12 +77,12 @@ def test_a_finished_run_that_grows_is_no_finished_run_until_it_is_again(
     card = run / "model" / "README.md"
     card.write_text(card.read_text() + "\nMy words.\n")
     words = (*GROWN, "--output-dir", run)
-    with monkeypatch.context() as patch:  # so that writing ends between the weights and the card
+    with monkeypatch.context() as patch:  # writing fails between the weights and the card
         patch.setattr("pyarrow.parquet.write_table", full_disk)
         code, _, err = command(*words)
     assert code == 1
     assert len(re.findall("^error: ", err, re.MULTILINE)) == 1
-    assert "training is done and kept: rerun the same command to write them" in err
+    assert "training is finished and saved: rerun the same command to write them" in err
     for other in (("evaluate", run), ("push", run, "--repo-id", "me/x", "--license", "mit", "--dry-run")):
         code, _, err = command(*other)
         assert code == 2
@@ -98,7 +98,7 @@ def test_a_finished_run_that_grows_is_no_finished_run_until_it_is_again(
 
 
 @mark.parametrize("name", [".lock", "unreadable-0.jsonl", "metrics.jsonl", "config.yaml", "README.previous.md"])
-def test_no_file_elsewhere_is_written_to_through_a_link(run: Path, command: Command, name: str) -> None:
+def test_links_never_redirect_writes_to_other_files(run: Path, command: Command, name: str) -> None:
     precious = run.parent / "precious.txt"
     content = (run / name).read_bytes() if (run / name).is_file() else b"of great value\n"
     precious.write_bytes(content)
@@ -113,7 +113,7 @@ def test_no_file_elsewhere_is_written_to_through_a_link(run: Path, command: Comm
     assert precious.read_bytes() == content
 
 
-def test_what_an_owner_put_among_the_results_is_moved_and_every_card_kept(run: Path, command: Command) -> None:
+def test_files_of_the_owner_are_moved_and_every_edited_card_is_kept(run: Path, command: Command) -> None:
     card = run / "model" / "README.md"
     for step in (31, 32):
         (run / "model" / "notes.txt").write_text(f"notes of {step}")
@@ -122,8 +122,8 @@ def test_what_an_owner_put_among_the_results_is_moved_and_every_card_kept(run: P
         card.write_text(card.read_text().replace("# ", f"# Mine of {step}: ", 1))
         code, _, err = command(*GROWN[:-1], step, "--output-dir", run)
         assert code == 0, err
-        assert "moved to model.previous" in err
-        assert "as they are not part of it: notes.txt" in err
+        assert "moved other files in it to model.previous" in err
+        assert ": notes.txt" in err
     assert (run / "model.previous" / "notes.txt").read_text() == "notes of 31"
     assert (run / "model.previous-2" / "notes.txt").read_text() == "notes of 32"
     assert (run / "plots.previous-2" / "mine.png").is_file()
@@ -132,7 +132,7 @@ def test_what_an_owner_put_among_the_results_is_moved_and_every_card_kept(run: P
     assert "Mine of 32" in (run / "README.previous-2.md").read_text()
 
 
-def spoil(model: Path, how: str) -> None:
+def damage(model: Path, how: str) -> None:
     config = json.loads((model / "config.json").read_text())
     match how:
         case "no folder":
@@ -148,9 +148,9 @@ def spoil(model: Path, how: str) -> None:
 
 
 @mark.parametrize("how", ["no folder", "short weights", "other weights", "other names"])
-def test_a_spoilt_model_folder_is_noticed_and_written_anew(run: Path, command: Command, how: str) -> None:
+def test_a_damaged_model_folder_is_detected_and_restored(run: Path, command: Command, how: str) -> None:
     weights = sha256_of(run / "model" / "model.safetensors")
-    spoil(run / "model", how)
+    damage(run / "model", how)
     code, out, _ = command("evaluate", run)
     assert code != 0
     assert out == ""
@@ -159,15 +159,15 @@ def test_a_spoilt_model_folder_is_noticed_and_written_anew(run: Path, command: C
     assert "the command that trained the run writes the model folder anew" in err
     assert sha256_of(run / "model" / "model.safetensors") == weights
     assert command("evaluate", run)[0] == 0
-    spoil(run / "model", how)
+    damage(run / "model", how)
     shutil.rmtree(run / "checkpoints")
     code, _, err = command("train", *TINY, "--lr", 0.01, "--max-steps", 30, "--output-dir", run)
     assert code == 2
-    assert "no checkpoint is left to write it from" in err
+    assert "no checkpoint is left to restore it from" in err
 
 
-def foreign(folder: Path, change: Callable[[dict[str, object]], None]) -> None:
-    """Make the newest checkpoint one that a version before digests of states wrote, of another run."""
+def replace_checkpoint(folder: Path, change: Callable[[dict[str, object]], None]) -> None:
+    """Turn the newest checkpoint into one of another run, in the format without a digest."""
     found = latest_checkpoint(folder / "checkpoints")
     assert found is not None
     state = json.loads((found.path / "state.json").read_text())["state"]
@@ -209,42 +209,42 @@ def odd_index(content: dict) -> None:
 
 
 @mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (drop_weight, "model.safetensors lacks fc.weight"),
-        (other_classes, "the model's is (10,"),
+        (other_classes, "float32, expected (10,"),
         (other_optimizer, "it has momentum where"),
         (other_dataset, "the images of digits have changed"),
-        (other_groups, "merged groups are of another model"),
-        (odd_index, "its optimizer's state does not fit"),
+        (other_groups, "merged groups belong to another model"),
+        (odd_index, "its optimizer state does not match"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused_by_name(
-    run: Path, command: Command, change: Callable[[dict], None], said: str
+    run: Path, command: Command, change: Callable[[dict], None], message: str
 ) -> None:
-    foreign(run, change)
+    replace_checkpoint(run, change)
     code, _, err = command(*GROWN, "--output-dir", run)
     assert code == 2, err
     assert "step-00000030" in err
-    assert said in err
+    assert message in err
     assert len(re.findall("^error: ", err, re.MULTILINE)) == 1
 
 
-def test_resume_says_that_there_is_nothing_to_resume(tmp_path: Path, command: Command) -> None:
+def test_resume_without_a_run_logs_a_warning(tmp_path: Path, command: Command) -> None:
     code, _, err = command("train", *TINY, "--resume", "--lr", -1, "--output-dir", tmp_path / "run")
     assert code == 2
     assert "--lr" in err
     from resnext_hub.runs import request
 
     settings, recipe = merge_settings({"model": "test_resnet"})
-    said: list[str] = []
-    request._logger.addFilter(lambda entry: bool(said.append(entry.getMessage())) or True)
+    messages: list[str] = []
+    request._logger.addFilter(lambda entry: bool(messages.append(entry.getMessage())) or True)
     prepare(settings, asked={}, recipe=recipe, output_dir=tmp_path / "run", resume=True)
-    assert said == [f"--resume: {tmp_path / 'run'} holds no run; starting at step 0"]
+    assert messages == [f"--resume is ignored, because {tmp_path / 'run'} holds no run; starting at step 0"]
     request._logger.filters.clear()
 
 
-def test_a_local_model_is_named_without_a_folder_above_its_run(tmp_path: Path) -> None:
+def test_a_local_model_is_published_without_its_path(tmp_path: Path) -> None:
     (tmp_path / "alice" / "model").mkdir(parents=True)
     assert public_model(f"local-dir:{tmp_path / 'alice' / 'model'}") == "local-dir:model"
     (tmp_path / "alice" / "config.yaml").touch()
@@ -252,13 +252,13 @@ def test_a_local_model_is_named_without_a_folder_above_its_run(tmp_path: Path) -
     assert public_model("hf-hub:me/x@v1") == "hf-hub:me/x@v1"
 
 
-def test_a_disk_that_is_full_ends_a_run_in_a_line_and_later_it_goes_on(tmp_path: Path, command: Command) -> None:
-    """There is room for two checkpoints, and not for the weights after them."""
+def test_a_run_ends_in_one_line_on_a_full_disk_and_resumes_later(tmp_path: Path, command: Command) -> None:
+    """The disk has space for two checkpoints, but not for the model folder."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=10200k", "tmpfs", str(disk)]
     if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
-        skip("needs the right to mount")
+        skip("permission to mount a file system is missing")
     try:
         words = ("train", *TINY, "--max-steps", 2, "--lr", 0.01, "--checkpoint-every", 1, "--output-dir", disk / "run")
         code, _, err = command(*words)

@@ -1,4 +1,4 @@
-"""One command leaves a whole run folder; typed again it says so; killed, it goes on to the same bits."""
+"""A command leaves a complete run folder, does nothing if repeated, and resumes bit for bit if killed."""
 
 import json
 import os
@@ -14,12 +14,12 @@ import numpy as np
 import timm
 import torch
 import yaml
-from support.processes import ROOT, TINY, run_process
-from support.runs import kill_at, lines, weights, without_clock
 from PIL import Image
 from pyarrow import parquet
 from pytest import MonkeyPatch, fixture, mark
 from safetensors.torch import load_file
+from support.processes import ROOT, TINY, run_process
+from support.runs import kill_at, lines, weights, without_clock
 
 from resnext_hub.record import RunRecord
 
@@ -35,7 +35,7 @@ def finished(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_run_leaves_everything_that_the_design_names(finished: Path) -> None:
+def test_a_run_leaves_all_documented_files(finished: Path) -> None:
     names = {p.relative_to(finished).as_posix() for p in finished.rglob("*") if p.is_file()} - {".lock"}
     assert names == {
         "config.yaml",
@@ -55,7 +55,7 @@ def test_a_run_leaves_everything_that_the_design_names(finished: Path) -> None:
     } | {n for n in names if n.endswith("/best.safetensors")}
 
 
-def test_metrics_have_the_stated_fields_and_follow_the_schedule(finished: Path) -> None:
+def test_metrics_have_the_documented_fields_and_follow_the_schedule(finished: Path) -> None:
     found = lines(finished / "metrics.jsonl")
     logs = [line for line in found if "loss" in line]
     evaluations = [line for line in found if "eval_loss" in line]
@@ -71,10 +71,10 @@ def test_metrics_have_the_stated_fields_and_follow_the_schedule(finished: Path) 
 def test_the_record_agrees_with_predictions_metrics_and_weights(finished: Path) -> None:
     record = RunRecord.load(finished / "record.json")
     table = parquet.read_table(finished / "predictions.parquet").to_pydict()
-    right = sum(a == b for a, b in zip(table["label"], table["prediction"], strict=True))
-    assert (record.evaluation.correct, record.evaluation.count) == (right, 360)
-    assert record.evaluation.correct > 100  # it has learnt: chance is 36
-    assert np.trace(record.evaluation.matrix) == right
+    correct = sum(a == b for a, b in zip(table["label"], table["prediction"], strict=True))
+    assert (record.evaluation.correct, record.evaluation.count) == (correct, 360)
+    assert record.evaluation.correct > 100  # chance level is 36
+    assert np.trace(record.evaluation.matrix) == correct
     evaluations = [line for line in record.history if "eval_loss" in line]
     best = max(evaluations, key=lambda line: (line["eval_correct"], -line["eval_loss"]))
     assert (best["step"], best["eval_correct"]) == (record.evaluation.step, record.evaluation.correct)
@@ -93,7 +93,7 @@ def load_labels(part: str) -> np.ndarray:
     return getattr(load_splits(DataConfig()), part).labels
 
 
-def test_nothing_published_holds_a_path_a_user_or_a_host(finished: Path) -> None:
+def test_published_files_hold_no_path_user_or_host_name(finished: Path) -> None:
     import getpass
     import socket
 
@@ -102,11 +102,11 @@ def test_nothing_published_holds_a_path_a_user_or_a_host(finished: Path) -> None
             text = path.read_text()
             for word in (str(finished.parent), str(ROOT), socket.gethostname()):
                 assert word not in text, (path.name, word)
-            if len(getpass.getuser()) > 4:  # shorter names, such as root, are words of their own
+            if len(getpass.getuser()) > 4:  # shorter names, such as root, are ordinary words
                 assert getpass.getuser() not in text
 
 
-def test_a_finished_run_typed_again_says_so_and_computes_nothing(finished: Path, command: Command) -> None:
+def test_repeating_a_finished_run_computes_nothing(finished: Path, command: Command) -> None:
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
     code, out, _ = command("train", *TINY, "--max-steps", 60, "--lr", 0.01, "--output-dir", finished)
     assert code == 0
@@ -114,7 +114,7 @@ def test_a_finished_run_typed_again_says_so_and_computes_nothing(finished: Path,
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()} == before
 
 
-def test_the_three_lines_that_load_the_model_are_printed_and_run(finished: Path, command: Command) -> None:
+def test_the_printed_lines_load_the_model(finished: Path, command: Command) -> None:
     _, out, _ = command("train", *TINY, "--max-steps", 60, "--lr", 0.01, "--output-dir", finished)
     assert f"model folder: {finished / 'model'}" in out
     code = "\n".join(line.strip() for line in out.splitlines() if line.startswith("    "))
@@ -125,28 +125,28 @@ def test_the_three_lines_that_load_the_model_are_printed_and_run(finished: Path,
         assert torch.equal(tensor, weights(finished)[name]), name
 
 
-def test_another_configuration_in_a_used_folder_is_refused_with_what_differs(finished: Path, command: Command) -> None:
+def test_other_settings_in_a_used_folder_are_refused_with_the_difference(finished: Path, command: Command) -> None:
     code, _, err = command("train", *TINY, "--max-steps", 60, "--lr", 0.02, "--seed", 4, "--output-dir", finished)
     assert code == 2
-    assert "--lr 0.01 there, 0.02 now" in err
-    assert "--seed 0 there, 4 now" in err
+    assert "--lr was 0.01 and is now 0.02" in err
+    assert "--seed was 0 and is now 4" in err
     code, _, err = command("train", *TINY, "--max-steps", 30, "--lr", 0.01, "--output-dir", finished)
     assert code == 2
-    assert "60 steps there, 30 now" in err
+    assert "it has 60 steps and this one 30 (--epochs and --max-steps may only grow)" in err
     code, _, err = command("train", *TINY, "--max-steps", 60, "--lr", 0.01, "--no-resume", "--output-dir", finished)
     assert code == 2
-    assert "holds a run already" in err
+    assert "already holds a run" in err
 
 
 def test_evaluate_repeats_the_recorded_counts(finished: Path, command: Command) -> None:
     code, out, _ = command("evaluate", finished)
     assert code == 0
     record = RunRecord.load(finished / "record.json").evaluation
-    assert f"{record.correct} of 360 right" in out
-    assert "the same counts in every class" in out
+    assert f"({record.correct}/360)" in out
+    assert "equal counts in every class" in out
 
 
-def test_evaluate_finds_other_weights_out(finished: Path, tmp_path: Path, command: Command) -> None:
+def test_evaluate_detects_changed_weights(finished: Path, tmp_path: Path, command: Command) -> None:
     import shutil
 
     from safetensors.torch import save_file
@@ -161,7 +161,7 @@ def test_evaluate_finds_other_weights_out(finished: Path, tmp_path: Path, comman
     assert "the counts differ from the record" in err
 
 
-def test_a_runs_configuration_repeats_it_to_the_bit(finished: Path, tmp_path: Path, command: Command) -> None:
+def test_the_configuration_of_a_run_reproduces_it_bit_for_bit(finished: Path, tmp_path: Path, command: Command) -> None:
     code, _, err = command("train", "--config", finished / "config.yaml", "--output-dir", tmp_path / "again")
     assert code == 0, err
     assert "output_dir" not in yaml.safe_load((finished / "config.yaml").read_text())
@@ -181,7 +181,7 @@ def test_epochs_may_grow(tmp_path: Path, command: Command) -> None:
 
 
 @mark.parametrize("micro", [64, 24])
-def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, command: Command, micro: int) -> None:
+def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, command: Command, micro: int) -> None:
     flags = (
         *TINY, "--max-steps", 40, "--lr", 0.01, "--checkpoint-every", 7, "--log-samples", "--drop-rate", 0.2,
         "--drop-path", 0.1, "--micro-batch-size", micro,
@@ -200,7 +200,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, command: Command,
     assert RunRecord.load(killed / "record.json").resumes == 2
 
 
-def test_a_folder_that_a_live_run_holds_is_refused_with_its_pid(tmp_path: Path, command: Command) -> None:
+def test_a_folder_in_use_by_a_run_is_refused_with_its_pid(tmp_path: Path, command: Command) -> None:
     flags = (*TINY, "--max-steps", 4000, "--log-samples", "--output-dir", tmp_path / "run")
     words = [sys.executable, "scripts/train.py", *map(str, flags)]
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
@@ -213,7 +213,7 @@ def test_a_folder_that_a_live_run_holds_is_refused_with_its_pid(tmp_path: Path, 
     assert f"in use by a running process, pid {run.pid}" in err
 
 
-def test_a_folder_of_images_trains_with_its_class_names(
+def test_a_run_on_folders_uses_their_names_as_classes(
     folder_of_classes: Path, tmp_path: Path, command: Command
 ) -> None:
     code, out, err = command(
@@ -230,12 +230,12 @@ def test_a_folder_of_images_trains_with_its_class_names(
     assert command("evaluate", tmp_path / "run")[0] == 0, out
 
 
-def break_images(folder: Path) -> dict[str, str]:
-    """Spoil an image in each of four ways; give their names and reasons."""
+def corrupt_images(folder: Path) -> dict[str, str]:
+    """Make four images unreadable in different ways; return their names and reasons."""
     (folder / "bus" / "000.png").write_bytes(b"")
     (folder / "bus" / "001.png").write_bytes(b"no image at all")
     (folder / "car" / "002.png").write_bytes((folder / "car" / "002.png").read_bytes()[:900])
-    Image.new("L", (14000, 14000)).save(folder / "train" / "003.png")  # more pixels than an image may have
+    Image.new("L", (14000, 14000)).save(folder / "train" / "003.png")  # more pixels than the limit
     return {
         "bus/000.png": "zero bytes",
         "bus/001.png": "not an image",
@@ -245,34 +245,34 @@ def break_images(folder: Path) -> dict[str, str]:
 
 
 @mark.parametrize("workers", [0, 2])
-def test_broken_images_are_listed_and_stop_nothing(
+def test_unreadable_images_are_listed_and_do_not_stop_a_run(
     folder_of_classes: Path, tmp_path: Path, command: Command, workers: int
 ) -> None:
-    broken = break_images(folder_of_classes)
+    expected = corrupt_images(folder_of_classes)
     flags = ("train", *TINY, "--dataset", folder_of_classes, "--image-size", 32, "--batch-size", 8, "--epochs", 2)
     flags += ("--workers", workers, "--output-dir", tmp_path / "run")
     code, _, err = command(*flags)
     assert code == 1
-    assert "cannot be read, more than --max-bad-fraction 0.01" in err
+    assert "are unreadable, more than --max-bad-fraction 0.01 allows" in err
     code, _, err = command(*flags, "--max-bad-fraction", 0.5)
     assert code == 0, err
     record = RunRecord.load(tmp_path / "run" / "record.json")
-    listed = {entry["image"]: entry["reason"] for entry in record.unreadable_images}
-    assert set(listed) == set(broken)
-    for image, reason in broken.items():
+    listed = {entry.image: entry.reason for entry in record.unreadable_images}
+    assert set(listed) == set(expected)
+    for image, reason in expected.items():
         assert reason in listed[image]
-    out_of_evaluation = [entry for entry in record.unreadable_images if entry["split"] == "evaluation"]
-    assert record.evaluation.count == record.dataset.eval_count - len(out_of_evaluation)
+    excluded = [entry for entry in record.unreadable_images if entry.split == "evaluation"]
+    assert record.evaluation.count == record.dataset.eval_count - len(excluded)
     assert "4 images could not be read" in (tmp_path / "run" / "model" / "README.md").read_text()
     assert command("evaluate", tmp_path / "run")[0] == 0
 
 
-def test_one_broken_image_never_stops_a_run(folder_of_classes: Path, tmp_path: Path, command: Command) -> None:
+def test_a_single_unreadable_image_never_stops_a_run(folder_of_classes: Path, tmp_path: Path, command: Command) -> None:
     (folder_of_classes / "bus" / "000.png").write_bytes(b"")
     flags = ("--dataset", folder_of_classes, "--image-size", 32, "--batch-size", 8, "--epochs", 2)
     code, _, err = command("train", *TINY, *flags, "--output-dir", tmp_path / "run")
     assert code == 0, err
-    assert len(re.findall(r"bus/000.png of the \w+ split cannot be read \(zero bytes\)", err)) == 1
+    assert len(re.findall(r"bus/000.png of the \w+ split is unreadable \(zero bytes\)", err)) == 1
 
 
 def test_fine_tuning_starts_from_a_local_model_and_records_it(
@@ -290,10 +290,10 @@ def test_fine_tuning_starts_from_a_local_model_and_records_it(
     base, tuned = weights(finished), weights(tmp_path / "run")
     assert torch.allclose(base["layer1.0.conv1.weight"], tuned["layer1.0.conv1.weight"], atol=1e-6)
     assert tuned["fc.weight"].shape[0] == 3
-    assert record.model.input["input_size"] == [3, 32, 32]  # as the base model's
+    assert record.model.input["input_size"] == [3, 32, 32]  # inherited from the base model
 
 
-def test_a_cifar_network_says_that_it_needs_the_plugin(tmp_path: Path, command: Command) -> None:
+def test_the_card_of_a_cifar_model_states_that_it_needs_the_plugin(tmp_path: Path, command: Command) -> None:
     code, out, err = command(
         "train", "--model", "resnext29_g32_w4", "--batch-size", 8, "--max-steps", 1, "--eval-fraction", 0.02,
         "--output-dir", tmp_path / "run",
@@ -312,33 +312,35 @@ def test_a_cifar_network_says_that_it_needs_the_plugin(tmp_path: Path, command: 
 
 
 DIVERGING = ("--optimizer", "sgd", "--lr", 1000, "--weight-decay", 1000)
-"""Flags with which each step makes the weights a million times larger."""
+"""Flags with which each step multiplies the weights by a million."""
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path: Path, command: Command) -> None:
     code, _, err = command("train", *TINY, *DIVERGING, "--max-steps", 20, "--output-dir", tmp_path / "run")
     assert code == 1
-    # the step itself is named, though the loss is looked at only every ten steps
-    found = re.search(r"the loss is (?:nan|inf) at step (\d+), so the run stops; there is no checkpoint yet", err)
+    # the exact step is named, although the loss is read only every ten steps
+    found = re.search(
+        r"the loss is (?:nan|inf) at step (\d+); there is no checkpoint yet; try a lower --lr, or --clip-grad 1", err
+    )
     assert found
     assert 1 < int(found.group(1)) < 10
     assert err.count("error:") == 1
 
 
-def test_weights_that_are_not_finite_are_no_checkpoint(tmp_path: Path, command: Command) -> None:
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, command: Command) -> None:
     flags = ("train", *TINY, *DIVERGING, "--max-steps", 20, "--output-dir", tmp_path / "run")
     code, _, err = command(*flags, "--checkpoint-every", 1)
     assert code == 1
-    assert re.search(r"the (weights are not finite|loss is (nan|inf)) at step \d, so the run stops", err)
+    assert re.search(r"the (weights are not finite|loss is (nan|inf)) at step \d; ", err)
     kept = sorted((tmp_path / "run" / "checkpoints").glob("step-*")) if "last good" in err else []
     for path in kept:
         assert all(tensor.isfinite().all() for tensor in load_file(path / "model.safetensors").values())
 
 
-def test_a_full_disk_stops_with_the_last_good_checkpoint_and_the_run_goes_on_later(
+def test_a_full_disk_stops_the_run_with_the_last_good_checkpoint_named_and_it_resumes_later(
     tmp_path: Path, command: Command
 ) -> None:
-    """The kernel refuses files as large as a checkpoint, as it does where there is no room for them."""
+    """A limit on file sizes below that of a checkpoint stands in for a full disk."""
     flags = [*TINY, "--max-steps", 30, "--lr", 0.01, "--checkpoint-every", 10, "--output-dir", tmp_path / "run"]
     assert command("train", *flags)[0] == 0
     small = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)); "
@@ -360,7 +362,7 @@ def start(folder: Path, *flags: object) -> "subprocess.Popen[str]":
 
 
 @mark.parametrize(("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGTERM, 2), (signal.SIGINT, 2)])
-def test_sigterm_and_ctrl_c_save_and_the_run_goes_on_to_the_same_bits(
+def test_sigterm_and_ctrl_c_save_and_the_run_resumes_bit_for_bit(
     tmp_path: Path, command: Command, number: signal.Signals, workers: int
 ) -> None:
     flags = (*TINY, "--max-steps", 60, "--lr", 0.01, "--log-samples", "--ema", 0.9, "--workers", workers)
@@ -368,14 +370,16 @@ def test_sigterm_and_ctrl_c_save_and_the_run_goes_on_to_the_same_bits(
     assert command("train", *flags, "--output-dir", whole)[0] == 0
     for step in (5, 30):
         with start(stopped, *flags) as run:
-            while lines_of(stopped / "samples-0.jsonl") < step and run.poll() is None:
+            while count_lines(stopped / "samples-0.jsonl") < step and run.poll() is None:
                 time.sleep(0.002)
-            for child in children(run.pid):  # as the terminal or a scheduler signals a whole group, workers first
+            for child in children(
+                run.pid
+            ):  # like a terminal or scheduler, which signals the whole process group; workers first
                 os.kill(child, number)
             run.send_signal(number)
             _, err = run.communicate(timeout=30)
         assert run.returncode == 128 + number, err
-        found = re.search(rf"stopped by {number.name} after step (\d+) of 60, which is saved; the same command", err)
+        found = re.search(rf"stopped by {number.name}; step (\d+) of 60 is saved: rerun the same command", err)
         assert found
         assert (stopped / "checkpoints" / f"step-{int(found.group(1)):08d}").is_dir()
         assert "Traceback" not in err
@@ -386,7 +390,7 @@ def test_sigterm_and_ctrl_c_save_and_the_run_goes_on_to_the_same_bits(
         assert without_clock(lines(stopped / name)) == without_clock(lines(whole / name)), name
 
 
-def lines_of(path: Path) -> int:
+def count_lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
@@ -394,10 +398,10 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def test_sigterm_in_an_evaluation_leaves_that_evaluation_to_the_run_that_goes_on(
+def test_an_evaluation_interrupted_by_sigterm_is_repeated_on_resume(
     tmp_path: Path, folder_of_classes: Path, command: Command, monkeypatch: MonkeyPatch
 ) -> None:
-    """The signal comes at the second batch of the evaluation after step 2, to this very process."""
+    """This process receives the signal in the second batch of the evaluation after step 2."""
     from resnext_hub.data import loaders
 
     flags = (
@@ -407,16 +411,16 @@ def test_sigterm_in_an_evaluation_leaves_that_evaluation_to_the_run_that_goes_on
     assert command(*flags, "--output-dir", tmp_path / "whole")[0] == 0
     read, seen = loaders.EvaluationSamples.__getitem__, []
 
-    def strike(samples: loaders.EvaluationSamples, index: int) -> loaders.Sample:
+    def read_with_signal(samples: loaders.EvaluationSamples, index: int) -> loaders.Sample:
         seen.append(index)
         if len(seen) == 5:
             os.kill(os.getpid(), signal.SIGTERM)
         return read(samples, index)
 
-    monkeypatch.setattr(loaders.EvaluationSamples, "__getitem__", strike)
+    monkeypatch.setattr(loaders.EvaluationSamples, "__getitem__", read_with_signal)
     code, _, err = command(*flags, "--output-dir", tmp_path / "stopped")
     assert code == 143
-    assert "stopped by SIGTERM after step 2 of 3, which is saved" in err
+    assert "stopped by SIGTERM; step 2 of 3 is saved" in err
     assert len(seen) < 15
     code, _, err = command(*flags, "--output-dir", tmp_path / "stopped")
     assert code == 0, err
@@ -426,7 +430,7 @@ def test_sigterm_in_an_evaluation_leaves_that_evaluation_to_the_run_that_goes_on
     assert logs[0] == logs[1]
 
 
-def test_the_moving_average_is_what_is_evaluated_kept_and_published(tmp_path: Path, command: Command) -> None:
+def test_the_moving_average_is_evaluated_kept_and_published(tmp_path: Path, command: Command) -> None:
     flags = ("train", *TINY, "--max-steps", 40, "--lr", 0.01, "--ema", 0.95, "--output-dir", tmp_path / "run")
     assert command(*flags)[0] == 0
     record = RunRecord.load(tmp_path / "run" / "record.json")

@@ -1,6 +1,6 @@
-"""Every way to start a run learns what the plain run learns: the published statistics move, and accuracy is the same.
+"""Every launcher reaches the accuracy of a plain run, with batch norm statistics of the published step.
 
-Runs that are compared with each other alone can all fail alike; these are held to the plain run.
+All runs are compared with the plain one, because runs that are compared only with each other can fail in the same way.
 """
 
 import json
@@ -8,17 +8,17 @@ import os
 from pathlib import Path
 
 import torch
-from support.processes import TINY, run_process
 from pytest import fixture, mark, raises
 from safetensors.torch import load_file
+from support.processes import TINY, run_process
 
 from resnext_hub.data.config import DataConfig
 from resnext_hub.data.images import IndexedImages
-from resnext_hub.data.splits import load_splits
 from resnext_hub.data.sources import load_digits_table
+from resnext_hub.data.splits import load_splits
+from resnext_hub.kernels.training_view import build_training_view, require_shared_tensors
 from resnext_hub.models.resnext import ResNeXt
 from resnext_hub.record import RunRecord
-from resnext_hub.kernels.training_view import require_shared_tensors, build_training_view
 
 STEPS = 36
 FLAGS = (*TINY, "--batch-size", "48", "--lr", "0.01", "--max-steps", str(STEPS), "--eval-every", "100")
@@ -27,7 +27,7 @@ LIKE_DIGITS = (
     "--image-size", "32", "--crop-pct", "1", "--interpolation", "bilinear", "--scale", "0.7", "1", "--hflip", "0",
     "--optimizer", "adamw", "--weight-decay", "0.05",
 )  # fmt: skip
-"""What the recipe of the digits asks for, for the same images from elsewhere."""
+"""Settings of the quickstart recipe, for the same images from another source."""
 
 GROUPED = {
     "architecture": "resnext50_32x4d",
@@ -35,10 +35,10 @@ GROUPED = {
     "model_args": {"layers": [1, 1, 1, 1], "cardinality": 8, "base_width": 4},
     "pretrained_cfg": {"input_size": [3, 32, 32], "first_conv": "conv1", "classifier": "fc"},
 }
-"""A small model with grouped convolutions, as the config.json of a model folder."""
+"""config.json of a small model with grouped convolutions."""
 
 NOISE = 36
-"""Images of 360 by which two short runs may differ; without statistics a model has about 36 correct, these over 280."""
+"""Tolerance of correct predictions (of 360) between short runs; chance level is 36, these runs have over 280."""
 
 
 def launch(processes: int, *runs: tuple[object, ...]) -> None:
@@ -49,7 +49,7 @@ def launch(processes: int, *runs: tuple[object, ...]) -> None:
 
 
 def correct(folder: Path) -> int:
-    """Check that the statistics of the published model are those of its step; return its correct images of 360."""
+    """Check that batch norm statistics are those of the published step; return the number of correct predictions."""
     record = RunRecord.load(folder / "record.json")
     assert record.evaluation.count == 360
     tensors = load_file(folder / "model" / "model.safetensors")
@@ -64,7 +64,7 @@ def correct(folder: Path) -> int:
 
 
 def write_stream(folder: Path) -> None:
-    """Write the splits of the digits as parquet files, so that a stream sees the images of the plain run."""
+    """Write the splits of the digits as parquet files, so a stream has the images of the plain run."""
     splits = load_splits(DataConfig())
     table = load_digits_table()
     for name, part in (("train-0", splits.train), ("train-1", splits.train), ("test-0", splits.eval)):
@@ -75,7 +75,7 @@ def write_stream(folder: Path) -> None:
 
 @fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """A plain run, and its siblings under launchers."""
+    """A plain run, and equal runs under launchers."""
     folder = tmp_path_factory.mktemp("learning")
     (folder / "grouped").mkdir()
     (folder / "grouped" / "config.json").write_text(json.dumps(GROUPED))
@@ -101,23 +101,23 @@ def runs(tmp_path_factory) -> Path:
 
 
 @mark.parametrize("name", ["1-ema", "2-grouped", "2-resumed", "3-stream", "accelerate"])
-def test_a_run_under_a_launcher_learns_what_the_plain_run_learns(runs: Path, name: str) -> None:
+def test_a_launched_run_reaches_the_accuracy_of_the_plain_run(runs: Path, name: str) -> None:
     plain = correct(runs / ("plain-grouped" if name.endswith("grouped") else "plain"))
     assert plain > 200
     assert abs(correct(runs / name) - plain) <= NOISE
 
 
-def test_accelerate_launch_leaves_the_threads_to_the_run(runs: Path) -> None:
-    """The launcher gives its child OMP_NUM_THREADS=1."""
+def test_a_run_under_accelerate_launch_uses_all_cores(runs: Path) -> None:
+    """The launcher sets OMP_NUM_THREADS=1 in its child."""
     record = RunRecord.load(runs / "accelerate" / "record.json")
     assert (record.processes, record.hardware.threads) == (1, len(os.sched_getaffinity(0)))
 
 
-def test_a_training_view_that_lost_its_models_tensors_is_noticed() -> None:
+def test_a_training_view_that_does_not_share_tensors_is_detected() -> None:
     model = ResNeXt(layers=(1, 1, 1), cardinality=4, base_width=4, num_classes=3)
     view = build_training_view(model, {"layer1.0.conv2": 2})
     require_shared_tensors(view, model)
-    view.to("cpu:0")  # names the same device, and yet makes new buffers
+    view.to("cpu:0")  # the same device, but it creates new buffers
     with raises(RuntimeError, match=r"buffer bn1\.num_batches_tracked is not shared"):
         require_shared_tensors(view, model)
     with raises(RuntimeError, match="parameter"):

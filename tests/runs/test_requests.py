@@ -1,4 +1,4 @@
-"""What a run would fail on later is refused before its first step, in one line that states the way out."""
+"""Requests that would fail later are refused before the first step, in one line that states what works."""
 
 import json
 import sys
@@ -7,15 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from support.processes import TINY, run_process, save_with_timm
 from pytest import CaptureFixture, MonkeyPatch, mark, raises
+from support.processes import TINY, run_process, save_with_timm
 
-from resnext_hub.models.input_config import InputConfig
 from resnext_hub.cli import main as cli
 from resnext_hub.data.augment import Augmentation
 from resnext_hub.data.transforms import TransformConfig
 from resnext_hub.errors import RequestError
 from resnext_hub.machine import is_out_of_memory
+from resnext_hub.models.input_config import InputConfig
 from resnext_hub.models.saved_config import CROP, MEAN, STD
 from resnext_hub.run_folder import RunFolder
 from resnext_hub.runs.checks import check_space
@@ -44,7 +44,7 @@ INPUT = {"input_size": (3, 32, 32), "interpolation": "bilinear", "mean": (0.5, 0
         "originalr",
     ],
 )
-def test_a_policy_of_timms_notation_is_taken(policy: str) -> None:
+def test_a_policy_in_timms_notation_is_accepted(policy: str) -> None:
     augmentation = Augmentation(TransformConfig(auto_augment=policy), InputConfig.resolve(INPUT))
     assert augmentation.colours is not None
 
@@ -69,26 +69,26 @@ def test_a_policy_of_timms_notation_is_taken(policy: str) -> None:
         ("RAND-m9", "RAND is no policy"),
     ],
 )
-def test_a_policy_of_which_timm_would_ignore_a_part_is_refused(policy: str, reason: str) -> None:
+def test_a_policy_that_timm_would_partly_ignore_is_refused(policy: str, reason: str) -> None:
     with raises(RequestError, match=f"--auto-augment .*{reason}.*such as rand-m7-mstd0.5, augmix-m3 or 3a"):
         TransformConfig(auto_augment=policy)
 
 
 @mark.parametrize("name", ["sgd", "adamw", "lamb", "muon"])
-def test_an_optimizer_that_works_is_taken_and_draws_nothing(name: str) -> None:
+def test_checking_an_optimizer_leaves_the_random_state_unchanged(name: str) -> None:
     before = torch.get_rng_state()
     check_optimizer(OptimConfig(optimizer=name), "cpu")
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @mark.parametrize("name", ["adahessian", "bnbadam", "fusedadam", "kron", "adafactorbv"])
-def test_an_optimizer_that_cannot_train_here_is_refused_before_training(name: str) -> None:
-    with raises(RequestError, match=r"take another.*, such as sgd, adamw or lamb"):
+def test_an_optimizer_that_does_not_work_here_is_refused(name: str) -> None:
+    with raises(RequestError, match=r"choose another.*, such as sgd, adamw or lamb"):
         check_optimizer(OptimConfig(optimizer=name), "cpu")
 
 
 @mark.parametrize("name", ["matplotlib", "jinja2"])
-def test_a_package_that_is_needed_at_the_end_is_missed_at_the_start(
+def test_a_missing_package_is_reported_before_training(
     name: str, command: Command, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, name, None)
@@ -99,7 +99,7 @@ def test_a_package_that_is_needed_at_the_end_is_missed_at_the_start(
 
 
 def base_model(folder: Path, **facts: object) -> str:
-    """Write a model folder of test_resnet with other facts in its pretrained_cfg; return what --model takes."""
+    """Write a model folder of test_resnet with changes to its pretrained_cfg; return its name for `model`."""
     save_with_timm(folder, "test_resnet", 32)
     path = folder / "config.json"
     config = json.loads(path.read_text())
@@ -108,18 +108,20 @@ def base_model(folder: Path, **facts: object) -> str:
 
 
 @mark.parametrize("size", [(32, 64), (64, 32), (1, 32)])
-def test_a_base_model_of_images_that_are_not_square_needs_an_image_size(
+def test_a_base_model_of_non_square_images_needs_an_image_size(
     size: tuple[int, int], tmp_path: Path, folder_of_classes: Path
 ) -> None:
     settings = {"model": base_model(tmp_path / "base", input_size=[3, *size]), "dataset": str(folder_of_classes)}
-    with raises(RequestError, match=rf"base takes images of {size[0]} x {size[1]} pixels .*: add --image-size, such"):
+    with raises(
+        RequestError, match=rf"base takes images of {size[0]} x {size[1]} pixels .*; add image_size={max(size)}"
+    ):
         prepare(settings, asked=settings, output_dir=tmp_path / "run")
     plan = prepare(settings | {"image_size": 48}, asked=settings, output_dir=tmp_path / "run")
     assert plan.config.transform.image_size == 48
     assert plan.input.input_size == (3, 48, 48)
 
 
-def test_what_a_base_model_states_of_its_images_is_what_a_run_can_be_asked_for(
+def test_extreme_input_settings_of_a_base_model_are_valid_settings_of_a_run(
     tmp_path: Path, folder_of_classes: Path
 ) -> None:
     for number, facts in enumerate(
@@ -135,36 +137,34 @@ def test_what_a_base_model_states_of_its_images_is_what_a_run_can_be_asked_for(
         assert again.input == plan.input
 
 
-def test_the_crop_of_a_run_and_the_size_of_its_base_model_are_judged_together(
-    tmp_path: Path, folder_of_classes: Path
-) -> None:
+def test_crop_pct_and_the_size_of_the_base_model_are_checked_together(tmp_path: Path, folder_of_classes: Path) -> None:
     settings = {"model": base_model(tmp_path / "base", input_size=[3, 1024, 1024]), "dataset": str(folder_of_classes)}
-    with raises(RequestError, match=r"--image-size 1024 with --crop-pct 0.1 resizes images to 10,240 px .* 8,192"):
+    with raises(RequestError, match=r"image_size=1024 with crop_pct=0.1 resizes images to 10,240 px .* 8,192"):
         prepare(settings | {"crop_pct": 0.1}, asked=settings, output_dir=tmp_path / "run")
 
 
-def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_a_disk_without_space_for_a_checkpoint_is_refused(tmp_path: Path) -> None:
     check_space(RunFolder(tmp_path / "run"), 1000)
-    with raises(RequestError, match=r"the disk of .*run has \d+ MB free, and a checkpoint with the model folder takes"):
+    with raises(RequestError, match=r"the disk of .*run has \d+ MB free, but a checkpoint and the model folder"):
         check_space(RunFolder(tmp_path / "run"), 10**18)
 
 
 @mark.parametrize("folder", ["/proc/foo", "/dev/null/x", "/sys/x"])
-def test_a_run_folder_that_cannot_be_made_is_refused(folder: str, command: Command) -> None:
+def test_a_run_folder_that_cannot_be_created_is_refused(folder: str, command: Command) -> None:
     code, _, err = command("train", *TINY, "--output-dir", folder)
     assert code == 2
     assert err.splitlines()[-1].startswith(f"error: the run folder {folder} cannot be")
     assert err.endswith("choose another --output-dir\n")
 
 
-def test_the_batch_that_is_proposed_makes_steps_enough() -> None:
+def test_the_suggested_batch_size_makes_enough_steps() -> None:
     for count, epochs in ((48, 30.0), (48, 1.0), (5, 3.0), (1_000, 1.0), (10**6, 0.001)):
         batch = _fitting_batch(count, epochs)
         assert batch == 2 or (count / batch >= 4 and count * epochs / batch >= 20)
     assert _fitting_batch(48, 30.0) == 8
 
 
-def test_errors_of_failed_allocations_are_known() -> None:
+def test_errors_of_failed_allocations_are_recognized() -> None:
     with raises(RuntimeError) as torch_error:
         torch.empty(2**60)
     with raises(MemoryError) as numpy_error:
@@ -175,7 +175,7 @@ def test_errors_of_failed_allocations_are_known() -> None:
         assert not is_out_of_memory(other)
 
 
-def test_a_training_run_without_memory_says_what_to_make_smaller(tmp_path: Path) -> None:
+def test_a_run_out_of_memory_suggests_a_smaller_micro_batch(tmp_path: Path) -> None:
     code = """
 import resource, sys, psutil
 from resnext_hub.cli.main import main
@@ -188,19 +188,19 @@ sys.exit(main(sys.argv[1:]))
     done = run_process("-c", code, "train", *TINY, *flags)
     assert done.returncode == 1, done.stderr
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: out of memory: 1024 images of 512 px at once (global batch 1024, evaluation 32)")
+    assert last.startswith("error: out of memory: 1024 images of 512 px per pass (global batch 1024, evaluation 32)")
     assert "--micro-batch-size 512" in last
     assert "Traceback" not in done.stderr
 
 
-def test_more_images_in_a_batch_than_there_are_is_warned_of(
+def test_a_batch_larger_than_the_training_split_causes_a_warning(
     folder_of_classes: Path, tmp_path: Path, command: Command
 ) -> None:
     flags = ("--image-size", 32, "--max-steps", 1, "--batch-size", 32, "--output-dir", tmp_path / "run")
     code, _, err = command("train", *TINY, "--dataset", folder_of_classes, *flags)
     assert code == 0, err
-    assert "--batch-size 32 is larger than the training split (24 images), so a step repeats images; " in err
-    assert "--batch-size 4 makes 6 steps an epoch" in err
+    assert "--batch-size 32 is larger than the training split (24 images), so steps repeat images; " in err
+    assert "--batch-size 4 makes 6 steps per epoch" in err
 
 
 @mark.parametrize(
@@ -218,7 +218,7 @@ def test_more_images_in_a_batch_than_there_are_is_warned_of(
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_mistyped_word_is_answered_in_one_line(words: list[str], hint: str, command: Command) -> None:
+def test_a_mistyped_word_is_reported_in_one_line(words: list[str], hint: str, command: Command) -> None:
     code, out, err = command(*words)
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
@@ -226,7 +226,7 @@ def test_a_mistyped_word_is_answered_in_one_line(words: list[str], hint: str, co
 
 
 @mark.parametrize(
-    ("variables", "speaks"),
+    ("variables", "reports"),
     [
         ({"RANK": ""}, True),
         ({"RANK": "x", "WORLD_SIZE": "2"}, True),
@@ -235,18 +235,18 @@ def test_a_mistyped_word_is_answered_in_one_line(words: list[str], hint: str, co
         ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, False),
     ],
 )
-def test_a_process_is_silent_only_beside_another(
-    variables: dict[str, str], speaks: bool, command: Command, monkeypatch: MonkeyPatch
+def test_only_the_first_process_of_a_run_reports(
+    variables: dict[str, str], reports: bool, command: Command, monkeypatch: MonkeyPatch
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     code, out, _ = command("info", "resnext_g32")
-    assert (code, "resnext_g32" in out) == (0, speaks)
+    assert (code, "resnext_g32" in out) == (0, reports)
     code, _, err = command("info", "nonsense")
-    assert (code, "is not a variant" in err) == (2, speaks)
+    assert (code, "is not a variant" in err) == (2, reports)
 
 
-def test_places_that_cannot_be_written_are_refused_by_name(command: Command) -> None:
+def test_paths_that_cannot_be_written_are_refused_by_name(command: Command) -> None:
     code, _, err = command("info", "--write-cards", "/dev/full")
     assert (code, err) == (
         2, "error: --write-cards /dev/full cannot be written: File exists; choose another folder\n"
@@ -256,7 +256,7 @@ def test_places_that_cannot_be_written_are_refused_by_name(command: Command) -> 
     assert "caf\\xe9: not valid UTF-8; expected another path" in err
 
 
-def test_output_that_cannot_be_written_is_said_in_one_line(
+def test_output_that_cannot_be_written_is_reported_in_one_line(
     capsys: CaptureFixture[str], monkeypatch: MonkeyPatch
 ) -> None:
     with open("/dev/full", "w") as full:

@@ -1,4 +1,4 @@
-"""Checkpoints are complete or absent; a run folder belongs to one run."""
+"""Checkpoints are complete or absent, and a run folder is locked by one run."""
 
 import errno
 import json
@@ -43,7 +43,7 @@ FACTS = StateFacts(
 )
 
 
-def test_a_checkpoint_comes_back_to_the_bit(tmp_path: Path) -> None:
+def test_a_checkpoint_restores_bit_for_bit(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     strided = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
@@ -64,7 +64,7 @@ def test_rotation_keeps_the_newest_by_number(tmp_path: Path) -> None:
 
 
 @mark.parametrize("damage", ["bytes", "missing", "state"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_used(
     tmp_path: Path, damage: str, caplog: LogCaptureFixture
 ) -> None:
     for step in (1, 2):
@@ -82,26 +82,26 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
         found = latest_checkpoint(tmp_path)
     assert found is not None
     assert found.step == 1
-    assert "step-00000002 is damaged and ignored" in caplog.text
+    assert "step-00000002 is damaged and skipped" in caplog.text
 
 
 def flipped(content: bytes, bit: int) -> bytes:
     return content[: bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1 :]
 
 
-def test_a_flipped_bit_of_the_state_never_changes_what_is_read(tmp_path: Path) -> None:
+def test_a_flipped_bit_in_the_state_is_detected_or_harmless(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 5, TENSORS, FACTS, keep=2)
     content = (path / "state.json").read_bytes()
-    found, refused = [], []
+    read, errors = [], []
     for bit in range(0, 8 * len(content), 29):
         (path / "state.json").write_bytes(flipped(content, bit))
         try:
-            found.append(read_checkpoint(path).facts)
+            read.append(read_checkpoint(path).facts)
         except RequestError as error:
-            refused.append(str(error))
-    assert all("state.json is damaged" in said and "\n" not in said for said in refused)
-    assert all(facts == FACTS for facts in found)  # white space, the case of an exponent
-    assert len(refused) > 10 * len(found)
+            errors.append(str(error))
+    assert all("state.json is damaged" in error and "\n" not in error for error in errors)
+    assert all(facts == FACTS for facts in read)  # whitespace, the case of an exponent
+    assert len(errors) > 10 * len(read)
 
 
 @mark.parametrize("damage", [*DAMAGES, *NO_FILES])
@@ -118,14 +118,14 @@ def test_a_damaged_file_of_a_checkpoint_is_named(tmp_path: Path, name: str, dama
 
 
 def unsealed(path: Path) -> dict[str, object]:
-    """Write a checkpoint's state as versions before its digest did; return it."""
+    """Rewrite state.json in the format without a digest; return the state."""
     state = json.loads((path / "state.json").read_text())["state"]
     del state["facts"]["settings"], state["facts"]["best"]["epoch"]
     (path / "state.json").write_text(json.dumps(state))
     return state
 
 
-def test_a_checkpoint_written_before_the_state_had_a_digest_is_read(tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_digest_of_its_state_is_read(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 5, TENSORS, FACTS, keep=2)
     unsealed(path)
     facts = read_checkpoint(path).facts
@@ -149,7 +149,9 @@ def test_a_checkpoint_written_before_the_state_had_a_digest_is_read(tmp_path: Pa
         (("sparkle",), 1),
     ],
 )
-def test_a_state_of_another_shape_is_damaged(tmp_path: Path, where: tuple[str, ...], value: object) -> None:
+def test_a_state_with_unexpected_fields_or_types_is_damaged(
+    tmp_path: Path, where: tuple[str, ...], value: object
+) -> None:
     path = save_checkpoint(tmp_path, 5, TENSORS, FACTS, keep=2)
     state = inner = unsealed(path)
     for part in where[:-1]:
@@ -160,25 +162,29 @@ def test_a_state_of_another_shape_is_damaged(tmp_path: Path, where: tuple[str, .
         read_checkpoint(path)
 
 
-def test_a_checkpoint_of_another_model_or_run_is_refused_by_what_differs(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_model_or_run_is_refused_with_the_difference(tmp_path: Path) -> None:
     found = read_checkpoint(save_checkpoint(tmp_path, 5, TENSORS, FACTS, keep=2))
     assert torch.equal(found.matching("model", WEIGHTS)["w"], WEIGHTS["w"])
-    for expected, said in (
-        ({"w": torch.zeros(3, 3), "b": torch.zeros(())}, r"w of its model.safetensors is \(2, 3\) float32, and the"),
-        ({"w": torch.zeros(2, 3).half(), "b": torch.zeros(())}, r"the model's is \(2, 3\) float16"),
+    for expected, message in (
+        (
+            {"w": torch.zeros(3, 3), "b": torch.zeros(())},
+            r"w of its model.safetensors is \(2, 3\) float32, expected \(3, 3\) float32",
+        ),
+        ({"w": torch.zeros(2, 3).half(), "b": torch.zeros(())}, r"is \(2, 3\) float32, expected \(2, 3\) float16"),
         ({"w": torch.zeros(2, 3), "c": torch.zeros(())}, "model.safetensors lacks c"),
-        ({"w": torch.zeros(2, 3)}, "model.safetensors has an unknown b"),
+        ({"w": torch.zeros(2, 3)}, "model.safetensors has an unexpected tensor b"),
     ):
-        with raises(RequestError, match=said):
+        with raises(RequestError, match=message):
             found.matching("model", expected)
     found.require_settings({"lr": 0.1, "seed": 0, "added_later": 1})
     with raises(
-        RequestError, match=r"step-00000005 is not a checkpoint of this run \(lr 0.1 there, 0.2 now; seed 0 th"
+        RequestError,
+        match=r"step-00000005 is not a checkpoint of this run \(lr was 0.1 and is now 0.2; seed was 0 and is now 1\)",
     ):
         found.require_settings({"lr": 0.2, "seed": 1})
 
 
-def test_only_names_that_checkpoints_have_are_looked_at(tmp_path: Path) -> None:
+def test_only_folders_named_like_checkpoints_are_read(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 5, TENSORS, FACTS, keep=2)
     for name in ("step-9", "step-000000009", "step-٣٣٣٣٣٣٣٣", "step-"):
         (tmp_path / name).mkdir()
@@ -188,18 +194,18 @@ def test_only_names_that_checkpoints_have_are_looked_at(tmp_path: Path) -> None:
     assert found.step == 5
 
 
-def test_an_interrupted_write_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+def test_an_interrupted_write_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 1, TENSORS, FACTS, keep=2)
-    half = tmp_path / ".partial-step-00000002"
-    half.mkdir()
-    (half / "model.safetensors").write_bytes(b"half")
+    partial = tmp_path / ".partial-step-00000002"
+    partial.mkdir()
+    (partial / "model.safetensors").write_bytes(b"partial")
     found = latest_checkpoint(tmp_path)
     assert found is not None
     assert found.step == 1
-    assert not half.exists()
+    assert not partial.exists()
 
 
-def test_a_failure_while_a_folder_is_filled_leaves_the_old_one(tmp_path: Path) -> None:
+def test_a_failure_while_a_folder_is_written_keeps_the_old_one(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     with new_folder(folder) as aside:
         (aside / "file").write_text("old")
@@ -207,15 +213,15 @@ def test_a_failure_while_a_folder_is_filled_leaves_the_old_one(tmp_path: Path) -
     def fail() -> None:
         with new_folder(folder) as aside:
             (aside / "file").write_text("new")
-            raise RuntimeError("in the middle")
+            raise RuntimeError("interrupted")
 
-    with raises(RuntimeError, match="in the middle"):
+    with raises(RuntimeError, match="interrupted"):
         fail()
     assert (folder / "file").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+def test_a_file_is_replaced_atomically(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     write_atomic(path, "old")
     write_atomic(path, json.dumps({"new": 1}))
@@ -233,7 +239,7 @@ sys.stdin.read()
 """
 
 
-def test_the_lock_names_its_holder_and_goes_when_that_is_killed(tmp_path: Path) -> None:
+def test_the_lock_names_its_holder_and_is_released_when_the_holder_is_killed(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as holder:
@@ -247,7 +253,7 @@ def test_the_lock_names_its_holder_and_goes_when_that_is_killed(tmp_path: Path) 
         pass
 
 
-def test_a_file_system_without_locks_is_warned_of(
+def test_a_file_system_without_locks_causes_a_warning(
     tmp_path: Path, monkeypatch: MonkeyPatch, caplog: LogCaptureFixture
 ) -> None:
     def no_locks(*_: object) -> None:
@@ -256,18 +262,18 @@ def test_a_file_system_without_locks_is_warned_of(
     monkeypatch.setattr("fcntl.lockf", no_locks)
     logging.getLogger("resnext_hub").propagate = True
     with RunLock(RunFolder(tmp_path)):
-        assert "cannot be locked (No locks available): make sure that no second command trains in it" in caplog.text
+        assert "cannot be locked (No locks available); make sure that no other command uses it" in caplog.text
 
 
 @mark.parametrize("kind", NO_FILES)
-def test_something_else_in_the_place_of_the_lock_is_refused(tmp_path: Path, kind: str) -> None:
+def test_a_lock_file_that_is_not_a_regular_file_is_refused(tmp_path: Path, kind: str) -> None:
     (tmp_path / ".lock").touch()
     replace_by(tmp_path / ".lock", kind)
     with raises(RequestError, match=r"\.lock is not a regular file"):
         RunLock(RunFolder(tmp_path))
 
 
-def test_a_file_system_without_links_permissions_and_flushing_of_folders_is_enough(
+def test_a_file_system_without_links_permissions_and_fsync_of_folders_is_enough(
     tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
@@ -286,7 +292,7 @@ def test_a_file_system_without_links_permissions_and_flushing_of_folders_is_enou
     assert read_checkpoint(path).step == 5
 
 
-def test_of_a_link_in_the_place_of_a_folder_only_the_link_is_replaced(tmp_path: Path) -> None:
+def test_replacing_a_linked_folder_replaces_only_the_link(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "mine").touch()
     (tmp_path / "model").symlink_to("elsewhere")
@@ -298,9 +304,9 @@ def test_of_a_link_in_the_place_of_a_folder_only_the_link_is_replaced(tmp_path: 
     assert [p.name for p in (tmp_path / "elsewhere").iterdir()] == ["mine"]
 
 
-@mark.parametrize("asked", ["0", "10s", "m", "-5", "1.5m"])
-def test_checkpoint_every_takes_steps_or_minutes(asked: str) -> None:
-    with raises(RequestError, match="expected steps, as 500, or minutes, as 10m"):
-        CheckpointConfig(checkpoint_every=asked)
+@mark.parametrize("value", ["0", "10s", "m", "-5", "1.5m"])
+def test_checkpoint_every_takes_steps_or_minutes(value: str) -> None:
+    with raises(RequestError, match=f"checkpoint_every={value}: expected steps, such as 500, or minutes, such as 10m"):
+        CheckpointConfig(checkpoint_every=value)
     assert CheckpointConfig(checkpoint_every="500").steps == 500
     assert CheckpointConfig(checkpoint_every="10m").seconds == 600

@@ -1,4 +1,4 @@
-"""Evaluation gives the same integers however the work is shared out."""
+"""Evaluation returns the same counts however the work is divided."""
 
 import numpy as np
 import timm
@@ -19,14 +19,14 @@ def digits() -> EvaluationSamples:
     return EvaluationSamples(load_splits(DataConfig()).eval, EvalTransform(InputConfig.resolve(INPUT)))
 
 
-def network() -> torch.nn.Module:
+def build_model() -> torch.nn.Module:
     torch.manual_seed(0)
     return timm.create_model("test_resnet", num_classes=10).to(memory_format=torch.channels_last).train()
 
 
-def shared(processes: int, batch_size: int) -> Evaluation:
-    """Evaluate as so many processes would, one after the other, and add their arrays up."""
-    model, samples, parts = network(), digits(), []
+def evaluate_with(processes: int, batch_size: int) -> Evaluation:
+    """Evaluate as that number of processes would, one after the other, and sum their arrays."""
+    model, samples, parts = build_model(), digits(), []
 
     def keep(values: torch.Tensor) -> torch.Tensor:
         parts.append(values)
@@ -47,26 +47,26 @@ def shared(processes: int, batch_size: int) -> Evaluation:
 
 
 @mark.parametrize("processes", [2, 3, 4])
-def test_any_number_of_processes_gives_the_same_values_to_the_bit(processes: int) -> None:
-    one, many = shared(1, 32), shared(processes, 32)
+def test_results_are_equal_bit_for_bit_for_any_number_of_processes(processes: int) -> None:
+    one, many = evaluate_with(1, 32), evaluate_with(processes, 32)
     assert one.count == 360
     for field in ("labels", "predictions", "probabilities", "losses", "ranks"):
         assert np.array_equal(getattr(one, field), getattr(many, field)), field
     assert one.loss == many.loss
 
 
-def test_the_padded_tail_does_not_count() -> None:
-    whole, tailed = shared(1, 360), shared(1, 50)
-    assert (whole.correct, whole.count) == (tailed.correct, tailed.count)
-    np.testing.assert_allclose(whole.losses, tailed.losses, rtol=1e-4)  # float32 moves with the shape
+def test_padding_of_the_last_batch_does_not_count() -> None:
+    exact, padded = evaluate_with(1, 360), evaluate_with(1, 50)
+    assert (exact.correct, exact.count) == (padded.correct, padded.count)
+    np.testing.assert_allclose(exact.losses, padded.losses, rtol=1e-4)  # float32 rounding depends on the shape
 
 
-def test_values_are_those_of_a_plain_forward_pass() -> None:
-    model, samples = network().eval(), digits()
+def test_results_equal_those_of_a_plain_forward_pass() -> None:
+    model, samples = build_model().eval(), digits()
     images = torch.stack([samples[i].image for i in range(32)]).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
         logits = model(images)
-    result = shared(1, 32)
+    result = evaluate_with(1, 32)
     labels = torch.from_numpy(result.labels[:32])
     assert np.array_equal(result.predictions[:32], logits.argmax(1).numpy())
     np.testing.assert_allclose(
@@ -74,7 +74,7 @@ def test_values_are_those_of_a_plain_forward_pass() -> None:
     )
 
 
-def test_confusion_counts_true_classes_in_rows() -> None:
+def test_confusion_has_true_classes_in_rows() -> None:
     labels, predictions = np.array([0, 0, 1, 2]), np.array([0, 2, 1, 2])
     result = Evaluation(
         indices=np.arange(4),
@@ -93,48 +93,56 @@ def test_confusion_counts_true_classes_in_rows() -> None:
 def test_top5_macro_f1_and_rank_agree_with_scikit_learn() -> None:
     from sklearn.metrics import f1_score, top_k_accuracy_score
 
-    model, samples = network().eval(), digits()
+    model, samples = build_model().eval(), digits()
     images = torch.stack([samples[i].image for i in range(360)]).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
         logits = torch.cat([model(part) for part in images.split(36)]).numpy()
-    result = shared(1, 36)
+    result = evaluate_with(1, 36)
     assert result.top5 == top_k_accuracy_score(result.labels, logits, k=5)
     assert result.macro_f1 == f1_score(result.labels, logits.argmax(1), average="macro", zero_division=0.0)
     assert np.array_equal(result.ranks == 0, result.labels == result.predictions)
 
 
-def test_the_first_of_equal_scores_comes_first() -> None:
-    class Flat(torch.nn.Module):
+def test_ties_go_to_the_lower_class_index() -> None:
+    class Constant(torch.nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return torch.zeros(len(images), 10)
 
-    result = evaluate(Flat(), digits(), batch_size=60, device=torch.device("cpu"))
+    result = evaluate(Constant(), digits(), batch_size=60, device=torch.device("cpu"))
     assert np.array_equal(result.ranks, result.labels)
     assert set(result.predictions) == {0}
 
 
-def test_calibration_error_is_the_mean_distance_of_confidence_from_accuracy() -> None:
+def test_calibration_error_is_the_mean_gap_between_confidence_and_accuracy() -> None:
     probabilities = np.array([0.9] * 10 + [0.65] * 4)  # two of the fifteen bins
-    right = np.array([1] * 7 + [0] * 3 + [1, 1, 0, 0])
+    correct = np.array([1] * 7 + [0] * 3 + [1, 1, 0, 0])
     result = Evaluation(
         indices=np.arange(14),
         labels=np.ones(14, dtype=np.int64),
-        predictions=right,
+        predictions=correct,
         probabilities=probabilities,
         losses=np.zeros(14),
-        ranks=1 - right,
+        ranks=1 - correct,
         unreadable=[],
         total=0,
     )
     assert np.isclose(result.calibration_error, (10 * abs(0.9 - 0.7) + 4 * abs(0.65 - 0.5)) / 14)
 
 
-def test_a_process_that_is_asked_to_stop_stops_all() -> None:
+def test_a_stop_request_to_one_process_stops_all() -> None:
     with raises(EvaluationStoppedError):
         evaluate(
-            network(), digits(), batch_size=60, device=torch.device("cpu"), stop_requested=iter([False, True]).__next__
+            build_model(),
+            digits(),
+            batch_size=60,
+            device=torch.device("cpu"),
+            stop_requested=iter([False, True]).__next__,
         )
-    with raises(EvaluationStoppedError):  # this process is not asked, but another one says so
+    with raises(EvaluationStoppedError):  # another process was asked to stop
         evaluate(
-            network(), digits(), batch_size=60, device=torch.device("cpu"), sum_over_processes=lambda values: values + 1
+            build_model(),
+            digits(),
+            batch_size=60,
+            device=torch.device("cpu"),
+            sum_over_processes=lambda values: values + 1,
         )

@@ -1,4 +1,4 @@
-"""The learning rate is a function of the step; an optimizer comes back from a checkpoint as it was."""
+"""The learning rate is a function of the step; an optimizer resumes from a checkpoint exactly."""
 
 import json
 from itertools import pairwise
@@ -19,14 +19,14 @@ from resnext_hub.training.optim import (
 )
 
 
-def network() -> torch.nn.Module:
+def build_model() -> torch.nn.Module:
     torch.manual_seed(0)
     return torch.nn.Sequential(
         torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(144, 2)
     )
 
 
-def test_lr_rises_linearly_and_falls_as_half_a_cosine() -> None:
+def test_lr_has_linear_warmup_and_cosine_decay() -> None:
     rates = [lr_at(step, total_steps=100, warmup_steps=10, lr=0.5) for step in range(100)]
     assert rates[0] == approx(0.05)
     assert rates[9] == rates[10] == 0.5
@@ -35,25 +35,25 @@ def test_lr_rises_linearly_and_falls_as_half_a_cosine() -> None:
     assert all(a >= b for a, b in pairwise(rates[10:]))
 
 
-def test_lr_without_warm_up_starts_at_its_greatest() -> None:
+def test_lr_without_warmup_starts_at_its_peak() -> None:
     assert lr_at(0, total_steps=10, warmup_steps=0, lr=0.5) == 0.5
 
 
-def test_sgd_takes_the_papers_lr_in_proportion_to_the_batch() -> None:
+def test_the_default_lr_of_sgd_is_that_of_the_paper_scaled_by_the_batch() -> None:
     assert derive_lr("sgd", 256, pretrained=False) == approx(0.1)
     assert derive_lr("sgd", 64, pretrained=True) == approx(0.0025)
     assert derive_lr("adamw", 512, pretrained=False) == approx(1e-3)
 
 
-def test_norm_layers_and_biases_are_left_out_of_weight_decay() -> None:
-    groups = build_optimizer(network(), OptimConfig(optimizer="sgd", lr=0.1, weight_decay=0.01)).param_groups
+def test_norm_layers_and_biases_have_no_weight_decay() -> None:
+    groups = build_optimizer(build_model(), OptimConfig(optimizer="sgd", lr=0.1, weight_decay=0.01)).param_groups
     by_decay = {group["weight_decay"]: [p.ndim for p in group["params"]] for group in groups}
     assert set(by_decay[0.0]) == {1}
     assert set(by_decay[0.01]) == {2, 4}
 
 
 @mark.parametrize("name", ["sgd", "adamw", "lamb", "rmsproptf", "nadamw"])
-def test_an_optimizer_restored_from_bytes_takes_the_same_steps(name: str) -> None:
+def test_a_restored_optimizer_takes_the_same_steps(name: str) -> None:
     images, config = torch.randn(4, 3, 8, 8), OptimConfig(optimizer=name, lr=0.01, weight_decay=0.02)
 
     def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -62,14 +62,14 @@ def test_an_optimizer_restored_from_bytes_takes_the_same_steps(name: str) -> Non
         model(images).square().sum().backward()
         optimizer.step()
 
-    one = network().to(memory_format=torch.channels_last)
+    one = build_model().to(memory_format=torch.channels_last)
     first = build_optimizer(one, config)
     for lr in (0.01, 0.02):
         step(one, first, lr)
     tensors, facts = optimizer_state(first)
     tensors, facts = load(save({k: v.contiguous() for k, v in tensors.items()})), json.loads(json.dumps(facts))
 
-    two = network().to(memory_format=torch.channels_last)
+    two = build_model().to(memory_format=torch.channels_last)
     two.load_state_dict({k: v.clone() for k, v in one.state_dict().items()})
     second = build_optimizer(two, config)
     restore_optimizer(second, tensors, facts)
@@ -81,14 +81,14 @@ def test_an_optimizer_restored_from_bytes_takes_the_same_steps(name: str) -> Non
 
 
 @mark.parametrize("name", ["sgd", "adamw"])
-def test_a_step_in_one_pass_is_that_of_timms_optimizer_and_is_not_taken_on_scaled_gradients(name: str) -> None:
-    """In memory format channels_last, whose gradients and moments have to be laid out as the parameters are."""
+def test_a_fused_step_equals_that_of_timm_and_is_not_used_with_scaled_gradients(name: str) -> None:
+    """The model is channels_last, so gradients and moments need the memory format of the parameters."""
     from timm.optim import create_optimizer_v2
 
     found = []
     for fused in (True, False):
-        model = network().to(memory_format=torch.channels_last)
-        model[0].bias = None  # batch norm takes it away, so that its gradient is noise, which adamw would scale up
+        model = build_model().to(memory_format=torch.channels_last)
+        model[0].bias = None  # batch norm cancels it, so its gradient is noise, which adamw would amplify
         if fused:
             optimizer = build_optimizer(model, OptimConfig(optimizer=name, lr=0.01, weight_decay=0.02))
         else:
@@ -100,11 +100,11 @@ def test_a_step_in_one_pass_is_that_of_timms_optimizer_and_is_not_taken_on_scale
         assert bool(optimizer.param_groups[0].get("fused")) is fused
         found.append(list(model.parameters()))
     for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)  # rounded at other places
-    scaled = build_optimizer(network(), OptimConfig(optimizer=name, lr=0.01), scaled=True)
-    assert not scaled.param_groups[0].get("fused")  # a step left out for an overflow is counted by others
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)  # rounding differs
+    scaled = build_optimizer(build_model(), OptimConfig(optimizer=name, lr=0.01), scaled=True)
+    assert not scaled.param_groups[0].get("fused")  # a fused step that overflows is skipped without being counted
 
 
-def test_an_unknown_optimizer_is_refused_with_close_names() -> None:
-    with raises(RequestError, match=r"--optimizer adamv: timm has no such optimizer; did you mean .*adam"):
+def test_an_unknown_optimizer_is_refused_with_similar_names() -> None:
+    with raises(RequestError, match=r"optimizer=adamv is not an optimizer of timm; did you mean .*adam"):
         OptimConfig(optimizer="adamv")

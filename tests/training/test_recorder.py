@@ -1,4 +1,4 @@
-"""What a run writes down line by line survives damage, and unreadable images are counted by their index."""
+"""JSON Lines files survive damage, and unreadable images are counted by index."""
 
 import json
 import os
@@ -51,7 +51,7 @@ DAMAGE = [
 
 
 @mark.parametrize("damage", DAMAGE, ids=lambda damage: repr(damage[:24]))
-def test_a_damaged_line_anywhere_costs_that_line_alone(damage: bytes, tmp_path: Path) -> None:
+def test_only_the_damaged_line_of_a_file_is_lost(damage: bytes, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     good = [json.dumps(line).encode() for line in (STEP, EVALUATION)]
     for lines in ([damage, *good], [good[0], damage, good[1]], [*good, damage]):
@@ -62,7 +62,7 @@ def test_a_damaged_line_anywhere_costs_that_line_alone(damage: bytes, tmp_path: 
     assert [line["step"] for line in read_lines(path, *METRICS)] == [1, 2, 3]
 
 
-def test_a_line_that_was_cut_off_is_none_and_a_whole_one_without_its_end_counts(tmp_path: Path) -> None:
+def test_a_truncated_last_line_is_ignored_and_one_without_a_newline_is_read(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps(STEP) + "\n" + json.dumps(EVALUATION)[:-9])
     assert read_lines(path, *METRICS) == [STEP]
@@ -70,17 +70,17 @@ def test_a_line_that_was_cut_off_is_none_and_a_whole_one_without_its_end_counts(
     assert read_lines(path, *METRICS) == [STEP, EVALUATION]
 
 
-def test_what_is_no_file_of_lines_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_regular_file_is_refused_by_name(tmp_path: Path) -> None:
     assert read_lines(tmp_path / "nowhere", *METRICS) == []
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path, tmp_path / "fifo"):
-        with raises(RunError, match=f"{path.name} cannot be read .*; remove it, and rerun the same command"):
+        with raises(RunError, match=f"{path.name} cannot be read .*; remove it and rerun the same command"):
             read_lines(path, *METRICS)
 
 
 @mark.parametrize("key", ["image", "picture"])  # the second before version 0.3
 @mark.parametrize("damage", [*DAMAGE, b'{"split": "other", "image": "a", "reason": "b"}', b'{"image": "a"}'])
-def test_damaged_lists_of_unreadable_images_stop_nothing(damage: bytes, key: str, tmp_path: Path) -> None:
+def test_damaged_lists_of_unreadable_images_do_not_stop_a_run(damage: bytes, key: str, tmp_path: Path) -> None:
     older = {"split": "training", key: "cat/1.png", "reason": "zero bytes"}
     (tmp_path / "unreadable-3.jsonl").write_bytes(damage + b"\n" + json.dumps(older).encode() + b"\n")
     log = UnreadableLog(RunFolder(tmp_path), Peers(), 0.5)
@@ -89,30 +89,30 @@ def test_damaged_lists_of_unreadable_images_stop_nothing(damage: bytes, key: str
         UnreadableImage(split="training", image="cat/1.png", reason="zero bytes"),
         UnreadableImage(split="training", image="dog/2.png", reason="cut off"),
     ]
-    assert read_unreadable(RunFolder(tmp_path)) == expected  # one of an older version is told by its name
+    assert read_unreadable(RunFolder(tmp_path)) == expected  # entries of older versions are identified by name
 
 
-def test_images_of_one_name_are_counted_by_their_index(tmp_path: Path) -> None:
+def test_images_with_the_same_name_are_counted_by_index(tmp_path: Path) -> None:
     log = UnreadableLog(RunFolder(tmp_path), Peers(), 0.1)
     unreadable = [Unreadable(index, "image.png", "zero bytes") for index in range(40)]
     log.note("training", 100, unreadable[:10])
     log.note("training", 100, unreadable[:10])  # again in the next epoch
-    with raises(RunError, match=r"11 of 100 images of the training split cannot be read, more than --max-bad-fraction"):
+    with raises(RunError, match=r"11 of 100 images of the training split are unreadable, more than max_bad_fr"):
         log.note("training", 100, unreadable[:11])
     assert len(read_unreadable(RunFolder(tmp_path))) == 11
     resumed = UnreadableLog(RunFolder(tmp_path), Peers(), 0.1)
-    resumed.note("training", 100, unreadable[:2])  # the others may have been mended
+    resumed.note("training", 100, unreadable[:2])  # the others may have been fixed
     assert len(read_unreadable(RunFolder(tmp_path))) == 11
 
 
-def test_what_other_processes_could_not_read_counts_in_evaluation(tmp_path: Path) -> None:
+def test_unreadable_images_of_other_processes_count_in_evaluation(tmp_path: Path) -> None:
     log = UnreadableLog(RunFolder(tmp_path), Peers(), 0.3)
-    log.note("evaluation", 100, [Unreadable(0, "a", "cut off")], in_all=30)
+    log.note("evaluation", 100, [Unreadable(0, "a", "cut off")], total=30)
     with raises(RunError, match="40 of 100 images of the evaluation split"):
-        log.note("evaluation", 100, [], in_all=40)
+        log.note("evaluation", 100, [], total=40)
 
 
-def test_names_are_written_and_listed_in_one_printable_line(tmp_path: Path) -> None:
+def test_names_are_printable_in_the_list_and_the_error(tmp_path: Path) -> None:
     log = UnreadableLog(RunFolder(tmp_path), Peers(), 0.0)
     with raises(RunError) as caught:
         log.note("training", 2, [Unreadable(i, f"a\n\x1b[1m\udce9{i}.png", "odd\treason") for i in range(2)])
@@ -127,18 +127,21 @@ def samples(data: list[bytes]) -> EvaluationSamples:
     return EvaluationSamples(images, EvalTransform(InputConfig.resolve(INPUT)))
 
 
-def test_an_evaluation_of_which_nothing_can_be_read_says_so() -> None:
+def test_a_split_without_readable_images_raises() -> None:
     model = timm.create_model("test_resnet", num_classes=2)
     with raises(
-        RunError, match=r"^none of the 3 images of the evaluation split can be read, the first: index 0 \(not "
+        RunError,
+        match=r"^none of the 3 images of the evaluation split is readable; the first is index 0 \(not an image",
     ):
         evaluate(model, samples([b"x"] * 3), batch_size=2, device=torch.device("cpu"))
-    with raises(RequestError, match=r"^none of the 3 images to evaluate on can be read, the first: index 0 \(not an "):
+    with raises(
+        RequestError, match=r"^none of the 3 images of the evaluation split is readable; the first is index 0 "
+    ):
         require_readable(samples([b"x"] * 3))
 
 
 @mark.parametrize("limit", [1.0, 0.01])
-def test_a_run_that_could_not_be_evaluated_is_refused_before_it_computes(
+def test_a_run_without_readable_evaluation_images_is_refused_before_training(
     limit: float, tmp_path: Path, command: Command
 ) -> None:
     for name, shade in (("bus", 60), ("car", 160)):
@@ -148,5 +151,5 @@ def test_a_run_that_could_not_be_evaluated_is_refused_before_it_computes(
     flags = ("--dataset", tmp_path / "set", "--image-size", 32, "--batch-size", 4, "--max-bad-fraction", limit)
     code, _, err = command("train", *TINY, *flags, "--output-dir", tmp_path / "run")
     assert (code, err.strip().count("\n")) == (2, 0)
-    assert "none of the 2 images to evaluate on can be read, the first: bus/1.png (not an image)" in err
+    assert "none of the 2 images of the evaluation split is readable; the first is bus/1.png (not an image)" in err
     assert not (tmp_path / "run" / "checkpoints").exists()
