@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 def find_image_column(
-    dataset: str, asked: str | None, train: "datasets.Dataset", evaluation: "datasets.Dataset | None"
+    dataset: str, requested: str | None, train: "datasets.Dataset", evaluation: "datasets.Dataset | None"
 ) -> tuple[str, "datasets.Dataset", "datasets.Dataset | None"]:
     """Return the image column, and both tables with that column undecoded."""
     import datasets
 
     features = train.features
-    column = asked
+    column = requested
     if column is not None and column not in features:
         raise RequestError(
             f"{setting('image_column', column)}: {dataset} has no such column; its columns: "
@@ -65,18 +65,18 @@ def find_image_column(
     )
 
 
-def find_label_column(dataset: str, asked: str | None, table: "datasets.Dataset", image_column: str) -> str:
+def find_label_column(dataset: str, requested: str | None, table: "datasets.Dataset", image_column: str) -> str:
     """Return the label column: the ClassLabel column if there is one, else the only column of integers or strings."""
     import datasets
 
     features = table.features
-    if asked is not None:
-        if asked not in features:
+    if requested is not None:
+        if requested not in features:
             raise RequestError(
-                f"{setting('label_column', asked)}: {dataset} has no such column; its columns: "
+                f"{setting('label_column', requested)}: {dataset} has no such column; its columns: "
                 f"{describe_columns(features)}"
             )
-        return asked
+        return requested
     candidates = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
     candidates = candidates or [name for name, kind in features.items() if name != image_column and _kind_of(kind)]
     if not candidates:

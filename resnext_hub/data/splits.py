@@ -224,16 +224,16 @@ def _find_splits(config: DataConfig, tables: Mapping[str, Any]) -> tuple[str, st
     return train, None if evaluation == train else evaluation
 
 
-def _pick_split(tables: Mapping[str, Any], asked: str | None, role: Role) -> str | None:
-    if asked is not None and asked not in tables:
-        raise RequestError(f"{setting(f'{role}_split', asked)}: no such split; choose one of {listing(tables)}")
+def _pick_split(tables: Mapping[str, Any], requested: str | None, role: Role) -> str | None:
+    if requested is not None and requested not in tables:
+        raise RequestError(f"{setting(f'{role}_split', requested)}: no such split; choose one of {listing(tables)}")
     found = likely_splits(tables, role)
-    if asked is None and len(found) > 1:
+    if requested is None and len(found) > 1:
         raise RequestError(
             f"the dataset has several {'training' if role == 'train' else 'evaluation'} splits ({listing(found)}); "
             f"choose one with {setting(f'{role}_split')}"
         )
-    return asked or next(iter(found), None)
+    return requested or next(iter(found), None)
 
 
 def _fingerprint(
