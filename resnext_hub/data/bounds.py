@@ -91,7 +91,7 @@ def _require_jpeg(data: bytes) -> None:
     parts = [*itertools.islice(segments(data), MAX_PARTS + 1)]
     _require(len(parts), MAX_PARTS, "parts beside its pixels")
     _require(sum(marker in _TABLES for marker, _ in parts), _PARSED_PARTS, "tables")
-    exif = sum(data.startswith(b"Exif\0\0", place + 2) for marker, place in parts if marker == 0xE1)
+    exif = sum(data.startswith(b"Exif\0\0", offset + 2) for marker, offset in parts if marker == 0xE1)
     _require(exif, _EXIF_SEGMENTS, "segments of Exif")
     end = parts[-1][1] if parts else 0  # of the last segment, which is the first scan
     _require(data.count(b"8BIM", 0, end), MAX_PARTS, "parts of Photoshop")
@@ -102,21 +102,21 @@ def segments(data: bytes) -> Iterator[tuple[int, int]]:
 
     Bytes that are not a marker are skipped, as Pillow does.
     """
-    place = 2
+    offset = 2
     if data[:2] != b"\xff\xd8":
         return
-    while 0 <= place <= len(data) - 4:
-        if data[place] != 0xFF:
-            place = data.find(b"\xff", place)
+    while 0 <= offset <= len(data) - 4:
+        if data[offset] != 0xFF:
+            offset = data.find(b"\xff", offset)
             continue
-        marker = data[place + 1]
-        yield marker, place + 2
+        marker = data[offset + 1]
+        yield marker, offset + 2
         if marker == 0xDA:
             return
         if marker == 0xFF:  # any number of these may stand before a marker
-            place += 1
+            offset += 1
         else:
-            place += 2 if marker in _BARE else 2 + (data[place + 2] << 8 | data[place + 3])
+            offset += 2 if marker in _BARE else 2 + (data[offset + 2] << 8 | data[offset + 3])
 
 
 _MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")
@@ -128,13 +128,13 @@ def count_scans(data: bytes, most: int) -> int:
 
     Bytes after the end are not searched: phones append videos there.
     """
-    place = 2
+    offset = 2
     scans = parts = 0
-    while scans <= most and (mark := _MARKER.search(data, place)) and mark[0] not in (b"\xff\xd8", b"\xff\xd9"):
+    while scans <= most and (mark := _MARKER.search(data, offset)) and mark[0] not in (b"\xff\xd8", b"\xff\xd9"):
         parts += 1
         _require(parts, MAX_PARTS, "parts")
         scans += mark[0] == b"\xff\xda"
-        place = mark.end() + int.from_bytes(data[mark.end() : mark.end() + 2], "big")
+        offset = mark.end() + int.from_bytes(data[mark.end() : mark.end() + 2], "big")
     return scans
 
 
@@ -155,11 +155,11 @@ def require_few_numbers(data: bytes) -> None:
     waiting = [int.from_bytes(data[8:16] if big else data[4:8], order)]
     seen, numbers = set[int](), 0
     while waiting and len(seen) < _DIRECTORIES_READ:
-        place = waiting.pop()
-        if place in seen:
+        offset = waiting.pop()
+        if offset in seen:
             continue
-        seen.add(place)
-        for tag, kind, count, value in _entries(data, place, order, big):
+        seen.add(offset)
+        for tag, kind, count, value in _entries(data, offset, order, big):
             size = _SIZES.get(kind, 0) * count
             start = int.from_bytes(value, order) if size > len(value) else None
             if not size or (start is not None and start + size > len(data)):
@@ -171,14 +171,14 @@ def require_few_numbers(data: bytes) -> None:
     _require(numbers, _NUMBERS, "numbers in its tags")
 
 
-def _entries(data: bytes, place: int, order: Order, big: bool) -> Iterator[tuple[int, int, int, bytes]]:
+def _entries(data: bytes, offset: int, order: Order, big: bool) -> Iterator[tuple[int, int, int, bytes]]:
     """Yield tag, type, count and value of each entry of a TIFF directory."""
     width = 8 if big else 2
-    count = int.from_bytes(data[place : place + width], order)
+    count = int.from_bytes(data[offset : offset + width], order)
     entry = struct.Struct(("<" if order == "little" else ">") + ("HHQ8s" if big else "HHL4s"))
-    count = min(count, max(0, len(data) - place - width) // entry.size)
+    count = min(count, max(0, len(data) - offset - width) // entry.size)
     _require(count, _NUMBERS, "tags")
-    yield from entry.iter_unpack(data[place + width : place + width + count * entry.size])
+    yield from entry.iter_unpack(data[offset + width : offset + width + count * entry.size])
 
 
 def _require_bmp(data: bytes) -> None:

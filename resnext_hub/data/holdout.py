@@ -8,7 +8,7 @@ from resnext_hub.errors import RequestError
 from resnext_hub.text import listing
 
 
-def stratified_cut(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Return indices to train on and held-out indices, stratified by class.
 
     A class with a single image keeps it for training; of any other, at least one image is held out and one kept.
@@ -44,7 +44,7 @@ def stratified_cut(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.n
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def doubts(names: Sequence[str], train: np.ndarray, evaluation: np.ndarray) -> list[str]:
+def likely_mistakes(names: Sequence[str], train: np.ndarray, evaluation: np.ndarray) -> list[str]:
     """Return warnings about likely mistakes: classes without training images, and nearly equal class names."""
     in_train, in_eval = (np.bincount(labels, minlength=len(names)) for labels in (train, evaluation))
     found = []

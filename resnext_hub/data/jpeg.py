@@ -99,7 +99,7 @@ def read_header(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Header | Non
     if not data.startswith(b"\xff\xd8"):
         return None
     frame = _find_frame(data)
-    rows_at = frame.place if frame and frame.sequential else None
+    rows_at = frame.offset if frame and frame.sequential else None
     if frame and frame.plain:
         height, width = frame.size
         require_size(width, height, max_pixels)
@@ -116,7 +116,7 @@ def read_header(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Header | Non
 class _Frame(NamedTuple):
     """The frame header of a JPEG."""
 
-    place: int
+    offset: int
     """Offset of the height in the file; the width follows."""
     size: tuple[int, int]
     """Height and width."""
@@ -128,12 +128,12 @@ class _Frame(NamedTuple):
 def _find_frame(data: bytes) -> _Frame | None:
     """Return the frame header of a simple JPEG, in a tenth of the time that Pillow takes, None for any other."""
     usual = True
-    for marker, place in itertools.islice(segments(data), MAX_PARTS):
-        if marker in (0xC0, 0xC2) and place + 8 <= len(data):  # 8 bits, height, width, one or three components
-            height, width = data[place + 3] << 8 | data[place + 4], data[place + 5] << 8 | data[place + 6]
-            plain = usual and data[place + 2] == 8 and data[place + 7] in (1, 3)
+    for marker, offset in itertools.islice(segments(data), MAX_PARTS):
+        if marker in (0xC0, 0xC2) and offset + 8 <= len(data):  # 8 bits, height, width, one or three components
+            height, width = data[offset + 3] << 8 | data[offset + 4], data[offset + 5] << 8 | data[offset + 6]
+            plain = usual and data[offset + 2] == 8 and data[offset + 7] in (1, 3)
             plain = plain and height * width > 0
-            return _Frame(place + 3, (height, width), marker == 0xC0, plain)
+            return _Frame(offset + 3, (height, width), marker == 0xC0, plain)
         if marker not in _USUAL and marker not in _APPLICATION:
             return None
         usual = usual and marker in _USUAL
@@ -214,9 +214,9 @@ def _is_one_scan(data: bytes) -> bool:
 
     If so, rows that are not decoded contain nothing for which Pillow would reject the file.
     """
-    for marker, place in itertools.islice(segments(data), MAX_PARTS):
+    for marker, offset in itertools.islice(segments(data), MAX_PARTS):
         if marker == 0xDA:
-            scan = np.frombuffer(data, np.uint8, offset=place)
+            scan = np.frombuffer(data, np.uint8, offset=offset)
             following = scan[np.flatnonzero(scan[:-1] == 0xFF) + 1]  # 0xFF followed by zero is data, not a marker
             return data.endswith(b"\xff\xd9") and np.count_nonzero(following) == 1
     return False
@@ -245,7 +245,7 @@ class FastTransform:
         importlib.import_module("simplejpeg")
         self.whole = EvalTransform(input)
         self.max_pixels = max_pixels
-        self.resize, self.crop, *_, self.normalize = self.whole.timms.transforms
+        self.resize, self.crop, *_, self.normalize = self.whole.timm_transform.transforms
         self.mode = input.mode
         self.interpolation: str = input.interpolation
         self.fast = type(self.resize) is Resize and self.interpolation in RESAMPLING

@@ -11,7 +11,7 @@ import numpy as np
 
 from resnext_hub.data.columns import LabelledTable, class_names, find_image_column, find_label_column, read_labels
 from resnext_hub.data.config import DataConfig as DataConfig
-from resnext_hub.data.holdout import doubts, stratified_cut
+from resnext_hub.data.holdout import likely_mistakes, stratified_split
 from resnext_hub.data.images import IndexedImages, StreamedImages
 from resnext_hub.data.sources import BUNDLED, OpenDataset, Request, open_source
 from resnext_hub.data.sources import check_source as check_source
@@ -183,14 +183,14 @@ def _indexed(
         return IndexedImages(table.select_columns([column]), column, indices, labels, source.roots)
 
     if evaluation is None or eval_labels is None:
-        kept, held_out = stratified_cut(train_labels, config.eval_fraction, config.split_seed)
+        kept, held_out = stratified_split(train_labels, config.eval_fraction, config.split_seed)
         to_train = images(train.table, kept, train_labels[kept])
         to_evaluate = images(train.table, held_out, train_labels[held_out])
     else:
         to_train = images(train.table, np.arange(len(train_labels)), train_labels)
         to_evaluate = images(evaluation.table, np.arange(len(eval_labels)), eval_labels)
-    for doubt in doubts(label_names, to_train.labels, to_evaluate.labels):
-        _logger.warning("%s: %s", name, doubt)
+    for mistake in likely_mistakes(label_names, to_train.labels, to_evaluate.labels):
+        _logger.warning("%s: %s", name, mistake)
     fingerprint = _fingerprint(label_names, to_train.labels, to_evaluate.labels, source.files)
     return found.splits(to_train, to_evaluate, label_names, fingerprint)
 

@@ -130,10 +130,10 @@ class EvalTransform:
         from timm.data import create_transform
         from torchvision.transforms import CenterCrop
 
-        self.timms = create_transform(**input.to_timm(), is_training=False)
-        self.resize, self.crop, *rest = self.timms.transforms
-        self.rest = type(self.timms)(rest)
-        self.crops = type(self.crop) is CenterCrop
+        self.timm_transform = create_transform(**input.to_timm(), is_training=False)
+        self.resize, self.crop, *rest = self.timm_transform.transforms
+        self.rest = type(self.timm_transform)(rest)
+        self.is_center_crop = type(self.crop) is CenterCrop
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Transform an image.
@@ -143,15 +143,15 @@ class EvalTransform:
         """
         transformed: torch.Tensor
         if not self.is_costly(image.size):
-            transformed = self.timms(image)
+            transformed = self.timm_transform(image)
             return transformed
         height, width = self._resized(image)
         if min(height, width) < 1:
             raise UnreadableImageError(
                 f"{image.width} x {image.height} pixels would be resized to {width} x {height} for the model"
             )
-        if not self.crops:
-            transformed = self.timms(image)
+        if not self.is_center_crop:
+            transformed = self.timm_transform(image)
         else:
             kept = min(self.crop.size[0], height), min(self.crop.size[1], width)
             transformed = self.rest(self.crop(self._center(image, (height, width), kept)))  # crop pads small images

@@ -22,7 +22,7 @@ from support.processes import TINY
 
 from resnext_hub.data.config import DataConfig
 from resnext_hub.data.decode import UnreadableImageError
-from resnext_hub.data.holdout import doubts, stratified_cut
+from resnext_hub.data.holdout import likely_mistakes, stratified_split
 from resnext_hub.data.images import IndexedImages
 from resnext_hub.data.sources import Source, check_source, dataset_name, open_source, table_files
 from resnext_hub.data.sources.names import class_names_of, likely_splits, split_keyword
@@ -149,7 +149,10 @@ def test_class_folders_may_have_any_name(tmp_path: Path, files: list[str], names
 @mark.parametrize(
     ("files", "words"),
     [
-        (flat("train", "test"), ["train, test has images and no class folders", "layout=classes", "metadata.csv"]),
+        (
+            flat("train", "test"),
+            ["(test, train), but no class folders in test, train", "layout=classes", "metadata.csv"],
+        ),
         (flat("Training", "Validation"), ["layout=classes"]),
         (flat("training_set", "test_set"), ["layout=classes"]),
         (flat("train", "val", "bus"), ["layout=classes"]),
@@ -158,13 +161,13 @@ def test_class_folders_may_have_any_name(tmp_path: Path, files: list[str], names
             [*classes("cat/", ("train", "val")), *classes("dog/", ("train", "val"))],
             ["splits (train, val) inside each of cat, dog"],
         ),
-        ([*classes("train/"), *flat("unlabelled")], ["there are others beside train", "layout=classes"]),
-        ([*flat("train"), *classes("val/")], ["train has images and no class folders"]),
+        ([*classes("train/"), *flat("unlabelled")], ["(train), and other folders beside them", "layout=classes"]),
+        ([*flat("train"), *classes("val/")], ["but no class folders in train"]),
         ([*flat("images"), "labels.csv"], ["labels.csv", "metadata.csv", "file_name"]),
         ([*flat("images", "masks"), "train.csv"], ["train.csv", "metadata.csv"]),
         (["0.png", "1.png", "classes.jsonl"], ["classes.jsonl", "metadata.csv"]),
         (["0.png", "1.png"], ["has images (.png: 2) but no class folders", "one folder per class"]),
-        (flat("images"), ["a single class, images (images: .png: 3)", "one folder per class"]),
+        (flat("images"), ["a single class, images (.png: 3)", "one folder per class"]),
         (["a.zip", "b.zip"], ["archives (a.zip, b.zip)", "unpack"]),
         (["shard-0.tar"], ["shard-0.tar", "WebDataset"]),
         (["a.txt"], ["has no images (found: .txt: 1; known suffixes: .avif"]),
@@ -916,7 +919,7 @@ def test_suspicious_classes_are_logged(tmp_path: Path, caplog: LogCaptureFixture
     assert "no training images for Cat, horse" in caplog.text
     assert "classes Cat, cat differ only in case or spaces" in caplog.text
     assert "unused splits: test" in caplog.text
-    assert doubts(["a", "A ", "b"], np.array([0, 1, 2]), np.array([0])) == [
+    assert likely_mistakes(["a", "A ", "b"], np.array([0, 1, 2]), np.array([0])) == [
         "classes a, A  differ only in case or spaces; they are kept separate"
     ]
 
@@ -936,15 +939,15 @@ def test_suspicious_classes_are_logged(tmp_path: Path, caplog: LogCaptureFixture
 )
 def test_classes_with_two_images_are_in_both_splits(counts: list[int], fraction: float, held: list[int]) -> None:
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
-    kept, out = stratified_cut(labels, fraction, seed=3)
+    kept, out = stratified_split(labels, fraction, seed=3)
     assert np.bincount(labels[out], minlength=len(counts)).tolist() == held
     assert sorted([*kept, *out]) == list(range(len(labels)))
-    assert np.array_equal(out, stratified_cut(labels, fraction, seed=3)[1])
+    assert np.array_equal(out, stratified_split(labels, fraction, seed=3)[1])
 
 
 def test_classes_with_a_single_image_each_raise_an_error() -> None:
     with raises(RequestError, match=r"no images can be held out: each of 5000 classes has a single image; add images"):
-        stratified_cut(np.arange(5000), 0.2, 0)
+        stratified_split(np.arange(5000), 0.2, 0)
 
 
 @mark.parametrize(

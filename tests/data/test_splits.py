@@ -197,7 +197,7 @@ def test_one_of_several_image_columns_has_to_be_chosen(tmp_path: Path) -> None:
 
 def test_a_single_class_raises_an_error(tmp_path: Path) -> None:
     write_images(tmp_path / "cat", 5, 100)
-    assert "has a single class, cat (images: .png: 5)" in refused(tmp_path)
+    assert "has a single class, cat (.png: 5)" in refused(tmp_path)
 
 
 def test_a_label_out_of_range_raises_an_error_with_its_index(tmp_path: Path) -> None:

@@ -286,9 +286,9 @@ def _check_shared_folders(tree: Tree, inside: Mapping[str, Folder], notes: list[
 
 def _reject_ambiguous(tree: Tree, names: Sequence[str], splits: Sequence[str]) -> NoReturn:
     flat = [name for name in names if name not in splits]
-    why = f"{listing(flat)} has images and no class folders" if flat else f"there are others beside {listing(splits)}"
+    why = f"but no class folders in {listing(flat)}" if flat else "and other folders beside them"
     raise RequestError(
-        f"{printable(tree.root)} has folders named like splits ({listing(names)}), but {why}; if all folders are "
+        f"{printable(tree.root)} has folders named like splits ({listing(names)}), {why}; if all folders are "
         f"classes, use {setting('layout', 'classes')}; if they are splits, add class folders or a metadata.csv "
         "(columns file_name,label) to each, and move other folders away"
     )
@@ -323,8 +323,8 @@ def _reject_single_class(tree: Tree, name: str | None, top: Folder) -> NoReturn:
     if name is None:
         raise RequestError(f"{printable(tree.root)} has images ({found}) but no class folders; expected {LAYOUTS}")
     raise RequestError(
-        f"{printable(tree.root)} has a single class, {printable(name)} (images: {found}), and a classifier needs at "
-        f"least two; expected {LAYOUTS}"
+        f"{printable(tree.root)} has a single class, {printable(name)} ({found}), but a classifier needs at least "
+        f"two; expected {LAYOUTS}"
     )
 
 

@@ -10,8 +10,8 @@ from resnext_hub.errors import RequestError, setting
 from resnext_hub.text import listing, printable
 
 LAYOUTS = (
-    "one folder per class, such as cat/ and dog/; train/ and val/ with class folders in each; images with a "
-    "metadata.csv (columns file_name,label); or parquet files"
+    "one of these layouts: one folder per class, such as cat/ and dog/; train/ and val/ with class folders in each; "
+    "images with a metadata.csv (columns file_name,label); parquet files"
 )
 """The supported layouts of a local folder, for messages."""
 
