@@ -63,7 +63,7 @@ class MeteredFile(io.BytesIO):
         """
         self.left -= 1
         if self.left < 0:
-            raise ValueError("too many parts beside its pixels")
+            raise ValueError("too many parts besides the pixels")
         return super().read(size)
 
 
@@ -89,7 +89,7 @@ def _require(found: int, most: int, what: str) -> None:
 
 def _require_jpeg(data: bytes) -> None:
     parts = [*itertools.islice(segments(data), MAX_PARTS + 1)]
-    _require(len(parts), MAX_PARTS, "parts beside its pixels")
+    _require(len(parts), MAX_PARTS, "parts besides the pixels")
     _require(sum(marker in _TABLES for marker, _ in parts), _PARSED_PARTS, "tables")
     exif = sum(data.startswith(b"Exif\0\0", offset + 2) for marker, offset in parts if marker == 0xE1)
     _require(exif, _EXIF_SEGMENTS, "segments of Exif")

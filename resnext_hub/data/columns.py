@@ -193,9 +193,9 @@ def _shared_kind(dataset: str, column: str, parts: Sequence[Part]) -> str:
     ):
         return "number"  # each class is named after its number
     if len(kinds) > 1:
-        found = " and ".join(f"a {kind} in {printable(part.name)}" for kind, part in kinds.items())
+        found = ", ".join(f"{kind} in {printable(part.name)}" for kind, part in kinds.items())
         raise RequestError(
-            f"column {printable(column)} of {dataset} is {found}; store the labels with the same type in all files"
+            f"column {printable(column)} of {dataset} has several types ({found}); store labels of one type in all files"
         )
     return next(iter(kinds))
 

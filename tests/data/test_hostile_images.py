@@ -447,7 +447,7 @@ def test_pixels_that_are_not_finite_are_unreadable() -> None:
 def test_a_jpeg_with_excessive_fill_bytes_is_rejected_quickly(filling: bytes) -> None:
     whole = encoded(Image.new("RGB", (40, 40)), "JPEG")
     begin = time.process_time()
-    with raises(UnreadableImageError, match="parts beside its pixels"):
+    with raises(UnreadableImageError, match="parts besides the pixels"):
         decode(row(whole[:2] + filling * 4_000_000 + whole[2:]))
     assert time.process_time() - begin < 1.0
     assert decode(row(whole[:2] + b"\xff" * 100 + whole[2:])).size == (40, 40)

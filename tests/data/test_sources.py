@@ -1251,17 +1251,17 @@ def test_labels_of_shards_and_splits_are_matched_by_name(tmp_path: Path) -> None
         (
             ([0, 1] * 2, datasets.Value("int64")),
             (["0", "1"], datasets.Value("string")),
-            "a number in train.parquet and a text",
+            "number in train.parquet, text in",
         ),
         (
             ([0, 1] * 2, named("a", "b")),
             ([0, 1], datasets.Value("int64")),
-            "a class label in train.parquet and a number",
+            "class label in train.parquet, number in",
         ),
         (
             ([0, 1] * 2, named("a", "b")),
             (["a", "b"], datasets.Value("string")),
-            "a class label in train.parquet and a text",
+            "class label in train.parquet, text in",
         ),
         (
             ([0, 1, 2**62], datasets.Value("int64")),

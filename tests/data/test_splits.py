@@ -192,7 +192,7 @@ def test_one_of_several_image_columns_has_to_be_chosen(tmp_path: Path) -> None:
     assert "image_column=label is not a column of images" in refused(path, image_column="label")
     message = refused(path, image_column="c")
     assert message.startswith("image_column=c: ")
-    assert "has no such column; its columns: a (Image), b (Image), label (int64)" in message
+    assert "has no such column; its columns: a (PIL.Image.Image), b (PIL.Image.Image), label (int64)" in message
 
 
 def test_a_single_class_raises_an_error(tmp_path: Path) -> None:

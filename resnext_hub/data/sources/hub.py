@@ -36,7 +36,7 @@ class HubDataset:
 
 
 def is_hub_id(name: str) -> bool:
-    """Return whether a name is a valid dataset id: `owner/name`, or a name alone."""
+    """Return whether a name is a valid dataset id: `owner/name` or just `name`."""
     return len(name) <= _ID_LENGTH and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is not None
 
 

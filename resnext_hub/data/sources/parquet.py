@@ -37,7 +37,7 @@ DAMAGED_FILE = (OSError, ValueError, NotImplementedError)
 """What reading the footer of a damaged parquet file raises."""
 
 _SMALL = 256
-"""Columns of at most so many compressed bytes per row are part of a file's version; images take more."""
+"""Columns of at most this many compressed bytes per row are part of a file's version; images take more."""
 
 _FOOTER_BYTES = 1 << 26
 """Most bytes of the footer that are part of a file's version; a file that is not parquet could state any length."""

@@ -20,7 +20,7 @@ MAX_LINE = 1 << 24
 """Greatest length of a line of JSON."""
 
 SPARE_ROWS = 1_000_000
-"""Rows that a table may have in addition to ten per image; so many are read in seconds."""
+"""Rows that a table may have in addition to ten per image; this many take seconds to read."""
 
 MAX_OTHERS = 16
 """Number of columns that are kept in addition to the wanted ones."""

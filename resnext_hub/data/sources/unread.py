@@ -38,7 +38,7 @@ _ROWS = 200_000
 """Number of rows that are searched."""
 
 _MANY = 1000
-"""A table that lists so many images is relevant, even if these are less than half of any folder."""
+"""A table that lists this many images is relevant, even if they are less than half of any folder."""
 
 _NAMING = re.compile(r"(?:^|[^a-z])(?:id|image|img|file|filename|path|name)(?:$|[^a-z])")
 """Usual names of columns of file names; numbers in tables with such a column can be names, too."""
