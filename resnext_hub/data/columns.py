@@ -195,7 +195,7 @@ def _shared_kind(dataset: str, column: str, parts: Sequence[Part]) -> str:
     if len(kinds) > 1:
         found = ", ".join(f"{kind} in {printable(part.name)}" for kind, part in kinds.items())
         raise RequestError(
-            f"column {printable(column)} of {dataset} has several types ({found}); store labels of one type in all files"
+            f"column {printable(column)} of {dataset} has several types ({found}); store one type in all files"
         )
     return next(iter(kinds))
 
