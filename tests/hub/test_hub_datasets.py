@@ -61,7 +61,7 @@ def test_a_dataset_that_may_not_be_read_is_refused(
     files = {"data/train-0.parquet": parquet, "data/test-0.parquet": parquet}
     dataset(hub, "you/secret", files, private=True)
     said = refused(client, tmp_path, "--dataset", "you/secret", *streaming)
-    assert "there is no folder you/secret here and no such dataset on the Hub that you may read" in said
+    assert "you/secret is neither a local folder nor a dataset on the Hub that you can access" in said
     dataset(hub, "you/gated", files).granted = set()
     said = refused(client, tmp_path, "--dataset", "you/gated", *streaming)
     assert "you/gated" in said
@@ -91,7 +91,7 @@ def test_a_config_that_must_be_chosen_is_asked_for_and_taken(
     said = refused(client, tmp_path, "--dataset", "me/two")
     assert "small" in said
     assert "large" in said
-    assert said.endswith("name one with --dataset-config")
+    assert said.endswith("choose one with --dataset-config")
     assert "none" in refused(client, tmp_path, "--dataset", "me/two", "--dataset-config", "none")
     answer = client.run(
         "from resnext_hub.data.config import *\nfrom resnext_hub.data.splits import *\n"
@@ -120,14 +120,14 @@ def test_files_that_are_no_images_are_refused(
     hub, client = running
     dataset(hub, "me/text", {"data.csv": b"text,label\nhello,0\nbye,1\n"})
     said = refused(client, tmp_path, "--dataset", "me/text")
-    assert "me/text has no image column: it has text (" in said
+    assert "me/text has no image column (of type Image or binary); its columns: text (" in said
     dataset(hub, "me/empty", {"README.md": b"nothing here"})
     assert "me/empty" in refused(client, tmp_path, "--dataset", "me/empty")
     dataset(hub, "me/broken", {"data/train-0.parquet": b"no parquet"})
     assert "me/broken" in refused(client, tmp_path, "--dataset", "me/broken")
     damaged = parquet[:4] + b"\xff" * 40 + parquet[44:]  # the header of the first page; the footer is whole
     dataset(hub, "me/damaged", {"data/train-0.parquet": damaged})
-    assert "the Hub's me/damaged cannot be read" in refused(client, tmp_path, "--dataset", "me/damaged")
+    assert "me/damaged on the Hub cannot be read" in refused(client, tmp_path, "--dataset", "me/damaged")
 
 
 def test_a_hub_that_does_not_answer_is_said_to_be_out_of_reach(
@@ -166,7 +166,7 @@ def test_files_whose_class_names_differ_are_matched_by_name_and_not_streamed(
     )
     assert answer["result"] == [["dark", "light"], [0, 0, 1, 1, 0, 0], [1, 0]], answer["err"]
     said = refused(client, tmp_path, "--dataset", "me/mixed", "--streaming")
-    assert "data/train-00001-of-00002.parquet has other classes in column label, or in another order" in said
+    assert "column label has other classes, or another order, in data/train-00001-of-00002.parquet" in said
 
 
 def test_a_row_of_the_hub_cannot_name_a_file_of_this_disk(running: tuple[LoopbackHub, Client], tmp_path: Path) -> None:

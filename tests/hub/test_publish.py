@@ -210,7 +210,7 @@ def test_a_dataset_and_a_base_model_come_from_the_hub(
 
     missing = run_process("scripts/train.py", "--dataset", "me/none", **environment)
     assert missing.returncode == 2
-    assert "there is no folder me/none here and no such dataset on the Hub" in missing.stderr
+    assert "me/none is neither a local folder nor a dataset on the Hub that you can access" in missing.stderr
     missing = run_process("scripts/train.py", "--model", "hf-hub:me/none", **environment)
     assert missing.returncode == 2
     assert "--model hf-hub:me/none: there is no repository me/none that you may read" in missing.stderr
@@ -292,7 +292,7 @@ def test_a_stream_that_breaks_off_ends_the_run_in_a_line_and_goes_on_later(hub: 
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert "the stream broke off in shard" in done.stderr
-    assert done.stderr.strip().endswith("the same command goes on from the last checkpoint")
+    assert done.stderr.strip().endswith("rerun the same command to resume from the last checkpoint")
     hub.faults.clear()
     done = run_process(*words, **environment)
     assert done.returncode == 0, done.stderr
