@@ -1,4 +1,4 @@
-"""From images to labels, with the evaluation transform that the model itself states."""
+"""Classify images with a model's own evaluation transform."""
 
 import os
 import stat
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from resnext_hub.inference.classifier import Classifier
 
 ImageInput: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | np.ndarray"
-"""A path, an encoded image, a PIL image, or pixels `(H, W)` or `(H, W, C)` uint8."""
+"""A path, an encoded image, a PIL image, or a uint8 array `(H, W)` or `(H, W, C)`."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Guess:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most probable classes of an image, the most probable first."""
+    """The most probable classes of an image, in descending order."""
 
     image: ImageInput
     guesses: tuple[Guess, ...]
@@ -59,10 +59,10 @@ class Unread:
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """Give the images that paths stand for, in their order: files as they are, of folders all images in them.
+    """Return the images at paths, in order: files as they are, and all images below a folder.
 
     Raises:
-        RequestError: If there is nothing at a path, or a folder holds no image.
+        RequestError: If a path does not exist, is not a file or folder, or is a folder without images.
     """
     found: list[Path] = []
     for path in paths:
@@ -77,7 +77,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
             inside = list_images(path)
             if is_run_folder(os.listdir(path)):
                 raise RequestError(
-                    f"{printable(path)} is a run folder, whose images are its plots: expected a folder of images"
+                    f"{printable(path)} is a run folder, and its images are plots; expected a folder of images"
                 )
             if not inside:
                 raise RequestError(f"{printable(path)} holds no images; known suffixes: {' '.join(IMAGE_SUFFIXES)}")
@@ -85,7 +85,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
         elif stat.S_ISREG(mode):
             found.append(path)
         else:
-            raise RequestError(f"{printable(path)} is no regular file: expected an image, or a folder with images")
+            raise RequestError(f"{printable(path)} is not a regular file: expected an image or a folder of images")
     return found
 
 
@@ -99,21 +99,21 @@ def predict(
     decoder: str = "pil",
     max_pixels: int = MAX_IMAGE_PIXELS,
 ) -> Iterator[Prediction | Unread]:
-    """Classify images, one result for each, in their order.
+    """Classify images, with one result for each, in order.
 
     Args:
-        classifier: The model, which is moved to the device.
-        images: What to classify.
-        batch_size: Shape of the forward passes; fewer images than that make it smaller.
-        device: Where to compute; the accelerator if there is one.
+        classifier: The classifier; its model is moved to the device.
+        images: Images to classify.
+        batch_size: Batch size of the forward passes, at most the number of images.
+        device: Device to compute on; the accelerator by default, if there is one.
         top: Number of classes for each image, at most all.
-        decoder: `pil`, as for the figures of a card, or `simplejpeg`, which is faster and has nearly the same pixels.
-        max_pixels: Pixels above which an image is unreadable.
+        decoder: `pil`, as for the accuracy on the card, or `simplejpeg`, which is faster with nearly equal pixels.
+        max_pixels: An image with more pixels is unreadable.
 
     Raises:
-        RequestError: If the model takes images of other than one or three channels.
+        RequestError: If the model does not take images of one or three channels.
         RunError: If probabilities are not finite.
-        ModuleNotFoundError: If simplejpeg is asked for and not installed.
+        ModuleNotFoundError: If the decoder is simplejpeg and it is not installed.
     """
     rows = probabilities(
         classifier, images, batch_size=batch_size, device=device, decoder=decoder, max_pixels=max_pixels
@@ -128,7 +128,7 @@ def _ranked(
         if isinstance(row, str):
             yield Unread(image, row)
             continue
-        # of equally probable classes the first comes first, as in argmax
+        # stable: of equally probable classes the first wins, as with argmax
         values, indices = row.sort(descending=True, stable=True)
         best = zip(indices[:top].tolist(), values[:top].tolist(), strict=True)
         yield Prediction(image, tuple(Guess(index, names[index], value) for index, value in best))
@@ -143,20 +143,20 @@ def probabilities(
     decoder: str = "pil",
     max_pixels: int = MAX_IMAGE_PIXELS,
 ) -> Iterator[torch.Tensor | str]:
-    """Return an iterator over the probabilities `(classes,)` float64 of images, or the reason where one is unreadable.
+    """Return an iterator over the probabilities `(classes,)` float64 of images, or the reason if one is unreadable.
 
-    Every forward pass has one shape, as in the evaluation of a run, so that probabilities do not depend on how many
-    other images share the last batch. Arguments and errors are those of `predict`.
+    All forward passes have the same shape, as in the evaluation of a run, so probabilities do not depend on the number
+    of images in the last batch. Arguments and errors are those of `predict`.
     """
     files = _Inputs(classifier, images, decoder, max_pixels)
     return _computed(classifier, files, min(batch_size, max(len(images), 1)), device or torch.device(device_type()))
 
 
 def prepare(classifier: "Classifier", images: Sequence[ImageInput]) -> torch.Tensor:
-    """Return images as the model takes them, `(N, C, H, W)` float32 on the CPU.
+    """Return images as input of the model, `(N, C, H, W)` float32 on the CPU.
 
     Raises:
-        RequestError: If there are none, or one cannot be decoded.
+        RequestError: If there are none, or one is unreadable.
     """
     if not images:
         raise RequestError("expected at least one image")
@@ -186,7 +186,7 @@ def _computed(
 
 
 class _Inputs(Dataset[torch.Tensor | str]):
-    """Transformed images `(C, H, W)` float32; in place of one that cannot be decoded, the reason."""
+    """Transformed images `(C, H, W)` float32, or the reason if one is unreadable."""
 
     def __init__(
         self,
@@ -233,12 +233,14 @@ def _from_array(pixels: np.ndarray) -> Image.Image:
 def _probabilities(
     model: nn.Module, images: Sequence[torch.Tensor], batch_size: int, device: torch.device, temperature: float
 ) -> torch.Tensor:
-    """Return the probabilities `(N, classes)` of N images `(C, H, W)`, at most a batch, which is padded."""
+    """Return the probabilities `(N, classes)` of up to a batch of images `(C, H, W)`; the batch is padded."""
     if not images:
         return torch.empty(0)
     stacked = F.pad(torch.stack(list(images)), (0,) * 7 + (batch_size - len(images),))
     logits = model(stacked.to(device).contiguous(memory_format=torch.channels_last))[: len(images)].float()
     found = F.log_softmax(logits / temperature, dim=1).cpu().double().exp()
     if not found.isfinite().all():
-        raise RunError("the probabilities are not finite: the model's weights, or its mean and std, cannot be used")
+        raise RunError(
+            "the probabilities are not finite: check the model's weights, and the mean and std of its config.json"
+        )
     return found
