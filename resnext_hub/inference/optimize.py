@@ -55,15 +55,15 @@ class OptimizationReport:
     milliseconds: float
     """Median time of the optimized model on the example."""
     weight_bytes: tuple[int, int]
-    """Bytes of the weights of the original and of the optimized model: block-diagonal weights are larger, and a narrower
-    type makes them smaller."""
+    """Bytes of the weights of the original and of the optimized model: larger if block-diagonal, smaller in a narrower
+    type."""
     max_error: float
     """Largest absolute difference of a logit from the float32 reference, on the example."""
     relative_error: float
     """Norm of the difference divided by the norm of the reference's logits, on the example."""
     second_error: float
-    """The same on a second batch of another size with other values. Large if the output for an image depends on the other
-    images of its batch, or the model branches on its data."""
+    """The same on a second batch of another size with other values; large if the output for an image depends on the
+    other images of its batch, or the model branches on its data."""
     same_predictions: float
     """Fraction of the example's images with the same predicted class, 0 to 1."""
 
@@ -73,8 +73,9 @@ class OptimizationReport:
         lines = [
             f"{self.engine}, {self.dtype}, batch size {self.at_once}: {self.milliseconds:.1f} ms, speedup "
             f"{self.speedup:.2f}x over the original model (eager, float32)",
-            f"relative error of the logits {self.relative_error:.1e}, largest difference {self.max_error:.1e}, relative "
-            f"error on a second batch {self.second_error:.1e}; same class for {self.same_predictions:.1%} of the images",
+            f"relative error of the logits {self.relative_error:.1e}, largest difference {self.max_error:.1e}, "
+            f"relative error on a second batch {self.second_error:.1e}; same class for "
+            f"{self.same_predictions:.1%} of the images",
             f"{self.folded_batch_norms} batch norms folded; weights {after / 1e6:.1f} MB (were {before / 1e6:.1f} MB)",
         ]
         kinds: dict[str, list[str]] = {}
@@ -109,6 +110,11 @@ class OptimizedModel(nn.Module):
         self._device = device
         self.report: OptimizationReport | None = None
         """The report; set by `optimize`."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the example, which images have to be on."""
+        return self._device
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Map images `(N, C, H, W)` to logits `(N, classes)`.
@@ -240,9 +246,9 @@ def _fast_dtype(device: torch.device) -> torch.dtype:
 def _warn_if_different(report: OptimizationReport) -> None:
     if not max(report.relative_error, report.second_error) <= TOLERANCES[report.dtype]:  # also true for NaN
         _logger.warning(
-            "the relative error of the optimized model's logits is %.1e on the example and %.1e on a second batch, more "
-            "than rounding in %s explains (%.0e): it computes another function, for example because the output for an "
-            "image depends on the other images of its batch, or on a branch",
+            "the relative error of the optimized model's logits is %.1e on the example and %.1e on a second batch, "
+            "more than rounding in %s explains (%.0e): it computes another function, for example because the output "
+            "for an image depends on the other images of its batch, or on a branch",
             report.relative_error,
             report.second_error,
             report.dtype,

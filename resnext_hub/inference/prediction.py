@@ -4,6 +4,7 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -20,7 +21,7 @@ from resnext_hub.data.loaders import derive_workers, read_transformed
 from resnext_hub.data.sources import IMAGE_SUFFIXES, list_images
 from resnext_hub.data.sources.walk import is_run_folder
 from resnext_hub.data.transforms import EvalTransform
-from resnext_hub.errors import RequestError, RunError, one_line
+from resnext_hub.errors import RequestError, RunError, one_line, setting
 from resnext_hub.machine import device_type
 from resnext_hub.models.input_config import IMAGE_MODES
 from resnext_hub.processes.launcher import local_processes
@@ -111,10 +112,12 @@ def predict(
         max_pixels: An image with more pixels is unreadable.
 
     Raises:
-        RequestError: If the model does not take images of one or three channels.
+        RequestError: If an argument is invalid, or the model does not take images of one or three channels.
         RunError: If probabilities are not finite.
         ModuleNotFoundError: If the decoder is simplejpeg and it is not installed.
     """
+    if not _is_count(top):
+        raise RequestError(f"{setting('top', top)}: expected a whole number of at least 1")
     rows = probabilities(
         classifier, images, batch_size=batch_size, device=device, decoder=decoder, max_pixels=max_pixels
     )
@@ -148,6 +151,8 @@ def probabilities(
     All forward passes have the same shape, as in the evaluation of a run, so probabilities do not depend on the number
     of images in the last batch. Arguments and errors are those of `predict`.
     """
+    if not _is_count(batch_size):
+        raise RequestError(f"{setting('batch_size', batch_size)}: expected a whole number of at least 1")
     files = _Inputs(classifier, images, decoder, max_pixels)
     return _computed(classifier, files, min(batch_size, max(len(images), 1)), device or torch.device(device_type()))
 
@@ -163,7 +168,7 @@ def prepare(classifier: "Classifier", images: Sequence[ImageInput]) -> torch.Ten
     found = []
     for index, entry in enumerate(map(_Inputs(classifier, images).__getitem__, range(len(images)))):
         if isinstance(entry, str):
-            raise RequestError(f"image {index} cannot be decoded: {entry}")
+            raise RequestError(f"image {index} is unreadable: {entry}")
         found.append(entry)
     return torch.stack(found)
 
@@ -198,6 +203,8 @@ class _Inputs(Dataset[torch.Tensor | str]):
         input = classifier.input
         if input.channels not in IMAGE_MODES:
             raise RequestError(f"the model takes images of {input.channels} channels: expected 1 or 3")
+        for index, image in enumerate(images):
+            _check_input(index, image)
         self.images = images
         self.transform = EvalTransform(input)
         self.fast = FastTransform(input, max_pixels) if decoder == "simplejpeg" else None
@@ -212,7 +219,7 @@ class _Inputs(Dataset[torch.Tensor | str]):
             if isinstance(image, np.ndarray):
                 return self.transform(upright(_from_array(image), self.mode))
             if isinstance(image, Image.Image):
-                return self.transform(upright(image, self.mode))
+                return self.transform(_decoded(image, self.mode))
             row = {"bytes": image, "path": None} if isinstance(image, bytes) else {"bytes": None, "path": str(image)}
             if self.fast is not None:
                 return self.fast(row)
@@ -221,11 +228,34 @@ class _Inputs(Dataset[torch.Tensor | str]):
             return str(error)
 
 
-def _from_array(pixels: np.ndarray) -> Image.Image:
-    if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (1, 3, 4))):
+def _is_count(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
+
+
+def _check_input(index: int, image: object) -> None:
+    """Raise RequestError for an object that is not an image, before any worker gets it."""
+    if not isinstance(image, (str, os.PathLike, bytes, Image.Image, np.ndarray)):
         raise RequestError(
-            f"an array of shape {pixels.shape} and {pixels.dtype} is not an image: expected (H, W) or (H, W, C), uint8"
+            f"image {index} is a {type(image).__name__}: expected a path, encoded bytes, a PIL image or a uint8 array"
         )
+    if isinstance(image, np.ndarray):
+        shape = image.shape
+        of_an_image = len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3, 4))
+        if image.dtype != np.uint8 or not of_an_image or image.size == 0:
+            raise RequestError(
+                f"image {index} is an array of shape {shape} and {image.dtype}: expected (H, W) or (H, W, C), uint8, "
+                "with 1, 3 or 4 channels"
+            )
+
+
+def _decoded(image: Image.Image, mode: str) -> Image.Image:
+    try:
+        return upright(image, mode)
+    except (OSError, SyntaxError, ValueError) as error:  # an image opened lazily is decoded only here
+        raise UnreadableImageError(one_line(error)) from error
+
+
+def _from_array(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels[:, :, 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
 
 

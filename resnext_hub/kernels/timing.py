@@ -19,7 +19,7 @@ ROUNDS = 15
 
 @dataclass(frozen=True)
 class Layer:
-    """A grouped convolution of a model, and an input with the right shape, type and layout; its values do not matter."""
+    """A grouped convolution of a model, and an input with the right shape, type and layout but any values."""
 
     name: str
     conv: nn.Conv2d

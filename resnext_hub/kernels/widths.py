@@ -20,7 +20,7 @@ from filelock import FileLock
 from torch import nn
 
 from resnext_hub.files import write_atomic
-from resnext_hub.kernels.merged import check_factors, merge_conv, grouped_convolutions, merge_factors, replace_module
+from resnext_hub.kernels.merged import check_factors, grouped_convolutions, merge_conv, merge_factors, replace_module
 from resnext_hub.kernels.timing import ForwardTiming, Layer, Timing, casting
 from resnext_hub.machine import processor_name
 

@@ -170,7 +170,7 @@ def list_files(where: str, repo_id: str, revision: str | None) -> Listing:
         raise RequestError(f"{where} is not a Hub id of the form owner/name") from error
     except (OfflineModeIsEnabled, *HUB_ERRORS) as error:
         raise RunError(
-            f"{where} could not be loaded from the Hub: {one_line(error)}; use verify=False to load a copy from the cache"
+            f"{where} could not be loaded from the Hub: {one_line(error)}; use verify=False to load a cached copy"
         ) from error
     if not re.fullmatch(r"[0-9a-f]{40}", info.sha or ""):
         raise RunError(f"{where}: the Hub's answer names no commit; try again later")

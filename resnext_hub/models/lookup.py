@@ -237,8 +237,8 @@ def _find_by_name(name: str, pretrained: bool, where: str) -> ModelSource:
     if not base_id:
         tagged = sorted({split_model_name_tag(known)[0] for known in list_pretrained("resnext*_g*")})
         raise RequestError(
-            f"{where} has no released weights; start from random weights with {setting('pretrained', False)}, or use one of "
-            f"{', '.join(tagged)}"
+            f"{where} has no released weights; start from random weights with {setting('pretrained', False)}, or use "
+            f"one of {', '.join(tagged)}"
         )
     filename = saved.config.pretrained_cfg.get("hf_hub_filename") or WEIGHTS
     if not filename.endswith(".safetensors"):
