@@ -629,7 +629,7 @@ def quantized() -> nn.Module:
         (with_old_weight_norm, r"cannot be copied .*torch\.nn\.utils\.parametrizations\.weight_norm instead of"),
         (with_a_lock, "the model cannot be copied"),
         (lambda: nn.Bilinear(16, 16, 4), "missing 1 required positional argument"),
-        (lambda: timm.create_model("test_vit", img_size=32, dynamic_img_size=False).eval(), "does not accept an example"),
+        (lambda: timm.create_model("test_vit", img_size=32).eval(), "does not accept an example"),
         (lambda: nn.Linear, "model is a type: expected an nn.Module"),
     ],
 )  # fmt: skip

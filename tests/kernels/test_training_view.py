@@ -188,7 +188,7 @@ def test_a_wrong_request_gets_one_line(flags: tuple[str, str], part: str, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-def test_a_network_that_cannot_be_compiled_is_said_in_a_line(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_compiled_is_reported_in_one_line(tmp_path: Path) -> None:
     empty = {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     done = run_process(
         "scripts/train.py", *TINY, "--max-steps", 2, "--compile", "--output-dir", tmp_path / "run", **empty
