@@ -613,6 +613,10 @@ def with_a_lock() -> nn.Module:
     return model
 
 
+def with_a_fixed_size() -> nn.Module:
+    return timm.create_model("test_vit", img_size=32, dynamic_img_size=False).eval()
+
+
 def quantized() -> nn.Module:
     return torch.ao.quantization.quantize_dynamic(classifier(), {nn.Linear}, dtype=torch.qint8)
 
@@ -629,7 +633,7 @@ def quantized() -> nn.Module:
         (with_old_weight_norm, r"cannot be copied .*torch\.nn\.utils\.parametrizations\.weight_norm instead of"),
         (with_a_lock, "the model cannot be copied"),
         (lambda: nn.Bilinear(16, 16, 4), "missing 1 required positional argument"),
-        (lambda: timm.create_model("test_vit", img_size=32).eval(), "does not accept an example"),
+        (with_a_fixed_size, "does not accept an example"),
         (lambda: nn.Linear, "model is a type: expected an nn.Module"),
     ],
 )  # fmt: skip
