@@ -200,7 +200,7 @@ class _Reader:
         # older timm left num_classes of the base model in pretrained_cfg of fine-tuned models; timm ignores it as well
         classes = next(n for n in (config.num_classes, args_classes, facts.num_classes, 1000) if n is not None)
         if args_classes not in (None, classes):
-            raise self.error("model_args.num_classes", args_classes, f"expected {classes}, as num_classes")
+            raise self.error("model_args.num_classes", args_classes, f"expected {classes}, the value of num_classes")
         names = config.label_names if config.label_names is not None else facts.label_names
         return ModelConfig(
             architecture=architecture,

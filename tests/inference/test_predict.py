@@ -28,7 +28,7 @@ CLASSES = ["bus", "car", "train"]
 
 @fixture
 def command(command: Command) -> Command:
-    """Run a command on one thread, like the run; small models are fastest so on a busy machine."""
+    """Run a command on one thread, like the run; small models are fastest that way on a busy machine."""
     return lambda *arguments: command(*arguments, "--threads", 1)
 
 
