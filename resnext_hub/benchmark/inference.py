@@ -210,9 +210,9 @@ def _torchvision_twin(name: str, model: nn.Module, images: torch.Tensor) -> Netw
 
 def _openvino(model: nn.Module, images: torch.Tensor, dtype: torch.dtype, int8: bool) -> Network:
     """Give OpenVINO with the network as it is."""
-    from resnext_hub.kernels.openvino import OpenVinoNetwork, convert
+    from resnext_hub.kernels.openvino import OpenVinoModel, convert
 
-    return OpenVinoNetwork(convert(model, images, images if int8 else None), dtype)
+    return OpenVinoModel(convert(model, images, images if int8 else None), dtype)
 
 
 def _onnxruntime(model: nn.Module, images: torch.Tensor) -> Network:

@@ -9,7 +9,7 @@ from torch import nn
 from resnext_hub.errors import RunError, one_line
 from resnext_hub.export.runtime import Run
 from resnext_hub.files import new_files
-from resnext_hub.kernels.openvino import OpenVinoNetwork, calibrate, convert
+from resnext_hub.kernels.openvino import OpenVinoModel, calibrate, convert
 from resnext_hub.models.lookup import LoadedModel
 
 FACTS = "resnext_hub"
@@ -43,7 +43,7 @@ class OpenVinoFormat:
 
     def open(self, content: openvino.Model) -> Run:
         """Give what computes from a content."""
-        return OpenVinoNetwork(content, torch.float32)
+        return OpenVinoModel(content, torch.float32)
 
     def write(self, content: openvino.Model, path: Path) -> tuple[Path, ...]:
         """Write both files, whole or not at all: the XML file says that both are there."""

@@ -143,7 +143,7 @@ def test_a_branch_that_can_be_none_is_refused_before_the_hub_is_asked(
 ) -> None:
     code, _, err = dry_run(command, run, "--revision", revision)
     assert code == 2
-    assert "is no revision: expected a branch" in err
+    assert "is not a revision: expected a branch" in err
 
 
 def test_a_missing_card_is_written_anew(run: Path, command: Command) -> None:
