@@ -231,7 +231,7 @@ def test_a_folder_that_is_no_run_is_refused(command: Command, tmp_path: Path) ->
     for words in (("evaluate", tmp_path), ("push", tmp_path, "--repo-id", "me/name")):
         code, _, err = command(*words)
         assert code == 2
-        assert "holds no record.json" in err
+        assert "has no record.json" in err
 
 
 def test_precedence_is_recipe_file_flags_whatever_the_order(tmp_path: Path) -> None:
