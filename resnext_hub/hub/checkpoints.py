@@ -183,8 +183,8 @@ def fetched_settings(settings: Mapping[str, Any], asked: Container[str], where: 
     on_the_hub = is_hub_id(dataset) and "/" in dataset and not os.path.lexists(dataset)
     if "dataset" not in asked and dataset != BUNDLED and not on_the_hub:
         raise RequestError(
-            f"{setting('resume_from', where)}: the dataset {printable(dataset)} of that run may be a local folder; pass "
-            f"it as {setting('dataset')}"
+            f"{setting('resume_from', where)}: the dataset {printable(dataset)} of that run may be a local folder; "
+            f"pass it as {setting('dataset')}"
         )
     if "model" not in asked and model.startswith("local-dir:"):
         raise RequestError(

@@ -276,8 +276,8 @@ class _Staged:
             here = self._here.kept if self._here else Kept()
             _log_difference(there or "", put_together(self._metadata, self._body, here))
             raise RequestError(
-                f"{one_line(error)}; nothing was uploaded. Move the edits above or below the generated part, or replace "
-                f"the card with {setting('overwrite_card', True)}"
+                f"{one_line(error)}; nothing was uploaded. Move the edits above or below the generated part, or "
+                f"replace the card with {setting('overwrite_card', True)}"
             ) from error
         self._card.write_text(put_together(self._metadata, self._body, kept), "utf-8")
 

@@ -385,7 +385,7 @@ def test_a_corrupted_checkpoint_is_rejected_and_downloaded_again(
     hub.faults.append(Fault("GET /xorbs/", "wrong bytes", 1))
     error = client.run(fetch)["result"]
     assert error == (
-        "resume_from=hub:me/run: step-00000020/model.safetensors does not match its hash on the Hub; it was removed from "
-        "the cache, so rerun the same command to download it again"
+        "resume_from=hub:me/run: step-00000020/model.safetensors does not match its hash on the Hub; it was removed "
+        "from the cache, so rerun the same command to download it again"
     )
     assert client.run(fetch)["result"] is None
