@@ -1,0 +1,1 @@
+"""A training job from request to results."""

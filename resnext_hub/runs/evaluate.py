@@ -1,0 +1,57 @@
+"""Evaluate a finished run again, from its published model folder."""
+
+from pathlib import Path
+
+import torch
+
+from resnext_hub.data.splits import load_splits
+from resnext_hub.errors import RequestError
+from resnext_hub.hub.publish import require_config
+from resnext_hub.inference.classifier import load
+from resnext_hub.machine import device_type
+from resnext_hub.processes.accelerator import set_threads
+from resnext_hub.record import RunRecord
+from resnext_hub.run_folder import RunFolder
+from resnext_hub.runs.existing import read_config
+from resnext_hub.text import printable
+from resnext_hub.training.config import TrainConfig
+from resnext_hub.training.evaluation import Evaluation, evaluate
+from resnext_hub.training.feed import evaluation_samples
+
+
+def evaluate_run(path: Path, threads: str = "auto") -> tuple[Evaluation, RunRecord]:
+    """Evaluate the model folder of a run as the run did.
+
+    Args:
+        path: The run folder.
+        threads: Computing threads on a CPU, or `auto`.
+
+    Returns:
+        The evaluation, and the record of the run to compare it with.
+
+    Raises:
+        RequestError: If the folder holds no finished run, or its dataset is missing or has changed.
+    """
+    folder = RunFolder(path)
+    record = RunRecord.load(folder.record)
+    settings = read_config(folder)
+    if not settings:
+        raise RequestError(f"there is no config.yaml in {printable(folder)}, which states the dataset to evaluate on")
+    require_config(folder.model, record)
+    config = TrainConfig.from_flat(settings)
+    splits = load_splits(config.data)
+    if splits.fingerprint != record.dataset.fingerprint:
+        raise RequestError(
+            f"{config.data.dataset} has changed since the run: its fingerprint is {splits.fingerprint[:16]}, "
+            f"recorded is {record.dataset.fingerprint[:16]}"
+        )
+    device = torch.device(device_type())
+    set_threads(threads, device.type)
+    classifier = load(f"local-dir:{folder.model}")
+    evaluation = evaluate(
+        classifier.model.to(device).to(memory_format=torch.channels_last),
+        evaluation_samples(splits.eval, classifier.input, config.loader.max_image_pixels),
+        batch_size=record.evaluation.batch_size,
+        device=device,
+    )
+    return evaluation, record

@@ -1,0 +1,242 @@
+"""Validate a request and resolve it into a Plan.
+
+This runs in every process, except that only the main process looks at the run folder. Nothing is computed.
+"""
+
+import dataclasses
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from resnext_hub.data.jpeg import is_installed
+from resnext_hub.data.loaders import derive_workers
+from resnext_hub.data.sources import check_source, dataset_name
+from resnext_hub.data.splits import Splits, load_splits
+from resnext_hub.data.transforms import resolve_input
+from resnext_hub.errors import RequestError
+from resnext_hub.yaml_files import read_yaml
+from resnext_hub.hub.publish import check_request
+from resnext_hub.machine import device_type, resolve_precision
+from resnext_hub.models.input_config import InputConfig
+from resnext_hub.models.lookup import ModelSource, find_model
+from resnext_hub.processes.launcher import check_launcher, local_processes
+from resnext_hub.processes.peers import Peers
+from resnext_hub.run_folder import RunFolder
+from resnext_hub.runs.checks import check_batch, check_input, check_model, check_space
+from resnext_hub.runs.existing import CONFIG_VERSION, is_finished, read_config, read_existing
+from resnext_hub.runs.public import public_model
+from resnext_hub.runs.recipes import QUICKSTART, RECIPES
+from resnext_hub.settings import did_you_mean, shown
+from resnext_hub.text import printable
+from resnext_hub.training.config import TrainConfig
+from resnext_hub.training.optim import check_optimizer, derive_lr
+from resnext_hub.training.plan import Plan
+from resnext_hub.training.schedule import plan_schedule
+
+_logger = logging.getLogger(__name__)
+
+RUNS = Path("runs")
+
+
+def merge_settings(
+    asked: Mapping[str, Any],
+    recipe: str | None = None,
+    file: Path | None = None,
+    fetched: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Any], str | None]:
+    """Merge settings in order of precedence: recipe, then file, then what the user gave.
+
+    If no dataset is named at all, the recipe is quickstart.
+
+    Args:
+        asked: Flat settings that the user gave.
+        recipe: Name of a recipe.
+        file: A YAML file of flat settings.
+        fetched: Settings of a run on the Hub, in place of a file.
+
+    Returns:
+        The flat settings, and the name of the recipe.
+
+    Raises:
+        RequestError: If there is no such recipe or file, or the file is no mapping.
+    """
+    from_file: dict[str, Any] = dict(fetched or {})
+    if file is not None:
+        try:
+            from_file = read_yaml(file, "expected a file of settings, one `name: value` a line")
+        except RequestError as error:
+            raise RequestError(f"--config {error}") from error
+        version = from_file.pop("format_version", CONFIG_VERSION)
+        if version != CONFIG_VERSION:
+            raise RequestError(f"--config {printable(file)} has format version {shown(version)}; update resnext-hub")
+    if recipe is None and not {"dataset"} & (from_file.keys() | asked.keys()):
+        recipe = QUICKSTART
+    if recipe is not None and recipe not in RECIPES:
+        hint = did_you_mean(recipe, RECIPES)
+        raise RequestError(f"--recipe {shown(recipe)} does not exist; available: {', '.join(RECIPES)}{hint}")
+    return {**(RECIPES[recipe] if recipe else {}), **from_file, **asked}, recipe
+
+
+def prepare(
+    settings: Mapping[str, Any],
+    *,
+    asked: Mapping[str, Any],
+    recipe: str | None = None,
+    output_dir: Path | None = None,
+    resume: bool | None = None,
+    resume_from: Path | None = None,
+    peers: Peers | None = None,
+) -> Plan:
+    """Validate a request and fill in what it leaves open, without computing anything.
+
+    Args:
+        settings: Flat settings, merged.
+        asked: Those that the user gave, for the command in the record.
+        recipe: Name of the recipe beneath them.
+        output_dir: The run folder; `runs/{dataset}-{model}` if not given.
+        resume: Whether to resume a run in the folder; None resumes one if there is one, False refuses a used folder.
+        resume_from: The fetched state of a run, to resume if the folder holds none.
+        peers: The processes of the run, of which only the main one looks into the run folder; this one if not given.
+
+    Raises:
+        RequestError: If the request is wrong.
+        RunError: If the Hub is needed and cannot be reached.
+    """
+    check_launcher()
+    config = TrainConfig.from_flat(settings)
+    check_batch(config)
+    if config.publish.repo_id is not None:
+        check_request(None, config.publish.repo_id, config.publish.license or "other")
+    device = device_type()
+    precision = resolve_precision(config.mixed_precision, device)
+
+    check_source(config.data)
+    source = find_model(config.model, config.pretrained)
+    folder = RunFolder(output_dir or RUNS / f"{_slug(dataset_name(config.data))}-{_slug(_model_name(source))}")
+    peers = peers or Peers()
+    existing = peers.from_main(lambda: read_existing(folder))
+    before = existing.settings
+    config = _continue(config, folder, before, resume)
+    own = before or (read_config(RunFolder(resume_from)) if resume_from else {})
+    config = _choose_decoder(config, folder, own, asked)
+    splits = load_splits(config.data)
+    input = resolve_input(config.transform, source.pretrained_cfg)
+    check_input(config, input)
+    config = _resolve(config, source, splits, input, device)
+    check_optimizer(config.optim, device)
+    schedule = plan_schedule(config, splits.train.count)
+    weight_bytes = check_model(config, source, splits, input, schedule)
+
+    def check_folder() -> bool:
+        finished = is_finished(folder, existing, resume_from, config, splits, schedule)
+        if not finished:
+            check_space(folder, weight_bytes)
+        return finished
+
+    # only the main process compares paths with those of before: another host may have the dataset elsewhere
+    finished = peers.from_main(check_folder)
+    if config.loader.decoder == "simplejpeg" and not finished and not is_installed():
+        raise RequestError(
+            f"{folder if before else '--decoder simplejpeg'} needs simplejpeg, which is not installed: "
+            'pip install "resnext-hub[train]", or --decoder pil, whose pixels differ slightly'
+        )
+    return Plan(
+        config=config,
+        source=source,
+        splits=splits,
+        input=input,
+        schedule=schedule,
+        precision=precision,
+        folder=folder,
+        asked=dict(asked),
+        recipe=recipe,
+        finished=finished,
+        resume_from=resume_from,
+        folder_state=existing.state,
+    )
+
+
+def _continue(
+    config: TrainConfig, folder: RunFolder, before: Mapping[str, Any], resume: bool | None
+) -> TrainConfig:
+    """Pin the commit of the dataset that a run in the folder began with, even if the dataset has moved on since.
+
+    Raises:
+        RequestError: If there is a run, and it is not to be resumed.
+    """
+    if resume and not before:
+        _logger.warning("--resume: %s holds no run; starting at step 0", printable(folder))
+    if resume is False and before:
+        raise RequestError(f"--no-resume: {folder} holds a run already; choose another --output-dir, or remove it")
+    if before and config.data.dataset_revision is None and before.get("dataset") == config.data.dataset:
+        revision = before.get("dataset_revision")
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, dataset_revision=revision))
+    return config
+
+
+def _choose_decoder(
+    config: TrainConfig, folder: RunFolder, before: Mapping[str, Any], asked: Mapping[str, Any]
+) -> TrainConfig:
+    """Use the decoder that a run began with, else the fast one if it is installed; a flag overrides both.
+
+    Raises:
+        RequestError: If the run would be resumed with another one, but not by the flag.
+    """
+    own = before.get("decoder", "pil") if before else None
+    decoder = config.loader.decoder
+    if decoder == "auto":
+        decoder = own or ("simplejpeg" if is_installed() else "pil")
+    if own not in (None, decoder) and "decoder" not in asked:
+        raise RequestError(
+            f"{folder} was decoded with {own} and would be resumed with {decoder}, whose pixels differ slightly; if "
+            f"that is intended, add --decoder {decoder}"
+        )
+    return dataclasses.replace(config, loader=dataclasses.replace(config.loader, decoder=decoder))
+
+
+def _resolve(
+    config: TrainConfig, source: ModelSource, splits: Splits, input: InputConfig, device: str
+) -> TrainConfig:
+    """Fill in every open field with what follows from model, data and device."""
+    optim, loader = config.optim, config.loader
+    found = splits.found
+    if splits.revision is not None:
+        found = dataclasses.replace(found, dataset_revision=splits.revision)
+    return dataclasses.replace(
+        config,
+        model=source.requested,
+        pretrained=source.pretrained,
+        deterministic=device == "cpu" if config.deterministic is None else config.deterministic,
+        data=found,
+        transform=dataclasses.replace(
+            config.transform,
+            image_size=input.image_size,
+            crop_pct=input.crop_pct,
+            interpolation=input.interpolation,
+            mean=_three(input.mean),
+            std=_three(input.std),
+        ),
+        loader=dataclasses.replace(
+            loader,
+            workers=derive_workers(device, local_processes()) if loader.workers is None else loader.workers,
+        ),
+        optim=dataclasses.replace(
+            optim, lr=optim.lr or derive_lr(optim.optimizer, config.batch_size, source.pretrained)
+        ),
+    )
+
+
+def _three(values: tuple[float, ...]) -> tuple[float, float, float]:
+    first, *rest = [float(value) for value in values]
+    return (first, rest[0], rest[1]) if rest else (first, first, first)
+
+
+def _model_name(source: ModelSource) -> str:
+    kind, _, name = public_model(source.requested).rpartition(":")
+    return "-".join(Path(name).parts[-2:]) if kind else name
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", text).strip("_.") or "run"

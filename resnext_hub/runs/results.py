@@ -1,0 +1,327 @@
+"""The results of a run: model folder, plots, card, predictions and, last, the record."""
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import logging
+import os
+import shlex
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+
+import resnext_hub
+from resnext_hub.cards.card_file import Kept, take_apart
+from resnext_hub.cards.model_card import TAGS, render_card
+from resnext_hub.data.images import IndexedImages
+from resnext_hub.errors import RunError, one_line
+from resnext_hub.export.model_folder import write_model
+from resnext_hub.files import new_folder, read_regular, write_atomic
+from resnext_hub.hub.publish import CARD_BYTES
+from resnext_hub.machine import git_commit, processor_name, versions
+from resnext_hub.models.lookup import ModelSource, needs_plugin, portable_architecture, variant_of
+from resnext_hub.models.saved import CONFIG, WEIGHTS
+from resnext_hub.plots.figures import write_plots, write_samples
+from resnext_hub.record import (
+    PLOTS,
+    BaseModelFacts,
+    DatasetFacts,
+    EvaluationFacts,
+    HardwareFacts,
+    ModelFacts,
+    RunRecord,
+    SampleFacts,
+)
+from resnext_hub.run_folder import RunFolder
+from resnext_hub.runs.public import public_model, public_settings
+from resnext_hub.runs.recipes import QUICKSTART
+from resnext_hub.runs.summary import class_counts
+from resnext_hub.settings import flag_of
+from resnext_hub.text import listing, printable
+from resnext_hub.training.config import TrainConfig
+from resnext_hub.training.evaluation import Evaluation
+from resnext_hub.training.feed import evaluation_samples
+from resnext_hub.training.loop import Outcome
+from resnext_hub.training.plan import Plan
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_logger = logging.getLogger(__name__)
+
+_DEFAULTS = TrainConfig().to_flat()
+
+_MODEL_FILES = {"README.md", CONFIG, WEIGHTS, "plots"}
+_SAMPLES = "samples.png"
+
+TOP5_CLASSES = 20
+"""Classes above which top-5 accuracy is worth a figure: of 20 classes, chance alone makes a quarter."""
+
+
+def write_results(plan: Plan, outcome: Outcome, accelerator: "Accelerator") -> RunRecord:
+    """Write model folder, plots, card and record; return the record.
+
+    Raises:
+        RunError: If the disk does not take them, or the exported model is not the trained one.
+    """
+    try:
+        _write_files(plan, outcome, accelerator)
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"the results could not be written to {printable(plan.folder)}: {one_line(error)}; training is done and "
+            "kept: rerun the same command to write them"
+        ) from error
+    return RunRecord.load(plan.folder.record)
+
+
+def _write_files(plan: Plan, outcome: Outcome, accelerator: "Accelerator") -> None:
+    """Write all results; the model folder is replaced as a whole, and the record comes last and marks the run as done."""
+    folder, splits, evaluation = plan.folder, plan.splits, outcome.evaluation
+    kept = _kept_of_card(folder)
+    _keep_others(folder.model / "plots", folder.path / "model.plots", set(PLOTS))
+    _keep_others(folder.model, folder.model, _MODEL_FILES)
+    _keep_others(folder.plots, folder.plots, {*PLOTS, _SAMPLES})
+    with new_folder(folder.model) as model:
+        digest = _write_model(plan, outcome.model, model)
+        record = _record_of(plan, outcome, accelerator, digest)
+        _write_predictions(evaluation, folder.predictions)
+        with new_folder(folder.plots) as aside:
+            record = dataclasses.replace(record, plots=write_plots(record, aside))
+            if isinstance(splits.eval, IndexedImages):  # on this disk only: the images may not be ours to publish
+                most = plan.config.loader.max_image_pixels
+                write_samples(splits.eval, evaluation, splits.label_names, aside / _SAMPLES, most)
+        (model / "plots").mkdir()
+        for name in record.plots:
+            shutil.copyfile(folder.plots / name, model / "plots" / name)
+        write_atomic(model / "README.md", render_card(record, kept=kept))
+    unmeasured = [name for name, count in zip(record.label_names, record.evaluation.measured, strict=True) if not count]
+    if unmeasured:
+        _logger.warning("not measured, as no evaluation image shows them: %s", listing(unmeasured, 20))
+    record.save(folder.record)
+
+
+def _write_model(plan: Plan, model: torch.nn.Module, folder: Path) -> str:
+    """Write weights and config.json; return the SHA-256 of the weights."""
+    architecture, model_args = portable_architecture(plan.source)
+    variant = variant_of(plan.source)
+    return write_model(
+        model,
+        folder,
+        architecture=architecture,
+        model_args=model_args,
+        input=plan.input,
+        label_names=plan.splits.label_names,
+        license=None,
+        plugin_facts={
+            "version": resnext_hub.__version__,
+            "variant": variant.name if variant else None,
+            "cardinality": variant.cardinality if variant else None,
+            "base_width": variant.base_width if variant else None,
+        },
+    )
+
+
+def _record_of(plan: Plan, outcome: Outcome, accelerator: "Accelerator", weights_sha256: str) -> RunRecord:
+    """Return every fact about a run that is done."""
+    config, splits = plan.config, plan.splits
+    return RunRecord(
+        name=printable(plan.folder.path.resolve().name),
+        config=public_settings(config, splits),
+        changed=[name for name, value in config.to_flat().items() if value != _DEFAULTS[name]],
+        command=_command(plan),
+        model=_model_facts(plan, outcome.model, weights_sha256),
+        base_model=_base_model(plan.source),
+        dataset=_dataset_facts(plan, outcome.evaluation),
+        label_names=list(splits.label_names),
+        steps=outcome.steps,
+        epochs=outcome.epochs,
+        evaluation=_evaluation_facts(plan, outcome),
+        sample=_sample(plan, outcome.model),
+        history=outcome.history,
+        versions=versions(),
+        hardware=HardwareFacts(
+            device=accelerator.device.type,
+            name=processor_name(accelerator.device),
+            threads=torch.get_num_threads(),
+            mixed_precision=plan.precision,  # type: ignore[arg-type]
+        ),
+        processes=accelerator.num_processes,
+        git_commit=git_commit(),
+        wall_seconds=outcome.wall_seconds,
+        resumes=outcome.resumes,
+        skipped_steps=outcome.skipped_steps,
+        decoders=outcome.decoders,
+        merged_groups=outcome.merged_groups,
+        unreadable_images=outcome.unreadable,
+    )
+
+
+def _model_facts(plan: Plan, model: torch.nn.Module, weights_sha256: str) -> ModelFacts:
+    architecture, model_args = portable_architecture(plan.source)
+    variant = variant_of(plan.source)
+    return ModelFacts(
+        requested=public_model(plan.config.model),
+        architecture=architecture,
+        model_args=model_args,
+        needs_plugin=needs_plugin(architecture),
+        parameters=sum(p.numel() for p in model.parameters()),
+        variant=variant.name if variant else None,
+        template=variant.template if variant else None,
+        input={k: list(v) if isinstance(v, tuple) else v for k, v in plan.input.to_timm().items()},
+        weights_sha256=weights_sha256,
+    )
+
+
+def _dataset_facts(plan: Plan, evaluation: Evaluation) -> DatasetFacts:
+    splits, classes = plan.splits, len(plan.splits.label_names)
+    return DatasetFacts(
+        id=splits.dataset_id,
+        hub_id=splits.hub_id,
+        revision=splits.revision,
+        fingerprint=splits.fingerprint,
+        train_split=splits.found.train_split or "train",
+        eval_split=splits.found.eval_split,
+        train_count=splits.train.count,
+        eval_count=evaluation.total,
+        train_counts=class_counts(splits.train, classes),
+        eval_counts=class_counts(splits.eval, classes),
+    )
+
+
+def _evaluation_facts(plan: Plan, outcome: Outcome) -> EvaluationFacts:
+    evaluation, classes = outcome.evaluation, len(plan.splits.label_names)
+    return EvaluationFacts(
+        step=outcome.step,
+        epoch=outcome.epoch,
+        correct=evaluation.correct,
+        count=evaluation.count,
+        top1=evaluation.top1,
+        loss=evaluation.loss,
+        top5=evaluation.top5 if classes > TOP5_CLASSES else None,
+        macro_f1=evaluation.macro_f1,
+        calibration_error=evaluation.calibration_error,
+        batch_size=plan.config.eval_batch_size,
+        confusion=evaluation.confusion(classes),
+    )
+
+
+def _kept_of_card(folder: RunFolder) -> Kept | None:
+    """Return what the owner wrote into the card of a model folder that is about to be replaced.
+
+    A card of which that cannot be told is copied to the run folder.
+    """
+    path = folder.model / "README.md"
+    if not path.is_file():
+        return None
+    try:
+        card = take_apart(read_regular(path, CARD_BYTES).decode(), TAGS)
+    except ValueError:
+        card = None
+    if card is None or card.foreign:
+        previous = _free_name(folder.path, "README.previous", ".md")
+        write_atomic(previous, read_regular(path, CARD_BYTES))
+        _logger.warning(
+            "%s was edited where the tool writes, or by another version of it: it is kept as %s in the run folder",
+            printable(path),
+            previous.name,
+        )
+        return card.kept if card and card.marked else None
+    return card.kept
+
+
+def _keep_others(results: Path, stem: Path, own: set[str]) -> None:
+    """Move files that are not the tool's out of a folder of results that is about to be replaced.
+
+    Args:
+        results: The folder.
+        stem: Path to which `.previous` is added, for where they go.
+        own: Names of the tool's files in the folder.
+    """
+    if results.is_symlink() or not results.is_dir():  # only the link is replaced, and nothing behind it is lost
+        return
+    others = [path for path in results.iterdir() if path.name not in own]
+    if not others:
+        return
+    previous = _free_name(stem.parent, f"{stem.name}.previous", "")
+    previous.mkdir()
+    for path in others:
+        os.rename(path, previous / path.name)
+    _logger.warning(
+        "%s is written anew; moved to %s, as they are not part of it: %s",
+        printable(results),
+        previous.name,
+        listing(sorted(path.name for path in others)),
+    )
+
+
+def _free_name(folder: Path, stem: str, suffix: str) -> Path:
+    """Return the first path of a name, numbered from the second on, that nothing lies at."""
+    numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    paths = (folder / f"{stem}{number}{suffix}" for number in numbers)
+    return next(path for path in paths if not os.path.lexists(path))
+
+
+@torch.inference_mode()
+def _sample(plan: Plan, model: torch.nn.Module) -> SampleFacts:
+    """Return the model's output for the first readable evaluation sample."""
+    names = plan.splits.label_names
+    device = next(model.parameters()).device
+    samples = evaluation_samples(plan.splits.eval, plan.input, plan.config.loader.max_image_pixels)
+    with contextlib.closing(samples.batches(1, process=0, processes=1, workers=0, pin_memory=False)) as batches:
+        batch = next(batch for batch in batches if not batch.unreadable)
+    images = batch.images.to(device).contiguous(memory_format=torch.channels_last)
+    probabilities, classes = model(images).float().softmax(dim=1)[0].cpu().topk(min(3, len(names)))
+    return SampleFacts(
+        index=int(batch.indices[0]),
+        label=names[int(batch.labels[0])],
+        output=[(names[int(i)], round(float(value), 4)) for i, value in zip(classes, probabilities, strict=True)],
+    )
+
+
+def _write_predictions(evaluation: Evaluation, path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    table = pyarrow.table(
+        {
+            "index": evaluation.indices,
+            "label": evaluation.labels,
+            "prediction": evaluation.predictions,
+            "probability": evaluation.probabilities,
+        }
+    )
+    buffer = io.BytesIO()
+    parquet.write_table(table, buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def _base_model(source: ModelSource) -> BaseModelFacts | None:
+    if source.base_id is None:
+        return None
+    hub = not source.requested.startswith("local-dir:")
+    stated: Any = source.base_license  # of a config.json that anybody may have written
+    parts = stated if isinstance(stated, list) else [stated] if stated else []
+    return BaseModelFacts(
+        id=source.base_id,
+        hub_id=source.base_id.partition("@")[0] if hub else None,
+        license=", ".join(printable(part) for part in parts) or None,
+    )
+
+
+def _command(plan: Plan) -> str:
+    """Give the command that was asked for, with local paths reduced to their names."""
+    words = ["accelerate", "launch", "scripts/train.py"]
+    if plan.recipe and plan.recipe != QUICKSTART:
+        words += ["--recipe", plan.recipe]
+    public = public_settings(plan.config, plan.splits)
+    for name, value in plan.asked.items():
+        if isinstance(value, bool):
+            words.append(flag_of(name) if value else flag_of(name).replace("--", "--no-", 1))
+            continue
+        value = public[name] if name in ("dataset", "model") else value
+        words += [flag_of(name), *(str(v) for v in (value if isinstance(value, (list, tuple)) else [value]))]
+    return printable(shlex.join(words))

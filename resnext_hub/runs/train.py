@@ -1,0 +1,133 @@
+"""Train from settings: what the command and the Python function share."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from resnext_hub.errors import RequestError, RunError, failed_system_call, one_line
+from resnext_hub.extras import named_extras, require_packages
+from resnext_hub.hub.checkpoints import fetch_run, fetched_settings
+from resnext_hub.hub.publish import Publication
+from resnext_hub.processes.peers import Peers
+from resnext_hub.record import RunRecord
+from resnext_hub.run_folder import RunFolder
+from resnext_hub.runs.agreement import shared_facts
+from resnext_hub.runs.existing import read_config
+from resnext_hub.runs.job import execute, publish_run
+from resnext_hub.runs.request import merge_settings, prepare
+from resnext_hub.training.config import TrainConfig
+from resnext_hub.training.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A finished run."""
+
+    plan: Plan
+    record: RunRecord
+    publication: Publication | None
+    """What was published, with --push-to-hub, by the main process."""
+
+
+def train_run(
+    asked: Mapping[str, Any],
+    peers: Peers,
+    *,
+    recipe: str | None = None,
+    file: Path | None = None,
+    output_dir: Path | None = None,
+    resume: bool | None = None,
+    resume_from: str | None = None,
+) -> Trained:
+    """Plan, train and, if asked to, publish; a run that is finished already is only read.
+
+    Args:
+        asked: Flat settings that the user gave.
+        peers: The processes of the run, which is left at the end.
+        recipe: Name of a recipe beneath them.
+        file: A YAML file of settings between the two.
+        output_dir: The run folder; `runs/{dataset}-{model}` if not given.
+        resume: Whether to resume a run in the folder; see `prepare`.
+        resume_from: `hub:owner/name` to resume from.
+
+    Raises:
+        RequestError: If the request is wrong; nothing was computed.
+        RunError: If training, or publishing, fails.
+        StoppedRun: After SIGTERM or Ctrl-C; the state was saved.
+    """
+
+    def plan_run() -> Plan:
+        state = fetch_run(resume_from) if resume_from else None
+        fetched = None
+        if state is not None and file is None:
+            fetched = fetched_settings(read_config(RunFolder(state)), asked, str(resume_from))
+        settings, name = merge_settings(asked, recipe, file, fetched)
+        with _wrong_requests():
+            plan = prepare(
+                settings,
+                asked=asked,
+                recipe=name,
+                output_dir=output_dir,
+                resume=resume,
+                resume_from=state,
+                peers=peers,
+            )
+        with named_extras():
+            require_packages("train")
+        return plan
+
+    plan = peers.agree(plan_run, shared_facts)
+    if plan.finished:
+        record = peers.from_main(lambda: RunRecord.load(plan.folder.record))
+    else:
+        with _one_line_failures(plan.config):
+            record = execute(plan, peers)
+    peers.close()
+    publication = publish_run(plan, record) if plan.config.publish.push_to_hub and peers.is_main else None
+    return Trained(plan=plan, record=record, publication=publication)
+
+
+@contextlib.contextmanager
+def _wrong_requests() -> Iterator[None]:
+    """Report what the operating system refuses before any work, such as to look up a path, as a wrong request."""
+    try:
+        yield
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise RequestError(f"{where}{error.strerror or one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _one_line_failures(config: TrainConfig) -> Iterator[None]:
+    """Report in one line what the operating system refused, or which worker it killed."""
+    from resnext_hub.data.batches import lost_worker
+    from resnext_hub.machine import is_out_of_memory
+
+    try:
+        yield
+    except RunError:
+        raise
+    except (MemoryError, OSError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise RunError(f"{_memory_advice(config)} ({one_line(error)[:120]})") from error
+        lost = lost_worker(error)
+        if lost is not None:
+            raise lost from None
+        if not isinstance(error, OSError):
+            raise
+        raise failed_system_call(error) from error
+
+
+def _memory_advice(config: TrainConfig) -> str:
+    from resnext_hub.processes.launcher import processes
+
+    part = config.batch_size // processes()
+    at_once = min(config.micro_batch_size or part, part)
+    size = config.transform.image_size
+    smaller = f"--micro-batch-size {at_once // 2}" if at_once >= 4 else f"an --image-size below {size}"
+    return (
+        f"out of memory: {at_once} images of {size} px at once (global batch {config.batch_size}, evaluation "
+        f"{config.eval_batch_size}); use {smaller}, or a smaller --batch-size with another --output-dir"
+    )
