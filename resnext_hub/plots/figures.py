@@ -212,9 +212,11 @@ def plot_samples(
     columns = min(COLUMNS, len(shown))
     rows = -(-len(shown) // columns)
     figure = Figure(figsize=(1.9 * columns, 2.2 * rows + 0.4), layout="constrained")
-    grid = np.ravel(figure.subplots(rows, columns, squeeze=False))
+    grid = np.ravel(figure.subplots(rows, columns, squeeze=False, subplot_kw={"xticks": (), "yticks": ()}))
     for axes in grid:
         axes.axis("off")
+        axes.xaxis.set_visible(False)  # else ticks that nobody sees are laid out
+        axes.yaxis.set_visible(False)
     for axes, entry in zip(grid, shown, strict=False):
         row = images.row(int(evaluation.indices[entry]))
         axes.imshow(thumbnail(row, max_pixels), interpolation="nearest")
@@ -224,7 +226,7 @@ def plot_samples(
         )
         sure = percent(float(evaluation.probabilities[entry]))
         text = f"{label}\nas {prediction}\n{sure}" if wrong[entry] else f"{label}\n{sure}"
-        axes.set_title(text, fontsize=8, color="C3" if wrong[entry] else "black")
+        axes.set_title(text, fontsize=8, color="C3" if wrong[entry] else "black", y=1.0)
     words = "red: true class as predicted class; black: correct; with the predicted class's probability"
     if not wrong.any():
         words = "all are correct; with the probability"

@@ -8,17 +8,17 @@ import os
 from pathlib import Path
 
 import torch
-from support.processes import TINY, run_process
 from pytest import fixture, mark, raises
 from safetensors.torch import load_file
+from support.processes import TINY, run_interpreter, run_process
 
 from resnext_hub.data.config import DataConfig
 from resnext_hub.data.images import IndexedImages
-from resnext_hub.data.splits import load_splits
 from resnext_hub.data.sources import load_digits_table
+from resnext_hub.data.splits import load_splits
+from resnext_hub.kernels.training_view import build_training_view, require_shared_tensors
 from resnext_hub.models.resnext import ResNeXt
 from resnext_hub.record import RunRecord
-from resnext_hub.kernels.training_view import require_shared_tensors, build_training_view
 
 STEPS = 36
 FLAGS = (*TINY, "--batch-size", "48", "--lr", "0.01", "--max-steps", str(STEPS), "--eval-every", "100")
@@ -95,7 +95,7 @@ def runs(tmp_path_factory) -> Path:
     launch(2, run("2-grouped", *grouped), run("2-resumed", "--max-steps", STEPS // 2), run("2-resumed"))
     launch(3, run("3-stream", *stream))
     words = ["-m", "accelerate.commands.launch", "scripts/train.py", *run("accelerate", "--threads", "auto")]
-    done = run_process(*words)
+    done = run_interpreter(*words)
     assert done.returncode == 0, done.stderr
     return folder
 

@@ -32,7 +32,7 @@ COMMON = (
     "torch",
     "torch._dynamo",
     "torch._inductor.config",
-    "torch.distributed.run",
+    "torch.distributed.launcher.api",
     "torch.distributed.tensor",
     "torchvision",
     "scipy.stats",
@@ -40,9 +40,16 @@ COMMON = (
     "pyarrow.parquet",
     "sklearn.metrics",
     "sklearn.datasets",
+    "sklearn.model_selection",
     "matplotlib.figure",
     "matplotlib.backends.backend_agg",
-    "PIL.Image",
+    "PIL.BmpImagePlugin",
+    "PIL.GifImagePlugin",
+    "PIL.JpegImagePlugin",
+    "PIL.PngImagePlugin",
+    "PIL.PpmImagePlugin",
+    "PIL.TiffImagePlugin",
+    "PIL.WebPImagePlugin",
     "jinja2",
     "yaml",
     "fsspec",
@@ -50,11 +57,12 @@ COMMON = (
     "msgspec.json",
     "multiprocess",
     "tqdm.auto",
+    "tqdm.contrib.logging",
     "simplejpeg",
 )
 """Modules that both servers import."""
 
-HUB_CLIENTS = ("huggingface_hub", "safetensors.torch", "timm", "datasets", "accelerate")
+HUB_CLIENTS = ("huggingface_hub", "safetensors.torch", "timm", "timm.optim", "datasets", "accelerate")
 """Modules that one of them imports as well: they read addresses and folders from variables when they are imported."""
 
 READ_LATE = (
@@ -132,6 +140,10 @@ class Server:
             raise RuntimeError("the server of warm processes has ended")
         return int(struct.unpack("<I", answer)[0])
 
+    def close(self) -> None:
+        """Let the server end, as soon as it has imported its modules."""
+        self._connection.close()
+
 
 _servers: dict[str, Server] = {}
 """By kind, those of this process."""
@@ -160,10 +172,17 @@ def _start_servers() -> None:
     ends = {kind: socket.socketpair() for kind in ("common", "all")}
     theirs = [end[1].fileno() for end in ends.values()]
     words = [sys.executable, __file__, *map(str, theirs), " " * ROOM]
-    subprocess.Popen(words, pass_fds=theirs, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(words, pass_fds=theirs, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    atexit.register(_end_servers, process)
     for kind, (ours, other) in ends.items():
         other.close()
         _servers[kind] = Server(ours, os.environ)
+
+
+def _end_servers(process: "subprocess.Popen[bytes]") -> None:
+    for server in _servers.values():
+        server.close()
+    process.wait()
 
 
 @contextmanager
