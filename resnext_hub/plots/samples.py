@@ -38,9 +38,11 @@ def plot_samples(
     columns = min(COLUMNS, len(shown))
     rows = -(-len(shown) // columns)
     figure = Figure(figsize=(1.9 * columns, 2.2 * rows + 0.4), layout="constrained")
-    grid = np.ravel(figure.subplots(rows, columns, squeeze=False))
+    grid = np.ravel(figure.subplots(rows, columns, squeeze=False, subplot_kw={"xticks": (), "yticks": ()}))
     for axes in grid:
         axes.axis("off")
+        axes.xaxis.set_visible(False)  # hidden ticks would still be laid out
+        axes.yaxis.set_visible(False)
     for axes, entry in zip(grid, shown, strict=False):
         row = images.row(int(evaluation.indices[entry]))
         axes.imshow(thumbnail(row, max_pixels), interpolation="nearest")
@@ -50,7 +52,7 @@ def plot_samples(
         )
         confidence = percent(float(evaluation.probabilities[entry]))
         text = f"{label}\nas {prediction}\n{confidence}" if wrong[entry] else f"{label}\n{confidence}"
-        axes.set_title(text, fontsize=8, color="C3" if wrong[entry] else "black")
+        axes.set_title(text, fontsize=8, color="C3" if wrong[entry] else "black", y=1.0)
     caption = "red: true class, then predicted class; black: correct; percentage: probability of the prediction"
     if not wrong.any():
         caption = "all correct; percentage: probability of the prediction"

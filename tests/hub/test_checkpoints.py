@@ -16,6 +16,7 @@ import torch
 import yaml
 from pytest import fixture
 from safetensors.torch import load_file
+from support import warm_start
 from support.client import Client
 from support.loopback_hub import Fault, LoopbackHub, serve
 from support.processes import ROOT, TINY, run_process, write_images
@@ -53,7 +54,7 @@ def test_a_run_of_a_lost_machine_resumes_from_the_hub_bit_for_bit(hub: LoopbackH
 
     lost = tmp_path / "lost"
     words = [sys.executable, "scripts/train.py", *map(str, (*flags, *here, *PUSHED)), "--output-dir", str(lost)]
-    with subprocess.Popen(
+    with warm_start.Popen(
         words, cwd=ROOT, env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as run:
         deadline = time.monotonic() + 60

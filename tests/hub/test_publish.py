@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from pytest import fixture, mark
+from support import warm_start
 from support.client import Client
 from support.loopback_hub import Fault, LoopbackHub, serve
-from support.processes import TINY, run_process
+from support.processes import TINY, run_interpreter, run_process
 
 from resnext_hub.cards.model_card import render_card, wilson_interval
 from resnext_hub.export.model_folder import export_model
@@ -87,12 +88,12 @@ def test_an_exported_variant_loads_with_equal_weights_in_stock_timm_and_transfor
     with torch.inference_mode():
         logits = model.to(memory_format=torch.contiguous_format)(images)
     save_file({"images": images, "logits": logits}, tmp_path / "case.safetensors")
-    done = subprocess.run(
+    done = warm_start.run(
         [
             sys.executable, "-c", LOAD, f"local-dir:{tmp_path / 'model'}", str(tmp_path / "case.safetensors"),
             str(tmp_path / "model" / "model.safetensors"),
         ],
-        capture_output=True, text=True, check=False, cwd=tmp_path,
+        cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
 
@@ -103,7 +104,7 @@ def test_push_uploads_the_folder_in_one_commit_that_timm_loads(
     from safetensors.torch import save_file
 
     words = ("scripts/push.py", finished, "--repo-id", "me/digits", "--license", "mit")
-    done = run_process(*words, HF_HOME=str(tmp_path / "home"), **hub.environment())
+    done = run_interpreter(*words, HF_HOME=str(tmp_path / "home"), **hub.environment())
     assert done.returncode == 0, done.stderr
     assert "published and read back: http" in done.stdout
     repo = hub.repos["models/me/digits"]
@@ -162,7 +163,7 @@ def test_a_push_needs_a_license_and_a_repository_id(finished: Path, command: Com
 def test_a_push_with_an_unreachable_hub_keeps_the_model(finished: Path, tmp_path: Path) -> None:
     environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_secretsecretsecret"}
     words = ("scripts/push.py", finished, "--repo-id", "me/digits", "--license", "mit")
-    done = run_process(*words, HF_HOME=str(tmp_path), **environment)
+    done = run_interpreter(*words, HF_HOME=str(tmp_path), **environment)
     assert done.returncode == 1
     assert "me/digits could not be published" in done.stderr
     assert f"The model is kept in {finished / 'model'}; rerun the same command to publish it" in done.stderr

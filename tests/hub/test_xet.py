@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ import timm
 import torch
 from pytest import fixture, mark
 from safetensors.torch import save_file
+from support import warm_start
 from support.client import Client
 from support.loopback_hub import Fault, LoopbackHub, serve
 from support.loopback_xet import TOKEN as XET_TOKEN
@@ -135,10 +135,9 @@ def test_a_model_downloaded_over_xet_has_the_same_logits_in_timm_and_here(
     over_xet(hub, "GET /cas/v2/reconstructions", "GET /xorbs/")
     hub.requests.clear()
     save_file({"images": images, "logits": logits}, tmp_path / "case.safetensors")
-    loaded = subprocess.run(
+    loaded = warm_start.run(
         [sys.executable, "-c", LOAD, str(tmp_path / "case.safetensors")],
-        env=os.environ | hub.environment(xet=True) | {"HF_HOME": str(tmp_path)},
-        capture_output=True, text=True, check=False, cwd=tmp_path,
+        env=os.environ | hub.environment(xet=True) | {"HF_HOME": str(tmp_path)}, cwd=tmp_path,
     )  # fmt: skip
     assert loaded.returncode == 0, loaded.stderr
     over_xet(hub, "GET /cas/v2/reconstructions", "GET /xorbs/")
