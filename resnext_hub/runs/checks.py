@@ -89,7 +89,11 @@ def check_model(
         except (AssertionError, RuntimeError) as error:
             if side == full and isinstance(error, RuntimeError):  # some models cannot run without values
                 break
-            what = f"--image-size {full}" if side == full else f"{side} px, a size between --progressive-size {size} and {full}"
+            what = (
+                f"--image-size {full}"
+                if side == full
+                else f"{side} px, a size between --progressive-size {size} and {full}"
+            )
             raise RequestError(f"--model {config.model} does not take {what}: {one_line(error)}") from error
     _check_smallest_batch(config, model, size, reduction, flag)
     architecture, model_args = portable_architecture(source)

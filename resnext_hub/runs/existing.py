@@ -133,9 +133,7 @@ def _compare(
     ]
     old_steps = plan_schedule(TrainConfig.from_flat(before), splits.train.count).steps
     if schedule.steps < old_steps:
-        differing.append(
-            f"{old_steps} steps there and {schedule.steps} now (--epochs and --max-steps may only grow)"
-        )
+        differing.append(f"{old_steps} steps there and {schedule.steps} now (--epochs and --max-steps may only grow)")
     if existing.fingerprint not in (None, splits.fingerprint):
         differing.append(f"the images of {splits.dataset_id} have changed")
     if differing:

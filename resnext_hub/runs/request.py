@@ -158,9 +158,7 @@ def prepare(
     )
 
 
-def _continue(
-    config: TrainConfig, folder: RunFolder, before: Mapping[str, Any], resume: bool | None
-) -> TrainConfig:
+def _continue(config: TrainConfig, folder: RunFolder, before: Mapping[str, Any], resume: bool | None) -> TrainConfig:
     """Pin the commit of the dataset that a run in the folder began with, even if the dataset has moved on since.
 
     Raises:
@@ -196,9 +194,7 @@ def _choose_decoder(
     return dataclasses.replace(config, loader=dataclasses.replace(config.loader, decoder=decoder))
 
 
-def _resolve(
-    config: TrainConfig, source: ModelSource, splits: Splits, input: InputConfig, device: str
-) -> TrainConfig:
+def _resolve(config: TrainConfig, source: ModelSource, splits: Splits, input: InputConfig, device: str) -> TrainConfig:
     """Fill in every open field with what follows from model, data and device."""
     optim, loader = config.optim, config.loader
     found = splits.found
