@@ -112,7 +112,7 @@ def find_classifier(where: str, *, verify: bool = False) -> ModelSource:
     if folder.suffix in (".onnx", ".xml", ".bin") and os.path.isfile(folder):
         raise RequestError(
             f"{printable(where)} is a file for another runtime: expected the folder that it was exported from; "
-            "docs/exporting.md says how it is used"
+            "docs/how-to/export.md shows how to use it"
         )
     raise RequestError(
         f"{printable(where)} holds no trained model: expected the folder of a finished run, a folder with {CONFIG} and "

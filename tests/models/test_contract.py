@@ -178,7 +178,7 @@ def test_impossible_settings_are_refused_with_their_values(name: str) -> None:
 
 
 def test_the_backbone_carries_torchvisions_detector() -> None:
-    """As docs/backbones.md shows it."""
+    """As docs/how-to/backbone.md shows it."""
     from torchvision.models.detection import FasterRCNN
     from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
@@ -197,7 +197,7 @@ def test_the_backbone_carries_torchvisions_detector() -> None:
 
 
 def test_the_backbone_carries_segmentation_models_pytorch() -> None:
-    """As docs/backbones.md shows it."""
+    """As docs/how-to/backbone.md shows it."""
     importorskip("segmentation_models_pytorch", reason="it is no dependency; the test runs where it is installed")
     scope: dict[str, object] = {}
     exec(_example("segmentation_models_pytorch"), scope)
@@ -207,6 +207,6 @@ def test_the_backbone_carries_segmentation_models_pytorch() -> None:
 def _example(word: str) -> str:
     import re
 
-    text = (Path(__file__).parents[2] / "docs" / "backbones.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "how-to" / "backbone.md").read_text()
     (block,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if word in block]
     return block
