@@ -1,4 +1,4 @@
-"""Wrong requests, and what they print: `python tests/support/mistakes.py RUN` brings docs/troubleshooting.md up to date.
+"""Wrong requests, and what they print: `python tests/support/mistakes.py RUN` rewrites docs/troubleshooting.md.
 
 RUN is any finished run of `--model test_resnet` on folders of images.
 """
