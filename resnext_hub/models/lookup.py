@@ -111,8 +111,8 @@ def find_classifier(where: str, *, verify: bool = False) -> ModelSource:
         return find_model(where, pretrained=True, where=where)
     if folder.suffix in (".onnx", ".xml", ".bin") and os.path.isfile(folder):
         raise RequestError(
-            f"{printable(where)} is a file for another runtime: expected the folder that it was exported from; see "
-            "docs/exporting.md for its use"
+            f"{printable(where)} is a file for another runtime: expected the folder that it was exported from; "
+            "docs/how-to/export.md shows how to use it"
         )
     raise RequestError(
         f"{printable(where)} is not a trained model: expected the folder of a finished run, a folder with {CONFIG} and "

@@ -23,7 +23,7 @@ from resnext_hub.inference.classifier import load
 Command = Callable[..., tuple[int, str, str]]
 
 PREPARE, WITH_ONNX, WITH_OPENVINO = re.findall(
-    r"```python\n(.*?)```", (ROOT / "docs/exporting.md").read_text(), re.DOTALL
+    r"```python\n(.*?)```", (ROOT / "docs/how-to/export.md").read_text(), re.DOTALL
 )
 """The snippets of docs/exporting.md, which use only a file and its metadata."""
 

@@ -194,7 +194,7 @@ def test_impossible_settings_are_refused_with_their_values(name: str) -> None:
 
 
 def test_the_backbone_works_in_torchvisions_detector() -> None:
-    """Run the example of docs/backbones.md."""
+    """Run the example of docs/how-to/backbone.md."""
     from torchvision.models.detection import FasterRCNN
     from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
@@ -213,7 +213,7 @@ def test_the_backbone_works_in_torchvisions_detector() -> None:
 
 
 def test_the_backbone_works_in_segmentation_models_pytorch() -> None:
-    """Run the example of docs/backbones.md."""
+    """Run the example of docs/how-to/backbone.md."""
     importorskip("segmentation_models_pytorch", reason="not a dependency; the test runs if it is installed")
     scope: dict[str, object] = {}
     exec(_example("segmentation_models_pytorch"), scope)
@@ -223,6 +223,6 @@ def test_the_backbone_works_in_segmentation_models_pytorch() -> None:
 def _example(word: str) -> str:
     import re
 
-    text = (Path(__file__).parents[2] / "docs" / "backbones.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "how-to" / "backbone.md").read_text()
     (block,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if word in block]
     return block
