@@ -25,7 +25,7 @@ Command = Callable[..., tuple[int, str, str]]
 PREPARE, WITH_ONNX, WITH_OPENVINO = re.findall(
     r"```python\n(.*?)```", (ROOT / "docs/how-to/export.md").read_text(), re.DOTALL
 )
-"""The snippets of docs/exporting.md, which use only a file and its metadata."""
+"""The snippets of docs/how-to/export.md, which use only a file and its metadata."""
 
 ALONE = """
 import sys
