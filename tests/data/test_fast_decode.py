@@ -405,7 +405,7 @@ def test_the_decoder_is_recorded_kept_on_resume_and_changed_on_request(
     code, _, err = command(*flags, "--max-steps", 9, "--output-dir", run, "--config", tmp_path / "pil.yaml")
     assert code == 2
     assert "run was decoded with simplejpeg and would be resumed with pil" in err
-    assert "type --decoder pil" in err
+    assert "--decoder pil" in err
     assert err.count("\n") == 1
 
     code, _, err = command(*flags, "--max-steps", 9, "--output-dir", run, "--decoder", "pil")

@@ -359,7 +359,7 @@ def test_only_the_center_is_resized_at_a_large_input_size(size: tuple[int, int])
 def test_an_elongated_image_that_would_be_resized_to_nothing_is_unreadable() -> None:
     transform = EvalTransform(InputConfig.resolve(CFG | {"crop_mode": "border"}))
     assert transform(Image.new("RGB", (900, 60))).shape == (3, 32, 32)
-    with raises(UnreadableImageError, match="900 x 1 pixels would be resized to 0 x 32 for the model"):
+    with raises(UnreadableImageError, match="900 x 1 pixels would be resized to 36 x 0 for the model"):
         transform(Image.new("RGB", (900, 1)))
 
 
