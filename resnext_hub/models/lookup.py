@@ -141,7 +141,7 @@ def find_model(
     kind, name = _split_kind(requested, where)
     pretrained = kind is not None if pretrained is None else pretrained
     if kind is None:
-        return _find_by_name(name, pretrained, where)
+        return _find_by_name(name, pretrained, where, to_train)
     if kind == "hf-hub":
         repo_id, at, revision = name.partition("@")
         if at:
@@ -219,7 +219,7 @@ def _split_kind(requested: str, where: str) -> tuple[str | None, str]:
     return None, requested
 
 
-def _find_by_name(name: str, pretrained: bool, where: str) -> ModelSource:
+def _find_by_name(name: str, pretrained: bool, where: str, to_train: bool) -> ModelSource:
     architecture, tag = split_model_name_tag(name)
     if not timm.is_model(architecture):
         raise RequestError(f"{where}: there is no such model; close: {', '.join(_close_names(architecture))}")
@@ -237,14 +237,13 @@ def _find_by_name(name: str, pretrained: bool, where: str) -> ModelSource:
     if not base_id:
         tagged = sorted({split_model_name_tag(known)[0] for known in list_pretrained("resnext*_g*")})
         raise RequestError(
-            f"{where} has no released weights; start from random weights with {setting('pretrained', False)}, or use "
-            f"one of {', '.join(tagged)}"
+            f"{where} has no released weights; use one of {', '.join(tagged)}{_RANDOM if to_train else ''}"
         )
     filename = saved.config.pretrained_cfg.get("hf_hub_filename") or WEIGHTS
     if not filename.endswith(".safetensors"):
         raise RequestError(f"{where}: its weights are in {filename}, and pickled weights are not loaded")
     repo_id, _, revision = base_id.partition("@")
-    weights = fetch_file(where, repo_id, filename, revision or None, _RANDOM)
+    weights = fetch_file(where, repo_id, filename, revision or None, _RANDOM if to_train else "")
     return ModelSource(
         requested=name,
         saved=check_fit(replace(saved, weights=weights)),

@@ -62,8 +62,8 @@ def test_predictions_equal_the_runs_evaluation_bit_for_bit(vehicles_run: Path, i
     assert np.float32([guess["probability"] for guess in best]).tolist() == expected["probability"]
     assert len(set(expected["prediction"])) > 1  # otherwise equal predictions would prove little
     assert err.splitlines() == [
-        f"{images / 'car' / '005-broken.png'}: cannot be read: not an image",
-        "1 of 37 images could not be read",
+        f"{images / 'car' / '005-broken.png'}: cannot be decoded: not an image",
+        "1 of 37 images could not be decoded",
     ]
 
 
@@ -145,9 +145,9 @@ def test_only_unreadable_images_exit_with_1(vehicles_run: Path, command: Command
     code, out, err = command("predict", vehicles_run, tmp_path)
     assert (code, out) == (1, "")
     assert err.splitlines() == [
-        f"{tmp_path / 'empty.jpg'}: cannot be read: zero bytes",
-        f"{tmp_path / 'text.jpg'}: cannot be read: not an image",
-        "error: none of the 2 images could be read",
+        f"{tmp_path / 'empty.jpg'}: cannot be decoded: zero bytes",
+        f"{tmp_path / 'text.jpg'}: cannot be decoded: not an image",
+        "error: none of the 2 images could be decoded",
     ]
 
 
@@ -218,7 +218,7 @@ def test_an_invalid_model_exits_with_2_and_one_line(vehicles_run: Path, command:
     without = small_model(tmp_path / "without")
     (without / "model.safetensors").unlink()
     for where, part in (
-        ("resnext_g32", "resnext_g32 is not a trained model: expected the folder of a finished run"),
+        ("resnext_g8", "resnext_g8 has no released weights; use one of resnext101_g1"),
         (tmp_path, "is not a trained model"),
         (unnamed, "1 names for 1000 classes: expected one per class"),
         (foreign, "model.safetensors does not match config.json, a test_vit"),
@@ -298,7 +298,7 @@ def test_probabilities_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     write_images(tmp_path / "images", 1, 100)
     model = load(str(small_model(tmp_path / "model-folder")))
     next(model.model.parameters()).data.fill_(float("nan"))
-    with raises(RunError, match="the probabilities are not finite: the model's weights"):
+    with raises(RunError, match="the probabilities are not finite: check the model's weights"):
         list(predict(model, find_images([tmp_path / "images"]), batch_size=1, device=torch.device("cpu")))
 
 

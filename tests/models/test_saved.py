@@ -125,7 +125,7 @@ def test_no_other_file_of_the_folder_is_ever_opened(folder: Path) -> None:
         ("model_args", "x", "expected object | null, got str"),
         ("model_args__num_classes", 7, "model_args.num_classes 7: expected 10, the value of num_classes"),
         ("model_args__base_width", 2_000_000, "model_args.base_width 2000000: expected int <= 1024"),
-        ("model_args__base_width", 63, "a test_resnet with base_width=63"),
+        ("model_args__base_width", 63, "test_resnet cannot be built with base_width=63"),
         ("model_args__base_width", "wide", 'model_args.base_width "wide": expected int'),
         ("model_args__cardinality", 0, "model_args.cardinality 0: expected int >= 1"),
         ("model_args__cardinality", 3, "cardinality=3"),
