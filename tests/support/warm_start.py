@@ -354,7 +354,9 @@ def _serve_launcher(request: Mapping[str, Any]) -> dict[str, Any] | None:
         return serve(other)
     other.close()
     _servers["all"] = _servers["common"] = Server(ours, request["environment"])
-    subprocess.Popen = Popen  # type: ignore[misc]
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+    subprocess.Popen = subprocess_handler.Popen = Popen  # type: ignore[misc]
     return None
 
 
