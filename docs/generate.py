@@ -15,7 +15,7 @@ from resnext_hub.models.resnext import VARIANTS
 from resnext_hub.runs.recipes import RECIPES
 from resnext_hub.training.config import FlatField, flat_fields
 
-WIDTH = 100
+WIDTH = 76
 """Columns of the printed help."""
 
 RESUME = {"fixed": "", "grows": "may grow", "free": "may change"}
