@@ -40,7 +40,7 @@ Command = Callable[..., tuple[int, str, str]]
             ["--image-size", "16"],
             ["16 is smaller than the stride of test_resnet (32); use --image-size 32 or larger"],
         ),
-        (["--batch-size", "1"], ["whose last feature map is a single pixel: batch norm needs more"]),
+        (["--batch-size", "1"], ["whose last feature map is a single pixel, too few for batch norm"]),
         (["--batch-size", "5", "--micro-batch-size", "2"], ["a forward pass with one image of 32 px"]),
         (["--mixed-precision", "fp16"], ["fp16 needs a CUDA GPU, and the device is cpu"]),
         (["--auto-augment", "sparkle"], ["--auto-augment sparkle"]),
@@ -153,7 +153,7 @@ def test_a_folder_that_cannot_be_made_exits_with_2(command: Command, tmp_path: P
     (tmp_path / "file").write_text("in the way")
     code, _, err = command("train", *TINY, "--output-dir", tmp_path / "file" / "run")
     assert code == 2
-    assert f"cannot be created, as {tmp_path / 'file'} is a file; choose another --output-dir" in err
+    assert f"cannot be created, because {tmp_path / 'file'} is a file; choose another --output-dir" in err
 
 
 def test_a_folder_of_other_things_is_left_alone(command: Command, tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_folder_of_other_things_is_left_alone(command: Command, tmp_path: Path
         (
             2,
             {"batch_size": 66, "mixup": 0.2},
-            "makes 33 images per process, but --mixup and --cutmix need pairs; nearest: 64 or 68",
+            "makes 33 images per process, but mixup and cutmix need pairs; nearest: 64 or 68",
         ),
     ],
     ids=["not divided", "odd part"],

@@ -112,7 +112,7 @@ def test_another_command_does_not_go_on_from_a_run(hub: LoopbackHub, tmp_path: P
         changed = ("--lr", 0.02, "--seed", 3, "--output-dir", tmp_path / "other")
         code, _, err = client.command("train", "--resume-from", "hub:me/run", *changed)
         assert code == 2
-        assert "--lr 0.01 there, 0.02 now" in err
+        assert "--lr was 0.01 and is now 0.02" in err
         code, _, err = client.command("train", "--resume-from", "hub:me/none")
         assert code == 2
         assert "there is no such repository with a branch checkpoints that you may read" in err
@@ -164,7 +164,7 @@ def test_a_hub_that_fails_stops_no_training_and_gets_the_model_in_the_end(hub: L
 def test_publishing_is_refused_before_anything_is_computed(hub: LoopbackHub, tmp_path: Path, command: Command) -> None:
     base = ("train", *TINY, "--max-steps", 2, "--output-dir", tmp_path / "run")
     for flags, said in (
-        (("--push-to-hub", "--license", "mit"), "need --repo-id"),
+        (("--push-to-hub", "--license", "mit"), "--push-to-hub needs --repo-id"),
         (("--push-to-hub", "--repo-id", "me/run"), "--push-to-hub needs --license"),
         (("--push-checkpoints", "--repo-id", "me/run/more"), "--repo-id me/run/more"),
         (("--resume-from", "me/run"), "--resume-from me/run: expected hub:owner/name"),
