@@ -41,7 +41,7 @@ Command = Callable[..., tuple[int, str, str]]
             ["16 is smaller than the stride of test_resnet (32); use --image-size 32 or larger"],
         ),
         (["--batch-size", "1"], ["whose last feature map is a single pixel, too few for batch norm"]),
-        (["--batch-size", "5", "--micro-batch-size", "2"], ["a forward pass with one image of 32 px"]),
+        (["--batch-size", "5", "--micro-batch-size", "2"], ["a single image of 32 px"]),
         (["--mixed-precision", "fp16"], ["fp16 needs a CUDA GPU, and the device is cpu"]),
         (["--auto-augment", "sparkle"], ["--auto-augment sparkle"]),
         (["--interpolation", "sparkle"], ["--interpolation sparkle"]),
@@ -194,7 +194,7 @@ def test_a_stream_of_unknown_length_needs_a_number_of_steps(command: Command, tm
     flags = ("--dataset", tmp_path / "digits", "--streaming", "--image-size", 32)
     code, _, err = command("train", *TINY, *flags, "--output-dir", tmp_path / "run")
     assert code == 2
-    assert "does not say how many samples it has, so --streaming needs --max-steps" in err
+    assert "does not state its number of samples, so --streaming needs --max-steps" in err
 
 
 @mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
