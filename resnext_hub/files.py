@@ -1,4 +1,4 @@
-"""Files: written so that a reader sees the old one or the new one, never half of one; read only if they are files."""
+"""Files that are written atomically, and read only if they are regular files."""
 
 import dataclasses
 import errno
@@ -22,33 +22,33 @@ _logger = logging.getLogger(__name__)
 _PARTIAL = ".partial-"
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-"""How the files begin that `git lfs` leaves in the place of those that it has not fetched."""
+"""First bytes of the pointer files that `git lfs` leaves in place of files that it has not fetched."""
 
 JSON_BYTES = 1 << 28
-"""Size in bytes above which a JSON file is refused; a record of thousands of classes has some megabytes."""
+"""Largest JSON file in bytes; a record with thousands of classes has a few megabytes."""
 
 Content = TypeVar("Content")
 
 
 class NotAFileError(OSError):
-    """A path leads to something other than a regular file: a folder, a FIFO, a socket or a device."""
+    """A path that is not a regular file: a folder, a FIFO, a socket or a device."""
 
 
 class FileTooLargeError(OSError):
-    """A file has more bytes than its kind ever needs."""
+    """A file larger than any valid file of its kind."""
 
 
 def read_regular(path: str | os.PathLike[str], limit: int | None = None) -> bytes:
     """Return the content of a regular file, following links.
 
-    A FIFO would block and a device could deliver bytes without end, so nothing else is opened.
+    Nothing else is opened: a FIFO would block, and a device could deliver bytes forever.
 
     Args:
         path: The file.
         limit: Largest size in bytes.
 
     Raises:
-        NotAFileError: If it is no regular file.
+        NotAFileError: If it is not a regular file.
         FileTooLargeError: If it is larger than the limit.
         OSError: If it cannot be read.
     """
@@ -69,13 +69,13 @@ def read_json(
 
     Args:
         path: The file.
-        kind: What it has to hold: a dataclass, a mapping, … as msgspec validates them; unknown keys are ignored.
-        way_out: What the user can do if the file is damaged, to end the sentence with.
+        kind: Type of its content, such as a dataclass or a mapping; msgspec validates it and ignores unknown keys.
+        way_out: End of the error message: what the user can do if the file is damaged.
         limit: Largest size in bytes.
         name: How a message names the file; its path if not given.
 
     Raises:
-        RequestError: If it is no regular file, cannot be read, or does not hold that.
+        RequestError: If it is not a regular file, cannot be read, or has other content.
     """
     import msgspec
 
@@ -90,18 +90,18 @@ def read_json(
 
 
 def require_regular(path: Path) -> None:
-    """Raise NotAFileError if a path leads to something other than a regular file, for a library that would open it."""
+    """Raise NotAFileError if a path that a library will open is not a regular file."""
     _require_file(os.stat(path).st_mode, path)
 
 
 def convert(content: Any, kind: type[Content], path: Path, way_out: str) -> Content:
-    """Validate what was read from a file against a type; unknown fields are refused.
+    """Validate the content of a file against a type; unknown fields are refused.
 
     Args:
         content: Decoded JSON.
         kind: A dataclass, or another type that msgspec validates.
-        path: The file, to be named.
-        way_out: What the user can do if it is damaged, to end the sentence with.
+        path: The file, for the error message.
+        way_out: End of the error message: what the user can do if the file is damaged.
 
     Raises:
         RequestError: If the content is not of that type.
@@ -119,7 +119,7 @@ def convert(content: Any, kind: type[Content], path: Path, way_out: str) -> Cont
 
 
 def _unknown_fields(content: Any, converted: Any) -> str | None:
-    """Name the first key of nested content that has no field in the dataclass that it was converted to."""
+    """Return the first key of nested content that the dataclass it was converted to has no field for."""
     if not dataclasses.is_dataclass(converted):
         return None
     known = {field.name for field in dataclasses.fields(converted)}
@@ -148,7 +148,7 @@ _KINDS = (
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write a file aside, flush it to the disk, and rename it over the old one; if that fails, leave nothing."""
+    """Write a temporary file, flush it to disk, and rename it over the old one; on failure the old one stays."""
     aside = path.with_name(f"{_PARTIAL}{path.name}")
     try:
         with open(aside, "wb") as file:
@@ -163,16 +163,16 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically; floats keep every bit, and NaN is refused."""
+    """Write JSON atomically; floats round-trip exactly, and NaN is refused."""
     write_atomic(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 @contextmanager
 def new_files(*paths: Path) -> Iterator[Path]:
-    """Write several files of one folder in a folder aside, then put them in place in their order.
+    """Write several files of one folder in a temporary folder, then move them into place in order.
 
-    The last one stands for all: the old one goes first and the new one comes last, so that it is never seen among files
-    that are not its own. If writing fails, the old ones stay.
+    The last file marks the set as complete: its old version is removed first and its new version moved last, so it
+    never stands beside files of another set. On failure the old files stay.
     """
     *_, last = paths
     aside = last.with_name(f"{_PARTIAL}files-of-{last.name}")
@@ -187,7 +187,7 @@ def new_files(*paths: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Fill a folder under another name, then put it in place of the old one, whole; if that fails, keep the old one."""
+    """Fill a temporary folder, then replace the old one by it as a whole; on failure the old one stays."""
     aside = path.with_name(f"{_PARTIAL}{path.name}")
     remove_folder(aside)
     aside.mkdir(parents=True)
@@ -208,9 +208,9 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder, if it is there, such that it is never seen half removed under its own name.
+    """Remove a folder, if it exists, so that it never stands half removed under its own name.
 
-    Of a link to a folder only the link is removed: what it leads to may be somebody else's.
+    Of a link to a folder only the link is removed: its target may belong to somebody else.
     """
     if path.is_symlink():
         path.unlink()
@@ -222,7 +222,7 @@ def remove_folder(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what interrupted writes have left directly under a folder."""
+    """Remove temporary files that interrupted writes have left directly in a folder."""
     for leftover in folder.glob(f"{_PARTIAL}*"):
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover)
@@ -231,7 +231,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Give the SHA-256 of a file's content, in hexadecimal."""
+    """Return the SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -240,7 +240,7 @@ def sha256_of(path: Path) -> str:
 
 
 def same_content(path: Path, sha256: str | None, blob_id: str | None) -> bool:
-    """Return whether a file is what the Hub lists: by SHA-256 if it is a large one, else by git's hash."""
+    """Return whether a file is the one that the Hub lists: by SHA-256 for large files, else by git's blob hash."""
     if sha256 is not None:
         return sha256_of(path) == sha256
     data = path.read_bytes()
@@ -265,17 +265,17 @@ def _sync_descriptor(path: Path) -> None:
 
 
 def link_or_copy(source: str, destination: str) -> None:
-    """Make a second name for a file that never changes, or a copy where the file system has no hard links."""
+    """Hard-link a file that never changes, or copy it if the file system has no hard links."""
     if not _where_possible("hard links", lambda: os.link(source, destination)):
         shutil.copyfile(source, destination)
 
 
 _UNSUPPORTED = frozenset((errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EXDEV))
-"""How file systems of other kinds, and shares, say that they cannot do something."""
+"""Error numbers by which file systems and network shares report that they do not support an operation."""
 
 
 def _where_possible(what: str, work: Callable[[], None]) -> bool:
-    """Do what not every file system can; return whether this one can, and warn once if not."""
+    """Run an operation that not every file system supports; return whether it is supported, and warn once if not."""
     try:
         work()
     except OSError as error:
@@ -288,4 +288,4 @@ def _where_possible(what: str, work: Callable[[], None]) -> bool:
 
 @functools.cache
 def _warn_once(what: str, reason: str) -> None:
-    _logger.warning("the file system has no %s (%s); files are written without", what, reason)
+    _logger.warning("the file system does not support %s (%s); files are written without", what, reason)

@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 
 import resnext_hub
-from resnext_hub.errors import RequestError
+from resnext_hub.errors import RequestError, setting
 
 THREADS = 1024
-"""Most computing threads of a process: more than a machine has cores; each takes memory and a place in the kernel."""
+"""Most computing threads of a process: more than a machine has cores, and each takes memory."""
 
 
 def device_type() -> str:
-    """Give the kind of device that training uses: cpu, cuda, mps, …"""
+    """Return the type of the device that training uses: cpu, cuda, mps, …"""
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
         return "cpu"
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -32,13 +32,15 @@ def device_type() -> str:
 
 
 def resolve_precision(asked: str, device: str) -> str:
-    """Turn `auto` into a precision; an explicit one is checked against the device."""
+    """Return the precision for `auto`; an explicit one is checked against the device."""
     if asked == "fp16" and device != "cuda":
-        raise RequestError(f"--mixed-precision fp16 needs a CUDA GPU, and the device is {device}; take bf16 or no")
+        raise RequestError(
+            f"{setting('mixed_precision', 'fp16')} needs a CUDA GPU, and the device is {device}; use bf16 or no"
+        )
     if asked != "auto":
         return asked
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launcher in ("bf16", "fp16"):  # a launcher's `no` cannot be told from its default
+    if launcher in ("bf16", "fp16"):  # a launcher's `no` may be its default
         return resolve_precision(launcher, device)
     if device == "cuda":
         return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "no"
@@ -48,16 +50,16 @@ def resolve_precision(asked: str, device: str) -> str:
 
 
 def _cpu_computes_bf16() -> bool:
-    """Say whether the CPU has matrix instructions for bfloat16."""
+    """Return whether the CPU has matrix instructions for bfloat16."""
     names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(getattr(torch.cpu, name)() for name in names if hasattr(torch.cpu, name))
 
 
 def keep_memory(device: str) -> None:
-    """Let a CPU process keep the memory that it frees, for what it allocates next; the C library of GNU is asked.
+    """Make glibc keep the memory that a CPU process frees, for its next allocations.
 
-    It would give each large tensor's pages back, and fetch them again, cleared, at the next step: a tenth of the time
-    of training. The greatest amount in use stays the same. Other C libraries go on as they do.
+    By default it returns the pages of each large tensor to the kernel and fetches them again, zeroed, in the next step,
+    which takes a tenth of the training time. Peak memory stays the same. Other C libraries are left alone.
     """
     if device == "cpu" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -66,12 +68,12 @@ def keep_memory(device: str) -> None:
 
 
 _M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1
-"""How many blocks may be mapped apart, and how much free memory is given back; -1 is never. From malloc.h."""
+"""Parameters of mallopt (malloc.h): number of separately mapped blocks, and free memory to keep; -1 keeps all."""
 
 
 @contextlib.contextmanager
 def quiet_compilers() -> Iterator[None]:
-    """Keep from the screen what compilers and converters say of their internals, and of a CUDA that is not there."""
+    """Silence what compilers and converters log about their internals and about a missing CUDA."""
     loggers = [logging.getLogger(name) for name in ("nncf", "torch.utils.cpp_extension")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -86,7 +88,7 @@ def quiet_compilers() -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error is that of an allocation that failed, on the CPU or on an accelerator."""
+    """Return whether an error is a failed allocation, on the CPU or on an accelerator."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     if isinstance(error, OSError):
@@ -106,28 +108,28 @@ _ALLOCATION_FAILED = (
     "[enforce fail at alloc_cpu.cpp",
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
-"""What torch and its libraries say then; most of them have no class of their own for it."""
+"""Messages of failed allocations in torch and its libraries, most of which have no error class for them."""
 
 
 def disable_telemetry() -> None:
-    """Keep OpenVINO and NNCF from reporting their use, which they do from the moment that they are imported.
+    """Keep OpenVINO and NNCF from reporting their use, which they start to do on import.
 
-    Both do without the package that reports if it is not there, as after this. A program that has imported it before
-    has made its own choice, which stays.
+    Both work without the package that sends the reports; this makes it look missing. A program that has imported it
+    before has made its own choice, which stays.
     """
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # as Python marks what is not there
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # how Python marks a module as missing
 
 
 def cores() -> int:
-    """Give the number of cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def versions() -> dict[str, str]:
-    """Give the versions of what computes a run."""
+    """Return the versions of the packages that compute a run."""
     packages = ("torch", "timm", "accelerate", "datasets", "numpy", "pillow", "safetensors")
     found = {name: metadata.version(name) for name in packages}
-    with contextlib.suppress(metadata.PackageNotFoundError):  # runs go without it, by another decoder
+    with contextlib.suppress(metadata.PackageNotFoundError):  # it is optional: Pillow decodes then
         found["simplejpeg"] = metadata.version("simplejpeg")
     return {"resnext-hub": resnext_hub.__version__, "python": platform.python_version(), **found}
 
@@ -143,7 +145,7 @@ def source_digest() -> str:
 
 
 def processor_name(device: torch.device) -> str:
-    """Give the product name of the processor or accelerator."""
+    """Return the product name of the processor or accelerator."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -156,7 +158,7 @@ def processor_name(device: torch.device) -> str:
 
 
 def git_commit() -> str | None:
-    """Give the commit of the checkout that this package runs from, if it is one."""
+    """Return the git commit of the checkout that this package runs from, if it is one."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None

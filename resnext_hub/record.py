@@ -1,4 +1,4 @@
-"""Every fact about a run, in one JSON file that training writes and everything after it reads."""
+"""Every fact about a finished run, in one JSON file that training writes and everything after it reads."""
 
 import dataclasses
 import os
@@ -27,26 +27,26 @@ _Count = Annotated[int, Meta(ge=0)]
 _Some = Annotated[int, Meta(ge=1)]
 _Amount = Annotated[float, Meta(ge=0)]
 _Fraction = Annotated[float, Meta(ge=0, le=1.0001)]
-"""0 to 1, and what rounding may add."""
+"""0 to 1, plus rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """The network that was trained."""
+    """The model that was trained."""
 
     requested: str
-    """What was asked for: a name, `hf-hub:…`, or `local-dir:` with the folder's own name."""
+    """The requested model: a name, `hf-hub:…`, or `local-dir:` with the folder's own name."""
     architecture: str
-    """timm architecture that builds the network (needs this package only where stock timm has no such network)."""
+    """timm architecture that builds the model; one of this package only if stock timm has no equivalent."""
     model_args: dict[str, Any]
-    """Arguments that differ from the architecture's own."""
+    """Arguments that differ from the architecture's defaults."""
     needs_plugin: bool
     parameters: _Count
     variant: str | None
-    """Name in this package, and its template such as 32x4d, if the network is of the family."""
+    """Name in this package, and its template such as 32x4d, if it is a variant of the family."""
     template: str | None
     input: dict[str, Any]
-    """input_size, crop_pct, interpolation, mean, std, crop_mode: the evaluation's preprocessing in timm's keys."""
+    """Preprocessing for evaluation in timm's keys: input_size, interpolation, mean, std, crop_pct, crop_mode."""
     weights_sha256: str
 
 
@@ -62,7 +62,7 @@ class BaseModelFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetFacts:
-    """The images."""
+    """The dataset."""
 
     id: str
     hub_id: str | None
@@ -70,9 +70,9 @@ class DatasetFacts:
     fingerprint: str
     train_split: str
     eval_split: str | None
-    """None if the evaluation split was cut from the training split."""
+    """None if the evaluation images were held out of the training split."""
     train_count: _Count | None
-    """None for a stream that does not state it."""
+    """None for a stream of unknown length."""
     eval_count: _Count
     train_counts: list[_Count] | None
     """Images by class; None for a stream."""
@@ -81,7 +81,7 @@ class DatasetFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationFacts:
-    """How the published weights do on the evaluation split."""
+    """Results of the published weights on the evaluation split."""
 
     step: _Count
     epoch: _Amount
@@ -90,18 +90,18 @@ class EvaluationFacts:
     top1: _Fraction
     loss: float
     top5: _Fraction | None
-    """None where there are so few classes that five guesses say little."""
+    """None with too few classes for top-5 accuracy to mean much."""
     macro_f1: _Fraction
     calibration_error: _Fraction
     """Expected calibration error over 15 bins, 0 to 1."""
     batch_size: _Some
-    """Shape of every forward pass; float32 logits depend on it in their last bits."""
+    """Batch size of every forward pass; the last bits of float32 logits depend on it."""
     confusion: list[list[tuple[_Count, _Some]]]
-    """For each true class, the classes predicted and how often; only those that occur."""
+    """For each true class, the predicted classes with their counts; only those that occur."""
 
     @property
     def matrix(self) -> "np.ndarray":
-        """Counts `(classes, classes)` int64: rows are true classes, columns predicted ones."""
+        """Confusion matrix `(classes, classes)` int64: rows are true classes, columns predicted ones."""
         import numpy as np
 
         dense = np.zeros((len(self.confusion), len(self.confusion)), dtype=np.int64)
@@ -112,16 +112,16 @@ class EvaluationFacts:
 
     @property
     def measured(self) -> list[int]:
-        """Number of evaluation images of each class that were read."""
+        """Number of readable evaluation images of each class."""
         return [sum(count for _, count in row) for row in self.confusion]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleFacts:
-    """What the published weights say of one evaluation sample."""
+    """Output of the published weights for one evaluation sample."""
 
     index: _Count
-    """Place in the evaluation split."""
+    """Index in the evaluation split."""
     label: str
     output: list[tuple[str, _Fraction]]
     """The most probable classes with their probabilities, the first one first."""
@@ -129,11 +129,11 @@ class SampleFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class HardwareFacts:
-    """What the run was computed on."""
+    """The machine that the run was computed on."""
 
     device: str
     name: str
-    """Of the processor or accelerator."""
+    """Product name of the processor or accelerator."""
     threads: _Some
     mixed_precision: Literal["no", "bf16", "fp16"]
 
@@ -177,20 +177,20 @@ class RunRecord:
     wall_seconds: _Amount
     resumes: _Count
     skipped_steps: _Count
-    """Steps whose gradients overflowed in fp16, so that the weights were left as they were."""
+    """Steps that the optimizer skipped because fp16 gradients overflowed."""
     decoders: list[str] = field(default_factory=list)
-    """What decoded the images to train on, in the order of use: several if a run was told to go on with another."""
+    """Decoders of the training images, in order of use: several if a run was resumed with another one."""
     unreadable_images: list[UnreadableImage] = field(default_factory=list)
     plots: list[str] = field(default_factory=lambda: list(PLOTS))
-    """Plots of the model folder that could be drawn."""
+    """Plots in the model folder."""
     merged_groups: dict[str, _Some] = field(default_factory=dict)
-    """How many neighbouring groups of a grouped convolution were computed as one in training, by the layer's name."""
+    """Number of neighbouring groups that were computed as one in training, by layer name."""
 
     def __post_init__(self) -> None:
-        """Refuse what contradicts itself, as a damaged file does.
+        """Refuse a record that contradicts itself, as a damaged file does.
 
         Raises:
-            ValueError: If parts do not go together.
+            ValueError: If two parts contradict each other.
         """
         classes, evaluation, dataset = len(self.label_names), self.evaluation, self.dataset
         counts = [sum(count for _, count in row) for row in evaluation.confusion]
@@ -252,14 +252,14 @@ class RunRecord:
         return convert(_upgraded(content, version), cls, path, _WAY_OUT)
 
 
-_WAY_OUT = "remove it, and the command that trained the run writes it anew"
+_WAY_OUT = "remove it, and rerun the training command to write it again"
 
 _CARD_SETTINGS = frozenset({"split_seed", "ema", "streaming", "shuffle_block"})
-"""Settings that a card speaks of."""
+"""Settings that a card mentions."""
 
 
 def sparse_rows(dense: Iterable[Sequence[int]]) -> list[list[tuple[int, int]]]:
-    """Return the entries other than zero of each row of a matrix, as (column, value)."""
+    """Return the nonzero entries of each row of a matrix, as (column, value)."""
     return [[(column, value) for column, value in enumerate(row) if value] for row in dense]
 
 
@@ -285,13 +285,13 @@ def renamed_image(entry: Any) -> Any:
 def _refuse_missing(path: Path) -> NoReturn:
     folder = path.parent
     if not os.path.isdir(folder):
-        raise RequestError(f"there is no folder {printable(folder)}")
+        raise RequestError(f"{printable(folder)} does not exist")
     if os.path.lexists(folder / "config.yaml"):
         raise RequestError(
             f"the run in {printable(folder)} is not finished; rerun its training command, which resumes it"
         )
     hint = f"; did you mean {printable(folder.parent)}?" if os.path.isfile(folder.parent / "record.json") else ""
-    raise RequestError(f"{printable(folder)} holds no record.json: it is not the folder of a run{hint}")
+    raise RequestError(f"{printable(folder)} has no record.json, so it is not a run folder{hint}")
 
 
 def _is_count_of(counts: list[int] | None, classes: int) -> bool:

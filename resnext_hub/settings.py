@@ -1,6 +1,6 @@
-"""Settings by name: what text and YAML mean as a value of a field's type, and the range that a field allows.
+"""Settings by name: text and YAML converted to the type of a field, within the range that the field allows.
 
-Flags and files go through the same functions, so `--lr 1e-3` and `lr: 1e-3` are the same value or the same refusal.
+Flags and files go through the same functions, so `--lr 1e-3` and `lr: 1e-3` are the same value or the same error.
 """
 
 import dataclasses
@@ -18,10 +18,10 @@ from resnext_hub.text import printable
 from resnext_hub.yaml_files import YAML_FLOAT
 
 TEXT_LENGTH = 4096
-"""Longest text that a setting takes, in characters; as long as a path may be."""
+"""Longest text of a setting in characters: as long as a path may be."""
 
 SEEDS = 2**63 - 1
-"""Greatest seed that torch takes."""
+"""Largest seed that torch accepts."""
 
 
 GROWS: Mapping[str, Any] = {"resume": "grows"}
@@ -41,8 +41,8 @@ class Range:
     Args:
         low: Smallest number.
         high: Greatest number.
-        above: Whether `low` itself is left out.
-        below: Whether `high` itself is left out.
+        above: Whether `low` itself is excluded.
+        below: Whether `high` itself is excluded.
     """
 
     low: float
@@ -76,18 +76,18 @@ def is_optional(hint: Any) -> bool:
 
 
 def without_none(hint: Any) -> Any:
-    """Return X of `X | None`, and any other type as it is."""
+    """Return X of `X | None`, and any other type unchanged."""
     return next(part for part in typing.get_args(hint) if part is not type(None)) if is_optional(hint) else hint
 
 
 def shown(value: object) -> str:
-    """Return a value for a message: printable, in one line, and its middle left out where it is long."""
+    """Return a value for a message: printable, in one line, shortened in the middle if it is long."""
     text = printable(value)
     return text if len(text) <= 80 else f"{text[:50]}…{text[-20:]}"
 
 
 def did_you_mean(word: str, known: Iterable[str], aliases: Mapping[str, str] | None = None) -> str:
-    """Return `; did you mean NAME?` for a mistyped word, or nothing if none is close."""
+    """Return `; did you mean NAME?` for a mistyped word, or an empty string if nothing is close."""
     known = list(known)
     if word in known or (aliases and word in aliases):
         close = [word if word in known else (aliases or {})[word]]
@@ -97,7 +97,7 @@ def did_you_mean(word: str, known: Iterable[str], aliases: Mapping[str, str] | N
 
 
 def check_value(name: str, value: Any, hint: Any) -> Any:
-    """Return a value as a field's type has it: text is parsed, whole numbers become floats, lists tuples.
+    """Return a value converted to a field's type: text is parsed, integers become floats, lists become tuples.
 
     Raises:
         RequestError: If the value is of another type, or outside the type's `Range`.
@@ -126,12 +126,12 @@ def check_value(name: str, value: Any, hint: Any) -> Any:
 
 
 def is_count(text: str, most: int) -> bool:
-    """Return whether text is a whole number from 1 to a limit."""
+    """Return whether text is an integer from 1 to a limit."""
     return re.fullmatch(r"0*[1-9][0-9]{0,17}", text, re.ASCII) is not None and int(text) <= most
 
 
 def check_fields(settings: object) -> None:
-    """Raise a RequestError if a field of a dataclass is outside the range that its type states."""
+    """Raise a RequestError if a field of a dataclass is outside the range of its type."""
     for name, hint in _hints(type(settings)).items():  # type: ignore[arg-type] # a type is hashable
         value = getattr(settings, name)
         for number in value if isinstance(value, tuple) else (value,):
@@ -142,7 +142,7 @@ def check_fields(settings: object) -> None:
 _WHOLE = r"[-+]?(?:0|[1-9][0-9]{0,99})"
 
 _EXACT = 2.0**53
-"""Up to here every whole number is a float."""
+"""Every integer up to here is exact as a float."""
 
 
 def _parse_whole(value: Any) -> int | None:
@@ -209,7 +209,7 @@ def _plain(hint: Any) -> tuple[Any, Range | None]:
 
 
 def _range_of(hint: Any) -> Range | None:
-    """Return the range within a type: its own, that of the part that is not None, or that of a tuple's elements."""
+    """Return the range in a type: its own, that of the part that is not None, or that of the elements of a tuple."""
     kind, bounds = _plain(hint)
     if bounds is None and (is_optional(kind) or typing.get_origin(kind) is tuple):
         return next(filter(None, map(_range_of, typing.get_args(kind))), None)

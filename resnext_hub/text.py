@@ -1,7 +1,7 @@
-"""Text that comes from data (names of files, classes and datasets), made safe for the place where it is shown.
+"""Text that comes from data (names of files, classes and datasets), escaped for the place where it is shown.
 
-Every name passes one of these functions at the border where it leaves the program: `printable` for terminals, logs and
-errors, the others for Markdown, HTML, plots and Python.
+Every such name passes one of these functions before it leaves the program: `printable` for terminals, logs and errors,
+the others for Markdown, HTML, plots and Python.
 """
 
 import html
@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Iterable
 
 _JOINERS = "\u200c\u200d"
-"""Format characters that spell words in Persian and in Indic scripts, and emoji; they move nothing on the screen."""
+"""Format characters that Persian, Indic scripts and emoji need; they cannot move text on the screen."""
 
 
 def printable(text: object) -> str:
@@ -22,14 +22,14 @@ def printable(text: object) -> str:
 
 
 def markdown(text: object) -> str:
-    """Return text that Markdown shows as it is: no emphasis, link, image, HTML, cell or mathematics."""
+    """Return text that Markdown renders literally: no emphasis, link, image, HTML, table cell or mathematics."""
     escaped = html.escape(printable(text), quote=False)
     escaped = re.sub(r"([\\`*_\[\]|~$#!])", r"\\\1", escaped)
     return escaped.replace("://", "&#58;//").replace("www.", "www&#46;")  # which would become links
 
 
 def code_span(text: object) -> str:
-    """Return text as inline code in Markdown, outside tables; back-ticks in the text do not end it."""
+    """Return text as inline code in Markdown, outside tables; backticks in the text do not end it."""
     safe = printable(text)
     fence = "`" * (max((len(run) for run in re.findall(r"`+", safe)), default=0) + 1)
     pad = " " if safe.startswith("`") or safe.endswith("`") or not safe.strip() else ""
@@ -37,29 +37,29 @@ def code_span(text: object) -> str:
 
 
 def plot_text(text: object) -> str:
-    """Return text that matplotlib draws as it is; between two dollar signs it would parse mathematics."""
+    """Return text that matplotlib draws literally; between two dollar signs it would parse mathematics."""
     return printable(text).replace("$", r"\$")
 
 
 def python_string(text: str) -> str:
-    """Return the Python string literal, in double quotes, that stands for text; it is printable itself."""
+    """Return a printable Python string literal, in double quotes, for text."""
     return '"' + "".join(f"\\{char}" if char in '"\\' else _for_python(char) for char in text) + '"'
 
 
 def listing(names: Iterable[object], most: int = 12) -> str:
-    """Return names in one printable line, at most so many of them."""
+    """Return at most `most` names in one printable line, and how many more there are."""
     names = list(names)
     return ", ".join(map(printable, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def is_printable(text: str) -> bool:
-    """Return whether text holds none of the characters that `printable` escapes."""
+    """Return whether text has none of the characters that `printable` escapes."""
     return not any(map(_is_unsafe, text))
 
 
 def _is_unsafe(character: str) -> bool:
     category = unicodedata.category(character)
-    if category == "Cn":  # unknown to this Python, though perhaps a letter to the next one; some never will be
+    if category == "Cn":  # unassigned in this Python, but perhaps a letter in a later one; noncharacters never are
         return 0xFDD0 <= ord(character) <= 0xFDEF or ord(character) & 0xFFFE == 0xFFFE
     return (category[0] == "C" and character not in _JOINERS) or category in ("Zl", "Zp")
 

@@ -1,4 +1,4 @@
-"""Plain YAML: a mapping from names to values, without the parts of YAML that a hostile file could abuse."""
+"""Plain YAML: a mapping from names to values, without the features that a hostile file could abuse."""
 
 import functools
 import re
@@ -10,17 +10,17 @@ from resnext_hub.files import read_regular
 from resnext_hub.text import printable
 
 YAML_BYTES = 1 << 16
-"""Size in bytes above which a YAML file is refused; settings have some kilobytes, and PyYAML reads 50 kB/s."""
+"""Largest YAML file in bytes; settings have a few kilobytes, and PyYAML reads 50 kB/s."""
 
 YAML_FLOAT = r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?"
-"""A number that is not whole by its form. YAML 1.1, which PyYAML reads, has `1e-3` as text and `1:30` as 90."""
+"""Pattern of floats in YAML 1.2; PyYAML follows YAML 1.1, where `1e-3` is text and `1:30` is 90."""
 
 
 def read_yaml(path: Path, way_out: str) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping from names to plain values, such as text, numbers and lists.
+    """Read a YAML file with a mapping from names to plain values: text, numbers, booleans, null and lists.
 
     Raises:
-        RequestError: If it is no regular file, cannot be read, or holds anything else.
+        RequestError: If it is not a regular file, cannot be read, or has other content.
     """
     try:
         return parse_yaml(read_regular(path, YAML_BYTES).decode("utf-8-sig"))
@@ -33,19 +33,19 @@ def read_yaml(path: Path, way_out: str) -> dict[str, Any]:
 
 
 def parse_yaml(text: str) -> dict[str, Any]:
-    """Return the mapping that YAML text holds; an empty text holds an empty one.
+    """Parse YAML text to a mapping; empty text is an empty mapping.
 
-    Tags, aliases (which can grow without bound) and repeated names are refused. Scalars are those of YAML 1.2: `1e-3`
-    is a number; `no`, `010`, `1_000`, `1:30` and dates are text.
+    Tags, aliases (which can expand without bound) and repeated names are refused. Scalars follow YAML 1.2: `1e-3` is a
+    number; `no`, `010`, `1_000`, `1:30` and dates are text.
 
     Raises:
-        ValueError: If it holds anything but a mapping from names to plain values.
+        ValueError: If it is anything but a mapping from names to plain values.
     """
     import yaml
 
     try:
         content = yaml.load(text, Loader=_plain_loader())
-    except yaml.error.MarkedYAMLError as error:  # it would quote the line in several of its own
+    except yaml.error.MarkedYAMLError as error:  # its own message has several lines
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise ValueError(f"{line}{printable(error.problem or error.context)}") from error
     except (yaml.YAMLError, ValueError) as error:
@@ -58,10 +58,10 @@ def parse_yaml(text: str) -> dict[str, Any]:
 
 
 def yaml_fields(text: str) -> dict[str, str]:
-    """Return the text of each field of a YAML mapping, with its comments, as whole lines.
+    """Return the source text of each field of a YAML mapping, with its comments, as whole lines.
 
     Raises:
-        ValueError: If it is no mapping as `parse_yaml` reads them, or not in block style.
+        ValueError: If it is not a mapping that `parse_yaml` accepts, or not in block style.
     """
     import yaml
 
@@ -78,7 +78,7 @@ def yaml_fields(text: str) -> dict[str, str]:
 
 @functools.cache
 def _plain_loader() -> type:
-    """Return a loader of YAML without tags, aliases and repeated names."""
+    """Return a YAML loader that refuses tags, aliases and repeated names."""
     import yaml
     from yaml.error import MarkedYAMLError
 
@@ -86,13 +86,13 @@ def _plain_loader() -> type:
         depth = 0
 
         def compose_node(self, parent: Any, index: Any) -> Any:
-            """Refuse aliases and tags, with which a short file could take all memory or name code."""
+            """Refuse aliases and tags: a short file could fill the memory with them, or name code."""
             event: Any = self.peek_event()  # type: ignore[no-untyped-call]
             start: Any = event.start_mark
             if event.__class__ is yaml.AliasEvent:
-                raise MarkedYAMLError(problem="aliases are not read", problem_mark=start)
+                raise MarkedYAMLError(problem="aliases are not supported", problem_mark=start)
             if getattr(event, "tag", None) is not None:
-                raise MarkedYAMLError(problem=f"the tag {event.tag} is not read", problem_mark=start)
+                raise MarkedYAMLError(problem=f"the tag {event.tag} is not supported", problem_mark=start)
             self.depth += 1
             if self.depth > 8:
                 raise MarkedYAMLError(problem="nested too deeply", problem_mark=start)
@@ -101,11 +101,11 @@ def _plain_loader() -> type:
             return node
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            """Refuse a name that is given twice, of which PyYAML would take the last."""
+            """Refuse repeated names, of which PyYAML would take the last."""
             start: Any = node.start_mark
             content = super().construct_mapping(node, deep)
             if len(content) < len(node.value):
-                raise MarkedYAMLError(problem="a name is given twice", problem_mark=start)
+                raise MarkedYAMLError(problem="a name occurs twice", problem_mark=start)
             return content
 
     PlainLoader.yaml_implicit_resolvers = {}

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from support import warm_start
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -52,7 +53,7 @@ class Training:
         """Type the command; it gets a process group of its own, as a shell gives it."""
         environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
         with open(self.errors, "ab") as errors:
-            return subprocess.Popen(
+            return warm_start.Popen(
                 self.command,
                 cwd=ROOT,
                 env=environment,

@@ -30,8 +30,7 @@ COMMANDS: dict[str, tuple[int, tuple[str, ...]]] = {
     "quickstart": (1, ("--max-steps", "40", "--checkpoint-every", "20")),
     "folder": (
         1,
-        (*SMALL, *("--recipe", "finetune", "--no-pretrained", "--dataset", "DATA/folder", "--mixup", "0.2")),
-        +("--auto-augment", "rand-m7-mstd0.5", "--ema", "0.99"),
+        (*SMALL, "--recipe", "finetune", "--no-pretrained", "--dataset", "DATA/folder", *AUGMENTED),
     ),
     "two-processes": (2, SMALL),
     "stream": (1, (*SMALL, "--dataset", "DATA/parquet", "--streaming", "--shuffle-block", "200")),

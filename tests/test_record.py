@@ -49,7 +49,7 @@ def test_a_damaged_record_is_refused_with_its_name_and_the_way_out(folder: Path,
     else:
         path.write_bytes(DAMAGES[damage](path.read_bytes()))
     said = refusal(lambda: RunRecord.load(path), str(path))
-    assert said.endswith("remove it, and the command that trained the run writes it anew")
+    assert said.endswith("remove it, and rerun the training command to write it again")
 
 
 def changed(content: dict[str, Any], where: str, value: Any) -> dict[str, Any]:

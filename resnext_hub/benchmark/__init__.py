@@ -1,1 +1,1 @@
-"""How fast this is beside its peers: the same work by turns, on the machine at hand, each with its error."""
+"""Benchmarks: throughput against baselines that do the same work on the same machine, each with its error."""

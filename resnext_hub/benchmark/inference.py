@@ -1,4 +1,4 @@
-"""A network's forward pass, beside its peers: float32 images in, float32 logits out, the same for all."""
+"""Throughput of a model's forward pass against baselines: every entry maps float32 images to float32 logits."""
 
 import contextlib
 import logging
@@ -12,141 +12,146 @@ import timm
 import torch
 from torch import nn
 
-from resnext_hub.benchmark.contest import (
-    Contender,
-    Contest,
-    equal_in_flops,
-    hold_contest,
+from resnext_hub.benchmark.comparison import (
+    Comparison,
+    Entry,
+    compare,
+    equal_flops_model,
     images_per_second,
-    in_its_own_process,
+    in_own_process,
 )
 from resnext_hub.data.transforms import IMAGE_SIZE
-from resnext_hub.errors import RequestError
+from resnext_hub.errors import RequestError, setting
 from resnext_hub.inference.optimize import compile_frozen, optimize
 from resnext_hub.machine import device_type, resolve_precision
 from resnext_hub.settings import Range, check_fields
 
 _logger = logging.getLogger(__name__)
 
-Network = Callable[[torch.Tensor], torch.Tensor]
+Forward = Callable[[torch.Tensor], torch.Tensor]
 
 PASSES = 3
-"""Batches that a contender computes in a round."""
+"""Forward passes per round."""
 
 TWINS = {"resnext_g32": "resnext50_32x4d", "resnext101_g32_w8": "resnext101_32x8d", "resnet50": "resnet50"}
-"""torchvision's own networks, by timm's names of the same."""
+"""torchvision's names of models, by our or timm's name of the same architecture."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is measured."""
+    """Settings of the inference benchmark."""
 
     model: str = "resnext_g32"
-    """A name that timm knows; its weights are drawn from a seed, as no speed depends on them."""
+    """timm model name; its weights are seeded and random, since throughput does not depend on them."""
     equal_flops: str | None = None
-    """A network without groups, compiled beside it; if not given, one with about as many FLOPs, where there is one."""
+    """A model without grouped convolutions to compile and measure too (default: one of about equal FLOPs, if any)."""
     image_size: Annotated[int, Range(1, IMAGE_SIZE)] = 224
-    """Height and width of the images in pixels."""
+    """Height and width of the images, in pixels."""
     batch_size: Annotated[int, Range(1, 1 << 20)] = 16
-    """Images computed at once."""
+    """Images per forward pass."""
 
     def __post_init__(self) -> None:
         check_fields(self)
         for name in filter(None, (self.model, self.equal_flops)):
             if name.partition(".")[0] not in timm.list_models():
-                raise RequestError(f"{name}: timm knows no such network")
+                raise RequestError(f"{name} is not a model of timm; `timm.list_models()` lists them")
 
 
-def measure(settings: Settings, rounds: int) -> Contest:
-    """Let all contenders compute the same images by turns, each in a process of its own.
+def measure(settings: Settings, rounds: int) -> Comparison:
+    """Measure all entries on the same images, each in its own process.
 
     Raises:
-        RequestError: If the network does not take such images.
+        RequestError: If the model does not take images of that size.
     """
     device = torch.device(device_type())
-    settings = replace(settings, equal_flops=settings.equal_flops or equal_in_flops(settings.model))
+    settings = replace(settings, equal_flops=settings.equal_flops or equal_flops_model(settings.model))
     with contextlib.ExitStack() as stack:
-        found = []
-        for title in _entries(settings, device.type):
-            found.append(stack.enter_context(in_its_own_process(title, build_contender, settings, title)))
+        entries = []
+        for title in _candidates(settings, device.type):
+            entries.append(stack.enter_context(in_own_process(title, build_entry, settings, title)))
             _logger.info("ready: %s", title)
         notes = (
-            "Error: norm of the difference from timm's float32 logits over the norm of those, on "
+            "Error: norm of the difference from timm's float32 logits, relative to their norm, on "
             f"{settings.batch_size} images of noise"
-            + (f". {settings.equal_flops} is another network, so it has none" if settings.equal_flops else "")
-            + ". Each computes in a process of its own.",
+            + (f"; none for {settings.equal_flops}, which is another model" if settings.equal_flops else "")
+            + ". Each entry runs in its own process.",
         )
-        return hold_contest("inference", vars(settings), found, rounds, device, notes)
+        return compare("inference", vars(settings), entries, rounds, device, notes)
 
 
-def build_contender(settings: Settings, title: str) -> Contender:
-    """Build one of the contenders.
+def build_entry(settings: Settings, title: str) -> Entry:
+    """Build the entry with a title, in the process that measures it.
 
     Raises:
-        RequestError: If the network does not take such images.
+        RequestError: If the model does not take images of that size.
     """
     device = torch.device(device_type())
     torch.backends.cudnn.benchmark = True
-    entry = _entries(settings, device.type)[title]
-    model = drawn_network(settings.model).to(device)
+    candidate = _candidates(settings, device.type)[title]
+    model = seeded_model(settings.model).to(device)
     shape = (settings.batch_size, 3, settings.image_size, settings.image_size)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device)
     with torch.no_grad():
         try:
             expected = model(images)
         except (RuntimeError, AssertionError) as error:
-            raise RequestError(f"--model {settings.model} does not take --image-size {settings.image_size}") from error
-    return _contender(title, entry.build(model, images), images, None if entry.another else expected, entry.ours)
+            raise RequestError(
+                f"{settings.model} does not take {setting('image_size', settings.image_size)}; use a larger size"
+            ) from error
+    reference = None if candidate.other_model else expected
+    return _entry(title, candidate.build(model, images), images, reference, candidate.ours)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Entry:
-    build: Callable[[nn.Module, torch.Tensor], Network]
-    """Gives what computes images as a network, in float32 in evaluation mode, does."""
+class _Candidate:
+    build: Callable[[nn.Module, torch.Tensor], Forward]
+    """Returns the forward pass to measure, for a float32 model in evaluation mode and example images."""
     ours: bool = False
-    another: bool = False
-    """Whether it computes another network than the one that it is given."""
+    other_model: bool = False
+    """Whether it ignores the model and runs another one."""
 
 
-def _entries(settings: Settings, device: str) -> dict[str, _Entry]:
-    """Give what can take part on a kind of device, with what is installed."""
+def _candidates(settings: Settings, device: str) -> dict[str, _Candidate]:
+    """Return the candidates for a device type that the installed packages support, by title."""
     low = torch.bfloat16 if resolve_precision("auto", device) == "bf16" else torch.float32
     name = str(low).removeprefix("torch.")
     openvino = device == "cpu" and find_spec("openvino") and find_spec("nncf")
     frozen = partial(_frozen, dtype=low)
 
-    def other(model: nn.Module, images: torch.Tensor) -> Network:
+    def other(model: nn.Module, images: torch.Tensor) -> Forward:
         assert settings.equal_flops is not None
-        return frozen(drawn_network(settings.equal_flops).to(images.device), images)
+        return frozen(seeded_model(settings.equal_flops).to(images.device), images)
 
-    entries = {
-        "timm, as it comes (eager, float32)": _Entry(build=lambda model, images: model),
-        f"timm, eager, {name}, channels last": _Entry(build=partial(_cast, dtype=low)),
-        f"timm, torch.compile and freezing, {name}, channels last": _Entry(build=frozen),
+    candidates = {
+        "timm, eager, float32": _Candidate(build=lambda model, images: model),
+        f"timm, eager, {name}, channels last": _Candidate(build=partial(_cast, dtype=low)),
+        f"timm, torch.compile with freezing, {name}, channels last": _Candidate(build=frozen),
     }
     if settings.equal_flops is not None:
-        entries[f"{settings.equal_flops}, the same"] = _Entry(build=other, another=True)
+        candidates[f"{settings.equal_flops}, torch.compile with freezing, {name}, channels last"] = _Candidate(
+            build=other, other_model=True
+        )
     if settings.model in TWINS and find_spec("torchvision"):
         twin = partial(_torchvision_twin, TWINS[settings.model])
-        entries["torchvision, as it comes (eager, float32)"] = _Entry(build=twin)
+        candidates["torchvision, eager, float32"] = _Candidate(build=twin)
     if device == "cpu" and find_spec("onnxruntime") and find_spec("onnxscript"):
-        entries["ONNX Runtime, float32"] = _Entry(build=_onnxruntime)
+        candidates["ONNX Runtime, float32"] = _Candidate(build=_onnxruntime)
     if openvino:
-        entries[f"OpenVINO, {name}"] = _Entry(build=partial(_openvino, dtype=low, int8=False))
-        entries["OpenVINO, int8 (NNCF)"] = _Entry(build=partial(_openvino, dtype=low, int8=True))
-    entries[f"resnext_hub.optimize, {name}"] = _Entry(build=partial(_optimized, dtype=low), ours=True)
+        candidates[f"OpenVINO, {name}"] = _Candidate(build=partial(_openvino, dtype=low, int8=False))
+        candidates["OpenVINO, int8 (NNCF)"] = _Candidate(build=partial(_openvino, dtype=low, int8=True))
+    candidates[f"resnext_hub.optimize, {name}"] = _Candidate(build=partial(_optimized, dtype=low), ours=True)
     if openvino:
-        entries[f"resnext_hub.optimize, OpenVINO, {name}"] = _Entry(
+        candidates[f"resnext_hub.optimize, OpenVINO, {name}"] = _Candidate(
             build=partial(_optimized, dtype=low, engine="openvino"), ours=True
         )
-        entries["resnext_hub.optimize, OpenVINO, int8"] = _Entry(
+        candidates["resnext_hub.optimize, OpenVINO, int8"] = _Candidate(
             build=partial(_optimized, dtype=low, engine="openvino", int8=True), ours=True
         )
-    return entries
+    return candidates
 
 
-def drawn_network(name: str) -> nn.Module:
-    """Build a network with weights from a seed, in which every branch counts: fresh ones have branches of zeros."""
+def seeded_model(name: str) -> nn.Module:
+    """Build a model with seeded random weights and batch norms, since a fresh one has zero-initialized branches."""
     torch.manual_seed(0)
     model = timm.create_model(name)
     for module in model.modules():
@@ -161,17 +166,15 @@ def drawn_network(name: str) -> nn.Module:
     return model
 
 
-def _contender(
-    title: str, network: Network, images: torch.Tensor, expected: torch.Tensor | None, ours: bool
-) -> Contender:
+def _entry(title: str, forward: Forward, images: torch.Tensor, expected: torch.Tensor | None, ours: bool) -> Entry:
     device = images.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with torch.no_grad():
-        found = network(images).float()
+        logits = forward(images).float()
     facts = []
     if expected is not None:
-        facts.append(f"error {float((found - expected).norm() / expected.norm()):.1e}")
+        facts.append(f"error {float((logits - expected).norm() / expected.norm()):.1e}")
     if device.type == "cuda":
         facts.append(f"peak {torch.cuda.max_memory_allocated(device) / 2**20:.0f} MiB")
 
@@ -179,28 +182,28 @@ def _contender(
         def work(passes: int = PASSES) -> None:
             with torch.no_grad():
                 for _ in range(passes):
-                    network(images)
+                    forward(images)
 
-        work(1)  # the one before has left caches and its threads in a state of its own
+        work(1)  # warmup: the entry before used the caches and threads
         return images_per_second(work, PASSES * len(images), device)
 
-    return Contender(name=title, run=run, quality=", ".join(facts), ours=ours)
+    return Entry(name=title, run=run, quality=", ".join(facts), ours=ours)
 
 
-def _cast(network: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> Network:
-    network = network.to(dtype).to(memory_format=torch.channels_last)
-    return lambda images: network(images.to(dtype, memory_format=torch.channels_last)).float()
+def _cast(model: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> Forward:
+    model = model.to(dtype).to(memory_format=torch.channels_last)
+    return lambda images: model(images.to(dtype, memory_format=torch.channels_last)).float()
 
 
-def _frozen(network: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> Network:
-    network = network.to(dtype).to(memory_format=torch.channels_last)
+def _frozen(model: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> Forward:
+    model = model.to(dtype).to(memory_format=torch.channels_last)
     with torch.no_grad():
-        compiled, _ = compile_frozen(network, images.to(dtype, memory_format=torch.channels_last))
+        compiled, _ = compile_frozen(model, images.to(dtype, memory_format=torch.channels_last))
     return lambda images: compiled(images.to(dtype, memory_format=torch.channels_last)).float()
 
 
-def _torchvision_twin(name: str, model: nn.Module, images: torch.Tensor) -> Network:
-    """Give torchvision's own network with the same weights."""
+def _torchvision_twin(name: str, model: nn.Module, images: torch.Tensor) -> Forward:
+    """Return torchvision's own model with the same weights."""
     import torchvision
 
     twin: nn.Module = torchvision.models.get_model(name)
@@ -208,14 +211,14 @@ def _torchvision_twin(name: str, model: nn.Module, images: torch.Tensor) -> Netw
     return twin.eval().requires_grad_(False).to(images.device)
 
 
-def _openvino(model: nn.Module, images: torch.Tensor, dtype: torch.dtype, int8: bool) -> Network:
-    """Give OpenVINO with the network as it is."""
-    from resnext_hub.kernels.openvino import OpenVinoNetwork, convert
+def _openvino(model: nn.Module, images: torch.Tensor, dtype: torch.dtype, int8: bool) -> Forward:
+    """Return the unmodified model, compiled by OpenVINO."""
+    from resnext_hub.kernels.openvino import OpenVinoModel, convert
 
-    return OpenVinoNetwork(convert(model, images, images if int8 else None), dtype)
+    return OpenVinoModel(convert(model, images, images if int8 else None), dtype)
 
 
-def _onnxruntime(model: nn.Module, images: torch.Tensor) -> Network:
+def _onnxruntime(model: nn.Module, images: torch.Tensor) -> Forward:
     import onnxruntime
 
     program = torch.onnx.export(model, (images,), dynamo=True, input_names=["images"], verbose=False)
@@ -234,5 +237,5 @@ def _optimized(
     dtype: torch.dtype,
     engine: Literal["torch", "openvino"] = "torch",
     int8: bool = False,
-) -> Network:
+) -> Forward:
     return optimize(model, images, dtype=dtype, engine=engine, calibration=images if int8 else None)

@@ -1,4 +1,4 @@
-"""Images from encoded bytes to training batches, beside their peers."""
+"""Throughput of data loading, from encoded images to training batches, against a baseline."""
 
 import dataclasses
 import io
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from resnext_hub.benchmark.contest import Contender, Contest, hold_contest
+from resnext_hub.benchmark.comparison import Comparison, Entry, compare
 from resnext_hub.data.augment import Augmentation
 from resnext_hub.data.batches import read_batches
 from resnext_hub.data.decode import UnreadableImageError, decode, read_bytes
@@ -23,7 +23,7 @@ from resnext_hub.data.jpeg import is_installed
 from resnext_hub.data.loaders import WORKERS, StepSampler, TrainingSamples, build_train_loader, seed_sample
 from resnext_hub.data.sources import list_images
 from resnext_hub.data.transforms import IMAGE_SIZE, TransformConfig, normalize
-from resnext_hub.errors import RequestError
+from resnext_hub.errors import RequestError, setting
 from resnext_hub.models.input_config import InputConfig
 from resnext_hub.settings import Range, check_fields
 
@@ -33,43 +33,45 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 SIZES = {"500x375": (500, 375), "12mp": (4000, 3000)}
-"""Width and height of the images by the name of their size."""
+"""Width and height of the images, by name of the size."""
 
 COUNTS = {"500x375": (96, 768), "12mp": (8, 32)}
-"""How many of them there are, and how many are read in a round."""
+"""Number of distinct images, and number of images read per round."""
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 DRAWS = 4
-"""Random crops of each image by which pixels are compared."""
+"""Random crops per image on which pixels are compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is measured."""
+    """Settings of the data-loading benchmark."""
 
     image_size: Annotated[int, Range(1, IMAGE_SIZE)] = 224
-    """Height and width of the network's input in pixels."""
+    """Height and width of the model's input, in pixels."""
     workers: Annotated[int, Range(0, WORKERS)] = 1
-    """Reading processes."""
+    """Data-loading workers."""
     batch_size: Annotated[int, Range(1, 1 << 20)] = 16
-    """Images of a batch."""
+    """Images per batch."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
-    """Interpolation of resizing; bicubic is that of resnext_g32."""
+    """Interpolation for resizing; resnext_g32 uses bicubic."""
     photo_size: Literal["500x375", "12mp"] = "500x375"
-    """Size of the images: as in ImageNet, or of a telephone's camera; made of scikit-learn's two photographs."""
+    """Size of the images, typical of ImageNet or a phone camera; they are crops of scikit-learn's two sample photos."""
     images: str | None = None
-    """A folder of images of one's own, in place of those; what cannot be read is left out."""
+    """A folder of images to use instead; unreadable images are skipped."""
 
     def __post_init__(self) -> None:
         check_fields(self)
 
 
-def measure(settings: Settings, rounds: int) -> Contest:
-    """Let all contenders do the work by turns.
+def measure(settings: Settings, rounds: int) -> Comparison:
+    """Measure all entries.
 
-    This process computes on one thread: it normalises our batches, and threads of its own would take the cores of the
-    readers.
+    This process uses one thread: it normalizes our batches, and more threads would compete with the workers for cores.
+
+    Raises:
+        RequestError: If the folder has no readable images.
     """
     torch.set_num_threads(1)
     stored, count = _stored_images(settings)
@@ -86,7 +88,7 @@ def measure(settings: Settings, rounds: int) -> Contest:
     transform = _timm_transform(input)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
 
-    def ours(decoder: str) -> Contender:
+    def ours(decoder: str) -> Entry:
         augment = Augmentation(TransformConfig(), input, decoder)
 
         def batches() -> Iterable[torch.Tensor]:
@@ -96,77 +98,77 @@ def measure(settings: Settings, rounds: int) -> Contest:
         def pixels(row: dict[str, Any]) -> torch.Tensor:
             return normalize(augment(row).image[None], mean, std)[0]
 
-        return Contender(
+        return Entry(
             name=f"resnext-hub, {decoder}",
             run=lambda: _rate(batches(), settings.batch_size),
             quality=_compare(stored, pixels, lambda row: _reference(row, transform), std),
             ours=True,
         )
 
-    peer = Contender(
+    baseline = Entry(
         name="datasets, PIL, timm's transform",
-        run=lambda: _rate(_peer_batches(settings, rows, transform), settings.batch_size),
-        quality="the reference",
+        run=lambda: _rate(_baseline_batches(settings, rows, transform), settings.batch_size),
+        quality="reference",
     )
     decoders = ["simplejpeg", "pil"] if is_installed() else ["pil"]
     megabytes = sum(map(len, stored)) / len(stored) / 1e6
-    return hold_contest(
+    return compare(
         "loader",
         dataclasses.asdict(settings),
-        [*map(ours, decoders), peer],
+        [*map(ours, decoders), baseline],
         rounds,
         torch.device("cpu"),
-        notes=(f"{len(stored)} images of {megabytes:.2f} MB on average, {count} read a round.",),
+        notes=(f"{len(stored)} images of {megabytes:.2f} MB on average, {count} read per round.",),
     )
 
 
 def _stored_images(settings: Settings) -> tuple[list[bytes], int]:
-    """Give images as they are stored, and how many to read in a round."""
+    """Return encoded images, and the number of images to read per round."""
     if settings.images is None:
         number, count = COUNTS[settings.photo_size]
         return _photographs(SIZES[settings.photo_size], number), count
     folder = Path(settings.images)
     paths = list_images(folder) if folder.is_dir() else []
     if not paths:
-        raise RequestError(f"--images {folder}: expected a folder with images")
+        raise RequestError(f"{setting('images', folder)}: expected a folder with images")
     stored = []
     for path in paths:
         try:
             data = read_bytes({"bytes": None, "path": path})
             decode({"bytes": data, "path": None})
         except UnreadableImageError as error:
-            _logger.warning("%s is left out, as it cannot be read: %s", path, error)
+            _logger.warning("skipping unreadable image %s: %s", path, error)
         else:
             stored.append(data)
     if not stored:
-        raise RequestError(f"--images {folder}: none of its {len(paths)} images can be read")
+        raise RequestError(f"{setting('images', folder)}: all {len(paths)} images are unreadable")
     with Image.open(io.BytesIO(stored[0])) as first:
         return stored, COUNTS["12mp" if first.width * first.height > 2e6 else "500x375"][1]
 
 
 def _photographs(size: tuple[int, int], number: int) -> list[bytes]:
-    """Cut parts out of two photographs, enlarge them, and store them as JPEG of several qualities."""
+    """Return JPEGs of varying quality: random crops of two photos, enlarged to `size`."""
     from sklearn.datasets import load_sample_images
 
     rng = np.random.default_rng(0)
-    originals = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    photos = [Image.fromarray(pixels) for pixels in load_sample_images().images]
     stored = []
     for index in range(number):
-        whole = originals[index % len(originals)]
+        photo = photos[index % len(photos)]
         width, height = 500, 375
-        left, top = (int(rng.integers(0, room + 1)) for room in (whole.width - width, whole.height - height))
-        part = whole.crop((left, top, left + width, top + height)).resize(size, Image.Resampling.LANCZOS)
-        if size != (width, height):  # what is enlarged is smoother than a camera's image, and cheaper to decode
+        left, top = (int(rng.integers(0, room + 1)) for room in (photo.width - width, photo.height - height))
+        crop = photo.crop((left, top, left + width, top + height)).resize(size, Image.Resampling.LANCZOS)
+        if size != (width, height):  # an enlarged crop is smoother, and so faster to decode, than a camera image
             grain = rng.integers(-4, 5, (size[1], size[0], 1), dtype=np.int16)
-            part = Image.fromarray(np.clip(np.asarray(part) + grain, 0, 255).astype(np.uint8))
+            crop = Image.fromarray(np.clip(np.asarray(crop) + grain, 0, 255).astype(np.uint8))
         buffer = io.BytesIO()
-        part.save(buffer, "JPEG", quality=int(rng.integers(80, 96)))
+        crop.save(buffer, "JPEG", quality=int(rng.integers(80, 96)))
         stored.append(buffer.getvalue())
     return stored
 
 
 def _table(stored: list[bytes], count: int) -> "datasets.Dataset":
-    """Give an Arrow table of at least `count` rows."""
+    """Return the images, repeated to at least `count` rows, as a dataset in memory."""
     import datasets
 
     repeated = [{"bytes": stored[i % len(stored)], "path": None} for i in range(max(count, len(stored)))]
@@ -197,7 +199,7 @@ def _our_loader(settings: Settings, rows: "datasets.Dataset", augment: Augmentat
     return build_train_loader(TrainingSamples(images, augment, 0), sampler, settings.workers)
 
 
-def _peer_batches(
+def _baseline_batches(
     settings: Settings, rows: "datasets.Dataset", transform: Callable[[Image.Image], torch.Tensor]
 ) -> Iterable[torch.Tensor]:
     def transformed(batch: dict[str, list[Image.Image]]) -> dict[str, list[torch.Tensor]]:
@@ -219,7 +221,7 @@ def _steps(settings: Settings, count: int) -> int:
 
 
 def _rate(batches: Iterable[torch.Tensor], batch_size: int) -> float:
-    """Give images per second from the first batch on, so that the start of the readers does not count."""
+    """Return images/s counted from the first batch, which excludes the startup of the workers."""
     steps, begin = -1, 0.0
     for steps, _ in enumerate(batches):  # noqa: B007 - the last one counts them
         begin = begin or time.perf_counter()
@@ -237,17 +239,17 @@ def _compare(
     reference: Callable[[dict[str, Any]], torch.Tensor],
     std: torch.Tensor,
 ) -> str:
-    """Say how far pixels are from the reference's for the same random numbers, in steps of 1/255."""
+    """Return a phrase for the error of pixels with the same random crops, in steps of 1/255."""
     means, greatest = [], 0.0
     for index, data in enumerate(stored[:16]):
         for draw in range(DRAWS):
-            found = []
-            for make in (pixels, reference):
+            results = []
+            for load in (pixels, reference):
                 seed_sample(0, draw, index)
-                found.append(make({"bytes": data, "path": None}))
-            error = (found[0] - found[1]).abs() * std * 255
+                results.append(load({"bytes": data, "path": None}))
+            error = (results[0] - results[1]).abs() * std * 255
             means.append(float(error.mean()))
             greatest = max(greatest, float(error.max()))
     if greatest == 0.0:
-        return "pixels equal to the bit"
-    return f"pixels differ by {np.mean(means):.2f}/255 in the mean, {greatest:.0f}/255 at most"
+        return "identical pixels"
+    return f"pixel error {np.mean(means):.2f}/255 on average, at most {greatest:.0f}/255"

@@ -1,8 +1,8 @@
-"""Optimizer steps, beside their peers.
+"""Throughput of training against baselines.
 
-Ours is the training command itself, with all that it does in a step, in a process of its own, on images of a folder;
-timm's train.py, if its checkout is given, likewise on the same folder, with the same augmentation. The bare loops have
-their images in memory, and do nothing but forward, backward and the optimizer's step.
+Our entries run the training command in its own process, with everything that it does in a step, on a folder of images.
+timm's train.py, if a checkout is given, runs in the same way on the same folder with the same augmentation. The bare
+loops hold their images in memory and only do forward, backward and the optimizer step.
 """
 
 import json
@@ -24,9 +24,9 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.nn import functional as F
 
-from resnext_hub.benchmark.contest import Contender, Contest, equal_in_flops, hold_contest, images_per_second
+from resnext_hub.benchmark.comparison import Comparison, Entry, compare, equal_flops_model, images_per_second
 from resnext_hub.data.transforms import IMAGE_SIZE
-from resnext_hub.errors import RequestError, RunError, one_line
+from resnext_hub.errors import RequestError, RunError, one_line, setting
 from resnext_hub.kernels.training_view import AUTOCAST, build_training_view, choose_factors
 from resnext_hub.machine import device_type, resolve_precision
 from resnext_hub.models.resnext import VARIANTS, stock_architecture
@@ -37,69 +37,71 @@ CLASSES = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is measured."""
+    """Settings of the training benchmark."""
 
     model: str = "resnext_g32"
-    """A variant of this package; its weights are seeded, as no figure depends on them."""
+    """A variant of this package; its weights are seeded and random, since throughput does not depend on them."""
     equal_flops: str | None = None
-    """A network without groups, in a bare loop beside it; if not given, one of about as many FLOPs, if there is one."""
+    """A model without grouped convolutions for another bare loop (default: one of about equal FLOPs, if any)."""
     image_size: Annotated[int, Range(2, IMAGE_SIZE)] = 64
-    """Height and width of the images in pixels."""
+    """Height and width of the images, in pixels."""
     batch_size: Annotated[int, Range(2, 1 << 20)] = 64
-    """Images of an optimizer step."""
+    """Images per optimizer step."""
     steps: Annotated[int, Range(4, 1_000_000)] = 16
-    """Steps of a round; the first quarter of them does not count."""
+    """Steps per round; the first quarter is warmup and is not measured."""
     compile: bool = False
-    """Measure --compile and a compiled bare loop as well; compiling takes a minute or more in each."""
+    """Also measure training with --compile and a compiled bare loop; each takes a minute or more to compile."""
     timm_checkout: str | None = None
-    """Checkout of pytorch-image-models at the installed version, whose train.py is measured as well."""
+    """Checkout of pytorch-image-models at the installed version, to measure its train.py as well."""
 
     def __post_init__(self) -> None:
         check_fields(self)
         if self.model not in VARIANTS:
-            raise RequestError(f"{self.model}: there is no such variant; there are {', '.join(VARIANTS)}")
+            raise RequestError(f"{self.model} is not a variant of this package; choose one of {', '.join(VARIANTS)}")
         if self.equal_flops is not None and self.equal_flops.partition(".")[0] not in timm.list_models():
-            raise RequestError(f"{self.equal_flops}: timm knows no such network")
+            raise RequestError(f"{self.equal_flops} is not a model of timm; `timm.list_models()` lists them")
         if self.timm_checkout is not None and not Path(self.timm_checkout, "train.py").is_file():
-            raise RequestError(f"--timm-checkout {self.timm_checkout}: there is no train.py in it")
+            raise RequestError(f"{setting('timm_checkout', self.timm_checkout)} contains no train.py")
 
 
-def measure(settings: Settings, rounds: int) -> Contest:
-    """Let all contenders do the work by turns.
+def measure(settings: Settings, rounds: int) -> Comparison:
+    """Measure all entries.
 
     Raises:
-        RequestError: If a network does not take such images.
+        RequestError: If a model does not take images of that size.
     """
     device = torch.device(device_type())
-    settings = replace(settings, equal_flops=settings.equal_flops or equal_in_flops(settings.model))
+    settings = replace(settings, equal_flops=settings.equal_flops or equal_flops_model(settings.model))
     for name in filter(None, (settings.model, settings.equal_flops)):
         _check_size(name, settings.image_size)
     fast = resolve_precision("auto", device.type)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         _write_images(folder / "images", settings)
-        contenders = _ours(settings, folder, device, fast)
-        contenders += _bare_loops(settings, device, fast)
-        contenders += _timm_scripts(settings, folder, device, fast)
+        entries = _ours(settings, folder, device, fast)
+        entries += _bare_loops(settings, device, fast)
+        entries += _timm_scripts(settings, folder, device, fast)
         notes = (
-            "Error: of the first step's gradient on noise, all parameters together, relative to eager float32 in "
-            "contiguous format.",
+            "Error: of the first step's gradient on noise, over all parameters, relative to eager float32 in "
+            "contiguous memory format.",
         )
         shown = {name: value for name, value in vars(settings).items() if name != "timm_checkout"}
-        return hold_contest("training", shown, contenders, rounds, device, notes)
+        return compare("training", shown, entries, rounds, device, notes)
 
 
 def _check_size(model: str, image_size: int) -> None:
     with torch.device("meta"):
-        network = timm.create_model(model).eval()
+        probe = timm.create_model(model).eval()
         try:
-            network(torch.empty(2, 3, image_size, image_size))
+            probe(torch.empty(2, 3, image_size, image_size))
         except (AssertionError, RuntimeError) as error:
-            raise RequestError(f"{model} does not take --image-size {image_size}: {one_line(error)}") from error
+            raise RequestError(
+                f"{model} does not take {setting('image_size', image_size)}: {one_line(error)}"
+            ) from error
 
 
 def _write_images(folder: Path, settings: Settings) -> None:
-    """Write random images in class folders, as many as the steps of a round take."""
+    """Write random images to class folders, enough for the steps of one round."""
     generator = np.random.default_rng(0)
     side = (settings.image_size, settings.image_size)
     for split, count in (("train", settings.steps * settings.batch_size), ("validation", settings.batch_size)):
@@ -110,30 +112,29 @@ def _write_images(folder: Path, settings: Settings) -> None:
             Image.fromarray(blocks).resize(side, Image.Resampling.BICUBIC).save(path, quality=90)
 
 
-def _ours(settings: Settings, folder: Path, device: torch.device, fast: str) -> list[Contender]:
+def _ours(settings: Settings, folder: Path, device: torch.device, fast: str) -> list[Entry]:
     example = torch.zeros(settings.batch_size, 3, settings.image_size, settings.image_size, device=device)
     example = example.contiguous(memory_format=torch.channels_last)
     rows: list[tuple[str, tuple[str, ...], str]] = [("ours", (), "auto"), ("ours, --merge-groups off", (), "off")]
     if settings.compile:
         rows.append(("ours, --compile", ("--compile",), "auto"))
-    contenders = []
+    entries = []
     for name, flags, merge in rows:
-        network = _network(settings.model, device, channels_last=True)
-        form = build_training_view(network, choose_factors(network, example, merge, fast))
-        quality = f"error {_gradient_error(form, settings, device, fast):.3f}"
+        model = _seeded_model(settings.model, device, channels_last=True)
+        view = build_training_view(model, choose_factors(model, example, merge, fast))
+        quality = f"error {_gradient_error(view, settings, device, fast):.3f}"
         if fast != "no":
-            quality += f", in float32 {_gradient_error(form, settings, device, 'no'):.3f}"
+            quality += f", in float32 {_gradient_error(view, settings, device, 'no'):.3f}"
 
         def run(flags: tuple[str, ...] = (*flags, "--merge-groups", merge)) -> float:
             return _run_ours(settings, folder, flags)
 
-        contenders.append(Contender(name=name, run=run, quality=quality, ours=name == "ours"))
-    return contenders
+        entries.append(Entry(name=name, run=run, quality=quality, ours=name == "ours"))
+    return entries
 
 
 def _run_ours(settings: Settings, folder: Path, flags: Sequence[str]) -> float:
-    """Train for the steps of a round with the command that everybody types; give images per second."""
-
+    """Train for one round with the train command; return images/s."""
     quarter = settings.steps // 4
     with tempfile.TemporaryDirectory(dir=folder) as output:
         words: list[object] = [
@@ -148,7 +149,7 @@ def _run_ours(settings: Settings, folder: Path, flags: Sequence[str]) -> float:
     return len(rates) / sum(1 / rate for rate in rates)
 
 
-def _bare_loops(settings: Settings, device: torch.device, fast: str) -> list[Contender]:
+def _bare_loops(settings: Settings, device: torch.device, fast: str) -> list[Entry]:
     rows = [
         ("bare loop, eager float32", settings.model, "no", False),
         (f"bare loop, {fast}, channels_last", settings.model, fast, False),
@@ -157,30 +158,30 @@ def _bare_loops(settings: Settings, device: torch.device, fast: str) -> list[Con
         rows.append((f"bare loop, {fast}, channels_last, {settings.equal_flops}", settings.equal_flops, fast, False))
     if settings.compile:
         rows.insert(2, (f"bare loop, {fast}, channels_last, compiled", settings.model, fast, True))
-    contenders = []
-    for name, model, precision, compiled in rows:
-        network = _network(model, device, channels_last=precision != "no" or fast == "no")
-        quality = "another network"
-        if model == settings.model:
-            quality = f"error {_gradient_error(network, settings, device, precision):.3f}"
-        run = _bare_loop(network, settings, device, precision, compiled)
-        contenders.append(Contender(name=name, run=run, quality=quality))
-    return contenders
+    entries = []
+    for name, architecture, precision, compiled in rows:
+        model = _seeded_model(architecture, device, channels_last=precision != "no" or fast == "no")
+        quality = "another model"
+        if architecture == settings.model:
+            quality = f"error {_gradient_error(model, settings, device, precision):.3f}"
+        run = _bare_loop(model, settings, device, precision, compiled)
+        entries.append(Entry(name=name, run=run, quality=quality))
+    return entries
 
 
 def _bare_loop(
-    network: nn.Module, settings: Settings, device: torch.device, precision: str, compiled: bool
+    model: nn.Module, settings: Settings, device: torch.device, precision: str, compiled: bool
 ) -> Callable[[], float]:
-    """Give what takes half a round's steps, the first of them uncounted, and says how many images a second it did."""
-    optimizer = create_optimizer_v2(network, opt="sgd", lr=0.01, weight_decay=1e-4, momentum=0.9)
-    images, labels = _batch(settings, device, next(network.parameters()))
+    """Return a function that takes half a round's steps after a warmup step and returns images/s."""
+    optimizer = create_optimizer_v2(model, opt="sgd", lr=0.01, weight_decay=1e-4, momentum=0.9)
+    images, labels = _batch(settings, device, next(model.parameters()))
     if compiled:
-        network.compile(dynamic=False)
+        model.compile(dynamic=False)
     steps = max(settings.steps // 2, 2)
 
     def step() -> None:
         optimizer.zero_grad()
-        _loss(network, images, labels, precision).backward()
+        _loss(model, images, labels, precision).backward()
         optimizer.step()
 
     def take_steps() -> None:
@@ -194,10 +195,10 @@ def _bare_loop(
     return run
 
 
-def _timm_scripts(settings: Settings, folder: Path, device: torch.device, fast: str) -> list[Contender]:
+def _timm_scripts(settings: Settings, folder: Path, device: torch.device, fast: str) -> list[Entry]:
     if settings.timm_checkout is None:
         return []
-    contenders = []
+    entries = []
     best = ["--channels-last"]
     if fast != "no":
         best += ["--amp", "--amp-dtype", {"bf16": "bfloat16", "fp16": "float16"}[fast]]
@@ -206,15 +207,17 @@ def _timm_scripts(settings: Settings, folder: Path, device: torch.device, fast: 
         def run(flags: list[str] = flags) -> float:
             return _run_timm(settings, folder, device, flags)
 
-        contenders.append(Contender(name=name, run=run, quality="as the bare loop with these flags"))
-    return contenders
+        entries.append(Entry(name=name, run=run, quality="same numerics as the bare loop with these flags"))
+    return entries
 
 
 def _run_timm(settings: Settings, folder: Path, device: torch.device, flags: Sequence[str]) -> float:
-    """Train for an epoch, which is the steps of a round, with timm's script; give images per second."""
+    """Train for an epoch, which is one round, with timm's script; return images/s."""
     stock = stock_architecture(VARIANTS[settings.model])
     if stock is None:
-        raise RequestError(f"--timm-checkout: timm has no network such as {settings.model}")
+        raise RequestError(
+            f"{setting('timm_checkout')}: timm has no equivalent of {settings.model}; choose another {setting('model')}"
+        )
     arguments = [f"{name}={value}" for name, value in stock.model_args.items()]
     with tempfile.TemporaryDirectory(dir=folder) as output:
         words: list[object] = [
@@ -228,13 +231,12 @@ def _run_timm(settings: Settings, folder: Path, device: torch.device, flags: Seq
     seconds = [float(found) for found in re.findall(r"Train: .*?Time: *([\d.]+)s", text)]
     counted = seconds[settings.steps // 4 :]
     if not counted:
-        raise RunError(f"{settings.timm_checkout}/train.py has said no times of its steps: {text[-300:]!r}")
+        raise RunError(f"{settings.timm_checkout}/train.py printed no step times: {text[-300:]!r}")
     return settings.batch_size * len(counted) / sum(counted)
 
 
 def _run(words: Sequence[object], cwd: Path) -> str:
-    """Run a Python process with as many threads as this one; give what it has printed."""
-
+    """Run Python with as many threads as this process has; return its output."""
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(
         [sys.executable, *map(str, words)],
@@ -246,28 +248,27 @@ def _run(words: Sequence[object], cwd: Path) -> str:
         check=False,
     )
     if done.returncode:
-        last = done.stdout.strip().splitlines()[-1:] or ["it said nothing"]
-        raise RunError(f"{words[0]} {words[1]} of the benchmark failed: {last[0]}")
+        last = done.stdout.strip().splitlines()[-1:] or ["no output"]
+        raise RunError(f"the benchmark's `python {words[0]} {words[1]} …` failed: {last[0]}")
     return done.stdout
 
 
-def _network(model: str, device: torch.device, channels_last: bool) -> nn.Module:
-    """Build a network with weights from a seed, whose branches count a tenth where they would begin as zeros.
+def _seeded_model(architecture: str, device: torch.device, channels_last: bool) -> nn.Module:
+    """Build a model with seeded random weights, with 0.1 in place of zero-initialized batch-norm weights.
 
-    Gradients show them then; with more of them, rounding is all that is left of a gradient of noise.
+    Zeros would hide the branches from the gradient; with much more than 0.1, rounding dominates the gradient of noise.
     """
     torch.manual_seed(0)
-    network: nn.Module = timm.create_model(model, num_classes=CLASSES)
-    for module in network.modules():
+    model: nn.Module = timm.create_model(architecture, num_classes=CLASSES)
+    for module in model.modules():
         if isinstance(module, nn.BatchNorm2d) and not module.weight.any():
             nn.init.constant_(module.weight, 0.1)
-    network = network.to(device)
-    return network.to(memory_format=torch.channels_last) if channels_last else network
+    model = model.to(device)
+    return model.to(memory_format=torch.channels_last) if channels_last else model
 
 
 def _batch(settings: Settings, device: torch.device, parameter: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give seeded images `(N, 3, H, W)` and labels `(N,)`, the images in the memory format of a parameter."""
-
+    """Return seeded images `(N, 3, H, W)` in the memory format of a parameter, and labels `(N,)`."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(settings.batch_size, 3, settings.image_size, settings.image_size, generator=generator)
     labels = torch.randint(0, CLASSES, (settings.batch_size,), generator=generator)
@@ -276,20 +277,20 @@ def _batch(settings: Settings, device: torch.device, parameter: torch.Tensor) ->
     return images.to(device).contiguous(memory_format=layout), labels.to(device)
 
 
-def _loss(network: nn.Module, images: torch.Tensor, labels: torch.Tensor, precision: str) -> torch.Tensor:
+def _loss(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, precision: str) -> torch.Tensor:
     dtype = AUTOCAST[precision]
     with torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None):
-        logits = network(images)
+        logits = model(images)
     return F.cross_entropy(logits.float(), labels, label_smoothing=0.1)
 
 
-def _gradient_error(form: nn.Module, settings: Settings, device: torch.device, precision: str) -> float:
-    """Give the relative difference of a first step's gradient from that of eager float32, contiguous."""
+def _gradient_error(model: nn.Module, settings: Settings, device: torch.device, precision: str) -> float:
+    """Return the relative error of the first step's gradient; the reference is eager float32, contiguous."""
 
-    def gradient(network: nn.Module, precision: str) -> torch.Tensor:
-        images, labels = _batch(settings, device, next(network.parameters()))
-        loss = _loss(network.train(), images, labels, precision)
-        return torch.cat([g.flatten().float() for g in torch.autograd.grad(loss, list(network.parameters()))])
+    def gradient(model: nn.Module, precision: str) -> torch.Tensor:
+        images, labels = _batch(settings, device, next(model.parameters()))
+        loss = _loss(model.train(), images, labels, precision)
+        return torch.cat([g.flatten().float() for g in torch.autograd.grad(loss, list(model.parameters()))])
 
-    exact = gradient(_network(settings.model, device, channels_last=False), "no")
-    return float((gradient(form, precision) - exact).norm() / exact.norm())
+    reference = gradient(_seeded_model(settings.model, device, channels_last=False), "no")
+    return float((gradient(model, precision) - reference).norm() / reference.norm())

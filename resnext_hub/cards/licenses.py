@@ -1,8 +1,8 @@
-"""The licences that the Hub knows by an id (https://huggingface.co/docs/hub/repositories-licenses)."""
+"""License ids of the Hub (https://huggingface.co/docs/hub/repositories-licenses)."""
 
 import difflib
 
-from resnext_hub.errors import RequestError, hide_tokens
+from resnext_hub.errors import RequestError, hide_tokens, setting
 from resnext_hub.text import printable
 
 LICENSES = tuple(
@@ -14,22 +14,22 @@ LICENSES = tuple(
     creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 gemma gfdl gpl
     gpl-2.0 gpl-3.0 isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 lppl-1.3c mit mpl-2.0
     ms-pl ncsa odbl odc-by ofl-1.1 openrail openrail++ osl-3.0 other pddl postgresql unknown unlicense wtfpl zlib
-    """.split()  # noqa: SIM905 - so many are read more easily as words
+    """.split()  # noqa: SIM905 - a list this long is more readable as words
 )
 
 
 def check_license(license: str) -> None:
-    """Refuse a licence that the Hub does not know.
+    """Raise RequestError, with the closest ids, unless the Hub knows a license.
 
     Raises:
-        RequestError: If it is none; the closest ids are named.
+        RequestError: If the id is not in the Hub's list.
     """
     if license in LICENSES:
         return
     close = [known for known in LICENSES if known.startswith(license.lower())] if license else []
     close += [name for name in difflib.get_close_matches(license.lower(), LICENSES, cutoff=0.5) if name not in close]
-    said = hide_tokens(printable(license))[:80]
+    shown = setting("license", hide_tokens(printable(license))[:80])
     raise RequestError(
-        f"--license {said}: expected an id of the Hub's list, such as {', '.join(close[:4] or ['apache-2.0', 'mit'])}; "
-        "other stands for any that is not listed"
+        f"{shown}: expected an id from the Hub's list, such as {', '.join(close[:4] or ['apache-2.0', 'mit'])}; "
+        "use other for a license that is not listed"
     )

@@ -1,4 +1,4 @@
-"""The model card: a pure function of a record."""
+"""The model card, rendered from the record of a run alone."""
 
 import heapq
 import math
@@ -17,14 +17,13 @@ from resnext_hub.record import BaseModelFacts, EvaluationFacts, HardwareFacts, R
 from resnext_hub.text import code_span, markdown, printable, python_string
 
 FEW = 20
-"""Training images of a class below which it counts as rare; a quarter of the mean does as well."""
+"""A class is rare with fewer training images than this, or than a quarter of the mean."""
 
 MOST_CLASSES = 30
-"""Rows of the per-class table; with more classes, those with the lowest recall are shown."""
-
+"""Largest number of rows in the per-class table, lowest recall first."""
 
 NAME = 100
-"""Characters of a class name above which a card shortens it; all of it stands in config.json."""
+"""Longest class name in a card, in characters; config.json has the full name."""
 
 TAGS = ("image-classification", "timm", "transformers", "resnext")
 
@@ -32,19 +31,19 @@ TAGS = ("image-classification", "timm", "transformers", "resnext")
 def render_card(
     record: RunRecord, repo_id: str | None = None, license: str | None = None, kept: Kept | None = None
 ) -> str:
-    """Return the text of README.md: metadata in YAML, then Markdown.
+    """Return the content of README.md: metadata in YAML, then Markdown.
 
     Args:
-        record: The run.
-        repo_id: Hub repository that the card is for; without one, the snippet loads the folder.
-        license: Licence of the weights, an id of the Hub's list.
-        kept: What the owner of the card wrote into it.
+        record: The record of the run.
+        repo_id: Repository of the card; without one, the snippets load the local folder.
+        license: License of the weights, an id from the Hub's list.
+        kept: The parts that the owner of the card wrote.
     """
     return put_together(*card_parts(record, repo_id, license), kept or Kept())
 
 
 def card_parts(record: RunRecord, repo_id: str | None, license: str | None) -> tuple[str, str]:
-    """Return what this package writes of a card: the metadata as YAML, and the text in Markdown."""
+    """Return the generated parts of a card: the metadata as YAML, and the body as Markdown."""
     return _metadata(record, repo_id, license), _body(record, repo_id, license)
 
 
@@ -55,7 +54,7 @@ def _body(record: RunRecord, repo_id: str | None, license: str | None) -> str:
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
-        autoescape=False,  # Markdown, not HTML: the filters below escape what comes from data
+        autoescape=False,  # the output is Markdown; the filters below escape text from data
     )
     environment.filters |= {
         "md": markdown,
@@ -84,7 +83,7 @@ def _body(record: RunRecord, repo_id: str | None, license: str | None) -> str:
         size=record.model.input["input_size"][-1],
         per_class=rows[:MOST_CLASSES],
         hidden=rows[MOST_CLASSES:],
-        minutes=_duration(record.wall_seconds),
+        duration=_duration(record.wall_seconds),
         hardware=_hardware(record.hardware),
         settings=[(name, settings[name]) for name in record.changed if settings[name] is not None],
         defaults=[(n, v) for n, v in settings.items() if n not in record.changed and v is not None],
@@ -134,29 +133,28 @@ def _metadata(record: RunRecord, repo_id: str | None, license: str | None) -> st
 
 def _macro_f1_name(evaluation: EvaluationFacts) -> str:
     measured, classes = sum(count > 0 for count in evaluation.measured), len(evaluation.measured)
-    return "Macro-F1" if measured == classes else f"Macro-F1 over the {measured} of {classes} classes measured"
+    return "Macro-F1" if measured == classes else f"Macro-F1 ({measured} of {classes} classes measured)"
 
 
 def license_conflict(base: BaseModelFacts | None, license: str | None) -> str | None:
-    """Say what the licence of the weights that training started from asks for and another licence does not give."""
+    """Return the restriction of the base model's license that another license does not meet, or None."""
     if base is None or license is None or license == base.license:
         return None
-    what = f"{printable(base.id)}, from which training started,"
+    name = f"the base model {printable(base.id)}"
     if base.license is None:
-        return f"the licence of {what} is not stated"
-    parts, said = base.license.split("-"), printable(base.license)
-    kept = "nc" in license.split("-")
-    if "nc" in parts and not kept:
-        return f"{what} is for non-commercial use only ({said})"
+        return f"the license of {name} is not stated"
+    parts, stated = base.license.split("-"), printable(base.license)
+    if "nc" in parts and "nc" not in license.split("-"):
+        return f"{name} is for non-commercial use only ({stated})"
     if "nd" in parts:
-        return f"{what} may not be shared in a changed form ({said})"
+        return f"{name} must not be shared in modified form ({stated})"
     if "sa" in parts or "gpl" in base.license:
-        return f"{what} has to be shared under its own licence ({said})"
+        return f"{name} must be shared under the same license ({stated})"
     return None
 
 
 def wilson_interval(correct: int, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Give the 95 % confidence interval of a proportion (Wilson 1927), which stays within 0 and 1."""
+    """Return the Wilson score interval (1927) of a proportion, 95 % by default; it stays within [0, 1]."""
     p = correct / count
     centre = (p + z * z / (2 * count)) / (1 + z * z / count)
     half = z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count)) / (1 + z * z / count)
@@ -164,19 +162,19 @@ def wilson_interval(correct: int, count: int, z: float = 1.959964) -> tuple[floa
 
 
 def _per_class(record: RunRecord) -> list[dict[str, Any]]:
-    """Return a row for each class; of many, the lowest recall first and what was not measured last."""
+    """Return a row per class; if there are many, sorted by recall, with unmeasured classes last."""
     rows = []
     for label, (name, counts) in enumerate(zip(record.label_names, record.evaluation.confusion, strict=True)):
-        count, right = sum(n for _, n in counts), dict(counts).get(label, 0)
+        count, correct = sum(n for _, n in counts), dict(counts).get(label, 0)
         n, other = max(((n, -other) for other, n in counts if other != label), default=(0, 0))
         rows.append(
             {
                 "name": class_name(name),
                 "count": count,
-                "right": right,
-                "recall": _percent(right / count) if count else "not measured",
+                "correct": correct,
+                "recall": _percent(correct / count) if count else "not measured",
                 "confused": f"{class_name(record.label_names[-other])} ({n})" if n else "",
-                "order": right / count if count else 2.0,
+                "order": correct / count if count else 2.0,
             }
         )
     return sorted(rows, key=lambda row: float(row["order"])) if len(rows) > MOST_CLASSES else rows
@@ -185,12 +183,12 @@ def _per_class(record: RunRecord) -> list[dict[str, Any]]:
 def _paper(variant: str | None) -> str | None:
     if variant is None or variant not in PAPER_ERROR:
         return None
-    where = "CIFAR-10" if VARIANTS[variant].small_stem else "ImageNet-1K"
-    return f"{PAPER_ERROR[variant]:g} % top-1 error on {where}"
+    dataset = "CIFAR-10" if VARIANTS[variant].small_stem else "ImageNet-1K"
+    return f"{PAPER_ERROR[variant]:g} % top-1 error on {dataset}"
 
 
 def _limits(record: RunRecord) -> list[str]:
-    """Return what the data shows of where the model is weak."""
+    """Return sentences about known weaknesses of the model and its evaluation."""
     names, limits = record.label_names, []
     counts = record.dataset.train_counts
     if counts is not None:
@@ -199,22 +197,20 @@ def _limits(record: RunRecord) -> list[str]:
         if rare:
             listed = ", ".join(f"{class_name(names[i])} ({counts[i]})" for i in rare[:8])
             more = f" and {len(rare) - 8} more" if len(rare) > 8 else ""
-            limits.append(f"Few images to learn from: {listed}{more}.")
+            limits.append(f"Few training images: {listed}{more}.")
     measured = record.evaluation.measured
     few = [names[i] for i, count in enumerate(measured) if 0 < count < 10]
     if few:
-        limits.append(
-            f"Fewer than 10 images to evaluate on, so that their recall says little: {list_names(few, most=8)}."
-        )
+        limits.append(f"Fewer than 10 evaluation images, so recall is unreliable: {list_names(few, most=8)}.")
     mistakes = [(-n, a, b) for a, row in enumerate(record.evaluation.confusion) for b, n in row if a != b]
-    said = [
-        f"{class_name(names[a])} for {class_name(names[b])} ({_times(-n)})" for n, a, b in heapq.nsmallest(3, mistakes)
+    confusions = [
+        f"{class_name(names[a])} as {class_name(names[b])} ({_times(-n)})" for n, a, b in heapq.nsmallest(3, mistakes)
     ]
-    if said:
-        limits.append(f"Most often it takes {', '.join(said)}.")
+    if confusions:
+        limits.append(f"Most frequent confusions: {', '.join(confusions)}.")
     limits.append(
-        "The figures hold for images like those of the evaluation split; accuracy on others, and on images of none of "
-        "its classes, was not measured."
+        "The results hold for images like those of the evaluation split; accuracy on other images, and behavior on "
+        "images of none of the classes, were not measured."
     )
     return limits
 
@@ -228,7 +224,7 @@ def _dataset_link(record: RunRecord) -> str:
     if dataset.hub_id:
         return f"[{markdown(dataset.hub_id)}](https://huggingface.co/datasets/{quote(printable(dataset.hub_id))})"
     if dataset.id == "digits":
-        return "scikit-learn's bundled handwritten digits (1,797 images of 8 x 8 pixels)"
+        return "scikit-learn's handwritten digits (1,797 images of 8 x 8 pixels)"
     return f"{code_span(dataset.id)}, a local dataset"
 
 
@@ -236,19 +232,19 @@ def _split_name(record: RunRecord) -> str:
     dataset = record.dataset
     if dataset.eval_split is None:
         seed = printable(record.config["split_seed"])
-        return f"held out of {markdown(dataset.train_split)}, stratified, seed {seed}"
-    trained = ", which it was trained on" if dataset.eval_split == dataset.train_split else ""
+        return f"held out from {markdown(dataset.train_split)}, stratified, seed {seed}"
+    trained = ", also used for training" if dataset.eval_split == dataset.train_split else ""
     return f"split {markdown(dataset.eval_split)}{trained}"
 
 
 def class_name(name: str) -> str:
-    """Return a class name in Markdown: a long one shortened, as a card has to be read back, a blank one in quotes."""
+    """Return a class name in Markdown; long names are shortened to bound the size of a card, blank ones are quoted."""
     text = printable(name)
     return markdown(f"{text[: NAME - 1]}…" if len(text) > NAME else text if text.strip() else f'"{text}"')
 
 
 def list_names(names: Sequence[str], most: int = 12) -> str:
-    """Return class names in Markdown, and of many how many more there are."""
+    """Return class names in Markdown, with a count in place of those beyond `most`."""
     shown = ", ".join(class_name(name) for name in names[:most])
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 

@@ -1,4 +1,4 @@
-"""Cards of the variants that have released weights: facts as JSON, and the text rendered from them alone."""
+"""Cards of the variants with released weights: facts as JSON, and Markdown rendered from them alone."""
 
 import json
 from importlib import resources
@@ -16,12 +16,12 @@ _WEIGHT_FACTS = ("hf_hub_id", "license", "origin_url", "paper_ids", "input_size"
 
 
 def variants_with_weights() -> list[Variant]:
-    """Give the variants for whose network timm has released weights."""
+    """Return the variants for which timm has released weights."""
     return [variant for name, variant in VARIANTS.items() if list_pretrained(f"{name}.*")]
 
 
 def variant_facts(variant: Variant) -> dict[str, Any]:
-    """Give what a card says of a variant: figures by formula, weights as timm's registry has them."""
+    """Return the facts of a variant's card: complexity by formula, and weights from timm's registry."""
     size = 224
     cost = complexity_of(variant, size)
     stock = stock_architecture(variant)
@@ -56,11 +56,11 @@ def variant_facts(variant: Variant) -> dict[str, Any]:
         "feature_shapes": [f"(1, {channels}, {side}, {side})" for channels, side in shapes],
         "weights": weights,
     }
-    return dict(json.loads(json.dumps(facts)))  # as it is read back: lists for tuples
+    return dict(json.loads(json.dumps(facts)))  # as it is read back: lists, not tuples
 
 
 def render_variant_card(facts: dict[str, Any]) -> str:
-    """Give the text of a variant's card."""
+    """Return the card of a variant as Markdown."""
     import jinja2
 
     template = resources.files("resnext_hub.cards").joinpath("variant_card.md.jinja").read_text("utf-8")
@@ -69,7 +69,7 @@ def render_variant_card(facts: dict[str, Any]) -> str:
 
 
 def write_variant_cards(folder: Path) -> list[Path]:
-    """Write `NAME.json` and `NAME.md` for every variant with released weights; give the paths."""
+    """Write `NAME.json` and `NAME.md` for every variant with released weights; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for variant in variants_with_weights():

@@ -43,10 +43,10 @@ def run(options: argparse.Namespace) -> None:
     settings = module.Settings(**{name: check_value(name, value, known[name].type) for name, value in given.items()})
     if options.json is not None and not os.access(options.json.absolute().parent, os.W_OK | os.X_OK):
         raise RequestError(f"--json {options.json}: expected a file in an existing, writable folder")
-    contest = module.measure(settings, options.rounds)
-    write(contest.table())
+    comparison = module.measure(settings, options.rounds)
+    write(comparison.table())
     if options.json is not None:
         try:
-            write_atomic(options.json, contest.to_json())
+            write_atomic(options.json, comparison.to_json())
         except OSError as error:
             raise RunError(f"{options.json} could not be written: {error.strerror or error}") from error

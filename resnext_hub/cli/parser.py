@@ -73,20 +73,21 @@ class _HelpFormatter(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=32)
 
 
-def add_config_flags(parser: argparse.ArgumentParser, fields: Mapping[str, FlatField], recipes: bool = False) -> None:
-    """Add a flag for every setting, grouped by what the settings are about; flags that are not given leave no trace.
-
-    Args:
-        parser: Where to add them.
-        fields: The settings by name.
-        recipes: Whether help says that a recipe may set the default.
-    """
+def add_config_flags(parser: argparse.ArgumentParser, fields: Mapping[str, FlatField]) -> None:
+    """Add a flag for every setting, in groups; flags that are not given leave no trace in the parsed options."""
+    parser.usage = "%(prog)s [--FLAG VALUE ...]"  # the list of all flags would fill a screen
     groups: dict[str, Any] = {}
     for name, field in fields.items():
         group = groups.get(field.group) or groups.setdefault(field.group, parser.add_argument_group(field.group))
         default = "" if field.default is None else f" (default: {_default(field.default)})"
-        text = (field.help + default).replace("%", "%%")
+        text = (_phrase(field.help) + default).replace("%", "%%")
         group.add_argument(flag_of(name), default=argparse.SUPPRESS, help=text, **_flag_type(field.type))
+
+
+def _phrase(sentence: str) -> str:
+    """Return a sentence in the form of argparse's own help texts: lower case, without a full stop."""
+    first = sentence[0].lower() if sentence[1:2].islower() or sentence[1:2] == " " else sentence[0]
+    return (first + sentence[1:]).rstrip(".")
 
 
 def _default(value: object) -> str:

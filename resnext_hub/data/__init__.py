@@ -1,1 +1,1 @@
-"""From a source of images to batches: datasets, transforms, and the order of the samples."""
+"""Data loading: datasets, decoding, transforms, sample order and batches."""

@@ -1,7 +1,7 @@
-"""From a stored image to the small one that training takes: timm's training transform up to its pixels.
+"""timm's training transform, from an encoded image to uint8 pixels.
 
-timm draws every random number, in its own order, whichever decoder is used, so both cut the same rectangle. Pixels stay
-bytes: what is cheaper for a batch (normalising) or has to come after that (erasing) is left to the device.
+timm draws every random number in its own order whichever decoder is used, so both decoders crop the same rectangle.
+Pixels stay uint8: normalization, which is cheaper per batch, and random erasing, which follows it, run on the device.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from resnext_hub.models.input_config import InputConfig
 
 
 class Edges(NamedTuple):
-    """A rectangle of pixels, from top to before bottom and from left to before right; empty if they are equal."""
+    """A rectangle of pixels; bottom and right are exclusive, and equal edges make it empty."""
 
     top: int
     bottom: int
@@ -29,24 +29,24 @@ NOTHING = Edges(0, 0, 0, 0)
 
 
 class Augmented(NamedTuple):
-    """An image `(C, H, W)` uint8, and which part of it is to be erased once it is normalised."""
+    """An image `(C, H, W)` uint8, and the part of it to erase after normalization."""
 
     image: torch.Tensor
     erased: Edges = NOTHING
 
 
 Augment = Callable[[dict[str, Any]], Augmented]
-"""Maps a stored image (`bytes`, or a `path`) to an augmented one; raises UnreadableImageError."""
+"""Maps an encoded image (`bytes` or a `path`) to an augmented one; raises UnreadableImageError."""
 
 
 class Augmentation:
-    """timm's training transform: random resized crop, flip, and what else the configuration asks for.
+    """timm's training transform: random resized crop, flip, and the configured augmentations.
 
     Args:
-        config: What is drawn at random.
-        input: The images that the model takes.
-        decoder: `simplejpeg`, or `pil`, which the pixels of the other are near to.
-        max_pixels: Pixels above which an image is unreadable.
+        config: The augmentations.
+        input: Input specification of the model.
+        decoder: `pil`, the reference, or `simplejpeg`, which is faster and yields nearly the same pixels.
+        max_pixels: Images with more pixels are unreadable.
     """
 
     def __init__(
@@ -82,10 +82,10 @@ class Augmentation:
         self.max_pixels = max_pixels
 
     def __call__(self, row: dict[str, Any]) -> Augmented:
-        """Decode a stored image and augment it, with random numbers from the generators as they stand.
+        """Decode and augment an image, with random numbers from the global generators.
 
         Raises:
-            UnreadableImageError: If it cannot be decoded.
+            UnreadableImageError: If the image cannot be decoded.
         """
         with within_memory():
             pixels = self._cropped(read_bytes(row, self.max_pixels))
@@ -96,7 +96,7 @@ class Augmentation:
         return Augmented(pixels, self._draw_erased(pixels))
 
     def _cropped(self, data: bytes) -> torch.Tensor:
-        """Give a random part of an image at the size of the input."""
+        """Return a random crop of an image, resized to the input size."""
         from torchvision.transforms.functional import resized_crop
 
         header = read_header(data, self.max_pixels) if self.fast else None
@@ -117,19 +117,19 @@ class Augmentation:
     def _draw_erased(self, pixels: torch.Tensor) -> Edges:
         if self.erasing is None:
             return NOTHING
-        taken = _Taken(pixels.shape)
-        self.erasing(taken)
-        return taken.edges
+        recorder = _EraseRecorder(pixels.shape)
+        self.erasing(recorder)
+        return recorder.edges
 
 
 @lru_cache(maxsize=64)
 def _sized(height: int, width: int) -> torch.Tensor:
-    """Stand for an image that timm asks for its size, and for nothing else."""
+    """Return a placeholder for an image, of which timm reads only the size."""
     return torch.empty((1, height, width), device="meta")
 
 
-class _Taken:
-    """Stands for an image that timm's random erasing writes to, and notes where."""
+class _EraseRecorder:
+    """A stand-in for an image that records where timm's random erasing writes."""
 
     dtype = torch.float32
 
@@ -137,7 +137,7 @@ class _Taken:
         self.shape, self.edges = shape, NOTHING
 
     def size(self) -> torch.Size:
-        """Give the shape, as a tensor does."""
+        """Return the shape, as `torch.Tensor.size` does."""
         return self.shape
 
     def __setitem__(self, place: tuple[slice, slice, slice], value: object) -> None:

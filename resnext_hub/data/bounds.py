@@ -1,8 +1,8 @@
-"""What a file may cost before its pixels are decoded, by what Pillow does with it in Python.
+"""Limits on the time and memory that the metadata of an image file may cost.
 
-Pillow takes a file apart in Python and decodes pixels in C. So the number of its reads is bounded, whatever the format,
-and what one read can be made to cost: tables, Exif and text of a JPEG or PNG, numbers in a TIFF, runs in a BMP, items
-of an AVIF. Honest files stay far below. A file above a bound raises ValueError with the reason.
+Pillow decodes pixels in C, but parses files in Python. So the number of reads is limited for every format, and so is
+whatever makes a single read expensive: tables, Exif and text of a JPEG or PNG, numbers in a TIFF, runs in a BMP, items
+of an AVIF. Legitimate files stay far below. A file above a limit raises ValueError with the reason.
 """
 
 import io
@@ -17,39 +17,39 @@ from PIL import Image, JpegImagePlugin
 Order: TypeAlias = Literal["little", "big"]
 
 MAX_PARTS = 10_000
-"""Segments or fill bytes of a JPEG before its pixels, and items of an AVIF."""
+"""Most segments or fill bytes of a JPEG before its pixels, and items of an AVIF."""
 
 _READS = 100_000
-"""Reads that any file may take, beside one a kilobyte: less than a second."""
+"""Reads that any file may take, plus one per kilobyte: less than a second."""
 
 _PARSED_PARTS = 100
-"""Tables and frames of a JPEG, compressed parts of a PNG: each may cost some milliseconds."""
+"""Most tables and frames of a JPEG, or compressed chunks of a PNG; each may take some milliseconds."""
 
 _EXIF_SEGMENTS = 16
-"""Segments of Exif in a JPEG, of 64 kB: Pillow joins them one by one."""
+"""Most Exif segments (64 kB each) of a JPEG, which Pillow concatenates one by one."""
 
 _NUMBERS = 100_000
-"""Numbers in the tags of a TIFF or of Exif, the places of its strips or tiles among them: some microseconds each."""
+"""Most numbers in the tags of a TIFF or of Exif, including offsets of strips and tiles; some microseconds each."""
 
 _RLE_PIXELS = 1 << 20
-"""Pixels of a run-length encoded BMP, which Pillow decodes in Python: some seconds."""
+"""Most pixels of a run-length encoded BMP, which Pillow decodes in Python: some seconds."""
 
 _AVIF_ITEMS = 1 << 16
-"""Bytes that describe the items of an AVIF, of which libavif searches all for each; a tile takes about 40."""
+"""Most bytes that describe the items of an AVIF. libavif's search is quadratic in them; a tile takes about 40."""
 
 _BARE = {marker & 0xFF for marker, (_, _, handler) in JpegImagePlugin.MARKER.items() if handler is None} | {0}
-"""Markers of a JPEG after which Pillow expects no length."""
+"""JPEG markers after which Pillow expects no length."""
 
 _TABLES = {
     marker & 0xFF
     for marker, (_, _, handler) in JpegImagePlugin.MARKER.items()
     if handler in (JpegImagePlugin.SOF, JpegImagePlugin.DQT)
 }
-"""Markers of a JPEG whose segments Pillow takes apart entry by entry."""
+"""JPEG markers whose segments Pillow parses entry by entry."""
 
 
 class MeteredFile(io.BytesIO):
-    """The bytes of a file, to be read in a limited number of pieces."""
+    """The bytes of a file, with a limit on the number of reads."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(data)
@@ -63,12 +63,12 @@ class MeteredFile(io.BytesIO):
         """
         self.left -= 1
         if self.left < 0:
-            raise ValueError("too many parts beside its pixels")
+            raise ValueError("too many parts besides the pixels")
         return super().read(size)
 
 
 def require_few_parts(data: bytes) -> None:
-    """Raise ValueError for a file whose metadata can only be meant to take time or memory."""
+    """Raise ValueError if the metadata of a file exceeds what any legitimate file needs."""
     if data.startswith(b"\xff\xd8"):
         _require_jpeg(data)
     elif data.startswith(b"\x89PNG"):
@@ -89,81 +89,81 @@ def _require(found: int, most: int, what: str) -> None:
 
 def _require_jpeg(data: bytes) -> None:
     parts = [*itertools.islice(segments(data), MAX_PARTS + 1)]
-    _require(len(parts), MAX_PARTS, "parts beside its pixels")
+    _require(len(parts), MAX_PARTS, "parts besides the pixels")
     _require(sum(marker in _TABLES for marker, _ in parts), _PARSED_PARTS, "tables")
-    exif = sum(data.startswith(b"Exif\0\0", place + 2) for marker, place in parts if marker == 0xE1)
+    exif = sum(data.startswith(b"Exif\0\0", offset + 2) for marker, offset in parts if marker == 0xE1)
     _require(exif, _EXIF_SEGMENTS, "segments of Exif")
     end = parts[-1][1] if parts else 0  # of the last segment, which is the first scan
     _require(data.count(b"8BIM", 0, end), MAX_PARTS, "parts of Photoshop")
 
 
 def segments(data: bytes) -> Iterator[tuple[int, int]]:
-    """Yield the parts of a JPEG up to its first scan: the marker of each, and the place of what follows: its length.
+    """Yield the marker of each segment of a JPEG up to its first scan, and the offset of the length that follows it.
 
-    What is no marker is passed over, as Pillow does.
+    Bytes that are not a marker are skipped, as Pillow does.
     """
-    place = 2
+    offset = 2
     if data[:2] != b"\xff\xd8":
         return
-    while 0 <= place <= len(data) - 4:
-        if data[place] != 0xFF:
-            place = data.find(b"\xff", place)
+    while 0 <= offset <= len(data) - 4:
+        if data[offset] != 0xFF:
+            offset = data.find(b"\xff", offset)
             continue
-        marker = data[place + 1]
-        yield marker, place + 2
+        marker = data[offset + 1]
+        yield marker, offset + 2
         if marker == 0xDA:
             return
         if marker == 0xFF:  # any number of these may stand before a marker
-            place += 1
+            offset += 1
         else:
-            place += 2 if marker in _BARE else 2 + (data[place + 2] << 8 | data[place + 3])
+            offset += 2 if marker in _BARE else 2 + (data[offset + 2] << 8 | data[offset + 3])
 
 
 _MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")
-"""A marker that is neither data of a scan nor a restart in it."""
+"""A marker other than scan data or a restart within a scan."""
 
 
 def count_scans(data: bytes, most: int) -> int:
-    """Count the scans of a JPEG up to its end, or to one more than a number.
+    """Count the scans of a JPEG up to its end, stopping at `most + 1`.
 
-    What follows the end, such as a video of some seconds, may hold any bytes.
+    Bytes after the end are not searched: phones append videos there.
     """
-    place = 2
+    offset = 2
     scans = parts = 0
-    while scans <= most and (mark := _MARKER.search(data, place)) and mark[0] not in (b"\xff\xd8", b"\xff\xd9"):
+    while scans <= most and (mark := _MARKER.search(data, offset)) and mark[0] not in (b"\xff\xd8", b"\xff\xd9"):
         parts += 1
         _require(parts, MAX_PARTS, "parts")
         scans += mark[0] == b"\xff\xda"
-        place = mark.end() + int.from_bytes(data[mark.end() : mark.end() + 2], "big")
+        offset = mark.end() + int.from_bytes(data[mark.end() : mark.end() + 2], "big")
     return scans
 
 
 _DIRECTORIES = (34665, 34853, 40965)
-"""Tags of Exif, GPS and interoperability, which hold the place of a directory of their own."""
+"""Tags that hold the offset of a directory: Exif, GPS and interoperability."""
 
 _DIRECTORIES_READ = 10
-"""Directories that are looked at; Pillow reads the first one and those three."""
+"""Directories that are checked; Pillow reads the first one and those three."""
 
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}
-"""Bytes of a value by the types of TIFF; 1, 2 and 7 are bytes and text, which cost nothing."""
+"""Bytes of a value by TIFF type; 1, 2 and 7 are bytes and text, which cost nothing."""
 
 
 def require_few_numbers(data: bytes) -> None:
-    """Raise ValueError for a TIFF, or Exif, of so many numbers in its tags that it can only be meant to take time."""
+    """Raise ValueError for a TIFF, or Exif data, with more numbers in its tags than any legitimate file has."""
     order: Order = "little" if data.startswith(b"II") else "big"
-    big = data[2:3] == b"+"  # as Pillow tells a BigTIFF
+    big = data[2:3] == b"+"  # as Pillow recognizes a BigTIFF
     waiting = [int.from_bytes(data[8:16] if big else data[4:8], order)]
     seen, numbers = set[int](), 0
     while waiting and len(seen) < _DIRECTORIES_READ:
-        place = waiting.pop()
-        if place in seen:
+        offset = waiting.pop()
+        if offset in seen:
             continue
-        seen.add(place)
-        for tag, kind, count, value in _entries(data, place, order, big):
+        seen.add(offset)
+        for tag, kind, count, value in _entries(data, offset, order, big):
             size = _SIZES.get(kind, 0) * count
             start = int.from_bytes(value, order) if size > len(value) else None
             if not size or (start is not None and start + size > len(data)):
-                continue  # which Pillow passes over
+                continue  # Pillow ignores it, too
             numbers += 0 if kind in (1, 2, 7) else count
             if tag in _DIRECTORIES:
                 first = value if start is None else data[start : start + 8]
@@ -171,14 +171,14 @@ def require_few_numbers(data: bytes) -> None:
     _require(numbers, _NUMBERS, "numbers in its tags")
 
 
-def _entries(data: bytes, place: int, order: Order, big: bool) -> Iterator[tuple[int, int, int, bytes]]:
-    """Yield tag, type, count and value of each entry of a directory of a TIFF."""
+def _entries(data: bytes, offset: int, order: Order, big: bool) -> Iterator[tuple[int, int, int, bytes]]:
+    """Yield tag, type, count and value of each entry of a TIFF directory."""
     width = 8 if big else 2
-    count = int.from_bytes(data[place : place + width], order)
+    count = int.from_bytes(data[offset : offset + width], order)
     entry = struct.Struct(("<" if order == "little" else ">") + ("HHQ8s" if big else "HHL4s"))
-    count = min(count, max(0, len(data) - place - width) // entry.size)
+    count = min(count, max(0, len(data) - offset - width) // entry.size)
     _require(count, _NUMBERS, "tags")
-    yield from entry.iter_unpack(data[place + width : place + width + count * entry.size])
+    yield from entry.iter_unpack(data[offset + width : offset + width + count * entry.size])
 
 
 def _require_bmp(data: bytes) -> None:
@@ -187,12 +187,12 @@ def _require_bmp(data: bytes) -> None:
     width, height, _, _, compression = struct.unpack_from("<iiHHI", data, 18)
     if compression in (1, 2) and abs(width * height) > _RLE_PIXELS:
         raise ValueError(
-            f"a run-length encoded BMP of {width} x {abs(height)}, more than {_RLE_PIXELS} pixels; store it as PNG"
+            f"a run-length encoded BMP of {width} x {abs(height)} has more than {_RLE_PIXELS} pixels; store it as PNG"
         )
 
 
 def allow_runs(file: MeteredFile, image: Image.Image) -> None:
-    """Allow a run-length encoded BMP two reads for each of its runs, which have at least one pixel."""
+    """Allow a run-length encoded BMP two reads per run; a run has at least one pixel."""
     if image.format == "BMP" and image.info.get("compression") in (1, 2):
         file.left += 2 * image.width * image.height
 
@@ -201,14 +201,14 @@ def _require_avif(data: bytes) -> None:
     total = 0
     for box in re.finditer(rb"(.{4})(?:iinf|iloc|iref|ipma)", data, re.DOTALL):
         size = int.from_bytes(box[1], "big")
-        if size == 1:  # it follows, in 64 bits
+        if size == 1:  # the size follows, in 64 bits
             size = int.from_bytes(data[box.end() : box.end() + 8], "big")
         total += size if size <= len(data) else 0
     _require(total, _AVIF_ITEMS, "bytes that describe its items")
 
 
 def without_avif_exif(data: bytes) -> bytes:
-    """Hide the Exif and XMP of an AVIF, whose orientation is that of its own boxes alone."""
+    """Return an AVIF with its Exif and XMP hidden, since only its own boxes define its orientation."""
     if data[4:8] != b"ftyp":
         return data
     data = re.sub(rb"(infe\x02.{7}|infe\x03.{9})Exif", rb"\g<1>none", data, flags=re.DOTALL)

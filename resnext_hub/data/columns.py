@@ -1,6 +1,6 @@
-"""What a table holds: which column is the images, which the classes, and what the classes are called.
+"""Find the image and label columns of a table, and the names of its classes.
 
-Columns are found by their type, since their names differ from dataset to dataset.
+Columns are found by type, since their names differ from dataset to dataset.
 """
 
 import re
@@ -13,7 +13,7 @@ import numpy as np
 from resnext_hub.data.sources import Part
 from resnext_hub.data.sources.names import class_names_of
 from resnext_hub.data.sources.parquet import is_encoded_image
-from resnext_hub.errors import RequestError, one_line
+from resnext_hub.errors import RequestError, one_line, setting
 from resnext_hub.text import listing as listing
 from resnext_hub.text import printable
 
@@ -22,34 +22,39 @@ if TYPE_CHECKING:
 
 
 def find_image_column(
-    dataset: str, asked: str | None, train: "datasets.Dataset", evaluation: "datasets.Dataset | None"
+    dataset: str, requested: str | None, train: "datasets.Dataset", evaluation: "datasets.Dataset | None"
 ) -> tuple[str, "datasets.Dataset", "datasets.Dataset | None"]:
-    """Return the column of images, and both tables with it undecoded."""
+    """Return the image column, and both tables with that column undecoded."""
     import datasets
 
     features = train.features
-    column = asked
+    column = requested
     if column is not None and column not in features:
         raise RequestError(
-            f"--image-column {printable(column)}: there is no such column, but {describe_columns(features)}"
+            f"{setting('image_column', column)}: {dataset} has no such column; its columns: "
+            f"{describe_columns(features)}"
         )
     if column is None:
         candidates = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
         candidates = candidates or [name for name, kind in features.items() if is_encoded_image(kind)]
         if not candidates:
-            raise RequestError(f"{dataset} has no image column: it has {describe_columns(features)}")
+            raise RequestError(
+                f"{dataset} has no image column (of type Image or binary); its columns: {describe_columns(features)}"
+            )
         if len(candidates) > 1:
             raise RequestError(
-                f"{dataset} has several image columns; name one with --image-column: {listing(candidates)}"
+                f"{dataset} has several image columns ({listing(candidates)}); choose one with "
+                f"{setting('image_column', candidates[0])}"
             )
         column = candidates[0]
     elif not isinstance(features[column], datasets.Image) and not is_encoded_image(features[column]):
         raise RequestError(
-            f"--image-column {printable(column)} holds no images: the columns are {describe_columns(features)}"
+            f"{setting('image_column', column)} is not a column of images; the columns of {dataset}: "
+            f"{describe_columns(features)}"
         )
     if evaluation is not None and column not in evaluation.features:
         raise RequestError(
-            f"the evaluation split has no image column {printable(column)}: it has "
+            f"the evaluation split has no image column {printable(column)}; its columns: "
             f"{describe_columns(evaluation.features)}"
         )
     undecoded = datasets.Image(decode=False)
@@ -60,60 +65,61 @@ def find_image_column(
     )
 
 
-def find_label_column(dataset: str, asked: str | None, table: "datasets.Dataset", image_column: str) -> str:
-    """Find the column of classes: class labels if there are any, else the only column of integers or strings."""
+def find_label_column(dataset: str, requested: str | None, table: "datasets.Dataset", image_column: str) -> str:
+    """Return the label column: the ClassLabel column if there is one, else the only column of integers or strings."""
     import datasets
 
     features = table.features
-    if asked is not None:
-        if asked not in features:
+    if requested is not None:
+        if requested not in features:
             raise RequestError(
-                f"--label-column {printable(asked)}: there is no such column, but {describe_columns(features)}"
+                f"{setting('label_column', requested)}: {dataset} has no such column; its columns: "
+                f"{describe_columns(features)}"
             )
-        return asked
+        return requested
     candidates = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
     candidates = candidates or [name for name, kind in features.items() if name != image_column and _kind_of(kind)]
     if not candidates:
         raise RequestError(
-            f"{dataset} has no column of classes (whole numbers, strings or class labels): it has "
+            f"{dataset} has no label column (integers, strings or ClassLabel); its columns: "
             f"{describe_columns(features)}"
         )
     if len(candidates) > 1:
         raise RequestError(
-            f"{dataset} has several columns that could be the classes; name one with --label-column: "
-            f"{listing(candidates)}"
+            f"{dataset} has several columns that could be labels ({listing(candidates)}); choose one with "
+            f"{setting('label_column', candidates[0])}"
         )
     return str(candidates[0])
 
 
 @dataclass(frozen=True)
 class LabelledTable:
-    """A split with its labels: its name for messages, its table, and the files that it comes from."""
+    """A split with labels: its name in messages, its table, and the files that its rows come from."""
 
     name: str
     table: "datasets.Dataset | datasets.IterableDataset"
     parts: tuple[Part, ...]
 
     def described(self) -> tuple[Part, ...]:
-        """Return the parts, or the whole table as the only one."""
+        """Return the parts, or the whole table as a single part."""
         return self.parts or (Part(f"the {self.name} split", -1, self.table.features or {}),)
 
 
 def read_labels(
     dataset: str, column: str, train: LabelledTable, evaluation: LabelledTable | None
 ) -> tuple[tuple[str, ...], np.ndarray, np.ndarray | None]:
-    """Return class names and the labels of both splits, `(N,)` int64 in the range of the names.
+    """Return the class names, and the labels of both splits as indices of them, `(N,)` int64.
 
-    Labels are matched by name: what a number stands for is said by the file that holds it.
+    Labels are matched by name, because each file defines what its own numbers stand for.
 
     Raises:
-        RequestError: If the labels are no classes, differ in kind, are out of range, or cannot train a classifier.
+        RequestError: If the labels are not classes, differ in kind, are out of range, or cannot train a classifier.
     """
     splits = [train] if evaluation is None else [train, evaluation]
     kind = _shared_kind(dataset, column, [part for split in splits for part in split.described()])
     read = _read_class_labels if kind == "class label" else _read_values
     raw = {split.name: read(column, split) for split in splits}
-    # of the classes that only the evaluation split states, those that occur
+    # classes that only the evaluation split defines count if they occur
     order: list[Any] = [*raw[train.name][0], *(own[i] for own, codes in raw.values() for i in np.unique(codes))]
     order = list(dict.fromkeys(order if kind == "class label" else sorted(order)))
     if kind == "number":
@@ -130,14 +136,14 @@ def read_labels(
     present = np.unique(labels[train.name])
     if len(present) < 2:
         only = label_names[present[0]] if len(present) else "none"
-        raise RequestError(f"{dataset} has a single class to train on ({only}): a classifier needs at least two")
+        raise RequestError(f"{dataset} has a single class to train on ({only}); a classifier needs at least two")
     if evaluation is None:
         return label_names, labels[train.name], None
     if not np.isin(labels[evaluation.name], present).any():
         known, other = ([label_names[i] for i in np.unique(labels[s.name])] for s in splits)
         raise RequestError(
             f"no class of the evaluation split ({listing(other, 4)}) is in the training split ({listing(known, 4)}); "
-            "name another split with --eval-split, or another column with --label-column"
+            f"choose another {setting('eval_split')} or {setting('label_column')}"
         )
     return label_names, labels[train.name], labels[evaluation.name]
 
@@ -147,7 +153,7 @@ _KINDS = (
     (r"(large_)?string(_view)?", "text"),
     (r"bool", "truth value"),
 )
-"""Types of columns that can hold classes, by their names."""
+"""Types of columns that can hold labels, with their names in messages."""
 
 
 def _kind_of(feature: Any) -> str | None:
@@ -160,10 +166,10 @@ def _kind_of(feature: Any) -> str | None:
 
 
 def _shared_kind(dataset: str, column: str, parts: Sequence[Part]) -> str:
-    """Return what kind of labels all files have.
+    """Return the kind of labels that all files have.
 
     Raises:
-        RequestError: If a file has no such column, its values are no classes, or the kinds differ.
+        RequestError: If a file has no such column, its values are not classes, or the kinds differ.
     """
     import datasets
 
@@ -171,24 +177,26 @@ def _shared_kind(dataset: str, column: str, parts: Sequence[Part]) -> str:
     for part in parts:
         if column not in part.features:
             raise RequestError(
-                f"{printable(part.name)} has no column {printable(column)}: it has {describe_columns(part.features)}"
+                f"{printable(part.name)} has no column {printable(column)}; its columns: "
+                f"{describe_columns(part.features)}"
             )
         kind = _kind_of(part.features[column])
         if kind is None:
             raise RequestError(
-                f"--label-column {printable(column)} holds no classes in {printable(part.name)} "
-                f"({describe_columns({column: part.features[column]})}): expected whole numbers, strings or class "
-                "labels"
+                f"{setting('label_column', column)} does not hold classes in {printable(part.name)}: it has type "
+                f"{_type_name(part.features[column])}; expected integers, strings or ClassLabel"
             )
         kinds.setdefault(kind, part)
     named = [part.features[column] for part in parts if isinstance(part.features[column], datasets.ClassLabel)]
     if set(kinds) == {"class label", "number"} and all(
         feature.names == [str(i) for i in range(feature.num_classes)] for feature in named
     ):
-        return "number"  # the names of the numbers are the numbers themselves
+        return "number"  # each class is named after its number
     if len(kinds) > 1:
-        found = " and ".join(f"a {kind} in {printable(part.name)}" for kind, part in kinds.items())
-        raise RequestError(f"column {printable(column)} of {dataset} is {found}; store the labels alike in all files")
+        found = ", ".join(f"{kind} in {printable(part.name)}" for kind, part in kinds.items())
+        raise RequestError(
+            f"column {printable(column)} of {dataset} has several types ({found}); store one type in all files"
+        )
     return next(iter(kinds))
 
 
@@ -201,8 +209,8 @@ def _column_of(column: str, split: LabelledTable) -> Any:
         labels.validate(full=True)
     except ValueError as error:
         raise RequestError(
-            f"column {printable(column)} of the {split.name} split is damaged ({one_line(error)}); write it again, "
-            "text as UTF-8"
+            f"column {printable(column)} of the {split.name} split is damaged ({one_line(error)}); rewrite it with "
+            "valid UTF-8 text"
         ) from error
     missing = labels.null_count
     if pyarrow.types.is_string_view(labels.type):
@@ -214,13 +222,13 @@ def _column_of(column: str, split: LabelledTable) -> Any:
     if missing:
         raise RequestError(
             f"column {printable(column)} of the {split.name} split has {missing} empty labels out of {len(labels)}; "
-            "remove those rows or name them"
+            "remove those rows or label them"
         )
     return labels
 
 
 def _read_class_labels(column: str, split: LabelledTable) -> tuple[list[str], np.ndarray]:
-    """Return the names of a split's files, and the index among them of every row's label."""
+    """Return the class names in a split's files, and each row's label as an index of them."""
     values = _column_of(column, split).to_numpy().astype(np.int64)
     names: list[str] = []
     first = 0
@@ -232,8 +240,8 @@ def _read_class_labels(column: str, split: LabelledTable) -> tuple[list[str], np
         if len(wrong):
             raise RequestError(
                 f"label {codes[wrong[0]]} at index {first + wrong[0]} of the {split.name} split is out of range: "
-                f"column {printable(column)} has the classes 0 to {len(own) - 1} ({len(wrong)} such labels); "
-                "name another split or column"
+                f"column {printable(column)} has classes 0 to {len(own) - 1} ({len(wrong)} such labels); "
+                "choose another split or column"
             )
         if not names:
             names = list(own)
@@ -245,45 +253,45 @@ def _read_class_labels(column: str, split: LabelledTable) -> tuple[list[str], np
         first = last
     if first != len(values):
         raise RequestError(
-            f"the files of the {split.name} split state {first} rows, but {len(values)} were read; remove the cache of "
-            "this dataset and try again"
+            f"the files of the {split.name} split have {first} rows, but {len(values)} were read; delete the cached "
+            "copy of this dataset and retry"
         )
     return names, values
 
 
 def _read_values(column: str, split: LabelledTable) -> tuple[list[Any], np.ndarray]:
-    """Return the different labels of a split, and the index among them of every row's label."""
+    """Return the distinct labels of a split, and each row's label as an index of them."""
     encoded = _column_of(column, split).combine_chunks().dictionary_encode()
     return encoded.dictionary.to_pylist(), encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def _check_numbers(dataset: str, column: str, labels: Sequence[int]) -> None:
-    """Refuse numbers that are no class."""
+    """Raise RequestError for numbers that cannot be classes."""
     odd = [label for label in labels if not -(1 << 31) <= label < 1 << 31]
     rest = [label for label in labels if label >= 0]
     if not odd and len(rest) >= 2 and rest == list(range(len(rest))):
-        odd = [label for label in labels if label < 0]  # how images without a label are marked
+        odd = [label for label in labels if label < 0]  # these mark images without a label
     if odd:
         others = listing((label for label in labels if label not in odd), 4)
         raise RequestError(
-            f"column {printable(column)} of {dataset} has the label {odd[0]}, which is no class"
-            f"{f' beside {others}' if others else ': expected -2147483648 to 2147483647'}; remove those rows, or store "
+            f"column {printable(column)} of {dataset} has the label {odd[0]}, which is not a class"
+            f"{f' like {others}' if others else ': expected -2147483648 to 2147483647'}; remove those rows, or store "
             "the classes as strings"
         )
 
 
 def _check_named(dataset: str, column: str, names: Sequence[Any]) -> None:
-    """Refuse class labels that state a class without a name."""
+    """Raise RequestError for a ClassLabel that has a class without a name."""
     blank = [i for i, name in enumerate(names) if name is None or not str(name).strip()]
     if blank:
         raise RequestError(
-            f"column {printable(column)} of {dataset} states a class without a name (number {blank[0]} of "
+            f"column {printable(column)} of {dataset} has a class without a name (number {blank[0]} of "
             f"{listing(names, 4)}); name it in the ClassLabel"
         )
 
 
 def class_names(dataset: str, column: str, train: LabelledTable, evaluation: LabelledTable) -> tuple[str, ...]:
-    """Return the class names of two streams, whose files have to state the same ones, as nothing is read.
+    """Return the class names of two streams; all files have to define the same ones, because no rows are read.
 
     Raises:
         RequestError: If they do not.
@@ -291,28 +299,33 @@ def class_names(dataset: str, column: str, train: LabelledTable, evaluation: Lab
     parts = [*train.described(), *evaluation.described()]
     if _shared_kind(dataset, column, parts) != "class label":
         raise RequestError(
-            f"column {printable(column)} of {dataset} does not say what its classes are, and a stream cannot be "
-            "searched for them: leave out --streaming, or store the column as ClassLabel"
+            f"column {printable(column)} of {dataset} does not define its classes, and a stream cannot be searched for "
+            f"them; store it as ClassLabel, or use {setting('streaming', False)}"
         )
     first = list(parts[0].features[column].names)
     for part in parts:
         if part.features[column].names != first:
             raise RequestError(
-                f"{printable(part.name)} has other classes in column {printable(column)}, or in another order, "
-                f"({listing(part.features[column].names, 4)}) than {printable(parts[0].name)} ({listing(first, 4)}); "
-                "leave out --streaming, and they are matched by name"
+                f"column {printable(column)} has other classes, or another order, in {printable(part.name)} "
+                f"({listing(part.features[column].names, 4)}) than in {printable(parts[0].name)} "
+                f"({listing(first, 4)}); use {setting('streaming', False)} to match them by name"
             )
     _check_named(dataset, column, first)
     names = class_names_of(first, f"column {printable(column)} of {dataset}")
     if len(set(names.values())) < len(first):
         raise RequestError(
-            f"column {printable(column)} of {dataset} has one class in two spellings of Unicode; leave out --streaming"
+            f"column {printable(column)} of {dataset} has one class in two Unicode spellings; use "
+            f"{setting('streaming', False)} to merge them"
         )
     if len(first) < 2:
-        raise RequestError(f"{dataset} has a single class ({listing(first)}): a classifier needs at least two")
+        raise RequestError(f"{dataset} has a single class ({listing(first)}); a classifier needs at least two")
     return tuple(names.values())
 
 
 def describe_columns(features: dict[str, Any]) -> str:
-    """List columns with their types, for a message."""
-    return listing(f"{name} ({getattr(kind, 'dtype', None) or type(kind).__name__})" for name, kind in features.items())
+    """Return the columns with their types, for a message."""
+    return listing(f"{name} ({_type_name(kind)})" for name, kind in features.items())
+
+
+def _type_name(kind: Any) -> str:
+    return printable(getattr(kind, "dtype", None) or type(kind).__name__)

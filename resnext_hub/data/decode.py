@@ -1,11 +1,11 @@
-"""From an encoded image to pixels, the same for every kind of file that people have.
+"""Decode images of all supported formats to 8-bit RGB or grayscale pixels.
 
-What is shown is what counts: EXIF orientation is applied, an animation gives its first frame, grey becomes three equal
-channels, sixteen bits are scaled to eight, CMYK is converted. Transparency is dropped, as timm's and transformers' own
-readers do, so that a published model sees the same pixels there.
+EXIF orientation is applied, the first frame of an animation is used, grayscale becomes three equal channels, 16 bits
+are scaled to 8, CMYK is converted. Transparency is dropped as timm and transformers do, so a published model sees the
+same pixels there.
 
-Files are hostile until shown otherwise: only regular files are opened, only the formats of the known suffixes are read
-(Pillow would run Ghostscript on an EPS file), and the header bounds memory and time before anything is decoded.
+Files are untrusted: only regular files are opened, only the formats of the known suffixes are read (Pillow would run
+Ghostscript on an EPS file), and the header limits memory and time before anything is decoded.
 """
 
 import contextlib
@@ -23,68 +23,70 @@ from resnext_hub.errors import one_line
 from resnext_hub.files import LFS_POINTER, FileTooLargeError, read_regular
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""Pillow's names of the formats that are read: those of the known suffixes."""
+"""Supported formats by Pillow's names: those of the known suffixes."""
 
 MAX_IMAGE_PIXELS = 100_000_000
-"""Pixels above which an image is unreadable unless a request says otherwise; 0.4 GB as Pillow holds them."""
+"""Default limit: images with more pixels are unreadable. They take 0.4 GB in Pillow."""
 
 MAX_ASPECT = 1000
-"""How many times a side may be as long as the other: beyond it, nothing is left of the shorter one."""
+"""Greatest ratio of the sides; beyond it, resizing leaves nothing of the shorter one."""
 
 MAX_SCANS = 100
-"""Scans of a JPEG: each costs a pass over all pixels, however short it is. Progressive files have about ten."""
+"""Most scans of a JPEG: however short, each costs a pass over all pixels. Progressive files have about ten."""
 
 _MAX_PASSES = 20
-"""How often the greatest number of pixels may be passed over by the scans of one image: some seconds."""
+"""Most passes of `max_pixels` pixels that the scans of one image may cost: some seconds."""
 
 _RAW_PROFILE = 1 << 20
-"""Characters of Exif as text in a PNG; two for each byte."""
+"""Most characters of Exif data stored as hexadecimal text in a PNG, two per byte."""
 
 _BAND_PIXELS = 1 << 20
-"""Pixels of which the depth is reduced at once."""
+"""Pixels that are reduced to 8 bits at once."""
 
 
 class UnreadableImageError(Exception):
-    """An image that cannot be decoded; the message is the reason."""
+    """An image cannot be decoded; the message is the reason."""
 
 
 def decode(row: dict[str, Any] | None, mode: str = "RGB", max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
     """Decode an image.
 
     Args:
-        row: `bytes`, or a `path` where there are none, as the library datasets has undecoded images.
+        row: `bytes`, or a `path` if there are none, as datasets represents undecoded images.
         mode: `RGB`, or `L` for one channel.
-        max_pixels: Pixels above which it is unreadable.
+        max_pixels: Images with more pixels are unreadable.
 
     Raises:
-        UnreadableImageError: If there is nothing to read, it is no image, it is cut off, or its header asks for more
-            memory or time than an image needs.
+        UnreadableImageError: If it is missing, not an image, truncated, or its header demands more memory or time than
+            any legitimate image needs.
     """
     with opened(read_bytes(row, max_pixels), max_pixels) as image:
         return upright(image, mode)
 
 
 def read_bytes(row: dict[str, Any] | None, max_pixels: int = MAX_IMAGE_PIXELS) -> bytes:
-    """Return the bytes of an image as it is stored.
+    """Return the encoded bytes of an image.
 
     Raises:
-        UnreadableImageError: If there are none, or far more than an image of so many pixels has.
+        UnreadableImageError: If there are none, or far more than an image of `max_pixels` pixels has.
     """
-    row = row or {}  # a table may hold a null
+    row = row or {}  # None for a null in the table
     data: bytes | None = row.get("bytes")
     path: str | None = row.get("path")
     if data is None and path is None:
         raise UnreadableImageError("neither bytes nor a path")
-    limit = 8 * max_pixels + (1 << 26)  # sixteen bits in four channels, and what a program has to say beside them
+    limit = 8 * max_pixels + (1 << 26)  # four channels of 16 bits, and metadata
     try:
         data = read_regular(str(path), limit) if data is None else data
         if len(data) > limit:
             raise FileTooLargeError(f"{len(data)} bytes")
     except FileNotFoundError as error:
-        raise UnreadableImageError("the file is gone") from error
+        raise UnreadableImageError("the file does not exist") from error
     except FileTooLargeError as error:
-        raise UnreadableImageError(f"a file too large for {max_pixels} pixels (--max-image-pixels)") from error
-    except (OSError, ValueError, MemoryError) as error:  # a path with a NUL is a ValueError
+        raise UnreadableImageError(
+            f"the file is too large for an image of {max_pixels} pixels (--max-image-pixels)"
+        ) from error
+    except (OSError, ValueError, MemoryError) as error:  # ValueError: a path with a NUL
         raise UnreadableImageError(_reason(error)) from error
     if not data:
         raise UnreadableImageError("zero bytes")
@@ -105,7 +107,7 @@ _DAMAGED = (
     MemoryError,
     struct.error,
 )
-"""What Pillow's readers of the many formats raise for damaged files, and what an image costs that is too large."""
+"""What Pillow's decoders raise for damaged files, or if memory runs out."""
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -116,19 +118,19 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""How an image is turned to stand upright, by EXIF orientation."""
+"""Transposition that makes an image upright, by EXIF orientation."""
 
 
 @contextlib.contextmanager
 def opened(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Iterator[Image.Image]:
-    """Read the header of an image; what then fails in decoding it says why in the same words.
+    """Open an image and check its header; errors while decoding it in the block are converted as well.
 
     Raises:
         UnreadableImageError: If it cannot be read.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of odd metadata in what it can still read
+            warnings.simplefilter("ignore")  # Pillow warns about odd metadata in readable images
             if netpbm.is_netpbm(data):
                 header = netpbm.read_header(data)
                 require_size(header.width, header.height, max_pixels)
@@ -138,7 +140,7 @@ def opened(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Iterator[Image.Im
             data = bounds.without_avif_exif(data)
             file = bounds.MeteredFile(data)
             if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
-                Image.MAX_IMAGE_PIXELS = max_pixels  # where Pillow would refuse what the request allows
+                Image.MAX_IMAGE_PIXELS = max_pixels  # else Pillow would refuse what our limit allows
             with Image.open(file, formats=_formats()) as image:
                 require_size(image.width, image.height, max_pixels)
                 bounds.allow_runs(file, image)
@@ -147,7 +149,7 @@ def opened(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Iterator[Image.Im
                 yield image
     except UnidentifiedImageError as error:
         pointer = data.startswith(LFS_POINTER)
-        reason = "a Git LFS pointer, not the image itself; run `git lfs pull`" if pointer else "not an image"
+        reason = "a Git LFS pointer instead of an image; run `git lfs pull`" if pointer else "not an image"
         raise UnreadableImageError(reason) from error
     except Image.DecompressionBombError as error:
         raise UnreadableImageError(f"more than {max_pixels} pixels (--max-image-pixels)") from error
@@ -157,10 +159,10 @@ def opened(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Iterator[Image.Im
 
 @contextlib.contextmanager
 def within_memory() -> Iterator[None]:
-    """Call an image unreadable for which there is not enough memory.
+    """Convert out-of-memory errors into UnreadableImageError.
 
     Raises:
-        UnreadableImageError: If it is so.
+        UnreadableImageError: If memory runs out in the block.
     """
     try:
         yield
@@ -173,7 +175,7 @@ def within_memory() -> Iterator[None]:
 
 
 def require_size(width: int, height: int, max_pixels: int) -> None:
-    """Raise UnreadableImageError for an image that its header makes too large, too long, or empty."""
+    """Raise UnreadableImageError if an image is too large, too elongated or empty according to its header."""
     if min(width, height) < 1:
         raise UnreadableImageError(f"{width} x {height} pixels")
     if width * height > max_pixels:
@@ -183,7 +185,7 @@ def require_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def require_parts(data: bytes) -> None:
-    """Raise UnreadableImageError for a file whose metadata can only be meant to take time or memory."""
+    """Raise UnreadableImageError if the metadata of a file exceeds what any legitimate file needs."""
     try:
         bounds.require_few_parts(data)
     except ValueError as error:
@@ -191,7 +193,7 @@ def require_parts(data: bytes) -> None:
 
 
 def require_scans(data: bytes, pixels: int, max_pixels: int) -> None:
-    """Raise UnreadableImageError for a JPEG of so many scans that they can only be meant to take time."""
+    """Raise UnreadableImageError if a JPEG has more scans than any legitimate file needs."""
     if data.startswith(b"\xff\xd8"):
         most = min(MAX_SCANS, _MAX_PASSES * max_pixels // pixels)
         scans = bounds.count_scans(data, most)
@@ -201,22 +203,22 @@ def require_scans(data: bytes, pixels: int, max_pixels: int) -> None:
 
 @lru_cache(maxsize=1)
 def _formats() -> tuple[str, ...]:
-    """Return the formats that this Pillow has."""
+    """Return the supported formats that this build of Pillow has."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _require_tiles(image: Image.Image, data: bytes, max_pixels: int) -> None:
-    """Refuse a TIFF of small size in tiles of any, which are decoded whole, and one of JPEGs of many scans."""
+    """Raise UnreadableImageError for a small TIFF with huge tiles, which are decoded whole, or with too many scans."""
     tags = getattr(image, "tag_v2", None)
     if not tags:
         return
     width, height = (tags.get(tag) for tag in (ExifTags.Base.TileWidth, ExifTags.Base.TileLength))
     if isinstance(width, int) and isinstance(height, int) and width > 0 and height > 0:
         pixels = -(-image.width // width) * width * (-(-image.height // height)) * height
-        if width * height > max_pixels or pixels > 4 * max_pixels:  # those at the edges reach beyond it
+        if width * height > max_pixels or pixels > 4 * max_pixels:  # tiles at the edges extend beyond the image
             raise UnreadableImageError(
-                f"tiles of {width} x {height}, more than {max_pixels} pixels (--max-image-pixels)"
+                f"its tiles of {width} x {height} have more than {max_pixels} pixels (--max-image-pixels)"
             )
     if tags.get(ExifTags.Base.Compression) in (6, 7):  # JPEG
         offsets = tags.get(ExifTags.Base.StripOffsets) or tags.get(ExifTags.Base.TileOffsets) or ()
@@ -227,31 +229,31 @@ def _require_tiles(image: Image.Image, data: bytes, max_pixels: int) -> None:
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, MemoryError):
-        return "not enough memory to decode it"
+        return "not enough memory to decode the image"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return one_line(error)[:200]
 
 
 def upright(image: Image.Image, mode: str) -> Image.Image:
-    """Decode an image whose header was read, turned as its EXIF orientation says."""
+    """Decode an opened image and apply its EXIF orientation."""
     image.load()
-    # Pillow's own exif_transpose writes the rest of the EXIF anew, and fails where that is odd
+    # Pillow's exif_transpose rewrites the other EXIF tags, and fails on malformed ones
     turn = _TURNS.get(orientation(image))
     return _to_mode(image if turn is None else image.transpose(turn), mode)
 
 
 def orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation of an image, 1 where it says none or its metadata are damaged.
+    """Return the EXIF orientation of an image, 1 if it has none or its metadata is damaged.
 
     Raises:
-        ValueError: If its metadata can only be meant to take time.
+        ValueError: If its metadata exceeds what any legitimate file needs.
     """
     exif = image.info.get("exif")
     if isinstance(exif, bytes):
         bounds.require_few_numbers(exif.removeprefix(b"Exif\0\0").removeprefix(b"Exif\0\0"))
     elif len(image.info.get("Raw profile type exif", "")) > _RAW_PROFILE:
-        raise ValueError(f"Exif of more than {_RAW_PROFILE} characters")
+        raise ValueError(f"more than {_RAW_PROFILE} characters of Exif")
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except _DAMAGED:
@@ -263,29 +265,29 @@ def _to_mode(image: Image.Image, mode: str) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
         image = _to_eight_bits(image)
     elif image.mode == "P":
-        image = image.convert("RGBA")  # palettes carry transparency in ways that only this conversion understands
+        image = image.convert("RGBA")  # only this conversion handles every kind of transparency in a palette
     return image if image.mode == mode else image.convert(mode)
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Scale grey of more than eight bits by what its type can hold, a band at a time; fractions go from 0 to 1.
+    """Scale grayscale of more than 8 bits by the range of its type, band by band; floats range from 0 to 1.
 
-    The values of one image are no guide: another one of the same dataset would be scaled otherwise.
+    It is not scaled by the range of its values, which would differ between images of one dataset.
     """
     if image.mode == "I":
-        raise UnreadableImageError("signed or 32-bit numbers, whose range is not known; store 8 or 16 bits")
+        raise UnreadableImageError("signed or 32-bit pixels have no known range; store 8 or 16 bits")
     white, inverted = _range_of(image)
     pixels = np.empty((image.height, image.width), np.uint8)
     rows = max(1, _BAND_PIXELS // image.width)
     for top in range(0, image.height, rows):
         band = np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
         if not np.isfinite(band).all():
-            raise UnreadableImageError("pixels that are not finite")
+            raise UnreadableImageError("some pixels are not finite")
         if image.mode != "F":
             band = np.minimum(band, white).astype(np.uint32) * 255 // white
         elif band.min() < 0 or band.max() > 1:
             raise UnreadableImageError(
-                f"floating-point pixels from {band.min():.4g} to {band.max():.4g}; expected 0 to 1"
+                f"floating-point pixels range from {band.min():.4g} to {band.max():.4g}; expected 0 to 1"
             )
         else:
             band = band * 255
@@ -294,7 +296,7 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _range_of(image: Image.Image) -> tuple[int, bool]:
-    """Return the value of the brightest pixel that a type can hold, and whether it is black."""
+    """Return the greatest value of an image's pixel type, and whether it stands for black."""
     tags = getattr(image, "tag_v2", None) or {}
     bits = tags.get(ExifTags.Base.BitsPerSample, (16,))[0]
     return (1 << bits) - 1, tags.get(ExifTags.Base.PhotometricInterpretation) == 0

@@ -1,4 +1,4 @@
-"""What is held out of a training split, and what is doubtful about two splits."""
+"""Hold out an evaluation split from a training split, and check pairs of splits for likely mistakes."""
 
 from collections.abc import Sequence
 
@@ -8,10 +8,10 @@ from resnext_hub.errors import RequestError
 from resnext_hub.text import listing
 
 
-def stratified_cut(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return indices to train on and indices to hold out, in the same proportion in every class.
+def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return indices to train on and held-out indices, stratified by class.
 
-    A class of one image keeps it for training; of any other at least one is held out, and at least one kept.
+    A class with a single image keeps it for training; of any other, at least one image is held out and one kept.
 
     Raises:
         RequestError: If no class has two images.
@@ -23,8 +23,8 @@ def stratified_cut(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.n
     classes = np.count_nonzero(counts > 1)
     if not classes:
         raise RequestError(
-            f"{len(labels)} images of {np.count_nonzero(counts)} classes: none can be held out, as every class has a "
-            "single image; a class needs at least 2, or the dataset an evaluation split"
+            f"no images can be held out: each of {np.count_nonzero(counts)} classes has a single image; add images to "
+            "at least one class, or an evaluation split to the dataset"
         )
     held_out = np.zeros(len(labels), dtype=bool)
     held = int(np.ceil(fraction * len(divisible)))
@@ -44,17 +44,17 @@ def stratified_cut(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.n
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def doubts(names: Sequence[str], train: np.ndarray, evaluation: np.ndarray) -> list[str]:
-    """Return what is likely not meant: classes without a training image, and names that are nearly the same."""
+def likely_mistakes(names: Sequence[str], train: np.ndarray, evaluation: np.ndarray) -> list[str]:
+    """Return warnings about likely mistakes: classes without training images, and nearly equal class names."""
     in_train, in_eval = (np.bincount(labels, minlength=len(names)) for labels in (train, evaluation))
     found = []
     untrained = [names[int(i)] for i in np.flatnonzero((in_train == 0) & (in_eval > 0))]
     if untrained:
-        found.append(f"no training image is of the class {listing(untrained)}, which the evaluation split has")
+        found.append(f"no training images for {listing(untrained)}, although the evaluation split has some")
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault("".join(name.casefold().split()), []).append(name)
     for group in alike.values():
         if len(group) > 1:
-            found.append(f"classes {listing(group)} differ in upper case or spaces alone; they are kept apart")
+            found.append(f"classes {listing(group)} differ only in case or spaces; they are kept separate")
     return found

@@ -1,4 +1,4 @@
-"""Labelled, undecoded images: by index, or as a stream."""
+"""Labelled, encoded images, by index or as a stream."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from PIL import Image
 
 from resnext_hub.data.decode import UnreadableImageError, decode
 from resnext_hub.data.sources.walk import real_path
-from resnext_hub.errors import RunError, one_line
+from resnext_hub.errors import RunError, one_line, setting
 from resnext_hub.text import printable
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class IndexedImages:
     """Labelled images by index.
 
-    `labels` is `(N,)` int64; `rows` gives the undecoded image (bytes or a path) at an index of the whole source, and
-    `indices` says which of those belong here; it is a table as it was loaded, with no selection of its own.
+    `rows` is the whole table as it was loaded, without a selection of its own; it holds encoded images (bytes or a
+    path). `indices` are the rows that belong to this split, `labels` `(N,)` int64 their labels.
     """
 
     rows: "datasets.Dataset"
@@ -32,7 +32,7 @@ class IndexedImages:
     indices: np.ndarray
     labels: np.ndarray
     roots: tuple[str, ...] | None = None
-    """Folders in which files have to lie that rows name by their paths; None if the paths were listed here."""
+    """Folders that must contain the files that rows refer to by path; None if the paths were listed locally."""
 
     def __post_init__(self) -> None:
         assert self.rows._indices is None
@@ -54,9 +54,9 @@ class IndexedImages:
         return decode(self.row(index), mode)
 
     def name(self, index: int) -> str:
-        """Return a name for people: the end of its path, or its index in the source.
+        """Return a name for messages: the end of its path, or its index in the source.
 
-        Images of a table may all have the same path, so the index stands beside it there; count by index.
+        Images stored in a table may all have the same path, so their names include the index. Count by index.
         """
         row = self._stored(index)
         place = f"index {self.indices[index]}"
@@ -65,19 +65,19 @@ class IndexedImages:
         return short_name(row["path"]) if row["bytes"] is None else f"{short_name(row['path'])} ({place})"
 
     def row(self, index: int) -> dict[str, Any]:
-        """Return an image as it is stored: `bytes`, or a `path` where there are none.
+        """Return an encoded image: `bytes`, or a `path` if there are none.
 
         Raises:
-            UnreadableImageError: If the path leads out of the dataset's folder.
+            UnreadableImageError: If the path leads outside the dataset's folder.
         """
         return located(self._stored(index), self.roots)
 
     def _stored(self, index: int) -> dict[str, Any]:
-        # from the table itself: what datasets does around it takes as long as a tenth of decoding an image
+        # read the Arrow table directly: indexing the Dataset would cost a tenth of the time to decode an image
         row = self.rows.data.column(self.image_column)[int(self.indices[index])]
         try:
             return row.as_py() or {"bytes": None, "path": None}
-        except UnicodeDecodeError:  # parquet stores text of any bytes
+        except UnicodeDecodeError:  # parquet does not check that text is UTF-8
             path = row["path"].as_buffer().to_pybytes()
             return {"bytes": row["bytes"].as_py(), "path": path.decode("utf-8", "surrogateescape")}
 
@@ -88,15 +88,15 @@ def short_name(path: str) -> str:
 
 
 def located(row: dict[str, Any], roots: tuple[str, ...] | None) -> dict[str, Any]:
-    """Return a stored image with the path of its file on this machine.
+    """Return an encoded image with the path of its file on this machine.
 
     Args:
-        row: `bytes`, or a `path` where there are none, which somebody else may have written.
-        roots: Folders in which the file has to lie, links followed, or beginnings of addresses; None trusts the path,
-            which then is as `stored_path` made it.
+        row: `bytes`, or a `path` if there are none; the path is untrusted.
+        roots: Folders that must contain the file after resolving links, or prefixes of URLs; None trusts the path,
+            which then is the result of `stored_path`.
 
     Raises:
-        UnreadableImageError: If it lies elsewhere.
+        UnreadableImageError: If the file is elsewhere.
     """
     path = row["path"]
     if row["bytes"] is not None or path is None:
@@ -111,26 +111,26 @@ def located(row: dict[str, Any], roots: tuple[str, ...] | None) -> dict[str, Any
         real = os.path.realpath(os.path.join(folders[0], path)) if folders and "\0" not in path else ""
         if any(real.startswith(os.path.join(folder, "")) for folder in folders):
             return {"bytes": None, "path": real}
-    raise UnreadableImageError("its path leads out of the dataset's folder")
+    raise UnreadableImageError("its path leads outside the dataset's folder")
 
 
 class Record(NamedTuple):
-    """A sample of a stream: which one it is, the undecoded image, and its label."""
+    """A sample of a stream: its shard and number, the encoded image, and its label."""
 
     shard: int
     number: int
-    """Place within the shard."""
+    """Index within the shard."""
     row: dict[str, Any]
     label: int
 
     @property
     def key(self) -> int:
-        """One number that says which sample it is."""
+        """A number that identifies the sample."""
         return self.shard << 32 | self.number
 
     @property
     def name(self) -> str:
-        """Name the sample for people."""
+        """The name of the sample in messages."""
         path = self.row["path"]
         place = f"shard {self.shard}, record {self.number}"
         return f"{short_name(path)} ({place})" if path else place
@@ -145,20 +145,20 @@ class StreamedImages:
     label_column: str
     classes: int
     count: int | None
-    """Number of images as the source states it."""
+    """Number of images according to the source."""
     roots: tuple[str, ...] | None = ()
-    """Folders, or beginnings of addresses, in which files have to lie that rows name by their paths."""
+    """Folders, or prefixes of URLs, that must contain the files that rows refer to by path."""
 
     @property
     def shards(self) -> int:
-        """Number of files, or parts of them, that can be read apart."""
+        """Number of shards: files, or parts of files, that can be read independently."""
         return int(self.rows.num_shards)
 
     def read(self, shards: Sequence[int]) -> Iterator[Record]:
-        """Read shards one after the other.
+        """Yield the records of shards, one shard after the other.
 
         Raises:
-            RunError: If a label is out of range, or the source cannot be reached any more.
+            RunError: If a label is out of range, or reading the source fails.
         """
         for shard in shards:
             number = 0
@@ -166,25 +166,25 @@ class StreamedImages:
                 for row, label in zip(batch[self.image_column], batch[self.label_column], strict=True):
                     if label is None or not 0 <= label < self.classes:
                         raise RunError(
-                            f"record {number} of shard {shard} has the label {label}: expected 0 to {self.classes - 1}"
+                            f"record {number} of shard {shard} has the label {label}; expected 0 to {self.classes - 1}"
                         )
                     yield Record(int(shard), number, row or {"bytes": None, "path": None}, label)
                     number += 1
 
     def _batches(self, shard: int) -> Iterator[dict[str, list[Any]]]:
-        # by `iter`, since a plain loop would leave out other shards in each of several reading processes
+        # `iter`, because a plain loop would split the shards between data-loading workers
         rows = self.rows.shard(num_shards=self.shards, index=int(shard)).iter(batch_size=16)
         try:
             yield from rows
         except UnicodeDecodeError as error:
             raise RunError(
-                f"shard {shard} holds text that is not valid UTF-8 ({one_line(error)}), which cannot be streamed; "
-                "leave out --streaming, or write the file again"
+                f"shard {shard} contains text that is not valid UTF-8 ({one_line(error)}) and cannot be streamed; use "
+                f"{setting('streaming', False)}, or rewrite the file"
             ) from error
-        except (HTTPError, OSError, ValueError) as error:  # the last is what the reader of broken parquet raises
+        except (HTTPError, OSError, ValueError) as error:  # ValueError: damaged parquet
             raise RunError(
-                f"the stream broke off in shard {shard} ({one_line(error)}); the same command goes on from the last "
-                "checkpoint"
+                f"the stream broke off in shard {shard} ({one_line(error)}); rerun the same command to resume from the "
+                "last checkpoint"
             ) from error
 
     def image(self, record: Record, mode: str = "RGB") -> Image.Image:
@@ -196,11 +196,11 @@ class StreamedImages:
         return decode(self.row(record), mode)
 
     def row(self, record: Record) -> dict[str, Any]:
-        """Give an image as it is stored, with the bytes of a file that is in a repository or an archive of it.
+        """Return an encoded image; a file in a repository, or in an archive there, is downloaded.
 
         Raises:
-            UnreadableImageError: If that file is gone.
-            RunError: If it cannot be fetched.
+            UnreadableImageError: If the file does not exist.
+            RunError: If it cannot be downloaded.
         """
         row = located(record.row, self.roots)
         path = row["path"]
@@ -212,9 +212,9 @@ class StreamedImages:
             with xopen(path, "rb") as file:
                 return {"bytes": file.read(), "path": path}
         except FileNotFoundError as error:
-            raise UnreadableImageError("the file is gone") from error
+            raise UnreadableImageError("the file does not exist") from error
         except OSError as error:
             raise RunError(
-                f"{short_name(path)} could not be fetched ({one_line(error)}); the same command goes "
-                "on from the last checkpoint"
+                f"{short_name(path)} could not be downloaded ({one_line(error)}); rerun the same command to resume "
+                "from the last checkpoint"
             ) from error

@@ -1,8 +1,8 @@
-"""The order of the samples, and the loaders that follow it.
+"""Sample order and data loaders of indexed datasets.
 
 A run is one endless sequence of places: epoch after epoch, each a permutation drawn from (seed, epoch). Step s takes
-the places s*B to (s+1)*B-1, so every global batch is full, crosses the end of an epoch where it must, and is the same
-at any number of processes. Resuming is starting at another step.
+places s*B to (s+1)*B-1, so every global batch is full, crosses the end of an epoch if necessary, and is the same for
+any number of processes. Resuming means starting at another step.
 """
 
 import random
@@ -27,30 +27,30 @@ from resnext_hub.settings import FREE, FREE_PER_PROCESS, Range, check_fields
 from resnext_hub.text import printable
 
 WORKERS = 256
-"""Most data-loading workers of a training process; each is a process of its own."""
+"""Most data-loading workers per training process."""
 
 PIXELS = 10_000_000_000
-"""Greatest --max-image-pixels."""
+"""Greatest allowed `max_image_pixels`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
-    """How images are read."""
+    """How images are loaded."""
 
     workers: Annotated[int, Range(0, WORKERS)] | None = field(default=None, metadata=FREE_PER_PROCESS)
-    """Reading processes beside each training process; derived from device and cores if not given."""
+    """Data-loading workers per training process; derived from device and CPU cores if not given."""
     decoder: Literal["auto", "simplejpeg", "pil"] = field(default="auto", metadata=FREE)
-    """What decodes JPEGs to train on: simplejpeg is fast, pil the reference; auto is a run's own one, else simplejpeg
-    where it is installed."""
+    """Decoder of JPEGs in training: simplejpeg is fast, pil is the reference; auto keeps a resumed run's decoder, else
+    uses simplejpeg if it is installed."""
     max_image_pixels: Annotated[int, Range(1, PIXELS)] = field(default=MAX_IMAGE_PIXELS, metadata=FREE)
-    """Pixels above which an image is unreadable, by its header; decoding takes up to 10 bytes of memory for each."""
+    """Images whose header states more pixels are unreadable; decoding takes up to 10 bytes of memory per pixel."""
 
     def __post_init__(self) -> None:
         check_fields(self)
 
 
 class Place(NamedTuple):
-    """One place of the endless sequence: which sample, in which epoch."""
+    """One place of the endless sequence: an epoch and a sample in it."""
 
     epoch: int
     sample: int
@@ -62,7 +62,7 @@ def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 def places_of_step(step: int, batch_size: int, count: int, seed: int) -> list[Place]:
-    """Give the places of one global batch, drawn from `count` samples."""
+    """Return the places of one global batch, drawn from `count` samples."""
     places = []
     for place in range(step * batch_size, (step + 1) * batch_size):
         epoch, offset = divmod(place, count)
@@ -71,7 +71,7 @@ def places_of_step(step: int, batch_size: int, count: int, seed: int) -> list[Pl
 
 
 def seed_sample(seed: int, epoch: int, index: int, repeat: int = 0) -> None:
-    """Seed all three generators that transforms draw from, as a function of what identifies the sample."""
+    """Seed the three global generators that transforms draw from (random, NumPy, torch) for a sample."""
     state = np.random.SeedSequence((seed, epoch, index, repeat)).generate_state(4)
     random.seed(int(state[0]) << 32 | int(state[1]))
     np.random.seed(int(state[2]))
@@ -79,7 +79,7 @@ def seed_sample(seed: int, epoch: int, index: int, repeat: int = 0) -> None:
 
 
 class TrainingSamples(Dataset[Sample]):
-    """Augmented samples by place. One that cannot be read is replaced by another, a function of its index alone."""
+    """Augmented samples by place; an unreadable one is replaced by another, which depends only on its index."""
 
     def __init__(self, images: IndexedImages, augment: Augment, seed: int) -> None:
         self.images = images
@@ -98,7 +98,7 @@ class TrainingSamples(Dataset[Sample]):
                 unreadable.append(Unreadable(index, self.images.name(index), str(error)))
                 if len(unreadable) == 100:
                     raise RunError(
-                        "100 images drawn after each other cannot be read; the last: "
+                        "100 images drawn in a row are unreadable; the last one: "
                         f"{printable(self.images.name(index))} ({error})"
                     ) from None
                 draw = np.random.SeedSequence((place.sample, len(unreadable))).generate_state(1, np.uint64)[0]
@@ -107,17 +107,17 @@ class TrainingSamples(Dataset[Sample]):
 
 
 def read_transformed(row: dict[str, Any], transform: Transform, mode: str, max_pixels: int) -> torch.Tensor:
-    """Decode and transform a stored image.
+    """Decode and transform an image.
 
     Raises:
-        UnreadableImageError: If it cannot be decoded, or there is not enough memory for it.
+        UnreadableImageError: If it cannot be decoded, or memory runs out.
     """
     with within_memory():
         return transform(decode(row, mode, max_pixels))
 
 
 class EvaluationSamples(Dataset[Sample]):
-    """Samples after the evaluation transform. One that cannot be read is black, and listed as unreadable."""
+    """Samples after the evaluation transform; an unreadable one is black and listed as unreadable."""
 
     def __init__(
         self, images: IndexedImages, transform: Transform, mode: str = "RGB", max_pixels: int = MAX_IMAGE_PIXELS
@@ -147,13 +147,13 @@ class EvaluationSamples(Dataset[Sample]):
     def batches(
         self, batch_size: int, process: int, processes: int, workers: int, pin_memory: bool
     ) -> Generator[Batch, None, None]:
-        """Give every so many-th batch, one of which a process computes whole."""
+        """Yield every `processes`-th batch of `batch_size` samples, starting with the one numbered `process`."""
         cuts = [list(range(i, min(i + batch_size, len(self)))) for i in range(0, len(self), batch_size)]
         return read_batches(build_loader(self, cuts[process::processes], workers, pin_memory))
 
 
 class StepSampler(Sampler[list[Place]]):
-    """This process's places of each step from `start` to `stop`: a contiguous part of the global batch."""
+    """The places of each step from `start` to `stop` for one process: a contiguous part of the global batch."""
 
     def __init__(
         self,
@@ -184,12 +184,15 @@ class StepSampler(Sampler[list[Place]]):
 def build_train_loader(
     samples: TrainingSamples, sampler: StepSampler, workers: int, pin_memory: bool = False
 ) -> DataLoader[Parcel]:
-    """Give one batch of this process for each step."""
+    """Return a loader that yields this process's batch of each step."""
     return build_loader(samples, sampler, workers, pin_memory)
 
 
 def derive_workers(device: str, local_processes: int) -> int:
-    """Read in the training process where the CPU is busy computing anyway, else with up to 8 workers per process."""
+    """Return the default number of workers per training process.
+
+    It is 0 on a CPU, which is busy with training, else up to 8, depending on the cores.
+    """
     if device == "cpu":
         return 0
     return max(1, min(8, cores() // local_processes - 1))

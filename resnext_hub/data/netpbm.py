@@ -1,6 +1,6 @@
-"""Netpbm images (PBM, PGM and PPM, plain and binary), read by NumPy: Pillow's decoder takes a microsecond a pixel.
+"""Decode Netpbm images (PBM, PGM and PPM, plain and binary) with NumPy; Pillow takes a microsecond per pixel.
 
-Values are scaled from 0..maxval, as the header states it, to 0..255; see https://netpbm.sourceforge.net/doc/.
+Values are scaled from 0..maxval of the header to 0..255; see https://netpbm.sourceforge.net/doc/.
 """
 
 import re
@@ -10,13 +10,13 @@ import numpy as np
 from PIL import Image
 
 _HEADER_BYTES = 1 << 16
-"""Bytes in which the header has to end, comments included."""
+"""Most bytes of a header, including comments."""
 
 _PLAIN_BYTES = 1 << 26
-"""Size in bytes above which a plain file, whose numbers are text, is unreadable."""
+"""Most bytes of a plain file, whose numbers are text."""
 
 _COMMENTS = 10_000
-"""Comments among the numbers of a plain file above which it is unreadable."""
+"""Most comments among the numbers of a plain file."""
 
 _GAP = rb"(?:\s|#[^\r\n]*[\r\n])+"
 _NUMBER = rb"(\d{1,10})"
@@ -26,25 +26,25 @@ _GREY_OR_COLOUR = re.compile(rb"P[2356]" + _GAP + _NUMBER + _GAP + _NUMBER + _GA
 
 @dataclass(frozen=True)
 class Header:
-    """What the header of a Netpbm image says."""
+    """The header of a Netpbm image."""
 
     kind: int
-    """The digit: 1 to 3 are plain, 4 to 6 binary; of bits, grey or colour."""
+    """The digit of the magic number: 1 to 3 plain, 4 to 6 binary; each bitmap, grayscale, color."""
     width: int
     height: int
     maxval: int
     """The value of white; 1 for bits."""
     end: int
-    """Place of the pixels in the file."""
+    """Offset of the pixels in the file."""
 
     @property
     def channels(self) -> int:
-        """Return the number of values of a pixel."""
+        """Number of values per pixel."""
         return 3 if self.kind in (3, 6) else 1
 
 
 def is_netpbm(data: bytes) -> bool:
-    """Return whether a file begins as PBM, PGM or PPM."""
+    """Return whether a file starts like PBM, PGM or PPM."""
     return re.match(rb"P[1-6][\s#]", data) is not None
 
 
@@ -52,7 +52,7 @@ def read_header(data: bytes) -> Header:
     """Read the header.
 
     Raises:
-        ValueError: If it is damaged, or has no end.
+        ValueError: If it is damaged or too long.
     """
     kind = int(data[1:2])
     match = (_BITMAP if kind in (1, 4) else _GREY_OR_COLOUR).match(data[:_HEADER_BYTES])
@@ -62,7 +62,7 @@ def read_header(data: bytes) -> Header:
         )
     width, height, maxval = (*map(int, match.groups()), 1)[:3]
     if not 0 < maxval < 65536:
-        raise ValueError(f"a greatest value of {maxval}; expected 1 to 65535")
+        raise ValueError(f"maxval={maxval} in its header; expected 1 to 65535")
     return Header(kind, width, height, maxval, match.end())
 
 
@@ -70,11 +70,13 @@ def read_pixels(data: bytes, header: Header) -> Image.Image:
     """Decode the pixels to mode L or RGB.
 
     Raises:
-        ValueError: If they are cut off, above the greatest value that the header states, or no numbers.
+        ValueError: If they are truncated, greater than maxval, or not numbers.
     """
     values = _plain(data, header) if header.kind < 4 else _binary(data, header)
     if values.size and not 0 <= int(values.min()) <= int(values.max()) <= header.maxval:
-        raise ValueError(f"values from {values.min()} to {values.max()}; its header says 0 to {header.maxval}")
+        raise ValueError(
+            f"values range from {values.min()} to {values.max()}; expected 0 to {header.maxval} (maxval in its header)"
+        )
     if header.maxval != 255:
         values = np.rint(np.arange(header.maxval + 1) / header.maxval * 255).astype(np.uint8)[values]
     if header.kind in (1, 4):
@@ -104,7 +106,7 @@ def _plain(data: bytes, header: Header) -> np.ndarray:
         raise ValueError(f"more than {_COMMENTS} comments")
     count = header.width * header.height * header.channels
     text = re.sub(rb"#[^\r\n]*", b"", data[header.end :])
-    if header.kind == 1:  # digits that need no space between them
+    if header.kind == 1:  # digits need no whitespace between them
         digits = np.frombuffer(text.translate(None, b" \t\n\v\f\r"), np.uint8)[:count]
         values = digits - np.uint8(ord("0"))
     else:
@@ -119,7 +121,7 @@ def _numbers(text: bytes) -> np.ndarray:
     try:
         return np.fromstring(text, np.int64, sep=" ")
     except ValueError as error:
-        raise ValueError("something other than whole numbers among its pixels") from error
+        raise ValueError("some pixels are not integers") from error
 
 
 def _require(found: int, needed: int, what: str) -> None:

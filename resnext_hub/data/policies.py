@@ -1,17 +1,17 @@
-"""Policies of augmentation in timm's notation, checked: timm itself ignores or clips parts that it does not know."""
+"""Check augmentation policies in timm's notation, because timm ignores or clips the parts that it does not know."""
 
 import re
 
-from resnext_hub.errors import RequestError
+from resnext_hub.errors import RequestError, setting
 from resnext_hub.settings import Range, shown
 
-_STD = Range(0, 1000)  # timm draws uniformly above 100: mstd101 makes TrivialAugment
+_STD = Range(0, 1000)  # above 100, timm draws uniformly: mstd101 is TrivialAugment
 _FLAG = Range(0, 1)
 _WHOLE = {"m", "n", "mmax", "inc", "w", "d", "b"}
 
 _PARTS: dict[str, dict[str, Range]] = {
     "rand": {
-        "m": Range(0, 10),  # or mmax, where that is greater
+        "m": Range(0, 10),  # or mmax, if that is greater
         "n": Range(1, 16),
         "p": Range(0, 1, above=True),
         "mstd": _STD,
@@ -28,18 +28,18 @@ _PARTS: dict[str, dict[str, Range]] = {
     },
     **{name: {"mstd": _STD} for name in ("3a", "v0", "v0r", "original", "originalr")},
 }
-"""What may follow the name of a policy, each at most once, joined by dashes: a letter or word and a number."""
+"""Parameters of each policy, which follow its name after dashes, each at most once: a key and a number."""
 
 _RAND_CHOICES = ("tweights", "t3a", "t3aw")
 """Sets of operations that `rand` can draw from."""
 
 
 def check_policy(policy: str) -> None:
-    """Raise a RequestError that names the wrong part if timm would not do all that a policy says."""
+    """Raise a RequestError that names the wrong part if timm would not apply all of a policy."""
     name, *parts = policy.split("-")
     if name not in _PARTS:
         raise RequestError(
-            f"--auto-augment {shown(policy)}: {shown(name) or 'it'} is no policy; expected one of "
+            f"{setting('auto_augment', shown(policy))}: {shown(name) or 'it'} is not a policy; expected one of "
             f"{', '.join(_PARTS)}, such as rand-m7-mstd0.5, augmix-m3 or 3a"
         )
     allowed = _PARTS[name]
@@ -73,4 +73,6 @@ def _listed(name: str) -> str:
 
 def _wrong(policy: str, part: str, expected: str) -> RequestError:
     examples = "such as rand-m7-mstd0.5, augmix-m3 or 3a"
-    return RequestError(f"--auto-augment {shown(policy)}: {shown(part) or 'an empty part'}: {expected}, {examples}")
+    return RequestError(
+        f"{setting('auto_augment', shown(policy))}: {shown(part) or 'an empty part'}: {expected}, {examples}"
+    )

@@ -1,4 +1,4 @@
-"""The training and evaluation splits of a dataset, with the class names they share."""
+"""Load the training and evaluation splits of a dataset, with the class names that they share."""
 
 import hashlib
 import json
@@ -11,12 +11,12 @@ import numpy as np
 
 from resnext_hub.data.columns import LabelledTable, class_names, find_image_column, find_label_column, read_labels
 from resnext_hub.data.config import DataConfig as DataConfig
-from resnext_hub.data.holdout import doubts, stratified_cut
+from resnext_hub.data.holdout import likely_mistakes, stratified_split
 from resnext_hub.data.images import IndexedImages, StreamedImages
 from resnext_hub.data.sources import BUNDLED, OpenDataset, Request, open_source
 from resnext_hub.data.sources import check_source as check_source
 from resnext_hub.data.sources.names import Role, likely_splits, loose_role
-from resnext_hub.errors import RequestError
+from resnext_hub.errors import RequestError, setting
 from resnext_hub.text import listing, printable
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """What a source holds, and what was found out about it on the way."""
+    """The splits of a dataset, and everything that was resolved while loading it."""
 
     train: IndexedImages | StreamedImages
     eval: IndexedImages | StreamedImages
@@ -47,7 +47,7 @@ def load_splits(config: DataConfig) -> Splits:
     """Open a dataset and find its splits, columns and classes; images are decoded later, one by one.
 
     Raises:
-        RequestError: If there is no such dataset, split or column, or if its labels cannot train a classifier.
+        RequestError: If the dataset, split or column does not exist, or the labels cannot train a classifier.
         RunError: If the Hub cannot be reached.
     """
     source = open_source(config)
@@ -57,7 +57,7 @@ def load_splits(config: DataConfig) -> Splits:
     train_split, eval_split = _find_splits(config, source.tables)
     unused = [split for split in source.tables if split not in (train_split, eval_split)]
     if unused:
-        _logger.info("%s: not used: split %s", name, listing(unused))
+        _logger.info("%s: unused splits: %s", name, listing(unused))
     train, evaluation, image_column, label_column = _labelled(config, source, train_split, eval_split)
     found = _found(config, source, train_split, eval_split, image_column, label_column)
     if config.streaming:
@@ -68,7 +68,7 @@ def load_splits(config: DataConfig) -> Splits:
 def _labelled(
     config: DataConfig, source: OpenDataset, train_split: str, eval_split: str | None
 ) -> tuple[LabelledTable, LabelledTable | None, str, str]:
-    """Return the tables of both splits with undecoded images, and their columns of images and labels."""
+    """Return the tables of both splits with undecoded images, and their image and label columns."""
     name = printable(config.dataset)
     train_table = source.tables[train_split]
     eval_table = None if eval_split is None else source.tables[eval_split]
@@ -87,7 +87,7 @@ def _labelled(
 
 @dataclass(frozen=True, kw_only=True)
 class _Found:
-    """What identifies a dataset, and the configuration with its open fields filled in."""
+    """The identity of a dataset, and the configuration with its open fields filled in."""
 
     dataset_id: str
     hub_id: str | None
@@ -153,8 +153,8 @@ def _streamed(source: OpenDataset, found: _Found, train: LabelledTable, evaluati
     name = printable(found.config.dataset)
     if evaluation is None:
         raise RequestError(
-            f"--streaming needs an evaluation split, as nothing can be held out of a stream; {name} has "
-            f"{listing(source.tables)}: name one with --eval-split"
+            f"{setting('streaming', True)} needs an evaluation split, because none can be held out from a stream; "
+            f"{name} has {listing(source.tables)}: choose one with {setting('eval_split')}"
         )
     label_names = class_names(name, found.label_column, train, evaluation)
     streams = [
@@ -183,54 +183,57 @@ def _indexed(
         return IndexedImages(table.select_columns([column]), column, indices, labels, source.roots)
 
     if evaluation is None or eval_labels is None:
-        kept, held_out = stratified_cut(train_labels, config.eval_fraction, config.split_seed)
+        kept, held_out = stratified_split(train_labels, config.eval_fraction, config.split_seed)
         to_train = images(train.table, kept, train_labels[kept])
         to_evaluate = images(train.table, held_out, train_labels[held_out])
     else:
         to_train = images(train.table, np.arange(len(train_labels)), train_labels)
         to_evaluate = images(evaluation.table, np.arange(len(eval_labels)), eval_labels)
-    for doubt in doubts(label_names, to_train.labels, to_evaluate.labels):
-        _logger.warning("%s: %s", name, doubt)
+    for mistake in likely_mistakes(label_names, to_train.labels, to_evaluate.labels):
+        _logger.warning("%s: %s", name, mistake)
     fingerprint = _fingerprint(label_names, to_train.labels, to_evaluate.labels, source.files)
     return found.splits(to_train, to_evaluate, label_names, fingerprint)
 
 
 def _find_splits(config: DataConfig, tables: Mapping[str, Any]) -> tuple[str, str | None]:
-    """Return the splits to train and to evaluate on, the latter None where it has to be cut from the former.
+    """Return the splits to train and to evaluate on, the latter None if it has to be held out from the former.
 
     Raises:
-        RequestError: If a split that is asked for is not there, both are the same, or none is for training.
+        RequestError: If a requested split does not exist, both are the same, or none is for training.
     """
     train = _pick_split(tables, config.train_split, "train")
     only = next(iter(tables)) if len(tables) == 1 else None
     if train is None and only is not None:
         if loose_role(only) == "eval":
             raise RequestError(
-                f"{printable(config.dataset)} has no split to train on, but {printable(only)}; --train-split "
-                f"{printable(only)} trains on it, and holds out a part"
+                f"{printable(config.dataset)} has no training split, only {printable(only)}; use "
+                f"{setting('train_split', only)} to train on it and hold out a part"
             )
         train = only
     if train is None:
         raise RequestError(
-            f"{printable(config.dataset)} has no split called train: it has {listing(tables)}; "
-            "name one with --train-split"
+            f"{printable(config.dataset)} has no split called train; choose one of {listing(tables)} with "
+            f"{setting('train_split')}"
         )
     evaluation = _pick_split(tables, config.eval_split, "eval")
     if evaluation == train and config.eval_split is not None:
         raise RequestError(
-            f"--eval-split {printable(evaluation)} is the split to train on; name another, or leave it out to hold "
-            "out a part"
+            f"{setting('eval_split', evaluation)} is also the training split; choose another, or omit it to hold out a "
+            "part"
         )
     return train, None if evaluation == train else evaluation
 
 
-def _pick_split(tables: Mapping[str, Any], asked: str | None, role: Role) -> str | None:
-    if asked is not None and asked not in tables:
-        raise RequestError(f"--{role}-split {printable(asked)}: there is no such split, but {listing(tables)}")
+def _pick_split(tables: Mapping[str, Any], requested: str | None, role: Role) -> str | None:
+    if requested is not None and requested not in tables:
+        raise RequestError(f"{setting(f'{role}_split', requested)}: no such split; choose one of {listing(tables)}")
     found = likely_splits(tables, role)
-    if asked is None and len(found) > 1:
-        raise RequestError(f"there are several splits of one kind ({listing(found)}); name one with --{role}-split")
-    return asked or next(iter(found), None)
+    if requested is None and len(found) > 1:
+        raise RequestError(
+            f"the dataset has several {'training' if role == 'train' else 'evaluation'} splits ({listing(found)}); "
+            f"choose one with {setting(f'{role}_split')}"
+        )
+    return requested or next(iter(found), None)
 
 
 def _fingerprint(

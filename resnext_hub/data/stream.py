@@ -1,11 +1,11 @@
-"""The order of samples that are read in order, and the loaders that follow it.
+"""Sample order and data loaders of streams.
 
-An epoch is the shards in an order drawn from (seed, epoch), cut into blocks of consecutive samples, each block shuffled
-within itself by (seed, epoch, block). The run is one endless sequence of epochs, of which step s takes the next
-global batch: the same samples at any number of processes and readers, and each once per epoch. Every reader reads the
-stream as a whole and decodes what is its own.
+An epoch consists of the shards in an order drawn from (seed, epoch), split into blocks of consecutive samples that are
+each shuffled by (seed, epoch, block). A run is one endless sequence of epochs, and every step takes the next global
+batch: the same samples for any number of processes and workers, each once per epoch. Every worker reads the whole
+stream, but decodes only its own samples.
 
-The state is a `Position`. Going on from one reads, but does not decode, what lies before it in its epoch.
+The state is a `Position`. Resuming from one reads the samples before it in its epoch without decoding them.
 """
 
 import logging
@@ -30,7 +30,7 @@ _logger = logging.getLogger(__name__)
 
 
 class _Place(NamedTuple):
-    """A place of the sequence: a sample within its block, and where the sequence stands after it."""
+    """A place of the sequence: a sample within its block, and the position after it."""
 
     block: list[Record]
     within: int
@@ -39,16 +39,16 @@ class _Place(NamedTuple):
 
 
 class StreamBatches(IterableDataset[Parcel]):
-    """This process's part of each step, augmented: a contiguous part of the global batch.
+    """The augmented samples of each step for one process: a contiguous part of the global batch.
 
     Args:
         images: The stream.
-        augment: Maps a stored image to an augmented one.
+        augment: Maps an encoded image to an augmented one.
         seed: Seed of order and augmentation.
         batch_size: Samples of a global batch.
         block_size: Consecutive samples that are shuffled among themselves.
-        start: Where the first step begins.
-        steps: How many steps there are.
+        start: Position before the first step.
+        steps: Number of steps.
         process: Index of this process.
         processes: Number of processes.
     """
@@ -72,18 +72,18 @@ class StreamBatches(IterableDataset[Parcel]):
         self.process, self.processes = process, processes
 
     def __iter__(self) -> Iterator[Parcel]:
-        reader = get_worker_info()
-        number, readers = (0, 1) if reader is None else (reader.id, reader.num_workers)
+        worker = get_worker_info()
+        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         pack = Packer()
         part = self.batch_size // self.processes
-        places = self._places(speaks=self.process == 0 and number == 0)
+        places = self._places(logs=self.process == 0 and number == 0)
         for step in range(self.steps):
             taken = [next(places) for _ in range(self.batch_size)]
-            if step % readers == number:
+            if step % workers == number:
                 mine = taken[self.process * part : (self.process + 1) * part]
                 yield pack([self._sample(place) for place in mine], end=taken[-1].after)
 
-    def _places(self, speaks: bool) -> Iterator[_Place]:
+    def _places(self, logs: bool) -> Iterator[_Place]:
         epoch, done = self.start
         while True:
             begin, read = time.monotonic(), 0
@@ -92,20 +92,20 @@ class StreamBatches(IterableDataset[Parcel]):
                 read += len(block)
                 if read <= done:
                     continue
-                if speaks and done and first >= 0:
+                if logs and done and first >= 0:
                     seconds = time.monotonic() - begin
-                    _logger.info("passed over %d records of epoch %d, undecoded, in %.1f s", done, epoch, seconds)
+                    _logger.info("skipped %d records of epoch %d without decoding, in %.1f s", done, epoch, seconds)
                 order = np.random.default_rng((self.seed, epoch, number)).permutation(len(block))
                 for place in range(max(first, 0), len(block)):
                     ended = last and place == len(block) - 1
                     after = Position(epoch + 1, 0) if ended else Position(epoch, read - len(block) + place + 1)
                     yield _Place(block, int(order[place]), epoch, after)
             if read == 0:
-                raise RunError("the training split holds no records")
+                raise RunError("the training split has no records")
             epoch, done = epoch + 1, 0
 
     def _blocks(self, epoch: int) -> Iterator[tuple[list[Record], bool]]:
-        """Give the blocks of an epoch in order, and whether each is its last."""
+        """Yield the blocks of an epoch in order, and whether each is the last one."""
         shards = np.random.default_rng((self.seed, epoch)).permutation(self.images.shards)
         block: list[Record] = []
         for record in self.images.read([int(shard) for shard in shards]):
@@ -117,7 +117,7 @@ class StreamBatches(IterableDataset[Parcel]):
             yield block, True
 
     def _sample(self, place: _Place) -> Sample:
-        """Decode and augment; a sample that cannot be read is replaced by the next of its block that can."""
+        """Decode and augment a sample; an unreadable one is replaced by the next readable one of its block."""
         own = place.block[place.within]
         unreadable = []
         for offset in range(len(place.block)):
@@ -130,7 +130,7 @@ class StreamBatches(IterableDataset[Parcel]):
                 continue
             return Sample(image, record.label, own.key, unreadable, erased)
         raise RunError(
-            f"none of {len(place.block)} consecutive records can be read; the last: {printable(unreadable[-1].name)} "
+            f"{len(place.block)} consecutive records are unreadable; the last one: {printable(unreadable[-1].name)} "
             f"({unreadable[-1].reason})"
         )
 
@@ -138,7 +138,7 @@ class StreamBatches(IterableDataset[Parcel]):
 class StreamedEvaluation:
     """Samples after the evaluation transform, in the order of the shards.
 
-    One that cannot be read is black, and listed as unreadable.
+    An unreadable one is black and listed as unreadable.
     """
 
     def __init__(
@@ -146,12 +146,12 @@ class StreamedEvaluation:
     ) -> None:
         self.images, self.transform, self.mode, self.max_pixels = images, transform, mode, max_pixels
         self.count = 0
-        """Number of samples, once they were read to the end."""
+        """Number of samples, known after reading them to the end."""
 
     def batches(
         self, batch_size: int, process: int, processes: int, workers: int, pin_memory: bool
     ) -> Generator[Batch, None, None]:
-        """Give every so many-th batch, one of which a process computes whole."""
+        """Yield every `processes`-th batch of `batch_size` samples, starting with the one numbered `process`."""
         parts = _EvaluationParts(self, batch_size, process, processes)
         for item in read_items(build_loader(parts, None, workers, pin_memory)):
             if isinstance(item, int):
@@ -171,22 +171,22 @@ class StreamedEvaluation:
 
 
 class _EvaluationParts(IterableDataset[Parcel | int]):
-    """The batches of one process, and at the end of each reader the number of all samples."""
+    """The batches of one process, and at the end of each worker the total number of samples."""
 
     def __init__(self, samples: StreamedEvaluation, batch_size: int, process: int, processes: int) -> None:
         self.samples, self.batch_size = samples, batch_size
         self.process, self.processes = process, processes
 
     def __iter__(self) -> Iterator[Parcel | int]:
-        reader = get_worker_info()
+        worker = get_worker_info()
         pack = Packer()
-        number, readers = (0, 1) if reader is None else (reader.id, reader.num_workers)
+        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         images = self.samples.images
         count = 0
         batch: list[Sample] = []
         for count, record in enumerate(images.read(range(images.shards)), start=1):
             turn = (count - 1) // self.batch_size
-            if turn % self.processes == self.process and turn // self.processes % readers == number:
+            if turn % self.processes == self.process and turn // self.processes % workers == number:
                 batch.append(self.samples.sample(count - 1, record))
             if batch and count % self.batch_size == 0:
                 yield pack(batch)
@@ -197,5 +197,5 @@ class _EvaluationParts(IterableDataset[Parcel | int]):
 
 
 def build_stream_loader(batches: StreamBatches, workers: int, pin_memory: bool = False) -> DataLoader[Parcel]:
-    """Give one batch of this process for each step; every reader takes its turn."""
+    """Return a loader that yields this process's batch of each step; the workers take turns."""
     return build_loader(batches, None, workers, pin_memory)

@@ -1,6 +1,6 @@
-"""What is done to images: its configuration, timm's evaluation transform, and the part of it that a device does.
+"""Transform settings, timm's evaluation transform, and normalization, erasing and mixing on the device.
 
-Mixing is not left to timm's Mixup, which pairs within the batch of one process: here the pairs and their parameters
+timm's Mixup is not used, because it pairs images within the batch of one process; here, pairs and their parameters
 belong to the global batch.
 """
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 from resnext_hub.data.decode import UnreadableImageError
 from resnext_hub.data.policies import check_policy
-from resnext_hub.errors import RequestError
+from resnext_hub.errors import RequestError, setting
 from resnext_hub.models.input_config import InputConfig
 from resnext_hub.models.saved_config import CROP, MAX_RESIZED, MAX_SIDE, MEAN, STD
 from resnext_hub.settings import Range, check_fields, shown
@@ -24,11 +24,11 @@ Transform = Callable[[Image.Image], torch.Tensor]
 
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-"""Pillow's filters by timm's names."""
+"""timm's names of Pillow's filters."""
 
 
 IMAGE_SIZE = MAX_SIDE
-"""Greatest height and width in pixels, which a published model may state."""
+"""Greatest height and width in pixels, also of a published model."""
 
 _Probability = Annotated[float, Range(0, 1)]
 _Mean = Annotated[float, Range(*MEAN)]
@@ -40,48 +40,48 @@ _Mixing = Annotated[float, Range(0, 100)]
 
 @dataclass(frozen=True, kw_only=True)
 class TransformConfig:
-    """Size of the images and what is done to them; None takes the value of the model's pretrained_cfg."""
+    """Input size and augmentation; None takes the value from the model's pretrained_cfg."""
 
     image_size: Annotated[int, Range(1, IMAGE_SIZE)] | None = None
-    """Height and width of the network's input in pixels."""
+    """Height and width of the model's input in pixels."""
     crop_pct: Annotated[float, Range(*CROP)] | None = None
-    """In evaluation, the part of the resized image that the centre crop keeps; above 1, the image gets a margin."""
+    """In evaluation, fraction of the resized image that the center crop keeps; above 1, the image is padded."""
     interpolation: str | None = None
     """Interpolation of resizing, such as bilinear or bicubic."""
     mean: tuple[_Mean, _Mean, _Mean] | None = None
-    """Mean by which the channels are normalised, of pixels from 0 to 1."""
+    """Per-channel mean for normalization, of pixels from 0 to 1."""
     std: tuple[_Std, _Std, _Std] | None = None
-    """Standard deviation by which the channels are normalised, of pixels from 0 to 1."""
+    """Per-channel standard deviation for normalization, of pixels from 0 to 1."""
     scale: tuple[_Area, _Area] = (0.08, 1.0)
-    """In training, least and greatest part of the image's area in a random crop."""
+    """In training, range of the area of random crops, as a fraction of the image's area."""
     ratio: tuple[_Ratio, _Ratio] = (3 / 4, 4 / 3)
-    """In training, least and greatest width over height of a random crop."""
+    """In training, range of the aspect ratio (width / height) of random crops."""
     hflip: _Probability = 0.5
-    """In training, probability of mirroring left to right."""
+    """In training, probability of a horizontal flip."""
     color_jitter: Annotated[float, Range(0, 10)] = 0.0
-    """In training, greatest relative change of brightness, contrast and saturation."""
+    """In training, greatest relative change in brightness, contrast and saturation."""
     auto_augment: str | None = None
-    """In training, a policy in timm's notation, such as rand-m7-mstd0.5, augmix-m3 or 3a."""
+    """In training, augmentation policy in timm's notation, such as rand-m7-mstd0.5, augmix-m3 or 3a."""
     random_erasing: _Probability = 0.0
-    """In training, probability of blanking a random rectangle."""
+    """In training, probability of erasing a random rectangle."""
     mixup: _Mixing = 0.0
-    """In training, blend pairs of images; alpha of the beta distribution of their shares, 0 for none."""
+    """In training, mixup of pairs of images: alpha of the beta distribution of their weights, 0 to disable."""
     cutmix: _Mixing = 0.0
-    """In training, paste a rectangle of one image of a pair into the other; alpha, 0 for none; with both, either."""
+    """In training, CutMix of pairs of images: alpha, 0 to disable; with mixup, each pair gets one of the two."""
     mix_prob: _Probability = 1.0
-    """In training, probability that a pair is mixed, if mixup or cutmix is on."""
+    """In training, probability that a pair is mixed if mixup or cutmix is enabled."""
 
     def __post_init__(self) -> None:
         check_fields(self)
         if self.interpolation not in (None, *INTERPOLATIONS):
             raise RequestError(
-                f"--interpolation {shown(self.interpolation)}: expected one of {', '.join(INTERPOLATIONS)}"
+                f"{setting('interpolation', shown(self.interpolation))}: expected one of {', '.join(INTERPOLATIONS)}"
             )
         if self.auto_augment is not None:
             check_policy(self.auto_augment)
-        for flag, (low, high) in (("--scale", self.scale), ("--ratio", self.ratio)):
+        for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
             if low > high:
-                raise RequestError(f"{flag} {low:g} {high:g}: expected the smaller number first")
+                raise RequestError(f"{setting(name, f'{low:g} {high:g}')}: expected the smaller number first")
 
     @property
     def mixes(self) -> bool:
@@ -90,7 +90,7 @@ class TransformConfig:
 
 
 def resolve_input(config: TransformConfig, pretrained_cfg: Mapping[str, Any]) -> InputConfig:
-    """Return the input of a model to be trained: the settings, and where they are open the model's `pretrained_cfg`."""
+    """Return the input specification of a model to train: the settings, else values of its `pretrained_cfg`."""
     channels = pretrained_cfg["input_size"][0]
     size = None if config.image_size is None else (channels, config.image_size, config.image_size)
     return InputConfig.resolve(
@@ -104,59 +104,61 @@ def resolve_input(config: TransformConfig, pretrained_cfg: Mapping[str, Any]) ->
 
 
 LONG = 32
-"""How many times a side is as long as the other in an image that is cropped before it is resized."""
+"""Ratio of the sides above which an image is cropped before it is resized."""
 
 
 def is_long(size: tuple[int, int]) -> bool:
-    """Say whether resizing the shorter side of an image would make it far larger than what is kept of it."""
+    """Return whether resizing an image by its shorter side would make it far larger than the center crop."""
     return max(size) > LONG * min(size)
 
 
 RESIZED_PIXELS = MAX_RESIZED**2
-"""Most pixels to which a whole image is resized: 200 MB."""
+"""Most pixels of a whole resized image: 200 MB."""
 
 
 class EvalTransform:
-    """timm's evaluation transform: `(C, H, W)` float32, normalised, equal to timm's to the bit.
+    """timm's evaluation transform: `(C, H, W)` float32, normalized, bitwise equal to timm's.
 
-    Of a very long image, or at a large input size, timm resizes all and crops the centre: gigabytes for some pixels.
-    Here the centre alone is computed of such an image, with pixels equal to timm's to rounding.
+    timm resizes the whole image before the center crop, which takes gigabytes for very elongated images or large input
+    sizes. For these, only the center is computed, with pixels equal to timm's up to rounding.
 
     Args:
-        input: The images that the model takes.
+        input: Input specification of the model.
     """
 
     def __init__(self, input: InputConfig) -> None:
         from timm.data import create_transform
         from torchvision.transforms import CenterCrop
 
-        self.timms = create_transform(**input.to_timm(), is_training=False)
-        self.resize, self.crop, *rest = self.timms.transforms
-        self.rest = type(self.timms)(rest)
-        self.crops = type(self.crop) is CenterCrop
+        self.timm_transform = create_transform(**input.to_timm(), is_training=False)
+        self.resize, self.crop, *rest = self.timm_transform.transforms
+        self.rest = type(self.timm_transform)(rest)
+        self.is_center_crop = type(self.crop) is CenterCrop
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Transform an image.
 
         Raises:
-            UnreadableImageError: If nothing is left of it at this size.
+            UnreadableImageError: If a side would be resized to zero pixels.
         """
         transformed: torch.Tensor
         if not self.is_costly(image.size):
-            transformed = self.timms(image)
+            transformed = self.timm_transform(image)
             return transformed
         height, width = self._resized(image)
         if min(height, width) < 1:
-            raise UnreadableImageError(f"{image.width} x {image.height} pixels leave nothing at the model's size")
-        if not self.crops:
-            transformed = self.timms(image)
+            raise UnreadableImageError(
+                f"{image.width} x {image.height} pixels would be resized to {width} x {height} for the model"
+            )
+        if not self.is_center_crop:
+            transformed = self.timm_transform(image)
         else:
             kept = min(self.crop.size[0], height), min(self.crop.size[1], width)
-            transformed = self.rest(self.crop(self._centre(image, (height, width), kept)))  # which pads what is small
+            transformed = self.rest(self.crop(self._center(image, (height, width), kept)))  # crop pads small images
         return transformed
 
     def is_costly(self, size: tuple[int, int]) -> bool:
-        """Return whether resizing all of an image would take far more memory than what is kept of it."""
+        """Return whether resizing the whole image would take far more memory than the center crop."""
         target = self.resize.size if isinstance(self.resize.size, int) else max(self.resize.size)
         return is_long(size) or target**2 * max(size) > RESIZED_PIXELS * min(size)
 
@@ -170,8 +172,8 @@ class EvalTransform:
             height, width = self.resize.size
         return height, width
 
-    def _centre(self, image: Image.Image, resized: tuple[int, int], kept: tuple[int, int]) -> Image.Image:
-        """Return the centre that is kept `(rows, columns)` of the image at its resized height and width."""
+    def _center(self, image: Image.Image, resized: tuple[int, int], kept: tuple[int, int]) -> Image.Image:
+        """Return the center `(rows, columns)` that is kept of the image at its resized height and width."""
         from torchvision.transforms.functional import pil_modes_mapping
 
         top, left = (round((whole - part) / 2.0) for whole, part in zip(resized, kept, strict=True))
@@ -181,10 +183,10 @@ class EvalTransform:
 
 
 class Mix(NamedTuple):
-    """How the pairs of a batch are mixed, one entry per pair.
+    """Mixing parameters of a batch, one entry per pair of images.
 
-    `share` `(N/2,)` float32 is the part of an image's own pixels and label that stays; `boxes` `(N/2, 4)` int64 is
-    top, bottom, left, right of what is exchanged, empty where the pair is blended or left alone.
+    `share` `(N/2,)` float32 is the weight of an image's own pixels and label; `boxes` `(N/2, 4)` int64 is top, bottom,
+    left, right of the exchanged rectangle, empty if the pair is blended or not mixed.
     """
 
     share: torch.Tensor
@@ -192,10 +194,10 @@ class Mix(NamedTuple):
 
 
 def draw_mix(config: TransformConfig, seed: int, step: int, pairs: range, size: tuple[int, int]) -> Mix:
-    """Draw how pairs of a global batch are mixed, each from (seed, step, pair).
+    """Draw the mixing parameters of pairs of a global batch, each from (seed, step, pair).
 
     Args:
-        config: Which kinds of mixing there are.
+        config: The mixing settings.
         seed: Seed of the run.
         step: Optimizer step, from 0.
         pairs: Numbers of the pairs within the global batch: pair j is its places 2j and 2j+1.
@@ -218,7 +220,7 @@ def draw_mix(config: TransformConfig, seed: int, step: int, pairs: range, size: 
 
 
 def _draw_box(rng: np.random.Generator, share: float, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Draw a rectangle around a uniform centre, of the part 1 - share of the area before the edges cut it off."""
+    """Draw a rectangle with a uniform center that covers 1 - share of the area before it is clipped at the edges."""
     edges: list[int] = []
     for length in size:
         half = length * np.sqrt(1.0 - share) / 2.0
@@ -228,32 +230,32 @@ def _draw_box(rng: np.random.Generator, share: float, size: tuple[int, int]) -> 
 
 
 def normalize(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """Turn pixels `(N, C, H, W)` uint8 into float32 by the arithmetic of timm's transforms, to the bit on a CPU.
+    """Normalize pixels `(N, C, H, W)` uint8 to float32, on a CPU bitwise equal to timm's transforms.
 
     Args:
         images: The pixels.
         mean: Mean of values from 0 to 1, `(C, 1, 1)`.
         std: Standard deviation of such values, `(C, 1, 1)`.
     """
-    pixels = images.permute(0, 2, 3, 1).contiguous()  # no copy of what is channels last
+    pixels = images.permute(0, 2, 3, 1).contiguous()  # no copy if channels last
     rows = pixels.to(torch.float32).div_(255).flatten(2)
-    # over whole rows, as a CPU has no fast way to take three values in turn
+    # mean and std are repeated over whole rows, because broadcasting three values is slow on a CPU
     rows.sub_(mean.flatten().repeat(images.shape[3])).div_(std.flatten().repeat(images.shape[3]))
     return rows.view_as(pixels).permute(0, 3, 1, 2)
 
 
 def erase(images: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
-    """Set a rectangle of each of normalised images `(N, C, H, W)` to zero, in place.
+    """Set a rectangle of each normalized image `(N, C, H, W)` to zero, in place.
 
     Args:
         images: The images.
-        edges: Top, bottom, left, right of the rectangles, `(N, 4)` int64; empty ones leave an image as it is.
+        edges: Top, bottom, left, right of the rectangles, `(N, 4)` int64; empty ones leave an image unchanged.
     """
     return images.masked_fill_(_inside(edges, images), 0.0)
 
 
 def _inside(edges: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """Say which pixels of `images` `(N, C, H, W)` are within rectangles `(N, 4)`: `(N, 1, H, W)` bool."""
+    """Return which pixels of `images` `(N, C, H, W)` are inside the rectangles `(N, 4)`: `(N, 1, H, W)` bool."""
     top, bottom, left, right = (edge.view(-1, 1, 1, 1) for edge in edges.to(images.device).unbind(1))
     rows = torch.arange(images.shape[2], device=images.device).view(1, 1, -1, 1)
     columns = torch.arange(images.shape[3], device=images.device).view(1, 1, 1, -1)
@@ -261,7 +263,7 @@ def _inside(edges: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
 
 
 def mix_pairs(images: torch.Tensor, labels: torch.Tensor, mix: Mix, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mix the images `(N, C, H, W)` 2j and 2j+1 with each other; give them and their targets `(N, classes)`."""
+    """Mix images `(N, C, H, W)` 2j and 2j+1 with each other; return them and their targets `(N, classes)`."""
     share = mix.share.to(images.device).repeat_interleave(2)
     boxes = mix.boxes.to(images.device).repeat_interleave(2, dim=0)
     partner = torch.arange(len(images), device=images.device) ^ 1

@@ -1,1 +1,1 @@
-"""Trained models as files for other libraries and runtimes."""
+"""Export trained models to files that other libraries and runtimes load."""

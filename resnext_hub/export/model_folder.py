@@ -1,4 +1,4 @@
-"""A trained network as a folder that stock timm and transformers load."""
+"""Model folders that unmodified timm and transformers load."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,18 +14,18 @@ from resnext_hub.models.input_config import InputConfig
 from resnext_hub.models.saved import CONFIG, WEIGHTS, SavedModel, read_model
 
 
-def export_model(network: nn.Module, folder: Path, **facts: Any) -> str:
-    """Replace a folder, whole, by one with the model; see `write_model` for the facts and what is raised.
+def export_model(model: nn.Module, folder: Path, **facts: Any) -> str:
+    """Write a model folder atomically, replacing an existing one; see `write_model` for the facts and errors.
 
     Returns:
         SHA-256 of the weights file.
     """
     with new_folder(folder) as aside:
-        return write_model(network, aside, **facts)
+        return write_model(model, aside, **facts)
 
 
 def write_model(
-    network: nn.Module,
+    model: nn.Module,
     folder: Path,
     *,
     architecture: str,
@@ -35,18 +35,18 @@ def write_model(
     license: str | None,
     plugin_facts: Mapping[str, Any],
 ) -> str:
-    """Write `model.safetensors` and `config.json`, load them again, and compare weights and logits.
+    """Write `model.safetensors` and `config.json`, load them back, and compare weights and logits.
 
     Args:
-        network: The trained network, on any device.
+        model: The trained model, on any device.
         folder: An empty folder.
-        architecture: timm architecture that builds the network.
-        model_args: Arguments that differ from the architecture's own. More than those would make transformers fail.
-        input: The images that the model takes.
-        label_names: Class names in the order of the logits.
-        license: Licence of the weights, if it is known.
-        plugin_facts: This package's own facts, for the top-level key `resnext_hub`: timm refuses keys it does not know
-            inside pretrained_cfg, and ignores them here.
+        architecture: timm architecture of the model.
+        model_args: Arguments that differ from the architecture's defaults, and only those: transformers fails on more.
+        input: The input that the model expects.
+        label_names: Class names, in the order of the logits.
+        license: License of the weights, if known.
+        plugin_facts: Facts of this package for the top-level key `resnext_hub`; timm ignores unknown keys there but
+            rejects them inside pretrained_cfg.
 
     Returns:
         SHA-256 of the weights file.
@@ -55,7 +55,7 @@ def write_model(
         RunError: If the folder does not load back to the same model.
     """
     config = build_config(
-        network,
+        model,
         architecture=architecture,
         model_args=model_args,
         input=input,
@@ -63,20 +63,20 @@ def write_model(
         license=license,
         plugin_facts=plugin_facts,
     )
-    # a channels_last tensor is not contiguous, and safetensors would refuse it
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    # safetensors rejects channels_last tensors, which are not contiguous
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     write_json(folder / CONFIG, config)
     try:
         saved = read_model(str(folder), folder / CONFIG, folder / WEIGHTS)
-        _verify(network, saved, input.input_size)
-    except RequestError as error:  # such as weights that are not finite
+        _verify(model, saved, input.input_size)
+    except RequestError as error:  # such as non-finite weights
         raise RunError(f"the trained model cannot be saved: {error}") from error
     return sha256_of(folder / WEIGHTS)
 
 
 def build_config(
-    network: nn.Module,
+    model: nn.Module,
     *,
     architecture: str,
     model_args: Mapping[str, Any],
@@ -85,8 +85,8 @@ def build_config(
     license: str | None,
     plugin_facts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the content of config.json; the arguments are those of `export_model`."""
-    known: dict[str, Any] = getattr(network, "pretrained_cfg", {})
+    """Return the content of config.json; see `write_model` for the arguments."""
+    known: dict[str, Any] = getattr(model, "pretrained_cfg", {})
     pretrained_cfg = {
         **{key: list(value) if isinstance(value, tuple) else value for key, value in input.to_timm().items()},
         "num_classes": len(label_names),
@@ -100,7 +100,7 @@ def build_config(
     return {
         "architecture": architecture,
         "num_classes": len(label_names),
-        "num_features": network.num_features,
+        "num_features": model.num_features,
         "label_names": list(label_names),
         **({"model_args": dict(model_args)} if model_args else {}),
         "pretrained_cfg": {key: value for key, value in pretrained_cfg.items() if value is not None},
@@ -109,21 +109,21 @@ def build_config(
 
 
 @torch.inference_mode()
-def _verify(network: nn.Module, saved: SavedModel, input_size: Sequence[int]) -> None:
-    """Compare a model with what was saved of it: weights to the bit, logits to rounding.
+def _verify(model: nn.Module, saved: SavedModel, input_size: Sequence[int]) -> None:
+    """Raise RunError unless a saved model has the same weights, bit for bit, and the same logits up to rounding.
 
-    The last bits of logits depend on how tensors are aligned in memory, which is not the same on both sides.
+    The last bits of logits depend on the alignment of tensors in memory, which differs between the two models.
     """
     reloaded = saved.load()
     weights = reloaded.state_dict()
-    if not all(torch.equal(tensor.cpu(), weights[name]) for name, tensor in network.state_dict().items()):
-        raise RunError("the exported weights are not those of the trained model; nothing was published")
+    if not all(torch.equal(tensor.cpu(), weights[name]) for name, tensor in model.state_dict().items()):
+        raise RunError("the exported weights differ from those of the trained model; nothing was published")
     images = torch.rand(2, *input_size, generator=torch.Generator().manual_seed(0))
-    reference = network.eval()
+    reference = model.eval()
     device = next(reference.parameters()).device
-    # the same memory format on both sides: another one may be another algorithm
+    # the same memory format for both, since it can select a different algorithm
     images = images.to(device).contiguous(memory_format=torch.channels_last)
-    found = reloaded.to(device).to(memory_format=torch.channels_last)(images)
+    logits = reloaded.to(device).to(memory_format=torch.channels_last)(images)
     expected = reference.to(memory_format=torch.channels_last)(images)
-    if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
-        raise RunError("the exported model does not give the logits of the trained one; nothing was published")
+    if not torch.allclose(logits, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+        raise RunError("the logits of the exported model differ from those of the trained model; nothing was published")

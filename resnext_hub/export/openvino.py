@@ -1,4 +1,4 @@
-"""A network as OpenVINO has it: an XML file with its weights in a BIN file beside it."""
+"""Export to OpenVINO's format: an XML file and a BIN file with the weights next to it."""
 
 from pathlib import Path
 
@@ -9,28 +9,28 @@ from torch import nn
 from resnext_hub.errors import RunError, one_line
 from resnext_hub.export.runtime import Run
 from resnext_hub.files import new_files
-from resnext_hub.kernels.openvino import OpenVinoNetwork, calibrate, convert
+from resnext_hub.kernels.openvino import OpenVinoModel, calibrate, convert
 from resnext_hub.models.lookup import LoadedModel
 
 FACTS = "resnext_hub"
-"""Where the facts stand in the file's runtime information."""
+"""Key of the facts in the runtime information of the file."""
 
 
 class OpenVinoFormat:
-    """OpenVINO's files; see `export.Format`."""
+    """OpenVINO files; implements `resnext_hub.export.runtime.Format`."""
 
     suffix = ".xml"
     runtime = "OpenVINO"
 
     def check(self, model: LoadedModel) -> None:
-        """Refuse nothing: the weights are a file of their own, of any size."""
+        """Accept any model: the weights file has no size limit."""
 
-    def build(self, network: nn.Module, example: torch.Tensor, facts: dict[str, str], text: str) -> openvino.Model:
-        """Give the content of a file that takes any number of images, with facts as its metadata."""
+    def build(self, model: nn.Module, example: torch.Tensor, facts: dict[str, str], text: str) -> openvino.Model:
+        """Return the content of a file with a dynamic batch size, with facts as its metadata."""
         try:
-            content = convert(network, example, dynamic=True)
-        except RuntimeError as error:  # openvino's own errors are of this kind
-            raise RunError(f"OpenVINO cannot convert the network: {one_line(error)}") from error
+            content = convert(model, example, dynamic=True)
+        except RuntimeError as error:  # OpenVINO raises no more specific type
+            raise RunError(f"OpenVINO cannot convert the model: {one_line(error)}") from error
         content.inputs[0].get_tensor().set_names({"images"})
         content.outputs[0].get_tensor().set_names({"logits"})
         for name, value in (facts | {"description": text}).items():
@@ -38,15 +38,15 @@ class OpenVinoFormat:
         return content
 
     def quantize(self, content: openvino.Model, images: torch.Tensor) -> openvino.Model:
-        """Give the same in int8, calibrated on images `(M, C, H, W)`."""
+        """Return the content quantized to int8, calibrated on images `(M, C, H, W)`."""
         return calibrate(content, [part.numpy() for part in torch.split(images, 1)])
 
     def open(self, content: openvino.Model) -> Run:
-        """Give what computes from a content."""
-        return OpenVinoNetwork(content, torch.float32)
+        """Return a function that runs the content in OpenVINO."""
+        return OpenVinoModel(content, torch.float32)
 
     def write(self, content: openvino.Model, path: Path) -> tuple[Path, ...]:
-        """Write both files, whole or not at all: the XML file says that both are there."""
+        """Write both files atomically, the XML file last; return their paths."""
         with new_files(path.with_suffix(".bin"), path) as aside:
             openvino.save_model(content, aside / path.name, compress_to_fp16=False)
         return path, path.with_suffix(".bin")

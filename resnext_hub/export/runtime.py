@@ -1,7 +1,7 @@
-"""A trained network as a file that suffices by itself for another runtime: network, preprocessing and labels.
+"""Export a model to a self-contained file for another runtime, with preprocessing and labels as metadata.
 
-The file is written only if that runtime gives torch's logits from it; in int8, only if it classifies the held-out
-images about as well.
+The file is written only if the runtime reproduces torch's logits; in int8, only if the accuracy on the held-out images
+drops by at most `Int8.max_drop` points.
 """
 
 import copy
@@ -20,7 +20,7 @@ from torch import nn
 
 from resnext_hub.data.loaders import EvaluationSamples
 from resnext_hub.data.stream import StreamedEvaluation
-from resnext_hub.errors import RequestError, RunError
+from resnext_hub.errors import RequestError, RunError, setting
 from resnext_hub.kernels.widths import LayerChoice, merge_layers
 from resnext_hub.machine import disable_telemetry, resolve_precision
 from resnext_hub.models.lookup import LoadedModel
@@ -30,104 +30,104 @@ from resnext_hub.text import printable
 _logger = logging.getLogger(__name__)
 
 BATCH_SIZES = (1, 2, 7)
-"""Numbers of images at which the file is compared with the network."""
+"""Batch sizes at which the runtime is compared with torch."""
 
 TOLERANCE = 1e-4
-"""Greatest relative error; another order of float32 sums makes about 1e-6, and a wrong graph far more than this."""
+"""Largest relative error; reordered float32 sums cause about 1e-6, and a wrong graph far more than this."""
 
 CALIBRATION_IMAGES = 300
-"""Training images from which the ranges of an int8 network's activations are taken, as NNCF has by default."""
+"""Training images for calibrating the activation ranges in int8; NNCF's default."""
 
 MAX_DROP = 0.5
-"""Points of top-1 accuracy that int8 may cost."""
+"""Default of the largest drop of top-1 accuracy in int8, in points."""
 
 RESIZING = {
-    "center": "resize so that the shorter edge is floor(size / crop_pct) pixels, and crop the centre",
-    "squash": "resize both edges to floor(size / crop_pct) pixels, and crop the centre",
-    "border": "resize so that the longer edge is floor(size / crop_pct) pixels, and crop or pad with mean to size",
+    "center": "resize the shorter edge to floor(size / crop_pct) pixels, and crop the center",
+    "squash": "resize both edges to floor(size / crop_pct) pixels, and crop the center",
+    "border": "resize the longer edge to floor(size / crop_pct) pixels, and crop or pad with mean to size",
 }
-"""What timm's crop modes mean, in words for whoever opens the file."""
+"""Descriptions of timm's crop modes, for the description inside the file."""
 
 Run = Callable[[torch.Tensor], torch.Tensor]
-"""Maps images `(N, C, H, W)` of any N to logits."""
+"""Maps images `(N, C, H, W)`, for any N, to logits `(N, classes)`."""
 
 FormatName = Literal["onnx", "openvino"]
 
 
 class Format(Protocol):
-    """What writes files of a kind, and computes from them."""
+    """A file format: builds, quantizes, runs and writes files."""
 
     suffix: str
     runtime: str
-    """Name of what computes from such a file."""
+    """Name of the runtime that loads such a file."""
 
     def check(self, model: LoadedModel) -> None:
-        """Refuse, before any work, a network that no such file holds."""
+        """Raise RequestError, before any work, if the format cannot hold the model."""
 
-    def build(self, network: nn.Module, example: torch.Tensor, facts: dict[str, str], text: str) -> Any:
-        """Give the content of a file that takes any number of images, with facts as its metadata."""
+    def build(self, model: nn.Module, example: torch.Tensor, facts: dict[str, str], text: str) -> Any:
+        """Return the content of a file with a dynamic batch size, with facts as its metadata."""
 
     def quantize(self, content: Any, images: torch.Tensor) -> Any:
-        """Give the same in int8, calibrated on images `(M, C, H, W)`."""
+        """Return the content quantized to int8, calibrated on images `(M, C, H, W)`."""
 
     def open(self, content: Any) -> Run:
-        """Give what computes from a content."""
+        """Return a function that runs the content."""
 
     def write(self, content: Any, path: Path) -> tuple[Path, ...]:
-        """Write a content, whole or not at all; give the files."""
+        """Write the content atomically; return the paths of the files."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Int8:
-    """What int8 needs to be made, and to be judged."""
+    """Images for quantizing to int8 and for checking its accuracy."""
 
     calibration: torch.Tensor
-    """Training images `(M, C, H, W)`, normalised."""
+    """Normalized training images `(M, C, H, W)`."""
     samples: EvaluationSamples | StreamedEvaluation
     """Held-out images."""
     max_drop: float = MAX_DROP
-    """Points of top-1 accuracy that it may cost."""
+    """Largest allowed drop of top-1 accuracy, in points."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportedFile:
-    """A written file, and how far the runtime's logits are from torch's, over all batch sizes."""
+    """An exported file, and the largest error of the runtime's logits over all batch sizes."""
 
     path: Path
     size: int
-    """Bytes of it, and of what lies beside it."""
+    """Size of all files of the export, in bytes."""
     runtime: str
     absolute_error: float
     relative_error: float
-    """Relative to the greatest logit of the same image; before int8, if it is in int8."""
+    """Relative to the largest logit of the same image; measured before quantization to int8."""
     layers: tuple[LayerChoice, ...]
-    """How wide groups are, by grouped convolution; empty if none were to be merged."""
+    """Group width of each grouped convolution; empty unless merging was requested."""
     int8: "Accuracy | None" = None
-    """What int8 costs on the held-out images."""
+    """Accuracy on the held-out images before and after quantization."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """Exact counts on the held-out images."""
+    """Exact counts on the held-out images, before and after quantization."""
 
     before: int
-    """Right as torch computes it in float32."""
+    """Correct predictions of torch in float32."""
     after: int
-    """Right from the file."""
+    """Correct predictions of the int8 file."""
     count: int
     relative_error: float
-    """Norm of the difference of all logits over their norm in float32."""
+    """Norm of the difference of all logits, relative to their norm in float32."""
 
     @property
     def drop(self) -> float:
-        """Points of top-1 that are lost."""
+        """Drop of top-1 accuracy, in points."""
         return 100 * (self.before - self.after) / self.count
 
     def __str__(self) -> str:
         return (
-            f"{self.before} of {self.count} right before, {self.after} after "
-            f"({100 * self.before / self.count:.2f} % and {100 * self.after / self.count:.2f} %); "
-            f"logits differ by {self.relative_error:.1e} (norm over norm)"
+            f"accuracy {100 * self.before / self.count:.2f} % ({self.before}/{self.count}) before and "
+            f"{100 * self.after / self.count:.2f} % ({self.after}/{self.count}) after quantization; "
+            f"relative error of the logits {self.relative_error:.1e}"
         )
 
 
@@ -140,26 +140,26 @@ def export(
     int8: Int8 | None = None,
     tolerance: float = TOLERANCE,
 ) -> ExportedFile:
-    """Write a network for another runtime, checked by that runtime against torch.
+    """Export a model for another runtime, and check the runtime's logits against torch.
 
-    The input `images` is `(N, C, H, W)` float32, normalised, with any N; the output `logits` is `(N, classes)` float32.
-    The file's metadata are `label_names` (a JSON list), `preprocessing` (JSON: input_size, crop_pct, crop_mode,
+    The input `images` is `(N, C, H, W)` float32, normalized, for any N; the output `logits` is `(N, classes)` float32.
+    The metadata of the file is `label_names` (a JSON list), `preprocessing` (JSON: input_size, crop_pct, crop_mode,
     interpolation, mean and std in timm's words), `license`, `source` and `architecture`.
 
     Args:
-        model: The network, on the CPU.
-        format: `onnx`, one file; `openvino`, an XML file with its weights in a BIN file beside it.
-        path: The file; if not given, it is named after the model folder and stands beside it (`RUN/model.onnx`,
-            `RUN/model-int8.onnx`), or after the Hub's repository, in the working directory.
-        merge: A width to which neighbouring groups of grouped convolutions are merged, in the file; with OpenVINO
-            `measure` takes for each layer what is fastest here.
-        int8: Compute convolutions in int8.
-        tolerance: Greatest relative error at which the file is written.
+        model: The model, on the CPU.
+        format: `onnx` for one file; `openvino` for an XML file and a BIN file with the weights next to it.
+        path: The file to write. By default it is next to the model folder and named after it (`RUN/model.onnx`,
+            `RUN/model-int8.onnx`), or for a model from the Hub in the working directory and named after the repository.
+        merge: Channels to which neighboring groups of grouped convolutions are merged in the file, or `off`; with
+            OpenVINO, `measure` chooses the fastest width on this machine for each layer.
+        int8: Images for computing convolutions in int8; float32 if not given.
+        tolerance: Largest relative error of the logits.
 
     Raises:
-        RequestError: If the file cannot be written there, or cannot hold the network.
-        RunError: If the network cannot be exported, or the runtime's logits are not torch's, or int8 costs more
-            accuracy than it may; no file is left.
+        RequestError: If the path is not writable, or the format cannot hold the model.
+        RunError: If the model cannot be exported, the logits differ by more than the tolerance, or int8 loses more
+            accuracy than allowed; no file is left.
     """
     disable_telemetry()
     files: Format = importlib.import_module(f"resnext_hub.export.{format}").FORMAT
@@ -167,28 +167,29 @@ def export(
     _check_place(path, files.suffix)
     files.check(model)
     require_finite(model.model)
-    network, layers = _merged(model, format, merge, None if int8 is None else int8.calibration)
-    content = files.build(network, *_example_and_facts(model))
+    merged, layers = _merged(model, format, merge, None if int8 is None else int8.calibration)
+    content = files.build(merged, *_example_and_facts(model))
     absolute, relative = _errors(model, files.open(content))
-    if not relative <= tolerance:  # NaN is refused as well
+    if not relative <= tolerance:  # written so that NaN fails too
         raise RunError(
-            f"{files.runtime}'s logits differ from torch's by {absolute:.1e}, which is {relative:.1e} of the greatest "
-            f"logit, where {tolerance:.0e} is tolerated; no file was written"
+            f"the logits of {files.runtime} differ from torch's by {absolute:.1e}, or {relative:.1e} of the largest "
+            f"logit (tolerance {tolerance:.0e}); no file was written"
         )
     accuracy = None
     if int8 is not None:
         content = files.quantize(content, int8.calibration)
         accuracy = _compare(model.model, files.open(content), int8)
-        if not accuracy.drop <= int8.max_drop:  # NaN is refused as well
+        if not accuracy.drop <= int8.max_drop:  # written so that NaN fails too
+            allowed = setting("max_drop", f"{int8.max_drop:g}")
             raise RunError(
-                f"int8 costs {accuracy.drop:.2f} points of top-1 where --max-drop allows {int8.max_drop:g}: "
-                f"{accuracy}; no file was written"
+                f"int8 loses {accuracy.drop:.2f} points of top-1 accuracy, more than {allowed} allows: {accuracy}; "
+                "no file was written"
             )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         written = files.write(content, path)
     except OSError as error:
-        raise RunError(f"{path} could not be written: {error.strerror or error}") from error
+        raise RunError(f"{printable(path)} could not be written: {error.strerror or error}") from error
     return ExportedFile(
         path=path,
         size=sum(file.stat().st_size for file in written),
@@ -201,22 +202,24 @@ def export(
 
 
 @torch.inference_mode()
-def _compare(network: nn.Module, run: Run, int8: Int8) -> Accuracy:
-    """Classify the held-out images that can be read as torch does and as a file does."""
+def _compare(model: nn.Module, run: Run, int8: Int8) -> Accuracy:
+    """Classify the readable held-out images with torch and with the exported file."""
     before = after = count = 0
     difference = norm = 0.0
     for batch in int8.samples.batches(32, 0, 1, 0, False):
-        broken = {entry.index for entry in batch.unreadable}
-        readable = torch.tensor([index not in broken for index in batch.indices.tolist()])
-        expected, found = network(batch.images)[readable], run(batch.images)[readable]
+        unreadable = {entry.index for entry in batch.unreadable}
+        readable = torch.tensor([index not in unreadable for index in batch.indices.tolist()])
+        expected, logits = model(batch.images)[readable], run(batch.images)[readable]
         labels = batch.labels[readable]
         before += int((expected.argmax(1) == labels).sum())
-        after += int((found.argmax(1) == labels).sum())
+        after += int((logits.argmax(1) == labels).sum())
         count += len(labels)
-        difference += float((found - expected).double().square().sum())
+        difference += float((logits - expected).double().square().sum())
         norm += float(expected.double().square().sum())
     if count == 0:
-        raise RunError("none of the held-out images can be read, so nothing says what int8 costs; no file was written")
+        raise RunError(
+            "all held-out images are unreadable, so the accuracy in int8 cannot be measured; no file was written"
+        )
     return Accuracy(before=before, after=after, count=count, relative_error=math.sqrt(difference / (norm or 1.0)))
 
 
@@ -225,38 +228,43 @@ def _merged(
 ) -> tuple[nn.Module, tuple[LayerChoice, ...]]:
     if merge == "off":
         return model.model, ()
-    network = copy.deepcopy(model.model)
+    merged = copy.deepcopy(model.model)
     example = torch.zeros(16, *model.input.input_size)
     timing = None
     if merge == "measure":
         if format != "openvino":
-            raise RequestError(f"--merge-groups auto is measured by OpenVINO; with --format {format} give a width")
+            raise RequestError(
+                f"{setting('merge_groups', 'auto')} needs {setting('format', 'openvino')}; with "
+                f"{setting('format', format)} use a number of channels"
+            )
         from resnext_hub.kernels.openvino import OpenVinoTiming
 
-        # the types that OpenVINO chooses by itself on this machine
+        # the type that OpenVINO chooses by default on this machine
         dtype = torch.bfloat16 if resolve_precision("auto", "cpu") == "bf16" else torch.float32
-        timing = OpenVinoTiming(network, example, dtype, calibration)
-    return network, merge_layers(network, example, merge, timing)
+        timing = OpenVinoTiming(merged, example, dtype, calibration)
+    return merged, merge_layers(merged, example, merge, timing)
 
 
-def _default_path(model: LoadedModel, ending: str) -> Path:
+def _default_path(model: LoadedModel, suffix: str) -> Path:
     if model.folder is not None:
-        return model.folder.with_name(f"{model.folder.name}{ending}")
+        return model.folder.with_name(f"{model.folder.name}{suffix}")
     repository = str(model.source.base_id).partition("@")[0]
-    return Path(f"{repository.rpartition('/')[2]}{ending}")
+    return Path(f"{repository.rpartition('/')[2]}{suffix}")
 
 
 def _check_place(path: Path, suffix: str) -> None:
-    """Refuse a place where no file can be written; make nothing yet."""
+    """Raise RequestError if the file cannot be written; create nothing yet."""
     if path.is_dir():
-        raise RequestError(f"--output {path} is a folder: expected a file, such as {path / f'model{suffix}'}")
+        raise RequestError(
+            f"{setting('output', path)} is a folder; expected a file such as {printable(path / f'model{suffix}')}"
+        )
     if path.suffix != suffix:
-        raise RequestError(f"--output {path}: expected a name that ends in {suffix}")
+        raise RequestError(f"{setting('output', path)}: expected a file name ending in {suffix}")
     nearest = next(folder for folder in path.absolute().parents if os.path.exists(folder))
     if not nearest.is_dir():
-        raise RequestError(f"{printable(path)} cannot be made: {printable(nearest)} is a file; choose another --output")
+        raise RequestError(f"{setting('output', path)} cannot be created: {printable(nearest)} is not a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise RequestError(f"{printable(path)} is not writable: permission denied; choose another --output")
+        raise RequestError(f"{setting('output', path)} is not writable: permission denied; choose another path")
 
 
 def _example_and_facts(model: LoadedModel) -> tuple[torch.Tensor, dict[str, str], str]:
@@ -270,23 +278,25 @@ def _example_and_facts(model: LoadedModel) -> tuple[torch.Tensor, dict[str, str]
     }
     resizing = RESIZING.get(model.input.crop_mode, RESIZING["center"])
     text = (
-        f"images: from an image, {resizing}; divide by 255, subtract mean, divide by std, channels first. "
-        "logits: one for each of label_names; their softmax is the probabilities. "
-        "All is in the metadata properties; size is the height and width of input_size."
+        f"images: {resizing}; divide by 255, subtract mean, divide by std, channels first. "
+        "logits: one per entry of label_names; softmax gives the probabilities. "
+        "All values are in the metadata properties; size is the height and width of input_size."
     )
     return torch.zeros(2, *model.input.input_size), facts, text
 
 
 @torch.inference_mode()
 def _errors(model: LoadedModel, run: Run) -> tuple[float, float]:
-    """Give the greatest absolute and relative error of a runtime's logits, on seeded normal noise."""
+    """Return the largest absolute and relative error of a runtime's logits on seeded normal noise."""
     generator = torch.Generator().manual_seed(0)
     absolute, relative = [], []
     for batch_size in BATCH_SIZES:
         images = torch.randn(batch_size, *model.input.input_size, generator=generator)
         expected = model.model(images)
         if not expected.isfinite().all():
-            raise RunError("the model's logits of normal noise are not finite, so no runtime can be compared with it")
+            raise RunError(
+                "the model's logits on normal noise are not finite, so they cannot be compared with another runtime's"
+            )
         differences = (run(images) - expected).abs().amax(dim=1)
         absolute.append(differences)
         relative.append(differences / expected.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny))

@@ -1,1 +1,1 @@
-"""From a run to the Hugging Face Hub: the model folder, its card, and the upload."""
+"""Upload models and checkpoints to the Hugging Face Hub."""

@@ -1,4 +1,4 @@
-"""A run's state on the Hub, on a branch beside its model, so that a run outlives its machine."""
+"""Push the checkpoints of a run to a branch on the Hub, and resume from there on another machine."""
 
 import logging
 import os
@@ -21,7 +21,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from resnext_hub.data.sources.digits import BUNDLED
 from resnext_hub.data.sources.hub import is_hub_id
-from resnext_hub.errors import RequestError, RunError, one_line
+from resnext_hub.errors import RequestError, RunError, one_line, setting
 from resnext_hub.files import link_or_copy, new_folder
 from resnext_hub.hub.remote import commit_files, differing_files, files_under, no_bars, persist
 from resnext_hub.models.fetch import HUB_ERRORS, forget_wrong
@@ -31,21 +31,21 @@ from resnext_hub.text import printable
 _logger = logging.getLogger(__name__)
 
 BRANCH = "checkpoints"
-"""The branch that holds the newest checkpoint alone, with what else a run needs to go on."""
+"""Branch with the newest checkpoint, and everything else that is needed to resume the run."""
 
 LOGS = ("metrics.jsonl", "unreadable-*.jsonl")
-"""Files of a run folder that belong to its state."""
+"""Logs of a run folder that are part of its state."""
 
 
 class CheckpointPusher:
-    """Uploads checkpoints in the background, one at a time; of those that wait, only the newest.
+    """Uploads checkpoints in the background, one at a time; a newer checkpoint replaces one that is waiting.
 
-    A failure is said and does not stop the run: the next checkpoint is tried again.
+    A failure is logged and does not stop the run; the next checkpoint is uploaded as usual.
 
     Args:
-        repo_id: The repository; made if it is not there.
-        private: Whether to make a new one private.
-        settings: The run's configuration as YAML, without paths of this machine.
+        repo_id: The repository; created if it does not exist.
+        private: Whether to create it as a private repository.
+        settings: Configuration of the run as YAML, without local paths.
     """
 
     def __init__(self, repo_id: str, private: bool, settings: str) -> None:
@@ -55,42 +55,50 @@ class CheckpointPusher:
         self._lock = threading.Lock()
 
     def push(self, checkpoint: Path) -> None:
-        """Take a checkpoint as it is now, and upload it when those before are done; returns at once."""
-        taken = tempfile.TemporaryDirectory(prefix=".partial-push-", dir=checkpoint.parent)
-        shutil.copytree(checkpoint, Path(taken.name, checkpoint.name), copy_function=link_or_copy)  # it never changes
+        """Schedule the upload of a checkpoint as it is now, and return immediately."""
+        snapshot = tempfile.TemporaryDirectory(prefix=".partial-push-", dir=checkpoint.parent)
+        shutil.copytree(
+            checkpoint, Path(snapshot.name, checkpoint.name), copy_function=link_or_copy
+        )  # checkpoints never change
         for pattern in LOGS:
             for log in checkpoint.parent.parent.glob(pattern):
-                shutil.copy2(log, taken.name)
-        Path(taken.name, "config.yaml").write_text(self.settings, "utf-8")
+                shutil.copy2(log, snapshot.name)
+        Path(snapshot.name, "config.yaml").write_text(self.settings, "utf-8")
         with self._lock:
             if self._waiting is not None:
                 self._waiting.cleanup()
-            self._waiting = taken
+            self._waiting = snapshot
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, daemon=True)
                 self._thread.start()
 
     def finish(self, seconds: float | None = None) -> None:
-        """Wait until everything is uploaded, or for so many seconds."""
+        """Wait until everything is uploaded, or for at most `seconds`."""
         thread = self._thread
         if thread is not None:
             thread.join(seconds)
             if thread.is_alive():
-                _logger.warning("the newest checkpoint has not reached %s yet, and is left to this disk", self.repo_id)
+                _logger.warning(
+                    "the newest checkpoint is not fully uploaded to %s; it is only on this disk", self.repo_id
+                )
 
     def _work(self) -> None:
         while True:
             with self._lock:
-                taken, self._waiting = self._waiting, None
-                if taken is None:
+                snapshot, self._waiting = self._waiting, None
+                if snapshot is None:
                     self._thread = None
                     return
-            with taken as folder:
+            with snapshot as folder:
                 try:
-                    with no_bars():  # the run has one of its own
+                    with no_bars():  # the run draws its own
                         persist(lambda folder=folder: self._upload(Path(folder)), self.repo_id)  # type: ignore[misc]
                 except HUB_ERRORS as error:
-                    _logger.warning("a checkpoint did not reach %s: %s; the run goes on", self.repo_id, one_line(error))
+                    _logger.warning(
+                        "a checkpoint could not be uploaded to %s: %s; training continues",
+                        self.repo_id,
+                        one_line(error),
+                    )
 
     def _upload(self, folder: Path) -> None:
         api = HfApi(library_name="resnext-hub")
@@ -98,7 +106,7 @@ class CheckpointPusher:
         api.create_branch(self.repo_id, branch=BRANCH, exist_ok=True)
         files = files_under(folder)
         if not differing_files(api, self.repo_id, BRANCH, files):
-            return  # it landed, though the answer was lost
+            return  # an earlier attempt succeeded, but its response was lost
         head = api.repo_info(self.repo_id, revision=BRANCH).sha
         (step,) = (path.name for path in folder.glob("step-*"))
         listed = api.list_repo_tree(self.repo_id, revision=head, recursive=True)
@@ -112,18 +120,19 @@ class CheckpointPusher:
 
 
 def fetch_run(where: str) -> Path:
-    """Download a run's state; return a folder with config.yaml, the logs, and the checkpoint's folder.
+    """Download the state of a run; return a folder with config.yaml, the logs, and the checkpoint folder.
 
     Args:
         where: `hub:owner/name`.
 
     Raises:
-        RequestError: If it is of another form, or the repository holds no checkpoints.
-        RunError: If the Hub cannot be reached, or the bytes are not those that it lists.
+        RequestError: If `where` is malformed, or the repository contains no checkpoints.
+        RunError: If the Hub cannot be reached, or a file does not match its hash on the Hub.
     """
+    asked = setting("resume_from", where)
     kind, colon, repo_id = where.partition(":")
     if kind != "hub" or not colon:
-        raise RequestError(f"--resume-from {where}: expected hub:owner/name")
+        raise RequestError(f"{asked}: expected hub:owner/name")
     api = HfApi(library_name="resnext-hub")
     try:
         head = api.repo_info(repo_id, revision=BRANCH).sha
@@ -137,79 +146,79 @@ def fetch_run(where: str) -> Path:
         }
     except (RevisionNotFoundError, RepositoryNotFoundError) as error:
         raise RequestError(
-            f"--resume-from {where}: there is no such repository with a branch {BRANCH} that you may read; a run makes "
-            "one with --push-checkpoints"
+            f"{asked}: no repository with a branch {BRANCH} that you can read; train with "
+            f"{setting('push_checkpoints', True)} to create one"
         ) from error
     except HFValidationError as error:
-        raise RequestError(f"--resume-from {where}: {repo_id} is not of the form owner/name") from error
+        raise RequestError(f"{asked}: {printable(repo_id)} is not of the form owner/name") from error
     except (OfflineModeIsEnabled, *HUB_ERRORS) as error:
-        raise RunError(f"--resume-from {where}: the Hub could not be reached: {one_line(error)}") from error
+        raise RunError(f"{asked}: the Hub could not be reached: {one_line(error)}") from error
     for name, path in paths.items():
         entry = listed[name]
         if forget_wrong(path, entry.lfs.sha256 if entry.lfs else None, entry.blob_id):
             raise RunError(
-                f"--resume-from {where}: {name} has other bytes than the Hub lists; it was removed from the cache, so "
-                "that it is fetched anew"
+                f"{asked}: {name} does not match its hash on the Hub; it was removed from the cache, so rerun the same "
+                "command to download it again"
             )
     steps = sorted({name.partition("/")[0] for name in paths if "/" in name})
     if "config.yaml" not in paths or not steps:
-        raise RequestError(f"--resume-from {where}: its branch {BRANCH} holds no run")
+        raise RequestError(f"{asked}: the branch {BRANCH} contains no checkpoint")
     return paths["config.yaml"].parent
 
 
 def fetched_settings(settings: Mapping[str, Any], asked: Container[str], where: str) -> dict[str, Any]:
-    """Return those settings of a fetched run that a run on this machine takes over, and say which it does not.
+    """Return the settings of a fetched run that apply on this machine, and log those that do not.
 
-    Where results go and how this machine works are for whoever types the command to say; a folder of another machine
-    is not here.
+    Where to publish and how to use the machine are not inherited, and a folder of the other machine may not exist here.
 
     Args:
-        settings: Of the run on the Hub.
-        asked: Names of the settings that were asked for here.
-        where: The repository as it was typed.
+        settings: Settings of the run on the Hub.
+        asked: Names of the settings that were given for this run.
+        where: `hub:owner/name`.
 
     Raises:
-        RequestError: If the dataset or the model was a local folder, and none was asked for.
+        RequestError: If the dataset or the model was a local folder, and none was given for this run.
     """
     model, dataset = str(settings.get("model", "")), str(settings.get("dataset", ""))
     on_the_hub = is_hub_id(dataset) and "/" in dataset and not os.path.lexists(dataset)
     if "dataset" not in asked and dataset != BUNDLED and not on_the_hub:
         raise RequestError(
-            f"--resume-from {where}: the run was trained on a dataset called {printable(dataset)}, which may be a "
-            "folder; name it with --dataset"
+            f"{setting('resume_from', where)}: the dataset {printable(dataset)} of that run may be a local folder; "
+            f"pass it as {setting('dataset')}"
         )
     if "model" not in asked and model.startswith("local-dir:"):
         raise RequestError(
-            f"--resume-from {where}: the run started from a local model, {printable(model)}; name it with --model"
+            f"{setting('resume_from', where)}: the run started from a local model, {printable(model)}; pass it as "
+            f"{setting('model')}"
         )
-    left = sorted(
-        name for name in _OF_A_MACHINE if name not in asked and settings.get(name) not in (None, False, "auto")
+    ignored = sorted(
+        name for name in _NOT_INHERITED if name not in asked and settings.get(name) not in (None, False, "auto")
     )
-    if left:
+    if ignored:
         _logger.warning(
-            "not taken from %s: %s; type what you want of it",
+            "ignoring settings of %s: %s; pass those that you need",
             where,
-            ", ".join(f"{name}={printable(settings[name])}" for name in left),
+            ", ".join(f"{name}={printable(settings[name])}" for name in ignored),
         )
-    return {name: value for name, value in settings.items() if name not in _OF_A_MACHINE}
+    return {name: value for name, value in settings.items() if name not in _NOT_INHERITED}
 
 
-_OF_A_MACHINE = frozenset(
+_NOT_INHERITED = frozenset(
     {"push_to_hub", "push_checkpoints", "repo_id", "license", "private", "workers", "log_samples"}
 )
-"""Settings that a fetched run does not bring along."""
+"""Settings that are not taken from a fetched run."""
 
 _STATE_FILE = re.compile(
     r"config\.yaml|metrics\.jsonl|unreadable-\d{1,6}\.jsonl|step-\d{8,12}/[a-z]+\.(?:safetensors|json)"
 )
-"""Names of a run's state on the Hub; no other file is fetched."""
+"""Names of the files of a run's state; no other file is downloaded."""
 
 
 def restore_run(source: Path, folder: RunFolder) -> None:
-    """Put a fetched state into a run folder that holds none; the checkpoint comes last, and whole or not at all."""
+    """Copy a fetched state to a run folder that has none; the checkpoint is copied last, and atomically."""
     for pattern in LOGS:
         for log in source.glob(pattern):
             shutil.copy2(log, folder.path / log.name)
     with new_folder(folder.checkpoints) as aside:
         for step in source.glob("step-*"):
-            shutil.copytree(step, aside / step.name)  # of the links in the cache, what they lead to
+            shutil.copytree(step, aside / step.name)  # follows the links of the cache

@@ -1,4 +1,4 @@
-"""From a model folder to a repository on the Hub: one commit, read back after it."""
+"""Publish a model folder to the Hub in one commit, and verify it afterwards."""
 
 import dataclasses
 import difflib
@@ -19,7 +19,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 from resnext_hub.cards.card_file import CardFile, Kept, choose_kept, put_together, take_apart
 from resnext_hub.cards.licenses import check_license
 from resnext_hub.cards.model_card import TAGS, card_parts, license_conflict
-from resnext_hub.errors import RequestError, RunError, hide_tokens, one_line
+from resnext_hub.errors import RequestError, RunError, hide_tokens, one_line, setting
 from resnext_hub.files import read_json, read_regular, sha256_of, write_json
 from resnext_hub.hub.remote import commit_files, differing_files, fetch_text, no_bars, persist, status_of
 from resnext_hub.models.fetch import HUB_ERRORS, check_revision
@@ -34,42 +34,42 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Publication:
-    """What publishing did."""
+    """The result of publishing."""
 
     address: str | None
-    """Of the commit, the pull request, or the repository if nothing had changed; None in a dry run."""
+    """URL of the commit, the pull request, or the repository if nothing changed; None in a dry run."""
     changed: bool
-    """Whether there was anything to commit."""
+    """Whether anything was committed."""
     files: list[tuple[str, int]]
     """Names and sizes in bytes."""
 
 
 def check_request(record: RunRecord | None, repo_id: str | None, license: str | None) -> tuple[str, str]:
-    """Refuse a request to publish that says too little; give the repository and the licence.
+    """Check a request to publish; return the repository and the license.
 
     Raises:
-        RequestError: If the id is none, or there is no licence: it is asked for, never assumed.
+        RequestError: If the repository id is missing or invalid, or the license is missing or unknown; there is no
+            default license.
     """
     if not repo_id:
-        raise RequestError("--repo-id is needed, such as me/name")
-    said = hide_tokens(printable(repo_id))[:120]
+        raise RequestError(f"{setting('repo_id')} is required, such as me/name")
+    shown = setting("repo_id", hide_tokens(printable(repo_id))[:120])
     if "hf_" in repo_id and "/" not in repo_id:
-        raise RequestError(f"--repo-id {said} is a token: expected owner/name; log in with `hf auth login`")
+        raise RequestError(f"{shown} is a token; expected owner/name (log in with `hf auth login`)")
     if repo_id.count("/") != 1:
-        raise RequestError(f"--repo-id {said}: expected owner/name")
+        raise RequestError(f"{shown}: expected owner/name")
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise RequestError(f"--repo-id {said}: {one_line(error)}") from error
+        raise RequestError(f"{shown}: {one_line(error)}") from error
     if not license:
         base = record.base_model if record else None
         hint = (
-            f" (the weights that training started from, {printable(base.id)}, have "
-            f"{printable(base.license or 'none stated')})"
+            f" (license of the base model {printable(base.id)}: {printable(base.license or 'not stated')})"
             if base
             else ""
         )
-        raise RequestError(f"--license is needed, such as apache-2.0, mit or cc-by-nc-4.0{hint}")
+        raise RequestError(f"{setting('license')} is required, such as apache-2.0, mit or cc-by-nc-4.0{hint}")
     check_license(license)
     return repo_id, license
 
@@ -86,37 +86,37 @@ def publish(
     dry_run: bool = False,
     overwrite_card: bool = False,
 ) -> Publication:
-    """Upload a model folder with its card made out for the repository, and compare what the Hub holds then.
+    """Upload a model folder with a card for the repository, and compare the uploaded files with the local ones.
 
-    It is safe to repeat: where nothing has changed there is no second commit, and if an answer was lost, the
-    repository is asked whether the commit has landed.
+    Publishing again is safe: without changes there is no second commit, and if a response was lost, the repository is
+    checked for the commit.
 
     Args:
         folder: The model folder of a run.
-        record: The run's record.
-        repo_id: `owner/name`; created if it is not there.
-        license: Licence of the weights, an id of the Hub's list.
-        private: Create the repository as a private one.
-        create_pr: Open a pull request instead of committing.
-        revision: Branch to commit to, made if it is not there.
-        dry_run: Touch nothing and reach for nothing.
-        overwrite_card: Whether the README.md on the Hub, and one here that is not as it was written, may be lost.
+        record: The record of the run.
+        repo_id: `owner/name`; created if it does not exist.
+        license: License of the weights, an id from the Hub's list.
+        private: Whether to create a new repository as private.
+        create_pr: Whether to open a pull request instead of committing.
+        revision: Branch to commit to; created if it does not exist.
+        dry_run: Whether to only list the files, without any write or request.
+        overwrite_card: Whether to replace the README.md on the Hub, and an edited one in the model folder.
 
     Raises:
-        RequestError: If the request says too little, the folder does not hold the model of the record, or words that
-            somebody wrote into the card would be lost.
-        RunError: If the Hub refuses, cannot be reached, or gives back other bytes.
+        RequestError: If the request is incomplete, the folder does not contain the model of the record, or edits of the
+            card would be lost.
+        RunError: If the Hub rejects the request, cannot be reached, or returns different bytes.
     """
     repo_id, license = check_request(record, repo_id, license)
-    check_revision(f"--revision {printable(revision)}", revision)
+    check_revision(setting("revision", revision), revision)
     conflict = license_conflict(record.base_model, license)
     if conflict is not None:
-        _logger.warning("mind the licence: %s", conflict)
+        _logger.warning("check the license: %s", conflict)
     config = require_model(folder, record)
     files = _published_files(folder)
     missing = [name for name in record.plots if f"plots/{name}" not in files]
     if missing:
-        _logger.warning("the card shows no %s, which is missing: %s", listing(missing), WAY_OUT)
+        _logger.warning("the card omits %s, which is missing; %s", listing(missing), WAY_OUT)
         record = dataclasses.replace(record, plots=[name for name in record.plots if name not in missing])
     here = _card_here(folder, overwrite_card)
     metadata, body = card_parts(record, repo_id, license)
@@ -126,7 +126,7 @@ def publish(
             Path(scratch, "config.json"), config | {"pretrained_cfg": config["pretrained_cfg"] | {"license": license}}
         )
         staged = _Staged(files, Path(scratch), metadata, body, here, overwrite_card)
-        staged.join(None)
+        staged.write_card(None)
         sizes = [(name, path.stat().st_size) for name, path in sorted(staged.files.items())]
         if dry_run:
             return Publication(address=None, changed=True, files=sizes)
@@ -137,57 +137,55 @@ def publish(
             wrong = persist(lambda: differing_files(api, repo_id, where, staged.files, read_back=True), repo_id)
         except HUB_ERRORS as error:
             raise RunError(
-                f"{repo_id} could not be published: {_reason(error)}. Everything is kept in {folder}; the same command "
-                "goes on"
+                f"{repo_id} could not be published: {_reason(error)}. The model is kept in {folder}; rerun the same "
+                "command to publish it"
             ) from error
         sizes = [(name, path.stat().st_size) for name, path in sorted(staged.files.items())]
     if wrong:
         raise RunError(
-            f"{repo_id} holds other bytes than were sent of {', '.join(wrong)}; all is kept in {folder}, and the "
-            "same command sends them again"
+            f"{repo_id}: the uploaded {', '.join(wrong)} differs from the local file. The model is kept in {folder}; "
+            "rerun the same command to upload it again"
         )
     return Publication(address=address, changed=upload.sent, files=sizes)
 
 
 CARD_BYTES = 1 << 20
-"""Size in bytes above which a README.md is not read."""
+"""Largest size of a README.md that is read, in bytes."""
 
-
-WAY_OUT = "the command that trained the run writes the model folder anew"
+WAY_OUT = "rerun the training command to write the model folder again"
+"""What to do about a damaged model folder, for the end of a message."""
 
 
 def require_model(folder: Path, record: RunRecord) -> dict[str, Any]:
-    """Return the config.json of a model folder that holds the model of a record.
+    """Return the config.json of a model folder, after checking that it contains the model of a record.
 
     Raises:
-        RequestError: If it does not: a file is missing or no regular one, or weights or config.json are other ones.
+        RequestError: If a file is missing or not a regular file, or differs from the record.
     """
     weights = folder / WEIGHTS
     if weights.is_symlink() or not weights.is_file():
-        raise RequestError(f"{printable(weights)} is missing, or not a regular file; {WAY_OUT}")
+        raise RequestError(f"{printable(weights)} is missing or not a regular file; {WAY_OUT}")
     if sha256_of(weights) != record.model.weights_sha256:
-        raise RequestError(
-            f"{printable(weights)} does not hold the weights that record.json and the card describe; {WAY_OUT}"
-        )
+        raise RequestError(f"{printable(weights)} does not match the SHA-256 of the weights in record.json; {WAY_OUT}")
     return require_config(folder, record)
 
 
 def require_config(folder: Path, record: RunRecord) -> dict[str, Any]:
-    """Return the config.json of a model folder, which describes the model of a record.
+    """Return the config.json of a model folder, after checking that it describes the model of a record.
 
     Raises:
-        RequestError: If it does not.
+        RequestError: If it is missing, invalid, or differs from the record.
     """
     path = folder / "config.json"
     if path.is_symlink() or not path.is_file():
-        raise RequestError(f"{printable(path)} is missing, or not a regular file; {WAY_OUT}")
+        raise RequestError(f"{printable(path)} is missing or not a regular file; {WAY_OUT}")
     config = read_json(path, dict[str, Any], WAY_OUT)
     _check_config(config, record, printable(folder))
     return config
 
 
 def _published_files(folder: Path) -> dict[str, Path]:
-    """Return the weights and the plots of a model folder by the names that they get; others are named in the log."""
+    """Return the weights and plots of a model folder by their names in the repository; log all other files."""
     plots = [] if (folder / "plots").is_symlink() else [folder / "plots" / name for name in PLOTS]
     known = {folder / WEIGHTS, *(path for path in plots if path.is_file() and not path.is_symlink())}
     generated = {folder / "config.json", folder / "README.md", folder / "plots"}
@@ -197,7 +195,7 @@ def _published_files(folder: Path) -> dict[str, Path]:
         if path not in known | generated
     ]
     if others:
-        _logger.warning("not uploaded, as they are not part of the model: %s", listing(others))
+        _logger.warning("ignoring files that are not part of the model: %s", listing(others))
     return {path.relative_to(folder).as_posix(): path for path in sorted(known)}
 
 
@@ -208,10 +206,10 @@ _CONFIG_KEYS = frozenset(
 
 
 def _check_config(config: Mapping[str, Any], record: RunRecord, where: str) -> None:
-    """Raise RequestError unless a config.json holds what training wrote, and nothing by which other code is loaded."""
+    """Raise RequestError unless a config.json is as training wrote it, without keys that would load other code."""
     unknown = sorted(config.keys() - _CONFIG_KEYS)
     if unknown:
-        raise RequestError(f"{where}: config.json holds {listing(unknown)}, which is not of the model; {WAY_OUT}")
+        raise RequestError(f"{where}: config.json has unexpected keys: {listing(unknown)}; {WAY_OUT}")
     parse_config(dict(config), where)
     cfg = config["pretrained_cfg"]
     for name, found, expected in (
@@ -221,14 +219,14 @@ def _check_config(config: Mapping[str, Any], record: RunRecord, where: str) -> N
         *((f"pretrained_cfg.{name}", cfg.get(name), value) for name, value in record.model.input.items()),
     ):
         if found != expected:
-            raise RequestError(f"{where}: the {name} of config.json is not that of record.json; {WAY_OUT}")
+            raise RequestError(f"{where}: {name} differs between config.json and record.json; {WAY_OUT}")
 
 
 def _card_here(folder: Path, overwrite: bool) -> CardFile | None:
-    """Read the card of the model folder, for what its owner wrote into it.
+    """Return the card of the model folder, for the edits of its owner, or None if it is missing or to be replaced.
 
     Raises:
-        RequestError: If it cannot be read and may not be overwritten.
+        RequestError: If it cannot be read and must not be overwritten.
     """
     path = folder / "README.md"
     if not os.path.lexists(path):
@@ -239,13 +237,14 @@ def _card_here(folder: Path, overwrite: bool) -> CardFile | None:
         if overwrite:
             return None
         raise RequestError(
-            f"{printable(path)} cannot be read ({one_line(error)}); mend it, or overwrite it with --overwrite-card"
+            f"{printable(path)} cannot be read ({one_line(error)}); fix it, or replace it with "
+            f"{setting('overwrite_card', True)}"
         ) from error
     return None if overwrite and card.foreign else card
 
 
 class _Staged:
-    """The files of one upload by their names; the card is made anew for what stands on the Hub."""
+    """The files of an upload by name; the card is rewritten for each attempt, to keep edits made on the Hub."""
 
     def __init__(
         self,
@@ -260,14 +259,14 @@ class _Staged:
         self._card = scratch / "README.md"
         self.files = {**files, "README.md": self._card, "config.json": scratch / "config.json"}
 
-    def join(self, there: str | None) -> None:
-        """Write the card, with what its owner wrote here and on the Hub.
+    def write_card(self, there: str | None) -> None:
+        """Write the card, with the edits of its owner in the model folder and on the Hub.
 
         Args:
             there: The card on the Hub, if there is one.
 
         Raises:
-            RequestError: If something of it would be lost.
+            RequestError: If an edit would be lost.
         """
         own = set(yaml_fields(self._metadata))
         try:
@@ -277,30 +276,31 @@ class _Staged:
             here = self._here.kept if self._here else Kept()
             _log_difference(there or "", put_together(self._metadata, self._body, here))
             raise RequestError(
-                f"{one_line(error)}: nothing was uploaded; move the words above or below the marks, or replace that "
-                "card with --overwrite-card"
+                f"{one_line(error)}; nothing was uploaded. Move the edits above or below the generated part, or "
+                f"replace the card with {setting('overwrite_card', True)}"
             ) from error
         self._card.write_text(put_together(self._metadata, self._body, kept), "utf-8")
 
 
 def open_repository(repo_id: str, private: bool) -> None:
-    """Make sure of a repository and the right to write to it, before anything is computed for it.
+    """Create a repository if needed and check the permission to write to it, before training for it.
 
     Raises:
-        RunError: If the Hub refuses or cannot be reached.
+        RunError: If the Hub rejects the request or cannot be reached.
     """
     api = HfApi(library_name="resnext-hub")
     try:
         persist(lambda: api.create_repo(repo_id, private=private, exist_ok=True), repo_id)
     except HUB_ERRORS as error:
         raise RunError(
-            f"{repo_id} cannot be written to: {_reason(error)}. Nothing was computed; without --push-to-hub and "
-            "--push-checkpoints the run stays on this disk, and scripts/push.py publishes it later"
+            f"{repo_id} cannot be written to: {_reason(error)}. Training was not started; without "
+            f"{setting('push_to_hub', True)} and {setting('push_checkpoints', True)} the run stays on this disk, and "
+            "scripts/push.py can publish it later"
         ) from error
 
 
 class _Upload:
-    """One upload, as often tried as it takes; each attempt begins by asking what is there."""
+    """An upload that can be retried: each attempt first checks the state of the repository."""
 
     def __init__(
         self, api: HfApi, repo_id: str, staged: _Staged, message: str, private: bool, create_pr: bool, revision: str
@@ -310,14 +310,14 @@ class _Upload:
         self.sent = False
 
     def commit(self) -> tuple[str, str]:
-        """Give the address of what was committed, now or by an attempt before, and its revision."""
+        """Commit unless an earlier attempt succeeded; return the URL of the commit and its revision."""
         api, repo_id = self.api, self.repo_id
         api.create_repo(repo_id, private=self.private, exist_ok=True)
         if self.revision != "main":
             api.create_branch(repo_id, branch=self.revision, exist_ok=True)
         head = api.repo_info(repo_id, revision=self.revision).sha or self.revision
         there = None if self.staged.overwrite_card else fetch_text(repo_id, "README.md", head, CARD_BYTES)
-        self.staged.join(there)
+        self.staged.write_card(there)
         if not differing_files(api, repo_id, head, self.staged.files):
             return f"{api.endpoint}/{repo_id}", head
         if self.create_pr and (pull := self._open_pull()):
@@ -338,7 +338,7 @@ class _Upload:
         return commit.commit_url, commit.oid
 
     def _open_pull(self) -> tuple[str, str] | None:
-        """Find a pull request that says the same already."""
+        """Return the URL and revision of an open pull request with the same files, if there is one."""
         pulls = self.api.get_repo_discussions(self.repo_id, discussion_type="pull_request", discussion_status="open")
         for pull in pulls:
             revision = f"refs/pr/{pull.num}"
@@ -348,12 +348,10 @@ class _Upload:
 
 
 def _log_difference(old: str, new: str, most: int = 40) -> None:
-    """Log how a card would change."""
+    """Log the difference between two cards."""
     lines = [
         line
-        for line in difflib.unified_diff(
-            old.splitlines(), new.splitlines(), "the card there", "the new card", lineterm=""
-        )
+        for line in difflib.unified_diff(old.splitlines(), new.splitlines(), "card on the Hub", "new card", lineterm="")
         if not line.startswith("@@")
     ]
     more = [f"… and {len(lines) - most} more lines"] if len(lines) > most else []
@@ -363,7 +361,7 @@ def _log_difference(old: str, new: str, most: int = 40) -> None:
 def _reason(error: Exception) -> str:
     status = status_of(error)
     if status == 401:
-        return "the Hub does not accept the token, or there is none; log in with `hf auth login`"
+        return "the token is missing or invalid; log in with `hf auth login`"
     if status == 403:
-        return f"your token may not write there ({one_line(error)})"
+        return f"permission denied: the token cannot write there ({one_line(error)})"
     return one_line(error)

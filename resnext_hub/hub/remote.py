@@ -1,4 +1,4 @@
-"""What a repository on the Hub holds, compared with a folder here, and trying again where that is worth it."""
+"""Commits to a repository on the Hub, comparison with local files, and retries of transient errors."""
 
 import logging
 import tempfile
@@ -21,28 +21,29 @@ from resnext_hub.models.fetch import HUB_ERRORS
 _logger = logging.getLogger(__name__)
 
 ATTEMPTS = 4
+"""Largest number of attempts per request."""
 
 PAUSE = 1.0
-"""Seconds before the second attempt; each later one waits twice as long."""
+"""Seconds before the second attempt; doubled for each later one."""
 
 TRANSIENT = frozenset((408, 409, 412, 429, 500, 502, 503, 504))
-"""Answers after which the same request may succeed; 409 and 412 mean that somebody else was quicker."""
+"""HTTP status codes worth retrying; 409 and 412 mean that another commit came first."""
 
 Result = TypeVar("Result")
 
 
 def status_of(error: Exception) -> int | None:
-    """Give the status of the answer that an error is about, if there was an answer."""
+    """Return the HTTP status of an error, or None if there was no response."""
     return error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
 
 
-def persist(work: Callable[[], Result], what: str) -> Result:
-    """Do work that may be done twice, again after a failure that can pass, with longer and longer waits.
+def persist(work: Callable[[], Result], repo_id: str) -> Result:
+    """Call an idempotent function, with retries and exponential backoff for transient errors.
 
     Raises:
-        HTTPError: What the last attempt raised, or the first that no further attempt would mend.
-        OSError: The same, from a connection.
-        RuntimeError: The same, from Xet.
+        HTTPError: The error of the last attempt, or the first one that is not transient.
+        OSError: The same, for the connection.
+        RuntimeError: The same, for Xet.
     """
     for attempt in range(1, ATTEMPTS):
         try:
@@ -51,21 +52,21 @@ def persist(work: Callable[[], Result], what: str) -> Result:
             status = status_of(error)
             if status is not None and status not in TRANSIENT:
                 raise
-            seconds = _wait_asked_for(error) or PAUSE * 2.0 ** (attempt - 1)
-            _logger.warning("%s: %s; trying again in %g s", what, one_line(error)[:160], seconds)
+            seconds = _retry_after(error) or PAUSE * 2.0 ** (attempt - 1)
+            _logger.warning("%s: %s; retrying in %g s", repo_id, one_line(error)[:160], seconds)
         time.sleep(seconds)
     return work()
 
 
-def _wait_asked_for(error: Exception) -> float | None:
+def _retry_after(error: Exception) -> float | None:
     if not isinstance(error, HfHubHTTPError) or error.response is None:
         return None
-    asked = error.response.headers.get("Retry-After", "")
-    return min(float(asked), 60.0) if asked.isdigit() else None
+    value = error.response.headers.get("Retry-After", "")
+    return min(float(value), 60.0) if value.isdigit() else None
 
 
 def files_under(folder: Path) -> dict[str, Path]:
-    """Return the files of a folder and those below it by their names in a repository."""
+    """Return the files below a folder, by relative path."""
     return {
         path.relative_to(folder).as_posix(): path
         for path in sorted(folder.rglob("*"))
@@ -84,20 +85,20 @@ def commit_files(
     create_pr: bool = False,
     deletions: Sequence[CommitOperationDelete] = (),
 ) -> CommitInfo:
-    """Upload files in one commit, or none.
+    """Upload files in exactly one commit.
 
-    Not by the client's `upload_folder`: over Xet that may make several commits, leaves an empty pull request where the
-    commit to it fails, and repeats a commit whose answer was lost.
+    The client's `upload_folder` may split a Xet upload into several commits, leaves an empty pull request if its commit
+    fails, and repeats a commit whose response was lost.
 
     Args:
         api: The client.
         repo_id: The repository.
-        files: What is sent, by name in the repository.
-        message: Of the commit.
-        revision: The branch.
-        parent: Its head, so that an attempt whose answer was lost and a second one cannot both land.
-        create_pr: Open a pull request instead.
-        deletions: What goes in the same commit.
+        files: Files to upload, by name in the repository.
+        message: Commit message.
+        revision: Branch to commit to.
+        parent: Head of the branch; it prevents a second commit if the response to the first one was lost.
+        create_pr: Whether to open a pull request instead.
+        deletions: Files to delete in the same commit.
     """
     additions = [CommitOperationAdd(name, path) for name, path in files.items()]
     try:
@@ -117,7 +118,7 @@ def commit_files(
 
 @contextmanager
 def no_bars() -> Iterator[None]:
-    """Silence the client's progress bars, which it draws in a log as on a terminal, unless they were asked for."""
+    """Disable the client's progress bars, which it draws even without a terminal, unless the user configured them."""
     if HF_HUB_DISABLE_PROGRESS_BARS is not None or are_progress_bars_disabled():
         yield
         return
@@ -131,10 +132,10 @@ def no_bars() -> Iterator[None]:
 def differing_files(
     api: HfApi, repo_id: str, revision: str, files: Mapping[str, Path], read_back: bool = False
 ) -> list[str]:
-    """Name the files that a revision does not hold to the byte.
+    """Return the names of files that a revision does not contain byte for byte.
 
-    Large files are compared by the SHA-256 that the Hub lists; small ones by git's hash, or where that says that they
-    differ, and with `read_back` always, by the bytes that the Hub gives.
+    Large files are compared by the SHA-256 listed by the Hub, small ones by git's hash. Small files whose hashes differ
+    are downloaded and compared; with `read_back`, all small files are.
     """
     listed = {
         entry.path: entry
@@ -160,10 +161,10 @@ def differing_files(
 
 
 def fetch_text(repo_id: str, name: str, revision: str, limit: int) -> str | None:
-    """Return a text file of a repository as it is at a revision, or None if there is none.
+    """Return a text file of a repository at a revision, or None if it does not exist.
 
     Raises:
-        RequestError: If it is larger than the limit in bytes, or not UTF-8.
+        RequestError: If it exceeds the limit in bytes, or is not UTF-8.
     """
     with tempfile.TemporaryDirectory() as cache:
         try:

@@ -1,1 +1,1 @@
-"""What is done with a trained network: predictions, and files for other runtimes."""
+"""Inference with trained models: classification and optimization."""

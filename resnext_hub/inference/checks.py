@@ -1,4 +1,4 @@
-"""Checks of the arguments of `optimize`."""
+"""Check the arguments of `optimize`."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -21,10 +21,10 @@ def check_request(
     at_once: int | Literal["measure"],
     calibration: torch.Tensor | None,
 ) -> None:
-    """Refuse arguments of `optimize` that cannot work, before any work; see there.
+    """Check the arguments of `optimize` before any work.
 
     Raises:
-        ValueError: If one is wrong.
+        ValueError: If one is invalid.
     """
     _check_model(model)
     for name, images in (("example", example), ("calibration", calibration)):
@@ -37,12 +37,12 @@ def check_request(
     if not _is_merge(merge):
         raise RequestError(
             f"merge={shown(repr(merge))}: expected 'measure', 'table', 'off', a width in channels (an int of at "
-            "least 1), or such factors by layer"
+            "least 1), or a mapping from layers to factors"
         )
     if engine == "openvino" and example.device.type != "cpu":
-        raise ValueError(f"engine='openvino' computes on a CPU, and the example is on {example.device}")
+        raise ValueError(f"engine='openvino' runs on a CPU, and the example is on {example.device}")
     if calibration is not None and engine != "openvino":
-        raise ValueError(f"calibration goes with engine='openvino', not with {engine!r}")
+        raise ValueError(f"calibration requires engine='openvino', and engine is {engine!r}")
     if calibration is not None and (calibration.shape[1:] != example.shape[1:] or len(calibration) < len(example)):
         raise ValueError(
             f"calibration of shape {tuple(calibration.shape)}: expected at least {len(example)} images of the "
@@ -56,17 +56,15 @@ def check_request(
 
 
 def _check_model(model: object) -> None:
-    """Refuse what is no eager model with weights in floating point, such as one that was compiled or quantized."""
+    """Raise RequestError unless this is an eager model with floating-point weights, not compiled or quantized."""
     if not isinstance(model, nn.Module):
-        raise RequestError(f"model is a {type(model).__name__}: expected an nn.Module, such as of timm.create_model")
+        raise RequestError(f"model is a {type(model).__name__}: expected an nn.Module, such as from timm.create_model")
     if isinstance(model, torch.jit.ScriptModule) or getattr(model, "is_optimized", False):
-        raise RequestError(
-            f"model is a {type(model).__name__}, which is compiled already: expected the model that it was made from"
-        )
+        raise RequestError(f"model is a {type(model).__name__}, which is already compiled; expected the original model")
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, torch.Tensor) or tensor.is_quantized:
             raise RequestError(
-                f"{name} of the model is no plain tensor, as in a quantized model: expected the model before that"
+                f"{name} of the model is not a plain tensor, as in a quantized model; expected the original model"
             )
         if is_lazy(tensor) or tensor.is_meta:
             raise RequestError(f"the weights of the model have no values ({name}): expected a trained model")
@@ -75,17 +73,17 @@ def _check_model(model: object) -> None:
 def _check_images(name: str, images: object) -> None:
     if not isinstance(images, torch.Tensor):
         raise RequestError(
-            f"{name} is a {type(images).__name__}: expected a float32 tensor (N, C, H, W), as torch.stack makes"
+            f"{name} is a {type(images).__name__}: expected a float32 tensor (N, C, H, W), as from torch.stack"
         )
     if images.is_meta or images.layout != torch.strided:
         raise RequestError(
-            f"{name} is a tensor of the device {images.device} and the layout {images.layout}: expected normalised "
-            "images (N, C, H, W), float32, with values and dense"
+            f"{name} is a tensor on device {images.device} with layout {images.layout}: expected a dense tensor of "
+            "normalized images (N, C, H, W), float32, with values"
         )
     if images.ndim != 4 or images.dtype != torch.float32 or images.numel() == 0:
         raise RequestError(f"{name} of shape {tuple(images.shape)} and {images.dtype}: expected (N, C, H, W), float32")
     if not images.isfinite().all():
-        raise RequestError(f"{name} holds NaN or infinity: expected normalised images")
+        raise RequestError(f"{name} holds NaN or infinity: expected normalized images")
 
 
 def _is_count(value: object) -> bool:

@@ -1,19 +1,21 @@
-"""A trained classifier: a model with everything that it takes to classify images with it."""
+"""Load a trained classifier: a model with its preprocessing and class names, ready to classify images."""
 
+import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from resnext_hub.errors import RequestError
+from resnext_hub.errors import RequestError, setting
 from resnext_hub.models.fetch import check_revision
 from resnext_hub.models.lookup import LoadedModel, find_classifier, find_on_hub
 from resnext_hub.settings import shown
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from PIL.Image import Image
 
     from resnext_hub.export.runtime import ExportedFile, FormatName, Int8
@@ -25,16 +27,34 @@ if TYPE_CHECKING:
 class Classifier(LoadedModel):
     """A model with its preprocessing and class names; call it with images to get probabilities.
 
-    classifier = resnext_hub.load("runs/photos-resnext_g32")
-    probabilities = classifier(["cat.jpg", pil_image, array])  # (3, classes)
+        classifier = resnext_hub.load("runs/photos-resnext_g32")
+        probabilities = classifier(["cat.jpg", pil_image, array])  # (3, classes)
+
+    Use `dataclasses.replace(classifier, temperature=1.5)` to change its temperature.
+
+    Raises:
+        RequestError: If the temperature is not a positive number.
     """
 
     temperature: float = 1.0
-    """Divides the logits before the softmax; above 1, probabilities are less confident."""
+    """Divides the logits before the softmax; probabilities are less confident above 1."""
+
+    def __post_init__(self) -> None:
+        value = self.temperature
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
+            raise RequestError(f"temperature={shown(repr(value))}: expected a positive number")
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the forward passes: the example's for an optimized model, else the accelerator if there is one."""
+        from resnext_hub.inference.optimize import OptimizedModel
+        from resnext_hub.machine import device_type
+
+        return self.model.device if isinstance(self.model, OptimizedModel) else torch.device(device_type())
 
     @property
     def transform(self) -> "Callable[[Image], torch.Tensor]":
-        """timm's evaluation transform: maps a PIL image in mode RGB to the model's input `(C, H, W)`."""
+        """timm's evaluation transform: maps a PIL image in mode RGB (or L) to the model's input `(C, H, W)`."""
         import timm
 
         transform: Callable[[Image], torch.Tensor] = timm.data.create_transform(
@@ -46,103 +66,132 @@ class Classifier(LoadedModel):
         """Return the probabilities of images, `(N, classes)` float64 on the CPU.
 
         Args:
-            images: An image or a sequence of them: paths, encoded bytes, PIL images or uint8 arrays `(H, W)` and
+            images: An image or a list of them: paths, encoded bytes, PIL images, or uint8 arrays `(H, W)` or
                 `(H, W, C)`.
-            batch_size: Shape of the forward passes.
+            batch_size: Batch size of the forward passes.
 
         Raises:
-            RequestError: If an image cannot be decoded.
+            RequestError: If an image is unreadable, or an argument is invalid.
         """
         from resnext_hub.inference.prediction import probabilities
 
         found = []
-        for index, row in enumerate(probabilities(self, _listed(images), batch_size=batch_size)):
+        rows = probabilities(self, _listed(images), batch_size=batch_size, device=self.device)
+        for index, row in enumerate(rows):
             if isinstance(row, str):
-                raise RequestError(f"image {index} cannot be decoded: {row}")
+                raise RequestError(f"image {index} is unreadable: {row}")
             found.append(row)
         return torch.stack(found) if found else torch.empty(0, len(self.label_names), dtype=torch.float64)
 
     def predict(
         self, images: "ImageInput | Sequence[ImageInput]", *, top: int = 1, batch_size: int = 32
     ) -> "list[Prediction | Unread]":
-        """Return the most probable classes of each image, or why it cannot be decoded.
+        """Return the most probable classes of each image, or the reason if it is unreadable.
 
         Args:
-            images: An image or a sequence of them, as for calling the classifier.
-            top: Number of classes for each image.
-            batch_size: Shape of the forward passes.
+            images: An image or a list of them, as in a call of the classifier.
+            top: Number of classes for each image, at most all.
+            batch_size: Batch size of the forward passes.
+
+        Raises:
+            RequestError: If an argument is invalid.
         """
         from resnext_hub.inference.prediction import predict
 
-        return list(predict(self, _listed(images), top=top, batch_size=batch_size))
+        return list(predict(self, _listed(images), top=top, batch_size=batch_size, device=self.device))
 
     def optimize(
         self,
-        images: "Sequence[ImageInput]",
+        images: "ImageInput | Sequence[ImageInput]",
         *,
         engine: Literal["torch", "openvino"] = "torch",
         dtype: torch.dtype | None = None,
         merge: "Merge" = "measure",
         compile: bool = True,
     ) -> "Classifier":
-        """Return the same classifier with a faster model, checked against this one; see `optimize`.
+        """Return this classifier with a faster model; see `resnext_hub.optimize`.
 
         Args:
-            images: Images such as will come: time and error are measured on them.
+            images: Representative images, to measure time and error on.
             engine: `torch`, or `openvino` on a CPU.
-            dtype: bfloat16 or float32; None takes bfloat16 where the device computes it fast.
-            merge: How groups are merged; see `optimize`.
-            compile: Compile the model, with torch.
+            dtype: bfloat16 or float32; None chooses bfloat16 if it is fast on the device.
+            merge: How to merge groups; see `resnext_hub.optimize`.
+            compile: With torch, compile the model.
+
+        Returns:
+            A new classifier; its `model.report` has the speedup and the error.
+
+        Raises:
+            RequestError: If an image is unreadable, or the model cannot be optimized or already is.
         """
         from resnext_hub.inference.optimize import optimize
         from resnext_hub.inference.prediction import prepare
 
-        device = next(self.model.parameters()).device
-        example = prepare(self, images).to(device)
-        fast = optimize(self.model, example, engine=engine, dtype=dtype, merge=merge, compile=compile)
+        device = torch.device("cpu") if engine == "openvino" else self.device
+        example = prepare(self, _listed(images)).to(device)
+        fast = optimize(self.model.to(device), example, engine=engine, dtype=dtype, merge=merge, compile=compile)
         return replace(self, model=fast)
 
     def export(
         self,
         format: "FormatName",
-        path: "Path | None" = None,
+        path: "str | os.PathLike[str] | None" = None,
         *,
         merge: Literal["measure", "off"] | int = "off",
         int8: "Int8 | None" = None,
     ) -> "ExportedFile":
-        """Write the model for another runtime, checked by that runtime; see `resnext_hub.export.runtime.export`."""
+        """Write the model for another runtime and check the file with it; see `resnext_hub.export.runtime.export`.
+
+        Args:
+            format: `onnx` or `openvino`.
+            path: The file; next to the model folder if not given.
+            merge: Width to which groups are merged, `measure` (with OpenVINO) or `off`.
+            int8: Calibration and evaluation images to quantize with; float32 if not given.
+
+        Raises:
+            RequestError: If an argument is invalid, the file cannot be written, or the model is an optimized one.
+            RunError: If the export fails, or the runtime's logits differ; no file is left.
+        """
         from resnext_hub.export.runtime import export
+        from resnext_hub.inference.optimize import OptimizedModel
 
-        return export(self, format, path, merge=merge, int8=int8)
+        if format not in ("onnx", "openvino"):
+            raise RequestError(f"{setting('format', shown(format))}: expected onnx or openvino")
+        if isinstance(self.model, OptimizedModel):
+            raise RequestError("an optimized model cannot be exported; export the original classifier")
+        self.model.cpu()
+        return export(self, format, None if path is None else Path(path), merge=merge, int8=int8)
 
 
-def load(where: str, *, verify: bool = False) -> Classifier:
+def load(where: "str | os.PathLike[str]", *, verify: bool = False) -> Classifier:
     """Load a classifier.
 
     Args:
-        where: A run folder; a folder with config.json and model.safetensors; `hf-hub:owner/name[@revision]`; or a name
-            of timm with released weights, such as `resnext_g32`.
-        verify: With a repository on the Hub, compare the files with what the Hub lists for the commit; see `from_hub`.
+        where: A run folder; a folder with config.json and model.safetensors; `hf-hub:owner/name[@revision]`; or a timm
+            name with released weights, such as `resnext_g32`.
+        verify: Verify the files of a repository on the Hub against the hashes that the Hub lists; see `from_hub`.
 
     Raises:
-        RequestError: If there is no such model, or it cannot be loaded as it is.
-        RunError: If the Hub cannot be reached, or sent other bytes than it lists.
+        RequestError: If there is no such model, or it cannot be loaded.
+        RunError: If the Hub cannot be reached, or the files differ from those that it lists.
     """
-    return _classifier(find_classifier(str(where), verify=verify).load())
+    if not isinstance(where, (str, os.PathLike)):
+        raise RequestError(f"where={shown(repr(where))}: expected a folder, hf-hub:owner/name or a model name")
+    return _classifier(find_classifier(os.fsdecode(where), verify=verify).load())
 
 
 def from_hub(repo_id: str, *, revision: str | None = None, verify: bool = True) -> Classifier:
-    """Download a classifier, compare its bytes with the Hub's listing, and load it.
+    """Download a classifier from the Hub, verify its files, and load it.
 
     Args:
-        repo_id: `owner/name` of a repository that timm can load.
-        revision: Branch, tag or commit; main if not given. What it points to now is what is loaded.
-        verify: Compare the SHA-256 of the files with what the Hub lists. Without it a copy in the cache is enough, and
-            the Hub need not be reached.
+        repo_id: `owner/name` of a repository in timm's layout.
+        revision: Branch, tag or commit; main if not given. A branch loads its current commit.
+        verify: Verify the files against the hashes that the Hub lists. Without it, a copy in the cache can be loaded
+            without reaching the Hub.
 
     Raises:
-        RequestError: If there is no such repository, you have no access, or it has no safetensors.
-        RunError: If the Hub cannot be reached, or the bytes are not those that it lists.
+        RequestError: If the repository does not exist, access is denied, or it has no safetensors.
+        RunError: If the Hub cannot be reached, or the files differ from those that it lists.
     """
     if not isinstance(repo_id, str) or not repo_id.strip():
         raise RequestError(f"repo_id={shown(repr(repo_id))} is not a Hub id of the form owner/name")

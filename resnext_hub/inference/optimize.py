@@ -1,9 +1,9 @@
-"""From a trained network to the fastest one that computes the same, measured on the machine at hand.
+"""Optimize a trained model for inference on this machine, by measurement.
 
-What is done keeps the function: batch norm is folded into the convolution before it, neighbouring groups are merged
-to the width that is fastest here for each layer's shape, weights and activations take the asked precision and memory
-format, the whole is compiled with its weights frozen, and as many images are computed at once as is fastest. What it
-costs in accuracy is measured in the same call, against the network as it was given, in float32.
+The function is preserved: batch norms are folded into the preceding convolutions, neighbouring groups are merged to the
+fastest width for each layer's shape, weights and activations get the requested type and memory format, the model is
+compiled with frozen weights, and the fastest batch size is chosen. The numerical error is measured in the same call,
+against the original model in float32.
 """
 
 import copy
@@ -29,55 +29,54 @@ from resnext_hub.models.weights import require_finite
 _logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-3
-"""Relative error up to which a network in float32 is the given one: other kernels and orders of sums make less."""
+"""Relative error above which a float32 model computes another function; rounding alone stays below."""
 
 TOLERANCES = {"float32": TOLERANCE, "float16": 0.05, "bfloat16": 0.1, "int8": 0.5}
-"""The same by what is computed in: rounding alone makes less, and another function makes more."""
+"""The same by compute type."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizationReport:
-    """What was done, what it gains and what it costs."""
+    """What `optimize` did, the speedup and the error."""
 
     layers: tuple[LayerChoice, ...]
     folded_batch_norms: int
     engine: str
-    """What computes: torch.compile, torch eager or OpenVINO."""
+    """torch.compile, torch eager or OpenVINO."""
     dtype: str
     """bfloat16, float32 or int8."""
     compiled: bool
     at_once: int
-    """Images that are computed at once."""
+    """Batch size of the forward passes."""
     milliseconds_at_once: dict[int, float]
-    """Median time of the fast network on the example by the number that is computed at once; empty where no other
-    number was tried."""
+    """Median time of the optimized model on the example by batch size; empty if only one was tried."""
     speedup: float
-    """Time of the given network on the example, eager in float32, over that of the fast one."""
+    """Time of the original model on the example, eager in float32, divided by that of the optimized model."""
     milliseconds: float
-    """Median time of the fast network on the example."""
+    """Median time of the optimized model on the example."""
     weight_bytes: tuple[int, int]
-    """Bytes of the given network's weights, and of those that the fast one computes with; block-diagonal ones are
-    larger, and a shorter type makes them smaller."""
+    """Bytes of the weights of the original and of the optimized model: larger if block-diagonal, smaller in a narrower
+    type."""
     max_error: float
-    """Greatest difference of a logit from the float32 reference, on the example."""
+    """Largest absolute difference of a logit from the float32 reference, on the example."""
     relative_error: float
-    """Norm of the difference over that of the reference's logits, on the example."""
+    """Norm of the difference divided by the norm of the reference's logits, on the example."""
     second_error: float
-    """The same on a second batch, of another size and other values: large where the output for an image depends on the
-    others of its batch, or the model branches on its data."""
+    """The same on a second batch of another size with other values; large if the output for an image depends on the
+    other images of its batch, or the model branches on its data."""
     same_predictions: float
-    """Part of the example's images that get the same class, 0 to 1."""
+    """Fraction of the example's images with the same predicted class, 0 to 1."""
 
     def __str__(self) -> str:
-        """Give what a person wants to know, a line for each kind of layer."""
+        """Return a summary, with a line for each kind of layer."""
         before, after = self.weight_bytes
         lines = [
-            f"{self.engine}, {self.dtype}, {self.at_once} images at once: {self.milliseconds:.1f} ms, "
-            f"{self.speedup:.2f} times as fast as the given network, eager in float32",
-            f"error {self.relative_error:.1e} of its logits (norm over norm), {self.max_error:.1e} at most, and "
-            f"{self.second_error:.1e} on a second batch of other size and values; "
-            f"{self.same_predictions:.1%} of the images get the same class",
-            f"{self.folded_batch_norms} batch norms folded; weights {after / 1e6:.1f} MB, before {before / 1e6:.1f}",
+            f"{self.engine}, {self.dtype}, batch size {self.at_once}: {self.milliseconds:.1f} ms, speedup "
+            f"{self.speedup:.2f}x over the original model (eager, float32)",
+            f"relative error of the logits {self.relative_error:.1e}, largest difference {self.max_error:.1e}, "
+            f"relative error on a second batch {self.second_error:.1e}; same class for "
+            f"{self.same_predictions:.1%} of the images",
+            f"{self.folded_batch_norms} batch norms folded; weights {after / 1e6:.1f} MB (were {before / 1e6:.1f} MB)",
         ]
         kinds: dict[str, list[str]] = {}
         for layer in self.layers:
@@ -89,68 +88,73 @@ class OptimizationReport:
 
 
 class OptimizedModel(nn.Module):
-    """A fast network: float32 images `(N, C, H, W)` of any N to float32 logits `(N, classes)`.
+    """An optimized model: maps float32 images `(N, C, H, W)` of any N to float32 logits `(N, classes)`.
 
-    It computes a fixed number of images at once, of one shape: fewer are padded, more are split.
+    Forward passes have a fixed shape: smaller batches are padded, larger ones are split.
     """
 
     is_optimized = True
-    """Marks what `optimize` refuses to optimize again."""
+    """Tells `optimize` not to optimize the model again."""
 
     def __init__(
         self,
-        network: Callable[[torch.Tensor], torch.Tensor],
+        compute: Callable[[torch.Tensor], torch.Tensor],
         at_once: int,
         image_shape: tuple[int, ...],
         device: torch.device,
     ) -> None:
         super().__init__()
-        self._network = network
+        self._compute = compute
         self._at_once = at_once
         self._image_shape = image_shape
         self._device = device
         self.report: OptimizationReport | None = None
-        """What was done; set by `optimize`."""
+        """The report; set by `optimize`."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the example, which images have to be on."""
+        return self._device
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Map images `(N, C, H, W)` to logits `(N, classes)`.
 
         Raises:
-            RequestError: If they are not a tensor, or of another shape, type or device than those of the example.
+            RequestError: If they are not a tensor, or their shape, type or device differs from the example's.
         """
         if not isinstance(images, torch.Tensor):
             raise RequestError(
-                f"images are a {type(images).__name__}: expected a tensor (N, C, H, W), as torch.stack makes"
+                f"images are a {type(images).__name__}: expected a tensor (N, C, H, W), as from torch.stack"
             )
         if images.device != self._device:
-            raise RequestError(f"images are on {images.device}: expected {self._device}, where the example was")
+            raise RequestError(f"images are on {images.device}: expected {self._device}, the device of the example")
         if images.shape[1:] != self._image_shape or images.dtype != torch.float32:
             expected = ", ".join(map(str, self._image_shape))
             raise RequestError(
                 f"images of shape {tuple(images.shape)} and {images.dtype}: expected (N, {expected}), float32, as in "
                 "the example"
             )
-        # a compiled network is compiled anew for inference mode, and then not with its weights frozen
+        # inference mode would compile the model again, and without frozen weights
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             return self._logits(images.clone() if images.is_inference() else images.detach())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Refuse to be pickled or copied: what computes was compiled for this process.
+        """Raise TypeError, because the compiled code belongs to this process.
 
         Raises:
             TypeError: Always.
         """
         raise TypeError(
-            "an optimized model cannot be pickled or copied, as it was compiled for this process; save the model that "
-            "was given, and call optimize again"
+            "an optimized model cannot be pickled or copied, because it is compiled for this process; save the "
+            "original model and call optimize again"
         )
 
     def _logits(self, images: torch.Tensor) -> torch.Tensor:
         parts = []
         for part in torch.split(images, self._at_once):
             missing = self._at_once - len(part)
-            filled = nn.functional.pad(part, (0,) * 7 + (missing,)) if missing else part
-            parts.append(self._network(filled)[: len(part)].float())
+            padded = nn.functional.pad(part, (0,) * 7 + (missing,)) if missing else part
+            parts.append(self._compute(padded)[: len(part)].float())
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
@@ -170,28 +174,27 @@ def optimize(
 
     Args:
         model: Any timm model; it is not changed.
-        example: Images `(N, C, H, W)` float32 as they will come, on the model's device: time and error are measured on
-            them.
+        example: Representative images `(N, C, H, W)` float32 on the model's device, to measure time and error on.
         engine: `torch`, or `openvino` on a CPU, which the extra of that name installs.
-        dtype: bfloat16 or float32; None takes bfloat16 where the device computes it fast.
-        merge: `measure` merges the groups of each layer to the width that is fastest here, as measured now or
-            remembered; `table` to what was fastest on another machine; `off` merges none; a number is a width for all
-            layers; a mapping gives the factor for layers by name.
-        at_once: Images computed at once, at most N. `measure` tries N and, on a CPU, a half, a quarter and an eighth
-            of that, as the activations of fewer stay in the caches.
-        compile: With torch, compile the model with frozen weights; without a C++ compiler it stays eager and warns.
-        calibration: With OpenVINO, normalised images `(M, C, H, W)` float32, M at least N: convolutions are computed
-            in int8, with the ranges that activations have on these images. The error is larger then: check the
-            accuracy.
-        keep_memory: On a CPU with the C library of GNU, let this process keep the memory that it frees for what it
-            needs next, from now on: fetching and clearing it for each batch can take a fifth of the time.
+        dtype: bfloat16 or float32; None chooses bfloat16 if it is fast on the device.
+        merge: `measure` merges the groups of each layer to the fastest width on this machine, measured now or earlier;
+            `table` to the fastest width on another machine; `off` merges none; a number is the largest width for all
+            layers; a mapping has the factors of layers by name.
+        at_once: Batch size of the forward passes, at most N. `measure` tries N and, on a CPU, a half, a quarter and an
+            eighth of it, because activations of smaller batches fit the CPU's caches.
+        compile: With torch, compile the model with frozen weights; without a C++ compiler it stays eager, with a
+            warning.
+        calibration: With OpenVINO, normalized images `(M, C, H, W)` float32, M at least N: convolutions are computed
+            in int8, with the ranges of activations on these images. The error is larger, so check the accuracy.
+        keep_memory: On a CPU with glibc, keep freed memory in this process from now on, instead of returning it to the
+            operating system: getting it back, cleared, for each batch can take a fifth of the time.
 
     Returns:
-        The fast model, with its `report`.
+        The optimized model, with its `report`.
 
     Raises:
-        ValueError: If an argument is wrong, or the model cannot be optimized: it is compiled, quantized or cannot be
-            copied, it does not take the example or returns no logits, or a number is not finite.
+        ValueError: If an argument is invalid, or the model cannot be optimized: it is compiled, quantized or cannot be
+            copied, it does not accept the example or returns no logits, or a value is not finite.
         ModuleNotFoundError: If the engine is not installed.
     """
     check_request(model, example, engine, dtype, merge, at_once, calibration)
@@ -209,7 +212,7 @@ def optimize(
         else:
             layers, build = _prepare_torch(fast, example, dtype, merge, compile)
         built, at_once_seconds = (build(at_once), {}) if at_once != "measure" else _build_fastest(build, example)
-        optimized = OptimizedModel(built.network, built.at_once, tuple(example.shape[1:]), example.device)
+        optimized = OptimizedModel(built.compute, built.at_once, tuple(example.shape[1:]), example.device)
         runs = {"reference": lambda: reference(example), "fast": lambda: optimized(example)}
         times = median_seconds(runs, example.device, rounds=3, warm=True)
         found = optimized(example)
@@ -241,11 +244,11 @@ def _fast_dtype(device: torch.device) -> torch.dtype:
 
 
 def _warn_if_different(report: OptimizationReport) -> None:
-    if not max(report.relative_error, report.second_error) <= TOLERANCES[report.dtype]:  # NaN is warned about as well
+    if not max(report.relative_error, report.second_error) <= TOLERANCES[report.dtype]:  # also true for NaN
         _logger.warning(
-            "the optimized model's logits are off by %.1e on the example and %.1e on a second batch, where rounding in "
-            "%s makes less than %.0e: it computes another function, for example because the output for an image "
-            "depends on the other images of its batch, or on a branch",
+            "the relative error of the optimized model's logits is %.1e on the example and %.1e on a second batch, "
+            "more than rounding in %s explains (%.0e): it computes another function, for example because the output "
+            "for an image depends on the other images of its batch, or on a branch",
             report.relative_error,
             report.second_error,
             report.dtype,
@@ -260,21 +263,21 @@ def _copied(model: nn.Module) -> nn.Module:
         if machine.is_out_of_memory(error):
             raise
         raise RequestError(
-            f"the model cannot be copied ({one_line(error)[:100]}): expected what copy.deepcopy takes, such as "
-            "torch.nn.utils.parametrizations.weight_norm in place of torch.nn.utils.weight_norm"
+            f"the model cannot be copied with copy.deepcopy ({one_line(error)[:100]}); use, for example, "
+            "torch.nn.utils.parametrizations.weight_norm instead of torch.nn.utils.weight_norm"
         ) from error
 
 
 def _logits_of(model: nn.Module, example: torch.Tensor) -> torch.Tensor:
-    """Return the logits of the model as it was given, or raise RequestError if it has none for such images."""
+    """Return the logits of the original model, or raise RequestError if it has none for such images."""
     try:
         logits = model(example)
     except (RuntimeError, TypeError, ValueError, AssertionError, LookupError) as error:
         if machine.is_out_of_memory(error):
             raise
         raise RequestError(
-            f"the model does not take an example of shape {tuple(example.shape)} ({one_line(error)}): expected the "
-            "channels, size and device of its images"
+            f"the model does not accept an example of shape {tuple(example.shape)} ({one_line(error)}): expected "
+            "the channels, size and device of its images"
         ) from error
     if not isinstance(logits, torch.Tensor):
         raise RequestError(f"the model returns a {type(logits).__name__}: expected one tensor, such as logits")
@@ -288,7 +291,7 @@ def _logits_of(model: nn.Module, example: torch.Tensor) -> torch.Tensor:
 
 
 def _second_batch(example: torch.Tensor) -> torch.Tensor:
-    """Return a batch of one image more than the example, mirrored, with other signs, and the last one of noise."""
+    """Return the example's images mirrored and negated, and one more of noise."""
     noise = torch.randn(1, *example.shape[1:], generator=torch.Generator().manual_seed(0)).to(example.device)
     return torch.cat([-example.flip(0, 3), noise])
 
@@ -298,26 +301,28 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 class _Built(NamedTuple):
-    network: Callable[[torch.Tensor], torch.Tensor]
+    compute: Callable[[torch.Tensor], torch.Tensor]
     """Maps `at_once` images to logits."""
     at_once: int
     engine: str
 
 
 _Build = Callable[[int], _Built]
-"""Builds the network that computes so many images at once."""
+"""Builds a model for a batch size."""
 
 
 def _build_fastest(build: _Build, example: torch.Tensor) -> tuple[_Built, dict[int, float]]:
-    """Build for the number of images at once with which the example takes least time; give the seconds by number."""
+    """Build for the batch size that is fastest on the example; return the seconds by batch size as well."""
     count = len(example)
     parts = (1, 2, 4, 8) if example.device.type == "cpu" else (1,)
     sizes = dict.fromkeys(ceil(count / part) for part in parts)
-    built = {size: build(size) for size in sizes if size > 1 or size == count}  # one by one is hardly ever fastest
+    built = {
+        size: build(size) for size in sizes if size > 1 or size == count
+    }  # a batch size of 1 is hardly ever fastest
     if len(built) == 1:
         return built[count], {}
     runs = {
-        str(size): partial(OptimizedModel(found.network, size, tuple(example.shape[1:]), example.device), example)
+        str(size): partial(OptimizedModel(found.compute, size, tuple(example.shape[1:]), example.device), example)
         for size, found in built.items()
     }
     seconds = {int(size): value for size, value in median_seconds(runs, example.device, rounds=5).items()}
@@ -332,9 +337,9 @@ def _prepare_torch(
         return images.to(dtype, memory_format=torch.channels_last)
 
     def build(at_once: int) -> _Built:
-        network, compiled = compile_frozen(fast, cast(example[:at_once])) if compile else (fast, False)
+        compute, compiled = compile_frozen(fast, cast(example[:at_once])) if compile else (fast, False)
         engine = "torch.compile" if compiled else "torch eager"
-        return _Built(lambda images: network(cast(images)), at_once, engine)
+        return _Built(lambda images: compute(cast(images)), at_once, engine)
 
     fast.to(dtype).to(memory_format=torch.channels_last)
     return merge_layers(fast, cast(example), merge, ForwardTiming(packed=compile)), build
@@ -346,7 +351,7 @@ def _prepare_openvino(
     if find_spec("openvino") is None or find_spec("nncf") is None:
         raise ModuleNotFoundError('openvino is not installed; pip install "resnext-hub[openvino]"', name="openvino")
     machine.disable_telemetry()
-    from resnext_hub.kernels.openvino import OpenVinoNetwork, OpenVinoTiming, convert
+    from resnext_hub.kernels.openvino import OpenVinoModel, OpenVinoTiming, convert
 
     fast.float()
     layers = merge_layers(fast, example, merge, OpenVinoTiming(fast, example, dtype, calibration))
@@ -355,7 +360,7 @@ def _prepare_openvino(
     def build(at_once: int) -> _Built:
         part = converted.clone()
         part.reshape([at_once, *example.shape[1:]])
-        return _Built(OpenVinoNetwork(part, dtype), at_once, "OpenVINO")
+        return _Built(OpenVinoModel(part, dtype), at_once, "OpenVINO")
 
     return layers, build
 
@@ -365,7 +370,7 @@ def _weight_bytes(model: nn.Module, itemsize: int | None = None) -> int:
 
 
 def compile_frozen(model: nn.Module, example: torch.Tensor) -> tuple[Callable[[torch.Tensor], torch.Tensor], bool]:
-    """Compile with frozen weights, which only the global setting does; it is put back, and holds for the first call."""
+    """Compile with frozen weights; the global setting for it is needed only in the first call, and then restored."""
     from torch._dynamo.exc import BackendCompilerFailed
     from torch._inductor import config
 
@@ -373,13 +378,13 @@ def compile_frozen(model: nn.Module, example: torch.Tensor) -> tuple[Callable[[t
         found: torch.Tensor = model(images)
         return found
 
-    # the compiler keeps what it made by code object, and only a few for each: networks and batches must not share one
+    # the compiler caches only a few results per code object, so models and batch sizes must not share one
     run.__code__ = run.__code__.replace(co_name=f"run_{id(model)}_{len(example)}")
     compiled = torch.compile(run, dynamic=False)
     with config.patch(freezing=True), machine.quiet_compilers():
         try:
             compiled(example)
         except (BackendCompilerFailed, RuntimeError) as error:
-            _logger.warning("the network stays eager, as it could not be compiled: %s", str(error).splitlines()[0])
+            _logger.warning("the model stays eager, because compiling it failed: %s", str(error).splitlines()[0])
             return model, False
     return compiled, True

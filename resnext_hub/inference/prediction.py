@@ -1,9 +1,10 @@
-"""From images to labels, with the evaluation transform that the model itself states."""
+"""Classify images with a model's own evaluation transform."""
 
 import os
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -20,7 +21,7 @@ from resnext_hub.data.loaders import derive_workers, read_transformed
 from resnext_hub.data.sources import IMAGE_SUFFIXES, list_images
 from resnext_hub.data.sources.walk import is_run_folder
 from resnext_hub.data.transforms import EvalTransform
-from resnext_hub.errors import RequestError, RunError, one_line
+from resnext_hub.errors import RequestError, RunError, one_line, setting
 from resnext_hub.machine import device_type
 from resnext_hub.models.input_config import IMAGE_MODES
 from resnext_hub.processes.launcher import local_processes
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from resnext_hub.inference.classifier import Classifier
 
 ImageInput: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | np.ndarray"
-"""A path, an encoded image, a PIL image, or pixels `(H, W)` or `(H, W, C)` uint8."""
+"""A path, an encoded image, a PIL image, or a uint8 array `(H, W)` or `(H, W, C)`."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Guess:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most probable classes of an image, the most probable first."""
+    """The most probable classes of an image, in descending order."""
 
     image: ImageInput
     guesses: tuple[Guess, ...]
@@ -59,10 +60,10 @@ class Unread:
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """Give the images that paths stand for, in their order: files as they are, of folders all images in them.
+    """Return the images at paths, in order: files as they are, and all images below a folder.
 
     Raises:
-        RequestError: If there is nothing at a path, or a folder holds no image.
+        RequestError: If a path does not exist, is not a file or folder, or is a folder without images.
     """
     found: list[Path] = []
     for path in paths:
@@ -77,7 +78,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
             inside = list_images(path)
             if is_run_folder(os.listdir(path)):
                 raise RequestError(
-                    f"{printable(path)} is a run folder, whose images are its plots: expected a folder of images"
+                    f"{printable(path)} is a run folder, and its images are plots; expected a folder of images"
                 )
             if not inside:
                 raise RequestError(f"{printable(path)} holds no images; known suffixes: {' '.join(IMAGE_SUFFIXES)}")
@@ -85,7 +86,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
         elif stat.S_ISREG(mode):
             found.append(path)
         else:
-            raise RequestError(f"{printable(path)} is no regular file: expected an image, or a folder with images")
+            raise RequestError(f"{printable(path)} is not a regular file: expected an image or a folder of images")
     return found
 
 
@@ -99,22 +100,24 @@ def predict(
     decoder: str = "pil",
     max_pixels: int = MAX_IMAGE_PIXELS,
 ) -> Iterator[Prediction | Unread]:
-    """Classify images, one result for each, in their order.
+    """Classify images, with one result for each, in order.
 
     Args:
-        classifier: The model, which is moved to the device.
-        images: What to classify.
-        batch_size: Shape of the forward passes; fewer images than that make it smaller.
-        device: Where to compute; the accelerator if there is one.
+        classifier: The classifier; its model is moved to the device.
+        images: Images to classify.
+        batch_size: Batch size of the forward passes, at most the number of images.
+        device: Device to compute on; the accelerator by default, if there is one.
         top: Number of classes for each image, at most all.
-        decoder: `pil`, as for the figures of a card, or `simplejpeg`, which is faster and has nearly the same pixels.
-        max_pixels: Pixels above which an image is unreadable.
+        decoder: `pil`, as for the accuracy on the card, or `simplejpeg`, which is faster with nearly equal pixels.
+        max_pixels: An image with more pixels is unreadable.
 
     Raises:
-        RequestError: If the model takes images of other than one or three channels.
+        RequestError: If an argument is invalid, or the model does not take images of one or three channels.
         RunError: If probabilities are not finite.
-        ModuleNotFoundError: If simplejpeg is asked for and not installed.
+        ModuleNotFoundError: If the decoder is simplejpeg and it is not installed.
     """
+    if not _is_count(top):
+        raise RequestError(f"{setting('top', top)}: expected a whole number of at least 1")
     rows = probabilities(
         classifier, images, batch_size=batch_size, device=device, decoder=decoder, max_pixels=max_pixels
     )
@@ -128,7 +131,7 @@ def _ranked(
         if isinstance(row, str):
             yield Unread(image, row)
             continue
-        # of equally probable classes the first comes first, as in argmax
+        # stable: of equally probable classes the first wins, as with argmax
         values, indices = row.sort(descending=True, stable=True)
         best = zip(indices[:top].tolist(), values[:top].tolist(), strict=True)
         yield Prediction(image, tuple(Guess(index, names[index], value) for index, value in best))
@@ -143,27 +146,29 @@ def probabilities(
     decoder: str = "pil",
     max_pixels: int = MAX_IMAGE_PIXELS,
 ) -> Iterator[torch.Tensor | str]:
-    """Return an iterator over the probabilities `(classes,)` float64 of images, or the reason where one is unreadable.
+    """Return an iterator over the probabilities `(classes,)` float64 of images, or the reason if one is unreadable.
 
-    Every forward pass has one shape, as in the evaluation of a run, so that probabilities do not depend on how many
-    other images share the last batch. Arguments and errors are those of `predict`.
+    All forward passes have the same shape, as in the evaluation of a run, so probabilities do not depend on the number
+    of images in the last batch. Arguments and errors are those of `predict`.
     """
+    if not _is_count(batch_size):
+        raise RequestError(f"{setting('batch_size', batch_size)}: expected a whole number of at least 1")
     files = _Inputs(classifier, images, decoder, max_pixels)
     return _computed(classifier, files, min(batch_size, max(len(images), 1)), device or torch.device(device_type()))
 
 
 def prepare(classifier: "Classifier", images: Sequence[ImageInput]) -> torch.Tensor:
-    """Return images as the model takes them, `(N, C, H, W)` float32 on the CPU.
+    """Return images as input of the model, `(N, C, H, W)` float32 on the CPU.
 
     Raises:
-        RequestError: If there are none, or one cannot be decoded.
+        RequestError: If there are none, or one is unreadable.
     """
     if not images:
         raise RequestError("expected at least one image")
     found = []
     for index, entry in enumerate(map(_Inputs(classifier, images).__getitem__, range(len(images)))):
         if isinstance(entry, str):
-            raise RequestError(f"image {index} cannot be decoded: {entry}")
+            raise RequestError(f"image {index} is unreadable: {entry}")
         found.append(entry)
     return torch.stack(found)
 
@@ -186,7 +191,7 @@ def _computed(
 
 
 class _Inputs(Dataset[torch.Tensor | str]):
-    """Transformed images `(C, H, W)` float32; in place of one that cannot be decoded, the reason."""
+    """Transformed images `(C, H, W)` float32, or the reason if one is unreadable."""
 
     def __init__(
         self,
@@ -198,6 +203,8 @@ class _Inputs(Dataset[torch.Tensor | str]):
         input = classifier.input
         if input.channels not in IMAGE_MODES:
             raise RequestError(f"the model takes images of {input.channels} channels: expected 1 or 3")
+        for index, image in enumerate(images):
+            _check_input(index, image)
         self.images = images
         self.transform = EvalTransform(input)
         self.fast = FastTransform(input, max_pixels) if decoder == "simplejpeg" else None
@@ -212,7 +219,7 @@ class _Inputs(Dataset[torch.Tensor | str]):
             if isinstance(image, np.ndarray):
                 return self.transform(upright(_from_array(image), self.mode))
             if isinstance(image, Image.Image):
-                return self.transform(upright(image, self.mode))
+                return self.transform(_decoded(image, self.mode))
             row = {"bytes": image, "path": None} if isinstance(image, bytes) else {"bytes": None, "path": str(image)}
             if self.fast is not None:
                 return self.fast(row)
@@ -221,11 +228,34 @@ class _Inputs(Dataset[torch.Tensor | str]):
             return str(error)
 
 
-def _from_array(pixels: np.ndarray) -> Image.Image:
-    if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (1, 3, 4))):
+def _is_count(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
+
+
+def _check_input(index: int, image: object) -> None:
+    """Raise RequestError for an object that is not an image, before any worker gets it."""
+    if not isinstance(image, (str, os.PathLike, bytes, Image.Image, np.ndarray)):
         raise RequestError(
-            f"an array of shape {pixels.shape} and {pixels.dtype} is not an image: expected (H, W) or (H, W, C), uint8"
+            f"image {index} is a {type(image).__name__}: expected a path, encoded bytes, a PIL image or a uint8 array"
         )
+    if isinstance(image, np.ndarray):
+        shape = image.shape
+        of_an_image = len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3, 4))
+        if image.dtype != np.uint8 or not of_an_image or image.size == 0:
+            raise RequestError(
+                f"image {index} is an array of shape {shape} and {image.dtype}: expected (H, W) or (H, W, C), uint8, "
+                "with 1, 3 or 4 channels"
+            )
+
+
+def _decoded(image: Image.Image, mode: str) -> Image.Image:
+    try:
+        return upright(image, mode)
+    except (OSError, SyntaxError, ValueError) as error:  # an image opened lazily is decoded only here
+        raise UnreadableImageError(one_line(error)) from error
+
+
+def _from_array(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels[:, :, 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
 
 
@@ -233,12 +263,14 @@ def _from_array(pixels: np.ndarray) -> Image.Image:
 def _probabilities(
     model: nn.Module, images: Sequence[torch.Tensor], batch_size: int, device: torch.device, temperature: float
 ) -> torch.Tensor:
-    """Return the probabilities `(N, classes)` of N images `(C, H, W)`, at most a batch, which is padded."""
+    """Return the probabilities `(N, classes)` of up to a batch of images `(C, H, W)`; the batch is padded."""
     if not images:
         return torch.empty(0)
     stacked = F.pad(torch.stack(list(images)), (0,) * 7 + (batch_size - len(images),))
     logits = model(stacked.to(device).contiguous(memory_format=torch.channels_last))[: len(images)].float()
     found = F.log_softmax(logits / temperature, dim=1).cpu().double().exp()
     if not found.isfinite().all():
-        raise RunError("the probabilities are not finite: the model's weights, or its mean and std, cannot be used")
+        raise RunError(
+            "the probabilities are not finite: check the model's weights, and the mean and std of its config.json"
+        )
     return found

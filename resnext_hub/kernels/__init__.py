@@ -1,1 +1,1 @@
-"""The same functions, computed faster: other modules over the parameters of a model."""
+"""Faster implementations of a model's layers, over the same parameters."""

@@ -1,4 +1,4 @@
-"""Batch norms of a trained network folded into the convolutions before them."""
+"""Fold the batch norms of a trained model into the preceding convolutions."""
 
 import copy
 import logging
@@ -14,29 +14,29 @@ _logger = logging.getLogger(__name__)
 
 
 class _Tracer(fx.Tracer):
-    """Keeps layers whole, also those subclasses of batch norm that carry an activation."""
+    """Treats layers as leaves, including timm's batch norms with an activation."""
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        """Say whether a module is one node of the graph."""
+        """Return whether a module is a single node of the graph."""
         return isinstance(module, (nn.Conv2d, nn.BatchNorm2d)) or super().is_leaf_module(module, name)
 
 
 def fold_batch_norms(model: nn.Module) -> int:
-    """Fold each batch norm that follows a convolution alone into it, in place; give their number.
+    """Fold each batch norm into the convolution whose only consumer it is, in place; return how many were folded.
 
-    A batch norm with an activation of its own, as timm has them, leaves that activation. Layers that are used twice,
-    whose parameters are read elsewhere, that have hooks, or that are subclasses of one's own stay as they are; so does
-    a network that cannot be traced.
+    A batch norm with an activation, as in timm, leaves the activation. Layers stay unchanged if they are used twice,
+    their parameters are read elsewhere, they have hooks, or they are other subclasses. So does a model that cannot be
+    traced.
     """
     try:
         graph = _Tracer().trace(_without_hooks(model))
     except (TypeError, RuntimeError, ValueError, fx.proxy.TraceError) as error:
-        _logger.info("batch norms stay: the network cannot be traced (%s)", error)
+        _logger.info("batch norms are not folded: the model cannot be traced (%s)", error)
         return 0
     modules = dict(model.named_modules(remove_duplicate=False))
     names = Counter(id(module) for module in modules.values())
     uses = Counter(id(modules[str(node.target)]) for node in graph.nodes if node.op == "call_module")
-    # a parameter that is read by itself counts as another use of its layer
+    # reading a parameter directly is another use of its layer
     uses.update(id(modules[str(node.target).rpartition(".")[0]]) for node in graph.nodes if node.op == "get_attr")
     folded = 0
     for node in graph.nodes:
@@ -61,9 +61,9 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _without_hooks(model: nn.Module) -> nn.Module:
-    """Give a copy that calls no hooks: they are made for tensors, and tracing has none."""
-    silent = copy.deepcopy(model)
-    for module in silent.modules():
+    """Return a copy without hooks: they expect tensors, and tracing passes proxies."""
+    copied = copy.deepcopy(model)
+    for module in copied.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
-    return silent
+    return copied

@@ -1,11 +1,11 @@
-"""Grouped convolution with neighbouring groups merged into wider ones: the same function, on shapes that run faster.
+"""Grouped convolutions with neighbouring groups merged into wider ones, which hardware computes faster.
 
-A convolution of g groups computes, for each group by itself, d outputs from d inputs. Merging k neighbours gives g/k
-groups whose weights are block-diagonal: each output still sees its own d inputs and zeros for the others. In exact
-arithmetic nothing changes; in floating point the added zeros leave every partial sum as it is, but the order of the
-sums may be another one, and an infinite or undefined input spreads over its merged group.
+A convolution with g groups computes d outputs from d inputs in each group. Merging k neighbours yields g/k groups with
+block-diagonal weights: each output still depends on its own d inputs, with zero weights for the others. The result is
+equal in exact arithmetic. In floating point the order of the sums can differ, and an infinite or NaN input spreads over
+its merged group.
 
-The parameters stay those of the grouped form, so state dicts, optimizers and published files never notice.
+The parameters stay those of the grouped convolution, so state dicts, optimizers and published files are unaffected.
 """
 
 from collections.abc import Mapping
@@ -17,12 +17,12 @@ from torch.nn import functional as F
 
 
 def merge_weight(weight: torch.Tensor, groups: int, factor: int) -> torch.Tensor:
-    """Lay out the weight of a grouped convolution for fewer, wider groups; differentiable.
+    """Return the block-diagonal weight of a grouped convolution for fewer, wider groups; differentiable.
 
     Args:
         weight: `(out_channels, in_channels / groups, kH, kW)`.
-        groups: Groups that the weight is for.
-        factor: How many neighbouring groups become one.
+        groups: Number of groups of the weight.
+        factor: Number of neighbouring groups to merge into one.
 
     Returns:
         `(out_channels, factor * in_channels / groups, kH, kW)`, for `groups / factor` groups.
@@ -36,17 +36,17 @@ def merge_weight(weight: torch.Tensor, groups: int, factor: int) -> torch.Tensor
         return weight
     out_channels, width, *kernel = weight.shape
     blocks = weight.view(groups // factor, factor, out_channels // groups, width, *kernel)
-    # (merged group, block row, outputs, block column, inputs, kH, kW): a block stands where row and column are equal
+    # (merged group, block row, outputs, block column, inputs, kH, kW): non-zero where row and column are equal
     merged = torch.diag_embed(blocks.movedim(1, -1)).movedim((-2, -1), (1, 3))
     return merged.reshape(out_channels, factor * width, *kernel)
 
 
 class MergedConv2d(nn.Conv2d):
-    """A grouped convolution that computes with merged groups; its parameters are those of the grouped one.
+    """A grouped convolution that computes with merged groups; it shares the parameters of the original.
 
     Args:
-        conv: The grouped convolution, whose parameters are shared.
-        factor: How many neighbouring groups become one.
+        conv: The grouped convolution.
+        factor: Number of neighbouring groups to merge into one.
     """
 
     def __init__(self, conv: nn.Conv2d, factor: int) -> None:
@@ -62,12 +62,12 @@ class MergedConv2d(nn.Conv2d):
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, groups)
 
 
-def dense_form(conv: nn.Conv2d, factor: int) -> nn.Conv2d:
-    """Give a convolution of its own with merged groups laid out for good: for inference, where weights stay.
+def merge_conv(conv: nn.Conv2d, factor: int) -> nn.Conv2d:
+    """Return a new convolution with merged groups and a fixed weight, for inference.
 
     Args:
         conv: The grouped convolution; it is not changed.
-        factor: How many neighbouring groups become one.
+        factor: Number of neighbouring groups to merge into one.
     """
     weight = merge_weight(conv.weight.detach(), conv.groups, factor)
     merged = nn.Conv2d(**conv_arguments(conv) | {"groups": conv.groups // factor})
@@ -77,10 +77,10 @@ def dense_form(conv: nn.Conv2d, factor: int) -> nn.Conv2d:
 
 
 def grouped_convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
-    """Give the convolutions of a network that have groups of more than one channel, by name.
+    """Return the convolutions of a model with several groups of more than one channel, by name.
 
-    Depthwise convolutions are left out: they have kernels of their own, which merging would lose. So are subclasses,
-    which compute something else, and those with hooks, which stay with the module that they are on.
+    Depthwise convolutions are excluded because merging would bypass their specialized kernels; subclasses because they
+    compute something else; and those with hooks because merging would drop the hooks.
     """
     return {
         name: module
@@ -94,25 +94,25 @@ def grouped_convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
 
 
 def merge_factors(conv: nn.Conv2d, widest: int = 64) -> list[int]:
-    """Give the factors by which the groups of a convolution can be merged up to a width in input channels, 1 first."""
+    """Return the factors by which groups can be merged, up to a width in input channels; 1 comes first."""
     width = conv.in_channels // conv.groups
     return [k for k in range(1, conv.groups + 1) if conv.groups % k == 0 and (k == 1 or k * width <= widest)]
 
 
 def merge_groups(model: nn.Module, factors: Mapping[str, int]) -> nn.Module:
-    """Let convolutions of a network compute with merged groups, in place; a factor of 1 takes that back.
+    """Merge groups of a model's convolutions in place; a factor of 1 undoes it.
 
-    Parameters, their names and their values stay what they are, so that training goes on with them.
+    The parameters, their names and their values are unchanged, so training can continue.
 
     Args:
-        model: Any network.
-        factors: By the name of a grouped convolution, how many neighbouring groups become one.
+        model: Any model.
+        factors: Number of neighbouring groups to merge into one, by the name of a grouped convolution.
 
     Returns:
-        The network.
+        The same model.
 
     Raises:
-        ValueError: If there is no such grouped convolution, or a factor does not divide its groups.
+        ValueError: If a name is not that of a grouped convolution, or a factor does not divide its groups.
     """
     known = grouped_convolutions(model)
     check_factors(known, factors)
@@ -122,27 +122,27 @@ def merge_groups(model: nn.Module, factors: Mapping[str, int]) -> nn.Module:
 
 
 def check_factors(convolutions: Mapping[str, nn.Conv2d], factors: Mapping[str, int]) -> None:
-    """Refuse factors for what is no grouped convolution, or that do not divide its groups.
+    """Check that factors name grouped convolutions and divide their groups.
 
     Raises:
-        ValueError: If there are any.
+        ValueError: If one does not.
     """
     for name, factor in factors.items():
         if name not in convolutions:
-            there = ", ".join(convolutions) or "none"
-            raise ValueError(f"{name} is no grouped convolution of the network; there are {there}")
+            known = ", ".join(convolutions) or "none"
+            raise ValueError(f"{name} is not a grouped convolution of the model; expected one of {known}")
         if factor < 1 or convolutions[name].groups % factor:
             raise ValueError(f"{name}: factor={factor} does not divide groups={convolutions[name].groups}")
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in the place of another, in place."""
+    """Replace a submodule of a model by another module, in place."""
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, module)
 
 
 def conv_arguments(conv: nn.Conv2d) -> dict[str, Any]:
-    """Give the arguments that build a convolution of the same shape, on the meta device."""
+    """Return the arguments to build a convolution of the same shape on the meta device."""
     return dict(
         in_channels=conv.in_channels,
         out_channels=conv.out_channels,
@@ -152,5 +152,5 @@ def conv_arguments(conv: nn.Conv2d) -> dict[str, Any]:
         dilation=conv.dilation,
         groups=conv.groups,
         bias=conv.bias is not None,
-        device="meta",  # nothing is allocated: the parameters come from elsewhere
+        device="meta",  # allocates nothing: the caller sets the parameters
     )

@@ -1,7 +1,7 @@
-"""A network computed by OpenVINO, in bfloat16, float32 or, calibrated on images, in int8.
+"""Run a model with OpenVINO, in bfloat16, float32, or int8 calibrated on images.
 
-OpenVINO computes a grouped convolution faster in wider groups too, and says of each layer how long it took in its
-place in the network, with the layouts that it has there: so widths are measured on whole networks, one for each width.
+Wider groups are faster with OpenVINO as well. It reports the time of each layer within the model, with the memory
+layouts used there, so widths are measured on whole models: one for each width.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from resnext_hub.kernels.fold import fold_batch_norms
-from resnext_hub.kernels.merged import dense_form, merge_factors, replace_module
+from resnext_hub.kernels.merged import merge_conv, merge_factors, replace_module
 from resnext_hub.kernels.timing import ROUNDS, Layer
 from resnext_hub.machine import disable_telemetry, quiet_compilers
 
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 @functools.cache
 def _core() -> "openvino.Core":
-    """Give the one core of this process, which stays to its end.
+    """Return the only core of this process, which lives as long as the process.
 
-    A core brings a stack for signal handlers. When several end in the order in which they were made, the process is
-    left with a stack that is gone, and the next signal that it handles (a reader's end, Ctrl-C) kills it.
+    A core sets an alternate stack for signal handlers. Destroying several in the order of their creation leaves a
+    freed stack behind, and the next handled signal (such as SIGCHLD from a worker, or Ctrl-C) crashes the process.
     """
     disable_telemetry()
     import openvino
@@ -40,8 +40,8 @@ def _core() -> "openvino.Core":
     return openvino.Core()
 
 
-class OpenVinoNetwork:
-    """A compiled network: float32 images `(N, C, H, W)` of the N it was compiled for to float32 logits."""
+class OpenVinoModel:
+    """A compiled model: maps float32 images `(N, C, H, W)` to float32 logits, for the N that it was compiled for."""
 
     def __init__(self, model: "openvino.Model", dtype: torch.dtype, *, timed: bool = False) -> None:
         settings: dict[str, Any] = {
@@ -52,16 +52,16 @@ class OpenVinoNetwork:
         }
         self._compiled = _core().compile_model(model, "CPU", settings)
         self._request = self._compiled.create_infer_request()
-        self._turn = threading.Lock()  # a request takes one call at a time
+        self._lock = threading.Lock()  # a request runs one call at a time
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Map images to logits."""
-        with self._turn:
+        with self._lock:
             found = self._request.infer({0: images.contiguous().numpy()}, share_inputs=True)
-            return torch.from_numpy(np.array(found[0]))  # the request uses its own memory again
+            return torch.from_numpy(np.array(found[0]))  # the request reuses its output memory
 
     def layer_milliseconds(self, names: Sequence[str]) -> dict[str, float]:
-        """Give how long the layers of these names, as torch has them, took in the last pass."""
+        """Return the milliseconds of layers in the last pass, by their names in torch."""
         found: dict[str, float] = {}
         for entry in self._request.profiling_info:
             path = entry.node_name.removeprefix("__module.").partition("/")[0]
@@ -71,12 +71,12 @@ class OpenVinoNetwork:
 
 
 class OpenVinoTiming:
-    """Times layers in their network, as OpenVINO computes it.
+    """Times layers within a model that OpenVINO runs.
 
     Args:
-        model: The network, in float32.
+        model: The model, in float32.
         example: Images `(N, C, H, W)`.
-        dtype: The type that is computed with.
+        dtype: Compute type.
         calibration: Images `(M, C, H, W)`, for int8.
     """
 
@@ -86,34 +86,34 @@ class OpenVinoTiming:
         self, model: nn.Module, example: torch.Tensor, dtype: torch.dtype, calibration: torch.Tensor | None
     ) -> None:
         self.model, self.example, self.dtype = copy.deepcopy(model), example, dtype
-        fold_batch_norms(self.model)  # OpenVINO does so as well, and then names the layer after neither
-        # the times do not depend on what the values are, so a batch of images does for this
-        some = torch.arange(len(example)) % (1 if calibration is None else len(calibration))
-        self.calibration = None if calibration is None else calibration[some]
+        fold_batch_norms(self.model)  # OpenVINO folds them as well, but then the layer has neither name
+        # times do not depend on the values, so one batch of images suffices
+        batch = torch.arange(len(example)) % (1 if calibration is None else len(calibration))
+        self.calibration = None if calibration is None else calibration[batch]
 
     @property
     def key(self) -> str:
-        """What tells its figures from those of other ways."""
+        """Identifies the way of timing in the cache."""
         import openvino
 
         return f"OpenVINO {openvino.__version__} {'int8' if self.calibration is not None else self.dtype}"
 
     def times(self, layers: Sequence[Layer]) -> list[dict[int, float]]:
-        """Give the median milliseconds of each layer by width."""
+        """Return the median milliseconds of each layer by width."""
         names = [layer.name for layer in layers]
         possible = {layer.name: {k * layer.width: k for k in merge_factors(layer.conv)} for layer in layers}
-        networks = {}
+        models = {}
         for width in sorted({width for widths in possible.values() for width in widths}):
             merged = copy.deepcopy(self.model)
             for layer in layers:
                 if factor := possible[layer.name].get(width, 1):
-                    replace_module(merged, layer.name, dense_form(layer.conv, factor))
-            networks[width] = OpenVinoNetwork(convert(merged, self.example, self.calibration), self.dtype, timed=True)
+                    replace_module(merged, layer.name, merge_conv(layer.conv, factor))
+            models[width] = OpenVinoModel(convert(merged, self.example, self.calibration), self.dtype, timed=True)
         measured: dict[str, dict[int, list[float]]] = {name: {} for name in names}
         for turn in range(ROUNDS + 1):
-            for width, network in networks.items():
-                network(self.example)
-                for name, milliseconds in network.layer_milliseconds(names).items() if turn else ():
+            for width, model in models.items():
+                model(self.example)
+                for name, milliseconds in model.layer_milliseconds(names).items() if turn else ():
                     if width in possible[name]:
                         measured[name].setdefault(width, []).append(milliseconds)
         return [
@@ -124,13 +124,13 @@ class OpenVinoTiming:
 def convert(
     model: nn.Module, example: torch.Tensor, calibration: torch.Tensor | None = None, *, dynamic: bool = False
 ) -> "openvino.Model":
-    """Give a network as OpenVINO has it, in int8 if there are images to calibrate it on.
+    """Convert a model to OpenVINO, in int8 if there are calibration images.
 
     Args:
-        model: The network, in float32 on the CPU.
-        example: Images `(N, C, H, W)` as they will come.
-        calibration: Normalised images `(M, C, H, W)` from which the ranges of the activations are taken.
-        dynamic: Take any N instead of the example's.
+        model: The model, in float32 on the CPU.
+        example: Representative images `(N, C, H, W)`.
+        calibration: Normalized images `(M, C, H, W)` that determine the ranges of the activations.
+        dynamic: Accept any N instead of only the example's.
     """
     disable_telemetry()
     import openvino
@@ -140,20 +140,20 @@ def convert(
     converted.reshape([-1 if dynamic else len(example), *example.shape[1:]])
     if calibration is None:
         return converted
-    full = len(calibration) // len(example) * len(example)  # a batch of another size would not fit
+    full = len(calibration) // len(example) * len(example)  # the model takes whole batches only
     return calibrate(converted, [part.numpy() for part in torch.split(calibration[:full], len(example))])
 
 
 def calibrate(model: Any, inputs: Sequence[Any]) -> Any:
-    """Give a network of OpenVINO or ONNX in int8, with the ranges that its activations have on some inputs."""
+    """Quantize an OpenVINO or ONNX model to int8, with activation ranges from the inputs."""
     state = random.getstate()
     try:
-        # NNCF seeds both generators, Python's already when it is imported
+        # NNCF seeds both generators, Python's on import
         with quiet_compilers(), contextlib.redirect_stdout(io.StringIO()), torch.random.fork_rng(devices=[]):
             disable_telemetry()
             import nncf
 
-            _core()  # before the one that is made in there
+            _core()  # before NNCF creates its own
             return nncf.quantize(model, nncf.Dataset(inputs), subset_size=len(inputs))
     finally:
         random.setstate(state)

@@ -1,11 +1,11 @@
-"""1x1 convolution computed as a matrix product: the same function, without what the convolution kernels cost around it.
+"""1x1 convolutions as matrix products, without the overhead of convolution kernels.
 
-A 1x1 convolution maps each pixel's channels by one matrix. In memory format channels_last its input is that matrix of
-pixels already, `(N * H * W, C)`. oneDNN rearranges the weights of a convolution for each pass, forward and twice
-backward, which on a CPU takes many times the arithmetic where the weights are large and the images small, as in the
-last stages; a matrix product takes them as they are.
+A 1x1 convolution multiplies the channels of each pixel by a matrix. In channels_last memory format the input already is
+a matrix of pixels, `(N * H * W, C)`. oneDNN reorders the weights of a convolution in each pass, once forward and twice
+backward. With large weights and small feature maps, as in the last stages, that takes many times longer than the
+arithmetic on a CPU. A matrix product uses the weights as they are.
 
-The parameters stay those of the convolution, so state dicts, optimizers and published files never notice.
+The parameters stay those of the convolution, so state dicts, optimizers and published files are unaffected.
 """
 
 import torch
@@ -16,10 +16,10 @@ from resnext_hub.kernels.merged import conv_arguments, replace_module
 
 
 class PointwiseConv2d(nn.Conv2d):
-    """A 1x1 convolution that computes as a matrix product; its parameters are those of the convolution.
+    """A 1x1 convolution computed as a matrix product; it shares the parameters of the original.
 
     Args:
-        conv: A 1x1 convolution without groups and padding, whose parameters are shared.
+        conv: A 1x1 convolution without groups or padding.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -28,18 +28,18 @@ class PointwiseConv2d(nn.Conv2d):
         self.train(conv.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map `(N, in_channels, H, W)` to `(N, out_channels, H', W')`, in memory format channels_last."""
+        """Map `(N, in_channels, H, W)` to `(N, out_channels, H', W')` in channels_last memory format."""
         rows, columns = self.stride
         pixels = x[:, :, ::rows, ::columns].permute(0, 2, 3, 1)
-        # permuted before it is flattened, so that the gradient comes in channels_last strides, as the weight lies
+        # permute before flattening, so the gradient has channels_last strides like the weight
         matrix = self.weight.permute(0, 2, 3, 1).flatten(1)
         return F.linear(pixels, matrix, self.bias).permute(0, 3, 1, 2)
 
 
 def compute_pointwise_as_products(model: nn.Module) -> nn.Module:
-    """Let the 1x1 convolutions of a network compute as matrix products, in place; give the network.
+    """Replace the 1x1 convolutions of a model by matrix products, in place; return the model.
 
-    Parameters, their names and their values stay what they are. Subclasses are left out: they compute something else.
+    The parameters, their names and their values are unchanged. Subclasses are skipped: they compute something else.
     """
     for name, conv in list(model.named_modules()):
         plain = type(conv) is nn.Conv2d and conv.kernel_size == (1, 1) and conv.groups == 1

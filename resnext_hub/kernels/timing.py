@@ -1,4 +1,4 @@
-"""How long a grouped convolution takes at each width to which its groups can be merged."""
+"""Time grouped convolutions at each width to which their groups can be merged."""
 
 import contextlib
 import statistics
@@ -11,15 +11,15 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from resnext_hub.kernels.merged import MergedConv2d, dense_form, merge_factors
+from resnext_hub.kernels.merged import MergedConv2d, merge_conv, merge_factors
 
 ROUNDS = 15
-"""Interleaved measurements of each candidate; their median counts."""
+"""Interleaved measurements of each candidate, of which the median is taken."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A grouped convolution of a network, and what comes to it: a tensor of the type and layout, of any values."""
+    """A grouped convolution of a model, and an input with the right shape, type and layout but any values."""
 
     name: str
     conv: nn.Conv2d
@@ -27,7 +27,7 @@ class Layer:
 
     @property
     def width(self) -> int:
-        """Channels of a group."""
+        """Input channels per group."""
         return self.conv.in_channels // self.conv.groups
 
 
@@ -36,41 +36,41 @@ class Timing(Protocol):
 
     @property
     def key(self) -> str:
-        """What tells its figures from those of other ways."""
+        """Identifies the way of timing in the cache."""
 
     @property
     def autocast(self) -> torch.dtype | None:
-        """The type of a mixed-precision pass, if it is one."""
+        """Type of a mixed-precision pass; None without mixed precision."""
 
     def times(self, layers: Sequence[Layer]) -> list[dict[int, float]]:
-        """Give the median milliseconds of each layer by width."""
+        """Return the median milliseconds of each layer by width."""
 
 
 @dataclass(frozen=True)
 class ForwardTiming:
-    """The forward pass of torch, with the merged weights laid out before."""
+    """Times the forward pass of torch, with weights merged in advance."""
 
     packed: bool = False
-    """As a network computes that is compiled with its weights frozen: on a CPU, these are in the kernel's own order."""
+    """Time as in a model compiled with frozen weights, which on a CPU are packed in the kernel's own order."""
     autocast = None
 
     @property
     def key(self) -> str:
-        """What tells its figures from those of other ways."""
+        """Identifies the way of timing in the cache."""
         return "forward, packed" if self.packed else "forward"
 
     def times(self, layers: Sequence[Layer]) -> list[dict[int, float]]:
-        """Give the median milliseconds of each layer by width."""
+        """Return the median milliseconds of each layer by width."""
 
-        def form(layer: Layer, conv: nn.Conv2d, factor: int) -> nn.Module:
-            dense = dense_form(conv, factor)
-            return Packed(dense, layer.input) if self.packed and _can_be_packed(layer) else dense
+        def merged(layer: Layer, conv: nn.Conv2d, factor: int) -> nn.Module:
+            wide = merge_conv(conv, factor)
+            return Packed(wide, layer.input) if self.packed and _can_be_packed(layer) else wide
 
-        return [_times_by_width(layer, partial(form, layer), _forward) for layer in layers]
+        return [_times_by_width(layer, partial(merged, layer), _forward) for layer in layers]
 
 
 def _can_be_packed(layer: Layer) -> bool:
-    """Say whether torch.compile would pack a layer's weights."""
+    """Return whether torch.compile packs a layer's weights."""
     if layer.input.device.type != "cpu" or isinstance(layer.conv.padding, str):
         return False
     if not torch.backends.mkldnn.is_available():
@@ -79,13 +79,13 @@ def _can_be_packed(layer: Layer) -> bool:
 
 
 class Packed(nn.Module):
-    """A convolution as torch.compile has it on a CPU: oneDNN's, of weights that were put in its order before.
+    """A convolution as torch.compile runs it on a CPU: oneDNN's kernel with weights packed in advance.
 
-    Without that, it puts them in order in each pass, which takes longer for wider groups.
+    Otherwise oneDNN packs them in each pass, which takes longer for wider groups.
 
     Args:
         conv: The convolution, on the CPU.
-        x: What comes to it, of that shape and type.
+        x: An input of the right shape and type.
     """
 
     def __init__(self, conv: nn.Conv2d, x: torch.Tensor) -> None:
@@ -104,18 +104,18 @@ class Packed(nn.Module):
 
 @dataclass(frozen=True)
 class TrainingTiming:
-    """Forward and backward pass of torch, with the merged weights laid out in each."""
+    """Times the forward and backward pass of torch, including the merging of the weights."""
 
     autocast: torch.dtype | None = None
-    """The type of a mixed-precision pass, if it is one."""
+    """Type of a mixed-precision pass; None without mixed precision."""
 
     @property
     def key(self) -> str:
-        """What tells its figures from those of other ways."""
+        """Identifies the way of timing in the cache."""
         return f"forward and backward, autocast {self.autocast}"
 
     def times(self, layers: Sequence[Layer]) -> list[dict[int, float]]:
-        """Give the median milliseconds of each layer by width."""
+        """Return the median milliseconds of each layer by width."""
 
         def step(conv: nn.Module, x: torch.Tensor) -> object:
             x = x.requires_grad_()
@@ -129,16 +129,16 @@ class TrainingTiming:
 def median_seconds(
     work: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = ROUNDS, *, warm: bool = False
 ) -> dict[str, float]:
-    """Time pieces of work by turns, after a run that does not count; give the median seconds of each.
+    """Time functions in interleaved rounds, after a warm-up round; return the median seconds of each.
 
     Args:
-        work: What is timed, by name.
-        device: What it is done on.
-        rounds: Turns that count.
-        warm: Let each run once more before each of its turns: another engine leaves its threads spinning.
+        work: Functions to time, by name.
+        device: The device that they use.
+        rounds: Number of timed rounds.
+        warm: Call a function once more before each measurement, because threads of another engine may still spin.
     """
     seconds: dict[str, list[float]] = {name: [] for name in work}
-    for turn in range(rounds + 1):
+    for round_ in range(rounds + 1):
         for name, run in work.items():
             if warm:
                 run()
@@ -146,7 +146,7 @@ def median_seconds(
             begin = time.perf_counter()
             run()
             _synchronize(device)
-            if turn:
+            if round_:
                 seconds[name].append(time.perf_counter() - begin)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
@@ -156,7 +156,7 @@ def _times_by_width(
     merged: Callable[[nn.Conv2d, int], nn.Module],
     work: Callable[[nn.Module, torch.Tensor], object],
 ) -> dict[int, float]:
-    generator = torch.Generator(layer.input.device).manual_seed(0)  # the run's own generators stay where they are
+    generator = torch.Generator(layer.input.device).manual_seed(0)  # leaves the global generators unchanged
     x = torch.empty_like(layer.input).normal_(generator=generator)
     candidates = {factor * layer.width: merged(layer.conv, factor) for factor in merge_factors(layer.conv)}
     runs = {str(width): partial(work, conv, x) for width, conv in candidates.items()}
@@ -171,7 +171,7 @@ def _forward(conv: nn.Module, x: torch.Tensor) -> object:
 
 @contextlib.contextmanager
 def casting(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
-    """Autocast to a type; None computes as it is."""
+    """Autocast to a type; None disables autocast."""
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
         yield
 

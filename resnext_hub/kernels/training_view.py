@@ -1,7 +1,7 @@
-"""The form in which a network is trained: other modules over the same parameters, which compute the same in less time.
+"""The training view of a model: faster modules over the same parameters.
 
-The network itself stays as it is. It is what evaluates, is saved and published, so that nothing there depends on what
-was fastest on the machine that trained it.
+The model itself is unchanged. It is the one that is evaluated, saved and published, so nothing published depends on
+what was fastest on the training machine.
 """
 
 import copy
@@ -21,70 +21,72 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Type of a forward pass by its precision."""
+"""Autocast type by mixed precision."""
 
 
-def choose_factors(network: nn.Module, example: torch.Tensor, asked: str, precision: str) -> dict[str, int]:
-    """Choose how many neighbouring groups of each grouped convolution become one; layers that stay are left out.
+def choose_factors(model: nn.Module, example: torch.Tensor, merge: str, precision: str) -> dict[str, int]:
+    """Return the number of neighbouring groups to merge, by layer, for each convolution where it is more than one.
 
     Args:
-        network: The network, on its device and in its memory format.
-        example: Images `(N, C, H, W)` as a pass takes them.
-        asked: `auto` measures forward and backward pass of each kind of layer, or remembers what was measured on this
-            machine; `off` merges nothing; a number is the width for all layers.
+        model: The model, on its device and in its memory format.
+        example: Images `(N, C, H, W)` with the shape of a training step.
+        merge: `auto` times forward and backward pass of each kind of layer, unless this machine's cache has the times;
+            `off` merges nothing; a number is the width for all layers.
         precision: Resolved mixed precision.
     """
     timing = TrainingTiming(AUTOCAST[precision])
-    if asked == "off":
+    if merge == "off":
         return {}
-    return factors_of(choose_widths(network, example, "measure" if asked == "auto" else int(asked), timing=timing))
+    return factors_of(choose_widths(model, example, "measure" if merge == "auto" else int(merge), timing=timing))
 
 
 def agree_on_factors(
-    network: nn.Module, shape: tuple[int, ...], asked: str, precision: str, accelerator: "Accelerator"
+    model: nn.Module, shape: tuple[int, ...], merge: str, precision: str, accelerator: "Accelerator"
 ) -> dict[str, int]:
-    """Let the main process choose as `choose_factors` does, for images of a shape `(N, C, H, W)`, and tell all."""
+    """Run `choose_factors` in the main process, for images of a shape `(N, C, H, W)`, and broadcast the result."""
     from accelerate.utils import broadcast_object_list
 
     chosen: list[dict[str, int]] = [{}]
     if accelerator.is_main_process:
         example = torch.zeros(shape, device=accelerator.device).contiguous(memory_format=torch.channels_last)
-        chosen = [choose_factors(network, example, asked, precision)]
+        chosen = [choose_factors(model, example, merge, precision)]
     if accelerator.num_processes > 1:
         broadcast_object_list(chosen)
     return chosen[0]
 
 
-def build_training_view(network: nn.Module, factors: Mapping[str, int]) -> nn.Module:
-    """Give the form in which a network is trained; its parameters and buffers are the network's own.
+def build_training_view(model: nn.Module, factors: Mapping[str, int]) -> nn.Module:
+    """Return the training view of a model, which shares the model's parameters and buffers.
 
     Args:
-        network: The network; it is not changed.
-        factors: By the name of a grouped convolution, how many neighbouring groups become one.
+        model: The model; it is not changed.
+        factors: Number of neighbouring groups to merge into one, by the name of a grouped convolution.
     """
-    tensors = itertools.chain(network.parameters(), network.buffers())
-    form = copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
-    merge_groups(form, factors)
-    if next(network.parameters()).device.type == "cpu":  # cuDNN computes them well as they are
-        compute_pointwise_as_products(form)
-    return form
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    view = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    merge_groups(view, factors)
+    if next(model.parameters()).device.type == "cpu":  # cuDNN's 1x1 convolutions are fast
+        compute_pointwise_as_products(view)
+    return view
 
 
-def require_shared_tensors(form: nn.Module, network: nn.Module) -> None:
-    """Check that a training form computes with the very parameters and buffers of its network.
+def require_shared_tensors(view: nn.Module, model: nn.Module) -> None:
+    """Check that a training view shares all parameters and buffers with its model.
 
-    What wraps or moves a module may copy its tensors. The network that is evaluated and published would then keep
-    the values that it was born with.
+    Wrapping or moving a module may copy its tensors. The model that is evaluated and published would then keep its
+    initial values.
 
     Raises:
-        RuntimeError: If a parameter or buffer of the form is none of the network's, or the other way round.
+        RuntimeError: If a parameter or buffer is not shared.
     """
-    for kind, mine, own in (
-        ("parameter", form.named_parameters(), network.named_parameters()),
-        ("buffer", form.named_buffers(), network.named_buffers()),
+    for kind, of_view, of_model in (
+        ("parameter", view.named_parameters(), model.named_parameters()),
+        ("buffer", view.named_buffers(), model.named_buffers()),
     ):
-        computed, published = ({id(tensor): name for name, tensor in tensors} for tensors in (mine, own))
-        lost = [published[tensor] for tensor in published.keys() - computed.keys()]
-        lost += [computed[tensor] for tensor in computed.keys() - published.keys()]
-        if lost:
-            raise RuntimeError(f"{kind} {min(lost)} is not shared between the trained module and the published model")
+        trained, published = ({id(tensor): name for name, tensor in tensors} for tensors in (of_view, of_model))
+        unshared = [published[tensor] for tensor in published.keys() - trained.keys()]
+        unshared += [trained[tensor] for tensor in trained.keys() - published.keys()]
+        if unshared:
+            raise RuntimeError(
+                f"{kind} {min(unshared)} is not shared between the trained module and the published model"
+            )

@@ -1,4 +1,4 @@
-"""The networks. Importing this package registers every variant with timm."""
+"""The models. Importing this package registers every variant with timm."""
 
 from resnext_hub.models.resnext import VARIANTS, Bottleneck, ResNeXt, StockArchitecture, Variant, stock_architecture
 from resnext_hub.models.weights import load_weights

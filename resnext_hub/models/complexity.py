@@ -1,7 +1,7 @@
-"""What a network costs, by formula: parameters, multiply-adds, activations, memory in training.
+"""Cost of a model by formula: parameters, multiply-adds, activations and training memory.
 
-Nothing is built. Counts follow the usual conventions: a multiply-add is one operation, and those of convolutions and
-the classifier count; activations are the outputs of convolutions and of the classifier (Radosavovic et al. 2020).
+No model is built. A multiply-add counts as one operation, for convolutions and the classifier only; activations are
+the outputs of convolutions and of the classifier (Radosavovic et al. 2020).
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,66 +11,66 @@ from typing import Literal, NamedTuple
 from resnext_hub.models.resnext import STAGE_WIDTHS, VARIANTS, Bottleneck, Variant
 
 Preserved = Literal["block", "parameters", "macs"]
-"""What a width can preserve: the parameters of one block (the paper's way), of the network, or its multiply-adds."""
+"""What a width preserves: the parameters of one block (as in the paper), those of the model, or its multiply-adds."""
 
 
 def grouped_conv_parameters(kernel: int, in_chs: int, out_chs: int, groups: int = 1) -> int:
-    """Give the weights of a convolution: k² c m / g, as each group sees c / g of the inputs (paper, section 3)."""
+    """Return the number of weights of a grouped convolution, k² · in_chs · out_chs / groups (paper, section 3)."""
     return kernel * kernel * (in_chs // groups) * out_chs
 
 
 def block_parameters(cardinality: int, base_width: int, channels: int = 256) -> int:
-    """Give equation 4 of the paper, C (256 d + 9 d² + 256 d): the weights of a block between `channels`."""
+    """Return the number of weights of a block by equation 4 of the paper, C · (256 · d + 3 · 3 · d · d + d · 256)."""
     return cardinality * (channels * base_width + 9 * base_width**2 + base_width * channels)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Complexity:
-    """The cost of one image, unless said otherwise."""
+    """The cost of a model; all but `parameters` are per image."""
 
     parameters: int
     macs: int
     """Multiply-adds of a forward pass."""
     activations: int
-    """Elements that convolutions and the classifier put out."""
+    """Output elements of the convolutions and the classifier."""
     saved: int
-    """Elements that a forward pass keeps for the backward pass."""
+    """Elements that autograd saves for the backward pass."""
 
     def training_bytes(self, batch_size: int, optimizer_states: int = 1, element_bytes: int = 4) -> int:
-        """Estimate the memory of training, without the workspace of the convolutions.
+        """Estimate training memory in bytes, excluding the workspace of the convolutions.
 
         Args:
-            batch_size: Images computed at once.
-            optimizer_states: Values that the optimizer keeps of each parameter: 1 for SGD with momentum, 2 for AdamW.
-            element_bytes: Bytes of an activation: 4, or 2 with bfloat16 or float16. Weights, gradients and the
-                optimizer's values stay at 4.
+            batch_size: Images per forward pass.
+            optimizer_states: Optimizer states per parameter: 1 for SGD with momentum, 2 for AdamW.
+            element_bytes: Bytes per activation: 4, or 2 with bfloat16 or float16. Weights, gradients and optimizer
+                states are float32.
         """
         return 4 * self.parameters * (2 + optimizer_states) + batch_size * self.saved * element_bytes
 
 
 class _Conv(NamedTuple):
-    """One convolution with its norm layer, as it stands in the network."""
+    """A convolution of the model with its norm layer."""
 
     kernel: int
     in_chs: int
     out_chs: int
     groups: int
     size: int
-    """Height and width of its output in pixels."""
+    """Height and width of the output in pixels."""
     kept: int
-    """Tensors of its output's size that the backward pass needs, its own output among them."""
+    """Tensors of the output's size saved for the backward pass, including the output itself."""
 
 
 def complexity_of(
     variant: Variant, image_size: int | None = None, num_classes: int | None = None, in_chans: int = 3
 ) -> Complexity:
-    """Give the cost of a network at a resolution.
+    """Return the cost of a model at a resolution.
 
     Args:
-        variant: The network.
-        image_size: Height and width of the image in pixels; 224, or 32 for the networks with a small stem.
-        num_classes: Classes of the classifier; 1000, or 10 for those.
-        in_chans: Channels of the image.
+        variant: The model.
+        image_size: Height and width of the image in pixels; by default 224, or 32 for models with a small stem.
+        num_classes: Number of classes; by default 1000, or 10 for models with a small stem.
+        in_chans: Number of image channels.
     """
     size = image_size or (32 if variant.small_stem else 224)
     classes = (10 if variant.small_stem else 1000) if num_classes is None else num_classes
@@ -83,7 +83,7 @@ def complexity_of(
         parameters=sum(weights) + sum(2 * c.out_chs for c in convs) + (features + 1) * classes,
         macs=sum(w * c.size**2 for w, c in zip(weights, convs, strict=True)) + features * classes,
         activations=sum(outputs) + classes,
-        # the image, what follows each convolution, the pooled map with its int64 places (two elements), the features
+        # the image, the tensors after each convolution, the pooled map with int64 indices (two elements each), features
         saved=in_chans * size**2
         + sum(output * c.kept for output, c in zip(outputs, convs, strict=True))
         + 3 * pooled
@@ -92,7 +92,7 @@ def complexity_of(
 
 
 def _convolutions(variant: Variant, image_size: int, in_chans: int) -> Iterator[_Conv]:
-    """Walk the convolutions of a network in the order of its forward pass (paper, Table 1)."""
+    """Yield the convolutions of a model in the order of the forward pass (paper, Table 1)."""
     size = image_size if variant.small_stem else _halved(image_size)
     yield _Conv(3 if variant.small_stem else 7, in_chans, 64, 1, size, kept=2)
     size = size if variant.small_stem else _halved(size)
@@ -121,16 +121,16 @@ def preserving_width(
     preserve: Preserved = "block",
     image_size: int | None = None,
 ) -> int:
-    """Give the base width d with which a network of this cardinality costs most nearly what the reference costs.
+    """Return the base width d at which a model of this cardinality costs closest to the reference.
 
     Args:
         cardinality: Number of groups C.
-        reference: The network to match: its layers are kept.
-        preserve: `block` matches equation 4, as the paper's Table 2 does; `parameters` and `macs` match whole networks.
-        image_size: Resolution for `macs`, in pixels.
+        reference: The model to match; its depth is kept.
+        preserve: `block` matches equation 4, as in Table 2 of the paper; `parameters` and `macs` match whole models.
+        image_size: Image size in pixels for `macs`.
 
     Raises:
-        ValueError: If even one channel a group costs more than twice the reference.
+        ValueError: If one channel per group already costs more than twice the reference.
     """
     if cardinality < 1:
         raise ValueError(f"cardinality={cardinality} is not a positive number of groups")
@@ -138,14 +138,14 @@ def preserving_width(
     def cost(base_width: int, groups: int = cardinality) -> int:
         if preserve == "block":
             return block_parameters(groups, base_width)
-        network = Variant(
+        candidate = Variant(
             name="",
             layers=reference.layers,
             cardinality=groups,
             base_width=base_width,
             small_stem=reference.small_stem,
         )
-        found = complexity_of(network, image_size)
+        found = complexity_of(candidate, image_size)
         return found.parameters if preserve == "parameters" else found.macs
 
     target = cost(reference.base_width, reference.cardinality)
@@ -155,13 +155,13 @@ def preserving_width(
     nearest = min((width, width + 1), key=lambda d: abs(cost(d) - target))
     if cost(nearest) > 2 * target:
         raise ValueError(
-            f"cardinality={cardinality} costs {cost(nearest):,} even at base_width={nearest}, "
-            f"and the reference {target:,}"
+            f"cardinality={cardinality} costs {cost(nearest):,} even at base_width={nearest}, more than twice the "
+            f"reference ({target:,}); use a smaller cardinality"
         )
     return nearest
 
 
-# ImageNet-1K top-1 error in percent, single 224 px crop (paper, Tables 3 and 4), and the error of the CIFAR networks on
+# ImageNet-1K top-1 error in percent, single 224 px crop (paper, Tables 3 and 4), and the error of the CIFAR models on
 # CIFAR-10 (Table 7).
 PAPER_ERROR: dict[str, float] = {
     "resnext_g1": 23.9,
@@ -181,11 +181,11 @@ PAPER_ERROR: dict[str, float] = {
     "resnext29_g8_w64": 3.65,
     "resnext29_g16_w64": 3.58,
 }
-"""Error that the paper reports for a variant, where it does."""
+"""Error in percent by variant, where the paper reports one."""
 
 
 def info_rows(variants: Sequence[Variant], image_size: int | None = None) -> list[tuple[str, ...]]:
-    """Give a table of variants, its head first: name, setting, cost, error in the paper, released weights."""
+    """Return the rows of a table of variants, header first: name, setting, cost, error in the paper, weights."""
     from timm.models import list_pretrained
 
     head = "name|C x d|layers|pixels|M parameters|G MACs|M activations|error %, paper|released weights"

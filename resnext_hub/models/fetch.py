@@ -1,4 +1,4 @@
-"""One file of a repository on the Hub, in the Hub's cache, compared with what the Hub said of it."""
+"""Fetch files of a Hub repository into the cache and verify them against the hashes that the Hub lists."""
 
 import os
 import re
@@ -23,25 +23,25 @@ from resnext_hub.files import same_content
 from resnext_hub.text import printable
 
 HUB_ERRORS = (HTTPError, OSError, RuntimeError)
-"""What the Hub's client raises: the first is the base of what its HTTP library does; the last comes from
-Xet, over which large files go, and wraps what goes wrong with one that goes over plain LFS."""
+"""Exceptions of the Hub's client. HTTPError is the base class of its HTTP library's; RuntimeError comes from Xet, which
+transfers large files and also wraps the errors of plain LFS."""
 
 _REVISION = r"(?!.*(?:\.\.|//|/$))[A-Za-z0-9_][A-Za-z0-9._/@+-]{0,249}"
 
 
 def fetch_file(where: str, repo_id: str, filename: str, revision: str | None, hint: str = "") -> Path:
-    """Download a file of a model repository, or take it from the cache.
+    """Download a file of a model repository, or return it from the cache.
 
     Args:
-        where: How the user names the model, to begin a message with.
+        where: How the user named the model, printable; messages begin with it.
         repo_id: `owner/name`.
-        filename: Of the file.
+        filename: Name of the file.
         revision: Branch, tag or commit; None for main.
-        hint: What else the user can do if the Hub cannot be reached.
+        hint: Alternative for the user if the Hub cannot be reached, appended to the message.
 
     Raises:
-        RequestError: If there is no such file that you may read.
-        RunError: If the Hub cannot be reached, or the bytes are not those that it announced.
+        RequestError: If the file does not exist or access is denied.
+        RunError: If the Hub cannot be reached, or the bytes differ from those it announced.
     """
     shown = printable(repo_id)
     try:
@@ -65,7 +65,7 @@ def fetch_file(where: str, repo_id: str, filename: str, revision: str | None, hi
         ) from error
     except HFValidationError as error:
         raise RequestError(f"{where}: {shown} is not a Hub id of the form owner/name") from error
-    except (HTTPError, OSError, RuntimeError) as error:  # the last comes from Xet, over which large files go
+    except HUB_ERRORS as error:
         status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
         kind = RequestError if 400 <= status < 500 and status not in (408, 429) else RunError
         raise kind(f"{where}: {filename} of {shown} could not be fetched from the Hub: {one_line(error)}") from error
@@ -73,34 +73,36 @@ def fetch_file(where: str, repo_id: str, filename: str, revision: str | None, hi
         forget(path)
         raise RunError(
             f"{where}: {filename} of {shown} has other bytes than the Hub lists; it was removed from the cache, so "
-            "rerun the same command to fetch it anew"
+            "rerun the same command to download it again"
         )
     return path
 
 
 def check_revision(where: str, revision: object) -> None:
-    """Raise RequestError unless a text can be a branch, tag or commit; the client makes a path of its cache of it.
+    """Raise RequestError unless a revision is a valid branch, tag or commit.
+
+    The client uses the revision as part of a path in its cache.
 
     Args:
-        where: How the user gave it, to begin a message with.
-        revision: The text, or what was given in its place.
+        where: How the user named it, printable; the message begins with it.
+        revision: The revision to check, of any type.
     """
     if not isinstance(revision, str) or not re.fullmatch(_REVISION, revision):
-        raise RequestError(f"{where} is no revision: expected a branch, tag or commit, such as main or refs/pr/1")
+        raise RequestError(f"{where} is not a revision: expected a branch, tag or commit, such as main or refs/pr/1")
 
 
 def commit_of(path: Path) -> str:
-    """Return the commit of a file in the cache, after which its snapshot folder is named."""
+    """Return the commit of a file in the cache: the name of its snapshot folder."""
     return next((folder.name for folder in path.parents if folder.parent.name == "snapshots"), path.parent.name)
 
 
 def forget(path: Path) -> None:
-    """Remove a file of a snapshot from the Hub's cache, and its content where that is in the same cache.
+    """Remove a file of a snapshot from the Hub's cache, with its content if that is in the same cache.
 
-    A snapshot links to the blob of its repository, and what came over Xet is linked from there to a store that the
-    repositories of a cache share. Nothing outside the cache is ever removed, whatever a name or a link leads to.
+    A snapshot links to the blob of its repository, and a file transferred by Xet links from there to a store that all
+    repositories of the cache share. Nothing outside the cache is ever removed, wherever a name or a link points.
     """
-    path = Path(os.path.abspath(path))  # without the `..` that a hostile listing may hold
+    path = Path(os.path.abspath(path))  # without the `..` that a hostile listing may contain
     repository = next((folder.parent for folder in path.parents if folder.name == "snapshots"), None)
     if repository is None:
         return
@@ -114,9 +116,9 @@ def forget(path: Path) -> None:
 
 
 def _is_announced(path: Path) -> bool:
-    """Return whether a file has the hash that the Hub announced, after which the cache names the blob that it links to.
+    """Return whether a file has the hash that the Hub announced: the name of the blob that it links to.
 
-    The client compares its length alone.
+    The client compares only its length.
     """
     announced = os.path.basename(os.readlink(path)) if path.is_symlink() else path.name
     if re.fullmatch(r"[0-9a-f]{64}", announced):
@@ -128,32 +130,32 @@ def _is_announced(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Listing:
-    """What the Hub says of the files of a commit."""
+    """The files of a commit as the Hub lists them."""
 
     commit: str
     hashes: dict[str, tuple[str | None, str | None]]
-    """SHA-256 of a large file, git's hash of a small one."""
+    """Name to the SHA-256 of a large file and git's hash of a small one."""
 
     def check(self, where: str, paths: dict[str, Path]) -> None:
-        """Raise RunError if a file in the cache is not the listed one, and remove that file."""
+        """Remove a file from the cache and raise RunError if it differs from the listed one."""
         for name, path in paths.items():
             if name in self.hashes and forget_wrong(path, *self.hashes[name]):
                 raise RunError(
-                    f"{name} of {where} has other bytes than the Hub lists; it was removed from the cache, so load it "
-                    "again to fetch it anew"
+                    f"{name} of {where} has other bytes than the Hub lists; it was removed from the cache, so load the "
+                    "model again to download it again"
                 )
 
 
 def list_files(where: str, repo_id: str, revision: str | None) -> Listing:
-    """List a commit of a model repository.
+    """Return the files of a model repository at a commit.
 
     Args:
-        where: How the user names the model, to begin a message with.
+        where: How the user named the model, printable; messages begin with it.
         repo_id: `owner/name`.
         revision: Branch, tag or commit; None for main.
 
     Raises:
-        RequestError: If there is no such repository that you may read, or it has no safetensors.
+        RequestError: If the repository does not exist, access is denied, or it has no model.safetensors.
         RunError: If the Hub cannot be reached.
     """
     try:
@@ -168,7 +170,7 @@ def list_files(where: str, repo_id: str, revision: str | None) -> Listing:
         raise RequestError(f"{where} is not a Hub id of the form owner/name") from error
     except (OfflineModeIsEnabled, *HUB_ERRORS) as error:
         raise RunError(
-            f"{where} could not be loaded from the Hub: {one_line(error)}; verify=False loads a copy from the cache"
+            f"{where} could not be loaded from the Hub: {one_line(error)}; use verify=False to load a cached copy"
         ) from error
     if not re.fullmatch(r"[0-9a-f]{40}", info.sha or ""):
         raise RunError(f"{where}: the Hub's answer names no commit; try again later")
@@ -181,9 +183,9 @@ def list_files(where: str, repo_id: str, revision: str | None) -> Listing:
 
 
 def forget_wrong(path: Path, sha256: str | None, blob_id: str | None) -> bool:
-    """Say whether a file in the cache is not what the Hub lists; then remove it, so that it is fetched anew.
+    """Remove a file from the cache if it differs from what the Hub lists; return whether it did.
 
-    The client does not compare what comes over Xet with anything but its length.
+    The client compares only the length of files transferred by Xet.
     """
     if same_content(path, sha256, blob_id):
         return False

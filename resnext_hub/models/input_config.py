@@ -1,18 +1,18 @@
-"""How a model wants its images, as timm describes it."""
+"""The input of a model: size and preprocessing of its images, in timm's terms."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 IMAGE_MODES = {1: "L", 3: "RGB"}
-"""Pillow's image mode for a number of input channels."""
+"""Pillow's image mode by number of input channels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InputConfig:
-    """Size and preprocessing of the images that a model takes: evaluation uses exactly this.
+    """Size and evaluation preprocessing of the images that a model takes.
 
-    The fields have timm's names and stand in the order in which timm resolves them.
+    The fields have timm's names and the order in which timm resolves them.
     """
 
     input_size: tuple[int, int, int]
@@ -20,21 +20,21 @@ class InputConfig:
     interpolation: str
     """Resampling filter, such as `bicubic`."""
     mean: tuple[float, ...]
-    """Mean of each channel, of pixels from 0 to 1."""
+    """Mean of each channel, for pixels from 0 to 1."""
     std: tuple[float, ...]
-    """Standard deviation of each channel, of pixels from 0 to 1."""
+    """Standard deviation of each channel, for pixels from 0 to 1."""
     crop_pct: float
-    """Input size over the size to which an image is resized before its centre is cropped."""
+    """Input size divided by the size to which an image is resized before the center crop."""
     crop_mode: str
     """`center`, `squash` or `border`; see `timm.data.create_transform`."""
 
     @classmethod
     def resolve(cls, pretrained_cfg: Mapping[str, Any], **overrides: Any) -> "InputConfig":
-        """Fill in what a model's `pretrained_cfg` leaves open, as timm does.
+        """Resolve a model's `pretrained_cfg` with timm's defaults.
 
         Args:
-            pretrained_cfg: timm's description of a model's weights.
-            overrides: Values in timm's keys that replace it; None keeps the model's.
+            pretrained_cfg: timm's pretrained config of a model.
+            overrides: Values by timm's keys that take precedence; None keeps the model's.
         """
         from timm.data import resolve_data_config
 
@@ -42,7 +42,7 @@ class InputConfig:
 
     @classmethod
     def from_timm(cls, resolved: Mapping[str, Any]) -> "InputConfig":
-        """Take over a resolved data config of timm."""
+        """Create an input config from a resolved data config of timm."""
         channels, height, width = resolved["input_size"]
         return cls(
             input_size=(channels, height, width),
@@ -54,7 +54,7 @@ class InputConfig:
         )
 
     def to_timm(self) -> dict[str, Any]:
-        """Return the arguments of `timm.data.create_transform`."""
+        """Return the arguments for `timm.data.create_transform`."""
         return dict(vars(self))
 
     def with_size(self, side: int) -> "InputConfig":

@@ -2,9 +2,9 @@
 
 Paper: `Aggregated Residual Transformations for Deep Neural Networks` - https://arxiv.org/abs/1611.05431
 
-The number of groups is the network's cardinality C, the width of one group in the first stage its base width d. The
-paper draws the block in three equal forms (Figure 3); the one built here is form (c), a grouped convolution between
-two 1x1 convolutions. Parameter names are those of timm and torchvision, so state dicts interchange in both directions.
+C is the cardinality (number of groups) and d the base width (channels per group in the first stage). The paper draws
+three equivalent blocks (Figure 3); this module implements (c), a grouped convolution between two 1x1 convolutions.
+Parameter names match timm and torchvision, so state dicts are interchangeable in both directions.
 """
 
 import inspect
@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.layers import DropPath, create_classifier
@@ -30,33 +30,39 @@ from timm.models._pretrained import PretrainedCfg
 from torch import nn
 from torch.nn import functional as F
 
+# `register_model` appends the name of each variant in the table.
 __all__ = ["VARIANTS", "Bottleneck", "ResNeXt", "StockArchitecture", "Variant", "stock_architecture"]
 
-STAGE_WIDTHS = (64, 128, 256, 512)
-"""Channels of a plain bottleneck's 3x3 convolution in the four stages (paper, Table 1, at C=1 and d=64)."""
+if TYPE_CHECKING:
 
+    def __getattr__(name: str) -> Callable[..., nn.Module]:
+        """Type the entrypoints, such as `resnext_g32`, which `_register` defines from the table."""
+
+
+STAGE_WIDTHS = (64, 128, 256, 512)
+"""Channels of the 3x3 convolution in each of the four stages at C=1, d=64 (paper, Table 1)."""
 
 CHANNELS = 1 << 16
 CLASSES = 1 << 24
 BLOCKS = 1000
-"""More than these fit no memory: what asks for it is a slip, or hostile."""
+"""Upper bounds; larger values are a typo or hostile, since no machine has the memory for them."""
 
 
 class Bottleneck(nn.Module):
     """A 1x1 - grouped 3x3 - 1x1 residual block (paper, Figure 3c).
 
-    Takes `(N, in_chs, H, W)`, gives `(N, 4 * stage_width, H / stride, W / stride)`. The stride sits in the 3x3
-    convolution, as in the paper and in torchvision.
+    Maps `(N, in_chs, H, W)` to `(N, 4 * stage_width, H / stride, W / stride)`. The stride is in the 3x3 convolution, as
+    in the paper and in torchvision.
 
     Args:
-        in_chs: Channels that enter the block.
-        stage_width: Channels of the 3x3 convolution when cardinality is 1 and base width is 64.
+        in_chs: Number of input channels.
+        stage_width: Channels of the 3x3 convolution at cardinality 1 and base width 64.
         stride: Stride of the 3x3 convolution and of the shortcut.
         dilation: Dilation of the 3x3 convolution.
         cardinality: Number of groups C.
-        base_width: Width d of one group in the first stage; it doubles from stage to stage.
-        project: Whether the shortcut is a 1x1 convolution (type B) instead of the identity.
-        drop_path_rate: Probability of dropping the residual branch of a sample in training.
+        base_width: Channels d per group in the first stage; doubles with each stage.
+        project: Use a 1x1 convolution as the shortcut (type B) instead of the identity.
+        drop_path_rate: Probability of dropping the residual branch per sample in training (stochastic depth).
     """
 
     expansion = 4
@@ -79,8 +85,8 @@ class Bottleneck(nn.Module):
         out_chs = stage_width * self.expansion
         if width < 1:
             raise ValueError(
-                f"cardinality={cardinality} with base_width={base_width} leaves the 3x3 convolution of a stage of "
-                f"width {stage_width} without channels: base_width * {stage_width} / 64 must be at least 1"
+                f"cardinality={cardinality} with base_width={base_width} gives a 3x3 convolution without channels in "
+                f"the stage of width {stage_width}; base_width * {stage_width} / 64 must be at least 1"
             )
 
         self.conv1 = nn.Conv2d(in_chs, width, 1, bias=False, device=device, dtype=dtype)
@@ -114,7 +120,7 @@ class Bottleneck(nn.Module):
         self.act3 = nn.ReLU(inplace=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Add the residual branch to the shortcut: `(N, in_chs, H, W)` to `(N, out_chs, H / stride, W / stride)`."""
+        """Map `(N, in_chs, H, W)` to `(N, out_chs, H / stride, W / stride)`."""
         shortcut = x
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.act2(self.bn2(self.conv2(x)))
@@ -126,28 +132,27 @@ class Bottleneck(nn.Module):
 
 
 class ResNeXt(nn.Module):
-    """A stem, stages of bottlenecks, and a linear classifier (paper, Table 1; for CIFAR, section 5.3).
+    """ResNeXt: a stem, three or four stages of bottlenecks, and a linear classifier (paper, Table 1 and section 5.3).
 
-    A network of three stages has an empty `layer4`, so that every network is walked in the same way.
+    With three stages `layer4` is empty, so all models have the same children.
 
     Args:
         layers: Number of blocks in each of three or four stages.
-        num_classes: Classes of the classifier; 0 leaves it out.
-        in_chans: Channels of the input image.
+        num_classes: Number of classes; 0 for no classifier.
+        in_chans: Number of input image channels.
         cardinality: Number of groups C of every 3x3 convolution.
-        base_width: Width d of one group in the first stage.
-        small_stem: Begin with a 3x3 convolution at full resolution, for images of 32 pixels, instead of a 7x7
-            convolution and a pooling that quarter the resolution.
-        output_stride: Greatest input size over size of the last feature map: 32, or 16 or 8 with dilated last stages.
-        global_pool: Pooling before the classifier, a name that timm knows; the empty string leaves it out.
+        base_width: Channels d per group in the first stage.
+        small_stem: Use a 3x3 stem at full resolution, for 32 px images, instead of a 7x7 convolution and max pooling
+            with a total stride of 4.
+        output_stride: Total stride of the last feature map: 32, or 16 or 8 with dilated last stages.
+        global_pool: Pooling before the classifier, a name that timm knows; an empty string for none.
         drop_rate: Dropout probability before the classifier.
-        drop_path_rate: Probability of dropping the last block's residual branch; it grows linearly with depth.
-        zero_init_last: Start every residual branch at zero (the last batch norm's weight).
+        drop_path_rate: Stochastic depth rate of the last block; it increases linearly with depth.
+        zero_init_last: Zero-initialize the last batch norm weight of each residual branch.
 
     Raises:
-        ValueError: If an argument is not a number within its range, or the groups would have no channels; nothing is
-            allocated then.
-        AssertionError: In a call, if the image is smaller than the network's stride.
+        ValueError: If an argument is outside its range, or the groups would have no channels; nothing is allocated.
+        AssertionError: In `forward`, if the image is smaller than the stride of the model.
     """
 
     def __init__(
@@ -177,7 +182,7 @@ class ResNeXt(nn.Module):
         widest = math.floor(STAGE_WIDTHS[len(layers) - 1] * (base_width / 64)) * cardinality
         if widest > CHANNELS:
             raise ValueError(
-                f"cardinality={cardinality} with base_width={base_width} makes {widest:,} channels in the 3x3 "
+                f"cardinality={cardinality} with base_width={base_width} gives {widest:,} channels in the 3x3 "
                 f"convolutions of the last stage; expected at most {CHANNELS:,}"
             )
         for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
@@ -205,7 +210,7 @@ class ResNeXt(nn.Module):
         for stage, (depth, stage_width) in enumerate(zip(layers, STAGE_WIDTHS, strict=False), start=1):
             stride = 1 if stage == 1 else 2
             first_dilation = dilation
-            if reduction * stride > output_stride:  # keep the resolution, widen the view instead
+            if reduction * stride > output_stride:  # keep the resolution and dilate instead
                 dilation, stride = dilation * stride, 1
             reduction *= stride
             blocks = []
@@ -242,7 +247,7 @@ class ResNeXt(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = True) -> None:
-        """Initialise the convolutions as He et al. 2015 (fan out), and optionally the residual branches at zero."""
+        """Initialize convolutions as in He et al. 2015 (fan out), optionally with zero residual branches."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -253,21 +258,21 @@ class ResNeXt(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """Give timm the patterns by which parameters group into a stem and blocks (or stages, if coarse)."""
+        """Return regular expressions that group parameters into a stem and blocks, or stages if `coarse`."""
         return {"stem": r"^conv1|bn1|maxpool", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
+        """Enable or disable gradient checkpointing, which recomputes each block in the backward pass."""
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """Give the linear classifier."""
+        """Return the classifier."""
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a new classifier of `num_classes` (0: none) on the features, and optionally another pooling."""
+        """Replace the classifier by a new one with `num_classes` (0 for none), and optionally the pooling."""
         weight = self.conv1.weight
         self.num_classes = num_classes
         self.global_pool, self.fc = create_classifier(
@@ -290,18 +295,21 @@ class ResNeXt(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Give the last feature map and those asked for.
+        """Return the last feature map and selected intermediate ones.
 
         Args:
-            x: IndexedImages, `(N, in_chans, H, W)`.
-            indices: The last n maps if an int, all (stem and stages) if None, else these.
-            norm: Accepted for timm's interface; these maps carry no further norm layer.
-            stop_early: Stop after the last map that is asked for.
-            output_fmt: Only `NCHW` is offered.
-            intermediates_only: Give the list alone.
+            x: Images `(N, in_chans, H, W)`.
+            indices: Take the last n maps if an int, all of them (stem and stages) if None, else those selected.
+            norm: Accepted for timm's interface and ignored: these maps have no further norm layer.
+            stop_early: Stop after the last selected map.
+            output_fmt: Must be `NCHW`.
+            intermediates_only: Return only the intermediate maps.
+
+        Raises:
+            ValueError: If `output_fmt` is not `NCHW`.
         """
         if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt={output_fmt!r} is not offered: feature maps are 'NCHW'")
+            raise ValueError(f"output_fmt={output_fmt!r} is not supported; use 'NCHW'")
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
         intermediates = []
         self._require_size(x)
@@ -322,7 +330,7 @@ class ResNeXt(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages behind the last feature map asked for, and the classifier; give the indices kept."""
+        """Remove the stages after the last selected feature map, and the classifier; return the selected indices."""
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
         last = len(self.feature_info) - 1
         for stage in range(max_index + 1, last + 1):
@@ -337,7 +345,7 @@ class ResNeXt(nn.Module):
         return list(take_indices)
 
     def _require_size(self, x: torch.Tensor) -> None:
-        # torch's own assertion, because tracing and scripting follow it where they could not follow an `if`
+        # torch._assert because tracing and scripting support it, unlike an `if`
         height, width = x.shape[-2], x.shape[-1]
         torch._assert(height >= self.stride, f"an image of height {height} is smaller than the stride {self.stride}")
         torch._assert(width >= self.stride, f"an image of width {width} is smaller than the stride {self.stride}")
@@ -380,7 +388,7 @@ def _check_layers(layers: object) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One row of the family: a name and the network it stands for."""
+    """One row of the table: a name and its architecture."""
 
     name: str
     layers: tuple[int, ...]
@@ -388,16 +396,16 @@ class Variant:
     cardinality: int
     base_width: int
     small_stem: bool = False
-    """Whether it is a network for images of 32 pixels, with a 3x3 stem."""
+    """Whether it has a 3x3 stem, for 32 px images."""
 
     @property
     def depth(self) -> int:
-        """Weighted layers: three a block, the stem and the classifier."""
+        """Number of weighted layers: three per block, the stem and the classifier."""
         return 3 * sum(self.layers) + 2
 
     @property
     def template(self) -> str:
-        """The paper's way to write a setting, such as 32x4d."""
+        """The setting in the paper's notation, such as 32x4d."""
         return f"{self.cardinality}x{self.base_width}d"
 
 
@@ -410,8 +418,8 @@ _LAYERS = {
     200: (3, 24, 36, 3),
 }
 
-# (name, depth, cardinality, base width). Where the name says no width, it is the one that preserves the complexity of
-# 1x64d at that cardinality (paper, Table 2).
+# (name, depth, cardinality, base width). Names without a width use the one that preserves the complexity of 1x64d at
+# that cardinality (paper, Table 2).
 _TABLE = (
     ("resnext_g1", 50, 1, 64),
     ("resnext_g2", 50, 2, 40),
@@ -428,7 +436,7 @@ _TABLE = (
     ("resnext200_g1", 200, 1, 64),
     ("resnext101_g2_w64", 101, 2, 64),
     ("resnext101_g64_w4", 101, 64, 4),
-    # larger, smaller and deeper ones
+    # larger, smaller and deeper models
     ("resnext101_g32_w8", 101, 32, 8),
     ("resnext26_g32", 26, 32, 4),
     ("resnext152_g32", 152, 32, 4),
@@ -448,13 +456,13 @@ VARIANTS: dict[str, Variant] = {
 
 @dataclass(frozen=True, kw_only=True)
 class StockArchitecture:
-    """How timm, without this package, writes a network: an architecture and the arguments that differ from it."""
+    """A variant in terms of stock timm: an architecture name and the arguments that differ from its defaults."""
 
     name: str
     model_args: dict[str, int]
 
 
-# timm's own networks of the same form, by blocks per stage: (name, cardinality, base width).
+# timm's own models of the same architecture, by blocks per stage: (name, cardinality, base width).
 _STOCK: dict[tuple[int, ...], tuple[tuple[str, int, int], ...]] = {
     (2, 2, 2, 2): (("resnet26", 1, 64),),
     (3, 4, 6, 3): (("resnext50_32x4d", 32, 4), ("resnet50", 1, 64)),
@@ -470,7 +478,7 @@ _STOCK: dict[tuple[int, ...], tuple[tuple[str, int, int], ...]] = {
 
 
 def stock_architecture(variant: Variant) -> StockArchitecture | None:
-    """Give the timm architecture that builds the same network, or None where timm has none of that depth and stem."""
+    """Return the timm architecture that builds the same model, or None if timm has none of that depth and stem."""
     stocks = () if variant.small_stem else _STOCK.get(variant.layers, ())
     for name, cardinality, base_width in stocks:
         if (cardinality, base_width) == (variant.cardinality, variant.base_width):
@@ -486,7 +494,7 @@ def stock_architecture(variant: Variant) -> StockArchitecture | None:
 
 
 def variant_like(name: str) -> Variant | None:
-    """Give the network that a name of this package or of timm stands for, or None if it is not of this form."""
+    """Return the variant for a model name of this package or of timm, or None if it has another architecture."""
     if name in VARIANTS:
         return VARIANTS[name]
     for layers, stocks in _STOCK.items():
@@ -524,10 +532,10 @@ def _cifar_cfg() -> dict[str, Any]:
 
 
 def _released_cfgs(variant: Variant) -> dict[str, PretrainedCfg | dict[str, Any]]:
-    """Give the pretrained configurations of a variant, keyed `name.tag`.
+    """Return the pretrained configs of a variant, keyed `name.tag`.
 
-    timm's released weights for the same network are read from timm's own registry, so that preprocessing, licence and
-    origin stay what timm says of them; only the safetensors on the Hub are kept as a source, not the older pickles.
+    timm's released weights for the same architecture come from timm's registry, so preprocessing, license and origin
+    stay as timm states them. Only the safetensors files on the Hub are kept as a source, not the older pickles.
     """
     cfgs: dict[str, PretrainedCfg | dict[str, Any]] = {}
     stock = stock_architecture(variant)
@@ -540,24 +548,28 @@ def _released_cfgs(variant: Variant) -> dict[str, PretrainedCfg | dict[str, Any]
         default = get_pretrained_cfg(stock.name)
         if default is not None and f"{variant.name}.{default.tag}" in cfgs:
             key = f"{variant.name}.{default.tag}"
-            cfgs = {key: cfgs.pop(key), **cfgs}  # the first is the default
+            cfgs = {key: cfgs.pop(key), **cfgs}  # timm takes the first as the default
     return cfgs or {f"{variant.name}.untrained": _cifar_cfg() if variant.small_stem else _cfg()}
 
 
-_OF_A_VARIANT = {"layers", "small_stem"}
-"""Arguments that the name of a variant stands for."""
+_FIXED_ARGUMENTS = {"layers", "small_stem"}
+"""Arguments that are fixed by the name of a variant."""
 
-_ARGUMENTS = tuple(name for name in inspect.signature(ResNeXt).parameters if name not in _OF_A_VARIANT)
+_ARGUMENTS = tuple(name for name in inspect.signature(ResNeXt).parameters if name not in _FIXED_ARGUMENTS)
 
-_OF_TIMM = set(inspect.signature(build_model_with_cfg).parameters) | {"features_only", "out_indices", "feature_cls"}
-"""Arguments that timm takes for every model before it builds it."""
+_TIMM_ARGUMENTS = set(inspect.signature(build_model_with_cfg).parameters) | {
+    "features_only",
+    "out_indices",
+    "feature_cls",
+}
+"""Arguments of timm's model builder, which every entrypoint accepts."""
 
 
 def _create_resnext(variant: Variant, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    if unknown := [name for name in kwargs if name not in (*_ARGUMENTS, *_OF_TIMM)]:
+    if unknown := [name for name in kwargs if name not in (*_ARGUMENTS, *_TIMM_ARGUMENTS)]:
         raise TypeError(
-            f"{variant.name} does not take {', '.join(unknown)}; it takes {', '.join(_ARGUMENTS)}. timm's own ResNet "
-            "takes more, as in timm.create_model('resnext50_32x4d', act_layer='silu')"
+            f"{variant.name} does not accept {', '.join(unknown)}; expected {', '.join(_ARGUMENTS)}. timm's own ResNet "
+            "accepts more, as in timm.create_model('resnext50_32x4d', act_layer='silu')"
         )
     setting = {"cardinality": variant.cardinality, "base_width": variant.base_width} | kwargs
     model: nn.Module = build_model_with_cfg(
@@ -573,22 +585,21 @@ def _create_resnext(variant: Variant, pretrained: bool = False, **kwargs: Any) -
 
 
 def _register(variant: Variant) -> None:
-    """Register a variant with timm, which reads the name, the module and the docstring of an entrypoint."""
+    """Define the entrypoint of a variant in this module and register it with timm."""
 
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return _create_resnext(variant, pretrained=pretrained, **kwargs)
 
     if is_model(variant.name):
-        raise RuntimeError(f"timm has a model {variant.name!r} already; registering ours would replace it")
+        raise RuntimeError(f"timm already has a model named {variant.name!r}; refusing to replace it")
     entrypoint.__name__ = entrypoint.__qualname__ = variant.name
     entrypoint.__module__ = __name__
     entrypoint.__doc__ = f"ResNeXt-{variant.depth} ({variant.template}), arXiv 1611.05431."
-    entrypoints[variant.name] = register_model(entrypoint)
+    globals()[variant.name] = register_model(entrypoint)
 
 
 default_cfgs = generate_default_cfgs({key: cfg for v in VARIANTS.values() for key, cfg in _released_cfgs(v).items()})
-"""Pretrained configurations by variant; timm looks for them under this name."""
+"""Pretrained configs by variant; timm looks them up under this name."""
 
-entrypoints: dict[str, Callable[..., nn.Module]] = {}
 for _variant in VARIANTS.values():
     _register(_variant)

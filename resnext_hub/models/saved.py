@@ -1,8 +1,8 @@
-"""A saved model: `config.json` and `model.safetensors` of one folder, checked against each other, then loaded.
+"""Load a saved model: check `config.json` and `model.safetensors` of a folder against each other, then read them.
 
-The one way in for run folders, model folders, repositories on the Hub and timm's released weights. What a file claims
-is compared with the header of the weights on a model without values, so that nothing is allocated for a claim that is
-wrong. Nothing but `model.safetensors` is read, by the safetensors library alone.
+Run folders, model folders, repositories on the Hub and timm's released weights are all loaded here. The config is
+compared with the header of the weights on a model without values, so a wrong config allocates nothing. No other file
+is read, and weights only by the safetensors library.
 """
 
 import json
@@ -44,30 +44,30 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 
 _BUILD_ERRORS = (TypeError, ValueError, RuntimeError, AssertionError, AttributeError, LookupError, ArithmeticError)
-"""What architectures raise for arguments that they do not take: each has its own way."""
+"""Exceptions that architectures raise for arguments that they do not accept."""
 
 _FLOATS = ("F16", "BF16", "F32", "F64")
 
 HEADER_BYTES = 1 << 22
-"""Size of a header in bytes above which weights are refused; timm's largest takes 0.3 MB for 3,108 tensors."""
+"""Largest header in bytes of a safetensors file; timm's largest model needs 0.3 MB for 3,108 tensors."""
 
 _Shapes = dict[str, tuple[tuple[int, ...], bool]]
-"""Shape of each tensor, and whether it is of a floating-point type."""
+"""Shape of each tensor, and whether it has a floating-point type."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SavedModel:
-    """A model that can be built, and the weights that fit it, if any."""
+    """A model that can be built, and matching weights, if any."""
 
     where: str
-    """How the user names it."""
+    """How the user named it, printable; messages begin with it."""
     config: ModelConfig
     weights: Path | None = None
-    """A safetensors file whose header fits; None for random weights."""
+    """A safetensors file with a matching header; None for random weights."""
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """Names of the classes: the stated ones, ImageNet's for timm's own weights of it, else their numbers."""
+        """Class names: as stated, ImageNet's for timm's ImageNet weights, else the class indices."""
         if self.config.label_names is not None:
             return self.config.label_names
         classes = self.config.num_classes
@@ -77,27 +77,26 @@ class SavedModel:
 
     @property
     def input(self) -> InputConfig:
-        """The images that the model takes."""
+        """Size and preprocessing of the model's images."""
         return InputConfig.resolve(self.config.pretrained_cfg)
 
     def load(self) -> nn.Module:
         """Build the model with its weights, in float32 and evaluation mode, on the CPU.
 
         Raises:
-            RequestError: If a value of the weights is not one that a model can have.
+            RequestError: If the weights hold invalid values.
         """
         model = self.build(self.config.num_classes)
         self._fill(model, frozenset())
         return model.eval()
 
     def start(self, label_names: Sequence[str], drop_rate: float = 0.0, drop_path_rate: float = 0.0) -> nn.Module:
-        """Build the model that a training on other classes starts from.
+        """Build the initial model of a training run.
 
-        Its classifier is kept if it has the same classes, its rows in their new order; else it is a new one.
+        The classifier is kept if it has the same classes, with its rows in their new order; otherwise it is new.
 
         Raises:
-            RequestError: If the architecture does not take a rate, or a value of the weights is not one that a model
-                can have.
+            RequestError: If the architecture does not accept a rate, or the weights hold invalid values.
         """
         model = self.build(len(label_names), drop_rate, drop_path_rate)
         if self.weights is None:
@@ -117,7 +116,7 @@ class SavedModel:
         return model
 
     def keeps_classifier(self, label_names: Sequence[str]) -> bool:
-        """Return whether the weights hold a classifier for these classes; if they state no names, for as many."""
+        """Return whether the weights hold a classifier for these classes; without stated names, their number counts."""
         if self.weights is None or self.config.num_classes != len(label_names):
             return False
         old = self.config.label_names
@@ -126,28 +125,28 @@ class SavedModel:
         return len(set(old)) == len(old) and set(old) == set(label_names)
 
     def classifier_for(self, label_names: Sequence[str]) -> str:
-        """Say what a training on these classes does with the classifier."""
+        """Describe the classifier of a training run on these classes."""
         old = self.config.label_names
         if not self.keeps_classifier(label_names):
             differing = (
                 "other class names" if self.config.num_classes == len(label_names) else "another number of classes"
             )
-            return f"a new one, as the weights have {differing}"
+            return f"new, because the weights have {differing}"
         if old is None:
-            return "kept as it is, as the weights name no classes"
-        return "kept" if old == tuple(label_names) else "kept, its rows in the order of these class names"
+            return "kept, because the weights name no classes"
+        return "kept" if old == tuple(label_names) else "kept, with its rows in the order of these class names"
 
     def build(self, num_classes: int, drop_rate: float = 0.0, drop_path_rate: float = 0.0) -> nn.Module:
-        """Build the model with random weights and another number of classes.
+        """Build the model with random weights and a number of classes.
 
         Raises:
-            RequestError: If the architecture does not take the arguments.
+            RequestError: If the architecture does not accept the arguments.
         """
         rates = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
         extra = {name: rate for name, rate in rates.items() if rate}
         try:
             return _create(self.config, num_classes, **extra)
-        except NotImplementedError:  # without values alone, see without_values
+        except NotImplementedError:  # only on the meta device; see without_values
             raise
         except _BUILD_ERRORS as error:
             stated = {**self.config.model_args, **extra}
@@ -157,7 +156,7 @@ class SavedModel:
 
     @torch.no_grad()
     def _fill(self, model: nn.Module, skip: frozenset[str]) -> None:
-        """Copy the weights into a model, whose own tensors are aligned as the kernels like them."""
+        """Copy the weights into a model, whose own tensors are aligned for fast kernels, unlike those of a file."""
         assert self.weights is not None
         try:
             with safe_open(self.weights, "pt") as file:
@@ -168,30 +167,30 @@ class SavedModel:
                     target.copy_(file.get_tensor(names[name]))
                     problem = problem_of(name, target)
                     if problem:
-                        raise RequestError(f"{self.where}: {name} in {self.weights.name} {problem}; take other weights")
+                        raise RequestError(f"{self.where}: {name} in {self.weights.name} {problem}; use other weights")
         except (SafetensorError, OSError) as error:
             raise _damaged(self.where, self.weights, error) from error
 
 
 def read_model(where: str, config: Path, weights: Path | None) -> SavedModel:
-    """Read config.json and the header of the weights, and compare them; nothing is allocated.
+    """Read config.json and the header of the weights, and compare them without allocating tensors.
 
     Args:
-        where: How the user names the model, to begin a message with.
-        config: The configuration.
-        weights: The safetensors file; None if the model is to start from random weights.
+        where: How the user named the model, printable; messages begin with it.
+        config: The config.json.
+        weights: The safetensors file; None for random weights.
 
     Raises:
-        RequestError: If one of them is not what it has to be, or they do not fit each other.
+        RequestError: If a file is invalid, or they do not match.
     """
-    return check_fit(SavedModel(where=printable(where), config=read_config(config, printable(where)), weights=weights))
+    return check_fit(SavedModel(where=where, config=read_config(config, where), weights=weights))
 
 
 def check_fit(saved: SavedModel) -> SavedModel:
-    """Compare a model with the header of its weights, without values.
+    """Compare a model with the header of its weights, without allocating tensors.
 
     Raises:
-        RequestError: If they do not fit; what differs is named.
+        RequestError: If they do not match; the differing tensors are named.
     """
     config = saved.config
     found = None if saved.weights is None else _header(saved.where, saved.weights)
@@ -205,7 +204,7 @@ def check_fit(saved: SavedModel) -> SavedModel:
 
 
 def check_saving(where: str, config: dict[str, Any], model: nn.Module) -> None:
-    """Raise RequestError unless a model, with values or without, could be loaded again from such a config.json."""
+    """Raise RequestError unless a model, with or without values, can be loaded again from this config.json."""
     saved = SavedModel(where=where, config=parse_config(config, where))
     expected, head = _expected(saved)
     _compare(saved, _shapes_of(model), expected, head)
@@ -225,13 +224,13 @@ def _compare(saved: SavedModel, found: _Shapes, expected: _Shapes, head: frozens
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         stated = f" with {_shown(config.model_args)}" if config.model_args else ""
         raise RequestError(
-            f"{saved.where}: {WEIGHTS} and {CONFIG} do not make a {config.architecture}{stated}: "
+            f"{saved.where}: {WEIGHTS} does not match {CONFIG}, a {config.architecture}{stated}: "
             f"{'; '.join(problems[:3])}{more}"
         )
 
 
 def classifier_names(model: nn.Module) -> frozenset[str]:
-    """Return the names of a classifier's tensors."""
+    """Return the names of the classifier's tensors."""
     head: Any = model.get_classifier()  # type: ignore[operator]
     heads = head if isinstance(head, (tuple, list, nn.ModuleList)) else [head]
     prefixes = [name for name, module in model.named_modules() if any(module is part for part in heads)]
@@ -241,11 +240,11 @@ def classifier_names(model: nn.Module) -> frozenset[str]:
 
 
 def without_values(build: Callable[[], nn.Module]) -> nn.Module:
-    """Build a model that has shapes and no values."""
+    """Build a model on the meta device: with shapes, without values."""
     try:
         with torch.device("meta"):
             return build()
-    except NotImplementedError:  # with some versions, some architectures compute their own widths with torch
+    except NotImplementedError:  # some versions of timm compute widths of some architectures with torch
         return build().to("meta")
 
 
@@ -261,7 +260,7 @@ def _create(config: ModelConfig, num_classes: int, **rates: float) -> nn.Module:
 
 
 def _header(where: str, weights: Path) -> _Shapes:
-    """Return what the header of a safetensors file lists; the library checks it against the size of the file."""
+    """Return the tensors in the header of a safetensors file; the library checks it against the size of the file."""
     try:
         _bound_header(weights)
         with safe_open(weights, "pt") as file:
@@ -272,7 +271,7 @@ def _header(where: str, weights: Path) -> _Shapes:
                 if dtype not in (*_FLOATS, "I64"):
                     raise RequestError(
                         f"{where}: {printable(name)} in {weights.name} is of type {dtype}: expected "
-                        f"{', '.join(_FLOATS)}; take weights that are not quantized"
+                        f"{', '.join(_FLOATS)}; use weights that are not quantized"
                     )
                 found[name] = (tuple(part.get_shape()), dtype != "I64")
             return found
@@ -281,24 +280,24 @@ def _header(where: str, weights: Path) -> _Shapes:
 
 
 def _bound_header(weights: Path) -> None:
-    """Raise SafetensorError if a header is longer than that of any model: a million tensors take minutes to compare."""
+    """Raise SafetensorError if a header is longer than that of any model; comparing a million tensors takes minutes."""
     require_regular(weights)
     with open(weights, "rb") as file:
         start = file.read(8)
     length = int.from_bytes(start, "little")
-    if len(start) == 8 and length > HEADER_BYTES:  # of a shorter file, safetensors says what it is
-        raise SafetensorError(f"its header states {length:,} bytes, of which a model needs less than {HEADER_BYTES:,}")
+    if len(start) == 8 and length > HEADER_BYTES:  # safetensors reports a shorter file itself
+        raise SafetensorError(f"its header states {length:,} bytes; expected at most {HEADER_BYTES:,}")
 
 
 def _damaged(where: str, weights: Path, error: Exception) -> RequestError:
     reason = (error.strerror if isinstance(error, OSError) else None) or one_line(error)
-    return RequestError(f"{where}: {weights.name} cannot be read ({reason}): expected a whole safetensors file")
+    return RequestError(f"{where}: {weights.name} cannot be read ({reason}): expected a complete safetensors file")
 
 
 def _bound_arguments(where: str, config: ModelConfig, found: _Shapes) -> None:
-    """Refuse numbers for which the weights hold too little, before a model of that size is even outlined.
+    """Raise RequestError for arguments larger than the weights allow, before building even a model without values.
 
-    An integer is a number of layers or of channels, and both show in the shapes; layers have a tensor at least.
+    Integers are numbers of layers or channels. Both show in the shapes, and each layer has at least one tensor.
     """
     largest = max([1024, len(found), *(max(shape, default=1) for shape, _ in found.values())])
     for key, value in config.model_args.items():
@@ -306,8 +305,8 @@ def _bound_arguments(where: str, config: ModelConfig, found: _Shapes) -> None:
         numbers = value if isinstance(value, list) else [value]
         if total > len(found) or any(isinstance(number, int) and number > largest for number in numbers):
             raise RequestError(
-                f"{where}: {CONFIG} states model_args.{printable(key)} {value}: more than the {len(found)} tensors of "
-                f"{WEIGHTS} can be; {WAY_OUT}"
+                f"{where}: {CONFIG} states model_args.{printable(key)} {value}: too large for the {len(found)} tensors "
+                f"of {WEIGHTS}; {WAY_OUT}"
             )
 
 
@@ -316,16 +315,16 @@ def _bound_memory(saved: SavedModel, expected: _Shapes) -> None:
     present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > present:
         raise RequestError(
-            f"{saved.where}: a {saved.config.architecture} with {_shown(saved.config.model_args)} takes "
-            f"{needed / 1e9:.0f} GB: expected less than this machine's {present / 1e9:.0f} GB; take a smaller model"
+            f"{saved.where}: a {saved.config.architecture} with {_shown(saved.config.model_args)} needs "
+            f"{needed / 1e9:.0f} GB of memory, and this machine has {present / 1e9:.0f} GB; use a smaller model"
         )
 
 
 def _expected(saved: SavedModel) -> tuple[_Shapes, frozenset[str]]:
-    """Return the tensors that a model has, and the names of its classifier's.
+    """Return the shapes of a model's tensors, and the names of the classifier's tensors.
 
     Raises:
-        RequestError: If there can be no such model.
+        RequestError: If the model cannot be built.
     """
     config = saved.config
     size = list(config.pretrained_cfg["input_size"])
@@ -334,14 +333,14 @@ def _expected(saved: SavedModel) -> tuple[_Shapes, frozenset[str]]:
         return _outline(config.architecture, config.num_classes, json.dumps([config.model_args, size, fixed]))
     except _BUILD_ERRORS as error:
         raise RequestError(
-            f"{saved.where}: {CONFIG} does not make a {config.architecture} with {_shown(config.model_args)} for "
-            f"input_size {size}: {one_line(error)}; {WAY_OUT}"
+            f"{saved.where}: {config.architecture} cannot be built with {_shown(config.model_args)} and input_size "
+            f"{size} from {CONFIG}: {one_line(error)}; {WAY_OUT}"
         ) from error
 
 
 @lru_cache(maxsize=64)
-def _outline(architecture: str, num_classes: int, words: str) -> tuple[_Shapes, frozenset[str]]:
-    model_args, size, fixed = json.loads(words)
+def _outline(architecture: str, num_classes: int, arguments: str) -> tuple[_Shapes, frozenset[str]]:
+    model_args, size, fixed = json.loads(arguments)
     config = ModelConfig(
         architecture=architecture,
         model_args=model_args,
@@ -360,17 +359,17 @@ def _shapes_of(model: nn.Module) -> _Shapes:
 
 @torch.no_grad()
 def _check_input(model: nn.Module, input_size: Sequence[int], num_classes: int) -> None:
-    """Raise AssertionError if a model does not map such images to one logit a class."""
+    """Raise AssertionError if a model does not map images of this size to one logit per class."""
     try:
         output = model(torch.empty(1, *input_size, device="meta"))
-    except RuntimeError:  # some architectures cannot be run without values
+    except RuntimeError:  # some architectures cannot run on the meta device
         return
     shape = tuple(getattr(output, "shape", ()))
     assert not num_classes or shape == (1, num_classes), f"its output is {list(shape)}, not {[1, num_classes]}"
 
 
 def _differences(found: _Shapes, expected: _Shapes) -> list[str]:
-    """Name the tensors that differ; an old file may lack the counters of batch norm, which evaluation does not read."""
+    """Describe tensors that differ; old files may lack the counters of batch norm, which evaluation does not use."""
     missing = [name for name in expected if name not in found and not name.endswith("num_batches_tracked")]
     problems = [f"{name} is missing" for name in missing]
     problems += [f"{printable(name)[:80]} is unexpected" for name in found if name not in expected]

@@ -1,7 +1,7 @@
-"""What `config.json` says of a saved model: validated here, so that nobody else has to ask what a value is.
+"""Read and validate the `config.json` of a saved model.
 
-The layout is timm's. Keys by which a file could steer what is loaded are refused by name; other keys of the top level
-are ignored, as timm ignores them. Weights always come from the one file beside `config.json`.
+The layout is timm's. Keys that would make timm load other weights are refused; unknown top-level keys are ignored, as
+in timm. Weights always come from the one file beside `config.json`.
 """
 
 import dataclasses
@@ -25,24 +25,24 @@ from resnext_hub.models.resnext import VARIANTS
 from resnext_hub.text import printable
 
 CONFIG_BYTES = 1 << 24
-"""Size in bytes above which a config.json is refused; the names of 21,841 classes take less than 1 MB."""
+"""Largest config.json in bytes; the names of 21,841 classes take less than 1 MB."""
 
 MAX_SIDE = 4096
-"""Largest input in pixels; timm's largest is 1,024."""
+"""Largest input size in pixels; timm's largest is 1,024."""
 
 MAX_RESIZED = 8192
-"""Longest side in pixels, input size over crop_pct, to which an image may be resized before its centre is cropped."""
+"""Longest side in pixels to which an image may be resized before the center crop: input size / crop_pct."""
 
 CROP = (0.05, 1.25)
 MEAN = (-1.0, 1.0)
 STD = (1e-4, 1.0)
-"""Ranges of crop_pct, mean and std, here and in the settings of a run. Mean and std are of pixels from 0 to 1, which
-timm's transforms make: 123.675 is of pixels up to 255."""
+"""Ranges of crop_pct, mean and std, here and in the settings of a run. Mean and std are for pixels from 0 to 1, as in
+timm's transforms; 123.675 is for pixels from 0 to 255."""
 
-WAY_OUT = "correct config.json or take another model"
+WAY_OUT = "correct config.json or use another model"
 
 _STEERING = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load", "label_offset")
-"""Keys of pretrained_cfg by which timm would load other weights than those beside config.json, or part of them."""
+"""Keys of pretrained_cfg that make timm load other weights than those beside config.json, or only a part of them."""
 
 _Side = Annotated[int, Meta(ge=1, le=MAX_SIDE)]
 _Channels = Annotated[int, Meta(ge=1, le=64)]
@@ -111,33 +111,33 @@ class _ResNetArgs(_CommonArgs):
 
 
 _TRAINING_ARGS = ("drop_rate", "drop_path_rate", "drop_block_rate", "zero_init_last")
-"""Arguments that change no inference; a new training has its own."""
+"""Arguments that do not affect inference; a new training run has its own."""
 
 _RESERVED = (
     {*inspect.signature(timm.create_model).parameters, *inspect.signature(build_model_with_cfg).parameters}
     | {"block", "block_args", "cfg", "device", "dtype", "feature_cls", "features_only", "out_indices", "pruned"}
 ) - {"kwargs"}
-"""Arguments that are timm's own business: where weights come from, what is built, and in which form."""
+"""Arguments reserved for timm: the source of the weights, and what is built and how."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What is known of a model before it is built."""
+    """The configuration of a model."""
 
     architecture: str
-    """timm architecture, or the name of a variant of this package."""
+    """timm architecture, or a variant of this package."""
     model_args: dict[str, Any]
-    """Arguments by which the model differs from its architecture, without the number of classes."""
+    """Arguments by which the model differs from its architecture, except the number of classes."""
     num_classes: int
-    """0 if it has no classifier."""
+    """0 for no classifier."""
     label_names: tuple[str, ...] | None
-    """One for each class, in their order; None if they are not stated."""
+    """A name per class, in order; None if not stated."""
     pretrained_cfg: dict[str, Any]
-    """In timm's keys: how images have to come, tag and licence."""
+    """By timm's keys: input size and preprocessing, tag and license."""
 
 
 def named_config(architecture: str, cfg: PretrainedCfg | None) -> ModelConfig:
-    """Return what timm's registry says of a model."""
+    """Return the configuration of a model in timm's registry."""
     facts = {key: value for key, value in (cfg or PretrainedCfg()).to_dict().items() if key != "state_dict"}
     return ModelConfig(
         architecture=architecture,
@@ -153,10 +153,10 @@ def read_config(path: Path, where: str) -> ModelConfig:
 
     Args:
         path: The file.
-        where: How the user names the model, to begin a message with.
+        where: How the user named the model, printable; messages begin with it.
 
     Raises:
-        RequestError: If it is no such file, or a value is not what it has to be; key and value are named.
+        RequestError: If the file cannot be read, or a value is invalid; the message has its key and value.
     """
     raw = read_json(path, dict[str, Any], WAY_OUT, CONFIG_BYTES, f"{where}: {path.name}")
     return parse_config(raw, where)
@@ -166,13 +166,13 @@ def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
     """Validate the content of a config.json.
 
     Raises:
-        RequestError: If a value is not what it has to be; key and value are named.
+        RequestError: If a value is invalid; the message has its key and value.
     """
     return _Reader(where).config(_split(raw))
 
 
 def _split(raw: dict[str, Any]) -> dict[str, Any]:
-    """Return a configuration in today's layout; timm's first one had everything on one level."""
+    """Return a config in timm's current layout; the first one had all keys on one level."""
     if "pretrained_cfg" in raw or "architecture" not in raw:
         return raw
     known = {field.name for field in dataclasses.fields(PretrainedCfg)}
@@ -184,12 +184,12 @@ def _split(raw: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Validates; each method returns what it was given, in order, or raises."""
+    """Validates a config; each method returns validated values or raises RequestError."""
 
     where: str
 
     def config(self, raw: dict[str, Any]) -> ModelConfig:
-        """Return what a config.json states, checked against the schema."""
+        """Return the validated content of a config.json."""
         config = self.convert(raw, _Config, "")
         architecture = self.architecture(config.architecture)
         stated = {key: value for key, value in config.pretrained_cfg.items() if value is not None}
@@ -197,10 +197,10 @@ class _Reader:
         facts = self.convert(stated, _PretrainedCfg, "pretrained_cfg")
         model_args = self.model_args(architecture, config.model_args or {})
         args_classes = model_args.pop("num_classes", None)
-        # fine-tuned models of older timm kept num_classes of their base in pretrained_cfg; timm ignores it as well
+        # older timm left num_classes of the base model in pretrained_cfg of fine-tuned models; timm ignores it as well
         classes = next(n for n in (config.num_classes, args_classes, facts.num_classes, 1000) if n is not None)
         if args_classes not in (None, classes):
-            raise self.error("model_args.num_classes", args_classes, f"expected num_classes, {classes}")
+            raise self.error("model_args.num_classes", args_classes, f"expected {classes}, the value of num_classes")
         names = config.label_names if config.label_names is not None else facts.label_names
         return ModelConfig(
             architecture=architecture,
@@ -213,24 +213,24 @@ class _Reader:
         )
 
     def architecture(self, name: str) -> str:
-        """Return a stated architecture, which timm has to know."""
+        """Return an architecture if timm knows it."""
         if not timm.is_model(name):
             raise self.error("architecture", name, f"unknown to timm {timm.__version__}")
-        return name.partition(".")[0]  # a tag would name weights, which are those of the folder
+        return name.partition(".")[0]  # a tag names weights, but those of the folder are used
 
     def steering(self, cfg: dict[str, Any]) -> None:
-        """Refuse keys that would make timm load something other than the checked weights."""
+        """Raise RequestError for keys that would make timm load other weights than the checked ones."""
         known = {field.name for field in dataclasses.fields(PretrainedCfg)}
         for key, value in cfg.items():
             if key in _STEERING and value:
                 raise self.error(
-                    f"pretrained_cfg.{key}", value, "not allowed, as only model.safetensors beside it is ever loaded"
+                    f"pretrained_cfg.{key}", value, "not allowed: weights are only loaded from model.safetensors"
                 )
             if key not in known:
-                raise self.error(f"pretrained_cfg.{key}", value, "no key that timm knows")
+                raise self.error(f"pretrained_cfg.{key}", value, "unknown to timm")
 
     def model_args(self, architecture: str, args: dict[str, Any]) -> dict[str, Any]:
-        """Return the arguments that matter for inference, of the types and within the bounds that they can have."""
+        """Return the arguments that affect inference, with their types and ranges checked."""
         args = {key: value for key, value in args.items() if value is not None}
         for key, value in args.items():
             if key in _RESERVED:
@@ -248,32 +248,32 @@ class _Reader:
         else:
             for key, value in args.items():
                 if key not in kind.__struct_fields__:
-                    raise self.error(f"model_args.{key}", value, f"{architecture} does not take it")
+                    raise self.error(f"model_args.{key}", value, f"{architecture} does not accept it")
             self.convert(args, kind, "model_args")
             args = {key: value for key, value in args.items() if (key, value) != ("global_pool", "avg")}
         return {
             key: value
             for key, value in args.items()
-            if key not in _TRAINING_ARGS and (key, value) != ("in_chans", 3)  # timm writes what needs no word
+            if key not in _TRAINING_ARGS and (key, value) != ("in_chans", 3)  # timm also writes defaults
         }
 
     def plain(self, key: str, value: Any) -> None:
-        """Refuse an argument of an architecture that we do not know, unless it is a plain value."""
+        """Raise RequestError unless an argument of another architecture is a plain value."""
         values = value if isinstance(value, list) and len(value) <= 64 else [value]
         for entry in values:
             number = isinstance(entry, (bool, int, float)) and abs(entry) < 1 << 20
             word = isinstance(entry, str) and re.fullmatch(r"[a-z0-9_]{0,32}", entry)
             if not (number or word):
-                raise self.error(f"model_args.{key}", value, "expected numbers or the short name of a layer")
+                raise self.error(f"model_args.{key}", value, "expected numbers or the name of a layer")
 
     def input_facts(self, facts: _PretrainedCfg, model_args: dict[str, Any]) -> dict[str, Any]:
-        """Return how images have to come, in timm's keys."""
+        """Return the input size and preprocessing of images, by timm's keys."""
         channels, height, width = facts.input_size
-        # timm repairs what its older versions wrote in the same way
+        # timm corrects configs of its older versions in the same way
         channels = model_args.get("in_chans", channels)
         side = model_args.get("img_size")
         if side is not None and facts.fixed_input_size:
-            # one form at a time: msgspec 0.22 crashes over a union with a tuple of fixed length
+            # not a union of int and tuple: msgspec 0.22 crashes on a union with a tuple of fixed length
             sides = side if isinstance(side, list) else [side, side]
             height, width = self.convert(sides, tuple[_Side, _Side], "model_args.img_size")
         resized = resized_side((channels, height, width), facts.crop_pct)
@@ -286,7 +286,7 @@ class _Reader:
             )
         for key, values in (("mean", facts.mean), ("std", facts.std)):
             if len(values) != channels:
-                raise self.error(f"pretrained_cfg.{key}", values, f"expected {channels}, one for each channel")
+                raise self.error(f"pretrained_cfg.{key}", values, f"expected {channels}, one per channel")
         return {
             "input_size": (channels, height, width),
             "fixed_input_size": facts.fixed_input_size,
@@ -300,7 +300,7 @@ class _Reader:
         }
 
     def label_names(self, names: list[str] | dict[str, str] | None, classes: int) -> tuple[str, ...] | None:
-        """Return the names in the order of the classes; two classes may share one, as in ImageNet."""
+        """Return the names in class order; two classes may share a name, as in ImageNet."""
         if names is None:
             return None
         if isinstance(names, dict):
@@ -308,13 +308,11 @@ class _Reader:
                 raise self.error("label_names", list(names), f"expected the numbers 0 to {classes - 1} as keys")
             names = [names[str(number)] for number in range(classes)]
         if len(names) != classes:
-            raise self.error(
-                "label_names", names, f"{len(names)} of them do not name each of the {classes} classes once"
-            )
+            raise self.error("label_names", names, f"{len(names)} names for {classes} classes: expected one per class")
         return tuple(names)
 
     def convert(self, raw: Any, kind: Any, prefix: str) -> Any:
-        """Return a value converted to a type, or raise RequestError naming the key at fault."""
+        """Return a value converted to a type, or raise RequestError with the key at fault."""
         try:
             return msgspec.convert(raw, kind)
         except msgspec.ValidationError as error:
@@ -330,26 +328,26 @@ class _Reader:
             raise self.error(shown, value, reason[0].lower() + reason[1:].replace("`", "")) from error
 
     def error(self, key: str, value: Any, reason: str) -> RequestError:
-        """Return the error that names a key, its value and what was expected."""
+        """Return an error with a key, its value and the reason."""
         text = printable(json.dumps(value, ensure_ascii=False, default=str))
         stated = f"{printable(key)[:80]} {text if len(text) <= 60 else f'{text[:59]}…'}".strip()
         return RequestError(f"{self.where}: config.json states {stated}: {reason}; {WAY_OUT}")
 
 
 def resized_side(input_size: Sequence[int], crop_pct: float) -> int:
-    """Return the longest side in pixels to which a square image is resized before its centre is cropped."""
+    """Return the longest side in pixels to which a square image is resized before the center crop."""
     return int(max(input_size[1:]) / crop_pct)
 
 
 def _layers_of(architecture: str, model_args: dict[str, Any]) -> dict[str, Any]:
-    """Return which layers timm adapts to other channels and classes, from timm's registry, not from the file."""
+    """Return the layers that timm adapts to other channels and classes, from its registry instead of the file."""
     registered = get_pretrained_cfg(architecture) or PretrainedCfg()
     deep = bool(model_args.get("stem_type"))
     return {"first_conv": "conv1.0" if deep else registered.first_conv, "classifier": registered.classifier}
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
-    """Return the values that a type with a Literal in it allows."""
+    """Return the values of a type that is or contains a Literal."""
     if get_origin(hint) is Literal:
         return get_args(hint)
     return next((found for part in get_args(hint) if (found := _choices(part))), ())

@@ -1,1 +1,1 @@
-"""Plots of a run, drawn from its record."""
+"""Plots of a run: one file per plot."""

@@ -25,7 +25,7 @@ from resnext_hub.hub.publish import CARD_BYTES
 from resnext_hub.machine import git_commit, processor_name, versions
 from resnext_hub.models.lookup import ModelSource, needs_plugin, portable_architecture, variant_of
 from resnext_hub.models.saved import CONFIG, WEIGHTS
-from resnext_hub.plots.figures import write_plots, write_samples
+from resnext_hub.plots.write import write_plots, write_samples
 from resnext_hub.record import (
     PLOTS,
     BaseModelFacts,

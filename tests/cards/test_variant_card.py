@@ -1,4 +1,4 @@
-"""The cards of the variants follow from their facts, and the facts from formulae and timm's registry."""
+"""Variant cards follow from their facts, and the facts from formulas and timm's registry."""
 
 import json
 import re
@@ -19,27 +19,27 @@ CARDS = ROOT / "model_cards"
 NAMES = [variant.name for variant in variants_with_weights()]
 
 
-def test_every_variant_with_released_weights_has_a_record_and_a_card_and_no_other() -> None:
+def test_exactly_the_variants_with_released_weights_have_cards() -> None:
     assert sorted(p.name for p in CARDS.iterdir()) == sorted(
         f"{name}.{kind}" for name in NAMES for kind in ("json", "md")
     )
 
 
 @mark.parametrize("name", NAMES)
-def test_a_card_is_its_record_rendered(name: str) -> None:
+def test_a_card_is_rendered_from_its_facts(name: str) -> None:
     facts = json.loads((CARDS / f"{name}.json").read_text())
     assert (CARDS / f"{name}.md").read_text() == render_variant_card(facts)
 
 
 @mark.parametrize("name", NAMES)
-def test_a_record_is_what_formulae_and_registry_say(name: str) -> None:
+def test_the_facts_match_formulas_and_registry(name: str) -> None:
     facts = json.loads((CARDS / f"{name}.json").read_text())
     if facts["timm_version"] != timm.__version__:
-        skip("another version of timm may have other released weights")
+        skip("another version of timm may have released other weights")
     assert facts == variant_facts(VARIANTS[name])
 
 
-def test_the_command_writes_them(command: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+def test_info_writes_the_cards(command: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     code, out, _ = command("info", "--write-cards", tmp_path)
     assert code == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in CARDS.iterdir())
@@ -56,7 +56,7 @@ def test_the_snippets_of_a_card_run(tmp_path: Path, monkeypatch: MonkeyPatch) ->
     monkeypatch.chdir(tmp_path)
     overlay = f'pretrained_cfg_overlay={{"file": "{tmp_path / "model.safetensors"}", "hf_hub_id": None}}'
     scope: dict[str, object] = {}
-    for block in blocks:  # the weights come from a file: there is no Hub here
+    for block in blocks:  # load the weights from a file, since tests are offline
         exec(block.replace("pretrained=True", f"pretrained=True, {overlay}"), scope)
     assert scope["top5_classes"].shape == (1, 5)
     assert scope["embedding"].shape == (1, 2048)

@@ -27,10 +27,10 @@ Command = Callable[..., tuple[int, str, str]]
     ("flags", "parts"),
     [
         (["--model", "resnext_g23"], ["--model resnext_g23: there is no such model; close:", "resnext_g2"]),
-        (["--model", "resnext_g32.a9_in1k"], ["resnext_g32 has no weights a9_in1k, but", "a1h_in1k"]),
+        (["--model", "resnext_g32.a9_in1k"], ["resnext_g32 has no weights a9_in1k; available: ", "a1h_in1k"]),
         (["--model", "me/repo"], ["hf-hub:me/repo", "local-dir:me/repo"]),
         (["--model", "resnext_g8", "--pretrained"], ["resnext_g8 has no released weights", "resnext_g32"]),
-        (["--dataset", "./nowhere"], ["there is no folder or file ./nowhere"]),
+        (["--dataset", "./nowhere"], ["--dataset ./nowhere does not exist and is not a valid dataset id on the Hub"]),
         (["--recipe", "slow"], ["--recipe slow does not exist; available: quickstart"]),
         (["--config", "nowhere.yaml"], ["--config nowhere.yaml cannot be read"]),
         (["--batch-size", "0"], ["--batch-size 0: expected a whole number from 1 to 1,048,576"]),
@@ -65,7 +65,7 @@ Command = Callable[..., tuple[int, str, str]]
         (["--dataset", ""], ["--dataset is empty"]),
         (["--output-dir", ""], ["--output-dir: an empty text: expected a path"]),
         (["--output-dir", "x" * 300], ["File name too long"]),
-        (["--eval-split", "test"], ["--eval-split test: there is no such split, but train"]),
+        (["--eval-split", "test"], ["--eval-split test: no such split; choose one of train"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and value and value[0].startswith("--") else "",
 )
@@ -88,17 +88,17 @@ def test_a_single_class_and_a_missing_image_column_exit_with_2(command: Command,
     write_images(tmp_path / "pets" / "cat", 4, 100)
     code, _, err = command("train", *TINY, "--dataset", tmp_path / "pets", "--output-dir", tmp_path / "run")
     assert code == 2
-    assert "a single class to train on (cat)" in err
+    assert "has a single class, cat (" in err
     datasets.Dataset.from_dict({"text": ["a"], "label": [0]}).to_parquet(tmp_path / "table.parquet")
     code, _, err = command("train", *TINY, "--dataset", tmp_path / "table.parquet", "--output-dir", tmp_path / "run")
     assert code == 2
-    assert "has no image column: it has text (string), label (int64)" in err
+    assert "has no image column (of type Image or binary); its columns: text (string), label (int64)" in err
 
 
 def test_a_dataset_that_is_nowhere_exits_with_1_if_the_hub_cannot_be_asked(command: Command, tmp_path: Path) -> None:
     code, _, err = command("train", *TINY, "--dataset", "me/pets", "--output-dir", tmp_path / "run")
     assert code == 1
-    assert "me/pets is no local folder, and the Hub could not be reached" in err
+    assert "me/pets is not a local folder, and the Hub could not be reached" in err
 
 
 def test_released_weights_without_the_hub_say_what_would_work(command: Command, tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_a_folder_that_is_no_run_is_refused(command: Command, tmp_path: Path) ->
     for words in (("evaluate", tmp_path), ("push", tmp_path, "--repo-id", "me/name")):
         code, _, err = command(*words)
         assert code == 2
-        assert "holds no record.json" in err
+        assert "has no record.json" in err
 
 
 def test_precedence_is_recipe_file_flags_whatever_the_order(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a reading process sends is what its samples are, although it writes over memory that it has sent before."""
+"""Batches from data-loading workers equal their samples, although workers reuse shared memory."""
 
 import os
 import re
@@ -30,11 +30,11 @@ from resnext_hub.data.batches import (
 from resnext_hub.errors import RunError
 
 COUNT, SIZE = 20, 3
-"""Batches, and samples of each."""
+"""Number of batches, and of samples in each."""
 
 
 def sample(index: int, dtype: torch.dtype = torch.uint8) -> Sample:
-    unreadable = [Unreadable(index, f"image {index}", "cut off")] if index == 7 else []
+    unreadable = [Unreadable(index, f"image {index}", "truncated")] if index == 7 else []
     return Sample(torch.full((3, 4, 5), index, dtype=dtype), index % 10, index, unreadable, Edges(0, index % 4, 1, 2))
 
 
@@ -48,9 +48,9 @@ class Samples(Dataset[Sample]):
 
 class Parcels(IterableDataset[Parcel]):
     def __iter__(self):
-        reader, pack = get_worker_info(), Packer()
-        number, readers = (reader.id, reader.num_workers) if reader else (0, 1)
-        for batch in range(number, COUNT, readers):
+        worker, pack = get_worker_info(), Packer()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        for batch in range(number, COUNT, workers):
             yield pack([sample(batch * SIZE + i) for i in range(SIZE)], end=Position(0, (batch + 1) * SIZE))
 
 
@@ -75,22 +75,22 @@ def check(found: list[Batch], expected: list[Batch]) -> None:
 @mark.parametrize("in_order", [False, True])
 @mark.parametrize("workers", [1, 3])
 @mark.parametrize("dtype", [torch.uint8, torch.float32])
-def test_batches_stay_as_they_are_while_later_ones_are_read(dtype: torch.dtype, workers: int, in_order: bool) -> None:
+def test_batches_do_not_change_while_later_ones_are_loaded(dtype: torch.dtype, workers: int, in_order: bool) -> None:
     expected = list(read_batches(loader(0, dtype, in_order=in_order)))
     assert [float(batch.images[0, 0, 0, 0]) for batch in expected] == list(range(0, COUNT * SIZE, SIZE))
     check(list(read_batches(loader(workers, dtype, in_order=in_order))), expected)
 
 
 @mark.parametrize("in_order", [False, True])
-def test_a_parcel_stays_as_it_is_until_the_next_is_taken_however_fast_its_reader(in_order: bool) -> None:
+def test_a_parcel_does_not_change_until_the_next_one_is_taken(in_order: bool) -> None:
     expected = iter(read_batches(loader(0, in_order=in_order)))
     for number, parcel in enumerate(loader(1, in_order=in_order)):
         if number in (0, PREFETCH, PREFETCH + 1, 8):
-            time.sleep(0.3)  # the reader has written all that it may write by now
+            time.sleep(0.3)  # by now, the worker has written all batches that it may prefetch
         assert torch.equal(parcel.open().images, next(expected).images), number
 
 
-def test_pixels_to_train_on_are_channels_last_in_memory() -> None:
+def test_training_images_are_channels_last_in_memory() -> None:
     for workers in (0, 1):
         batch = next(read_batches(loader(workers)))
         assert batch.images.shape == (SIZE, 3, 4, 5)
@@ -98,8 +98,8 @@ def test_pixels_to_train_on_are_channels_last_in_memory() -> None:
         assert np.array_equal(batch.erased[2].numpy(), sample(2).erased)
 
 
-class Deadly(Samples):
-    """Samples whose reader is killed at one of them, as for want of memory."""
+class KillsWorker(Samples):
+    """Samples whose worker is killed at one of them, as if memory ran out."""
 
     def __getitem__(self, index: int) -> Sample:
         if index == 30:
@@ -107,10 +107,13 @@ class Deadly(Samples):
         return super().__getitem__(index)
 
 
-def test_a_reader_that_is_killed_is_said_in_a_line() -> None:
+def test_a_killed_worker_is_reported_in_one_line() -> None:
     places = [[place] for place in range(40)]
-    batches = read_batches(build_loader(Deadly(torch.uint8), places, 1, False))
-    with raises(RunError, match=r"^a reading process is gone \(.*\); where memory is short, .* help$"):
+    batches = read_batches(build_loader(KillsWorker(torch.uint8), places, 1, False))
+    with raises(
+        RunError,
+        match=r"^a data-loading worker exited unexpectedly \(.*\); if memory ran out, .* reduce workers or batch_size$",
+    ):
         list(batches)
 
 
@@ -124,11 +127,13 @@ ALONE = ("unshare", "--map-root-user", "--mount")
 
 @mark.skipif(
     not which("unshare") or subprocess.run([*ALONE, "true"], capture_output=True, check=False).returncode != 0,
-    reason="a place of its own for its mounts is not given to a process here",
+    reason="needs permission to create a mount namespace",
 )
-def test_too_little_shared_memory_is_said_in_a_line(tmp_path: Path) -> None:
+def test_too_little_shared_memory_is_reported_in_one_line(tmp_path: Path) -> None:
     words = [*ALONE, "sh", "-c", SHORT, sys.executable, str(tmp_path / "run")]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 1
-    assert re.search(r"^error: a reader has no shared memory for its \d+ MB of batches", done.stderr, re.MULTILINE)
+    assert re.search(
+        r"^error: a data-loading worker could not allocate \d+ MB of shared memory", done.stderr, re.MULTILINE
+    )
     assert "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""The fast decoder cuts the same rectangles as Pillow, to nearly the same pixels, and calls the same files broken."""
+"""The fast decoder agrees with Pillow on crops, on pixels within a tolerance, and on which images are unreadable."""
 
 import dataclasses
 import hashlib
@@ -35,16 +35,16 @@ Command = Callable[..., tuple[int, str, str]]
 CFG = {"input_size": (3, 64, 64), "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "crop_pct": 0.9}
 MEAN, STD = (torch.tensor(CFG[name]).view(3, 1, 1) for name in ("mean", "std"))
 PHOTOGRAPHS = [Image.fromarray(pixels) for pixels in load_sample_images().images]
-"""A temple and a flower, 640x427."""
+"""A temple and a flower, 640 x 427 pixels."""
 
 SEEDS = range(25)
 
 TOLERANCE = {"bilinear": (0.5, 2), "bicubic": (0.5, 16)}
-"""Mean and greatest difference in steps of 1/255, decoded at full size: both round, and in bicubic clip, between two
-passes, which Pillow takes in the other order where that is faster."""
+"""Mean and maximum difference in steps of 1/255 when decoded at full size. Both decoders round (and, if bicubic, clip)
+between two passes, whose order Pillow swaps if that is faster."""
 
 REDUCED_MEAN = 5.0
-"""Mean difference in steps of 1/255, decoded smaller: its filter is a little sharper than that of the first pass."""
+"""Mean difference in steps of 1/255 when downscaled in decoding, whose filter is slightly sharper than resizing."""
 
 
 def stored(image: Image.Image, kind: str = "JPEG", **options: object) -> dict[str, object]:
@@ -66,7 +66,7 @@ def augmentation(decoder: str, interpolation: str = "bilinear", **options: objec
 
 
 def difference(row: dict[str, object], seed: int, interpolation: str, size: int = 224) -> torch.Tensor:
-    """Give how far the pixels of the decoders are from each other for the same random numbers."""
+    """Return the absolute difference of the pixels of both decoders for the same random numbers."""
     found = []
     for decoder in ("simplejpeg", "pil"):
         config = CFG | {"input_size": (3, size, size), "interpolation": interpolation}
@@ -78,7 +78,7 @@ def difference(row: dict[str, object], seed: int, interpolation: str, size: int 
 @mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @mark.parametrize("subsampling", [0, 2])
 @mark.parametrize("photograph", PHOTOGRAPHS)
-def test_at_full_size_pixels_are_within_the_stated_tolerance(
+def test_pixels_are_within_tolerance_at_full_size(
     photograph: Image.Image, subsampling: int, interpolation: str
 ) -> None:
     row = stored(photograph, subsampling=subsampling, quality=90)
@@ -91,22 +91,22 @@ def test_at_full_size_pixels_are_within_the_stated_tolerance(
 
 @mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @mark.parametrize("photograph", PHOTOGRAPHS)
-def test_decoded_smaller_pixels_are_within_the_stated_tolerance(photograph: Image.Image, interpolation: str) -> None:
-    large = photograph.resize((1931, 1283), Image.Resampling.LANCZOS)  # sides that no factor divides
+def test_pixels_are_within_tolerance_when_downscaled_in_decoding(photograph: Image.Image, interpolation: str) -> None:
+    large = photograph.resize((1931, 1283), Image.Resampling.LANCZOS)  # sides not divisible by any factor
     row = stored(large, quality=90)
     errors = [float(difference(row, seed, interpolation, size=96).mean()) for seed in SEEDS]
     assert max(errors) <= REDUCED_MEAN
     assert np.mean(errors) <= REDUCED_MEAN / 3
 
 
-def test_the_smaller_sizes_of_a_jpeg_are_used_where_enough_pixels_are_left() -> None:
+def test_downscaled_decoding_leaves_enough_pixels() -> None:
     for side, factor in ((223, 1), (447, 1), (448, 2), (895, 2), (896, 4), (1791, 4), (1792, 8), (9000, 8)):
         assert reduction((side, side), (224, 224)) == factor
         assert reduction((side, 9000), (224, 224)) == reduction((9000, side), (224, 224)) == factor
 
 
 @mark.parametrize("orientation", range(1, 9))
-@mark.parametrize("size", [224, 64])  # decoded whole, and smaller
+@mark.parametrize("size", [224, 64])  # decoded at full size, and downscaled
 def test_every_exif_orientation_is_applied(orientation: int, size: int) -> None:
     row = turned(orientation, PHOTOGRAPHS[1].crop((0, 0, 637, 421)))
     for seed in SEEDS[:6]:
@@ -115,8 +115,8 @@ def test_every_exif_orientation_is_applied(orientation: int, size: int) -> None:
 
 
 @mark.parametrize("orientation", range(1, 9))
-def test_a_turned_part_decoded_smaller_is_where_it_is_in_the_whole(orientation: int) -> None:
-    """On a ramp a shift by a pixel shows: a side of 8n + 1 pixels is rounded up by seven eighths of a pixel."""
+def test_a_downscaled_part_of_a_rotated_image_is_not_shifted(orientation: int) -> None:
+    """A ramp reveals a shift by a pixel: a side of 8n + 1 pixels is rounded up by seven eighths of a pixel."""
     ramp = np.zeros((641, 641, 3), np.uint8)
     ramp[..., 0], ramp[..., 1] = np.linspace(0, 250, 641)[:, None], np.linspace(0, 250, 641)[None]
     row = turned(orientation, Image.fromarray(ramp))
@@ -128,14 +128,14 @@ def test_a_turned_part_decoded_smaller_is_where_it_is_in_the_whole(orientation: 
     assert np.abs(error).mean(axis=(0, 1)).max() < 0.8  # seven eighths of eight pixels would be 2.7
 
 
-@mark.parametrize("size", [(64, 64), (16, 16)])  # decoded whole, and smaller
+@mark.parametrize("size", [(64, 64), (16, 16)])  # decoded at full size, and downscaled
 @mark.parametrize(
     "options",
     [{"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"progressive": True}, {"restart_marker_blocks": 7}],
     ids=str,
 )
 @mark.parametrize("mode", ["RGB", "L"])
-def test_a_part_has_the_pixels_that_it_has_in_the_whole(mode: str, options: dict, size: tuple[int, int]) -> None:
+def test_a_part_has_the_same_pixels_as_in_the_whole_image(mode: str, options: dict, size: tuple[int, int]) -> None:
     data = stored(PHOTOGRAPHS[0].crop((0, 0, 333, 251)).convert(mode), quality=90, **options)["bytes"]
     header = read_header(data)
     whole = dataclasses.replace(header, rows_at=None)
@@ -176,24 +176,24 @@ KINDS = {
 
 
 @mark.parametrize("kind", KINDS)
-def test_what_is_no_jpeg_in_colour_or_grey_is_decoded_by_pillow_alone(kind: str) -> None:
+def test_images_other_than_rgb_or_grayscale_jpegs_are_decoded_by_pillow(kind: str) -> None:
     for seed in SEEDS[:4]:
         assert difference(KINDS[kind], seed, "bicubic").max() == 0.0
 
 
 @mark.parametrize("interpolation", ["nearest", "box", "hamming", "lanczos"])
-def test_other_interpolations_are_pillows_alone(interpolation: str) -> None:
+def test_other_interpolations_are_left_to_pillow(interpolation: str) -> None:
     assert difference(stored(PHOTOGRAPHS[0]), 0, interpolation).max() == 0.0
 
 
-def test_a_grey_jpeg_has_three_equal_channels_or_one() -> None:
+def test_a_grayscale_jpeg_has_three_equal_channels_or_one() -> None:
     row = stored(PHOTOGRAPHS[0].convert("L"), quality=90)
     for seed in SEEDS[:6]:
         assert difference(row, seed, "bilinear").max() <= 1
     three = augmentation("simplejpeg")(row).image
     assert torch.equal(three[0], three[1])
     assert torch.equal(three[0], three[2])
-    for image in (row, stored(PHOTOGRAPHS[0], quality=90)):  # a network of one channel takes colour as well
+    for image in (row, stored(PHOTOGRAPHS[0], quality=90)):  # a model with one channel accepts color images, too
         found = []
         for decoder in ("simplejpeg", "pil"):
             config = CFG | {"input_size": (1, 64, 64), "interpolation": "bilinear", "mean": (0.5,), "std": (0.5,)}
@@ -211,7 +211,7 @@ def outcome(decoder: str, row: dict[str, object], seed: int = 0, **options: obje
     seed_sample(0, 0, seed)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of odd metadata in what it can still read
+            warnings.simplefilter("ignore")  # Pillow warns about odd metadata in readable images
             return augmentation(decoder, **options)(row).image.int()
     except UnreadableImageError as error:
         return str(error)
@@ -222,7 +222,7 @@ PROGRESSIVE = stored(PHOTOGRAPHS[1].crop((0, 0, 320, 240)), quality=85, progress
 
 
 @mark.parametrize("whole", [WHOLE, PROGRESSIVE])
-def test_cut_off_files_are_unreadable_to_both_for_the_same_reason(whole: bytes) -> None:
+def test_truncated_files_are_unreadable_for_both_decoders_with_the_same_reason(whole: bytes) -> None:
     for length in (0, 1, 2, 300, 700, len(whole) // 2, len(whole) - 900, len(whole) - 3):
         row = {"bytes": whole[:length], "path": None}
         reason = outcome("pil", row)
@@ -233,7 +233,7 @@ def test_cut_off_files_are_unreadable_to_both_for_the_same_reason(whole: bytes) 
 
 
 @mark.parametrize("whole", [WHOLE, PROGRESSIVE])
-def test_damaged_files_are_judged_alike_and_have_pixels_alike(whole: bytes) -> None:
+def test_both_decoders_agree_on_damaged_files(whole: bytes) -> None:
     draw = random.Random(0)
     readable = 0
     for _ in range(120):
@@ -250,8 +250,8 @@ def test_damaged_files_are_judged_alike_and_have_pixels_alike(whole: bytes) -> N
     assert 20 < readable < 120
 
 
-def test_files_damaged_below_the_part_are_judged_alike() -> None:
-    """Markers above all: at one that has no place there, Pillow refuses the file, wherever it is."""
+def test_both_decoders_agree_on_files_damaged_below_the_crop() -> None:
+    """Mostly markers: Pillow rejects a file with an unexpected marker anywhere."""
     draw = random.Random(0)
     markers = [0xC0, 0xC4, 0xD0, 0xD3, 0xD8, 0xD9, 0xDA, 0xDB, 0xDC, 0xDD, 0xE1, 0xFE, 0xFF]
     verdicts = []
@@ -269,11 +269,11 @@ def test_files_damaged_below_the_part_are_judged_alike() -> None:
     assert 20 < sum(verdicts) < 130
 
 
-def test_bombs_missing_files_and_nothing_at_all_are_unreadable_to_both(tmp_path: Path) -> None:
+def test_bombs_and_missing_files_are_unreadable_for_both_decoders(tmp_path: Path) -> None:
     rows = [{"bytes": None, "path": None}, {"bytes": None, "path": str(tmp_path / "nowhere.jpg")}]
     scans = WHOLE[:-2] + WHOLE[WHOLE.index(b"\xff\xda") :][:14] * 200 + b"\xff\xd9"
     long = stored(Image.new("L", (1, 2000)))
-    rows += [{"bytes": data, "path": None} for data in (b"no image", scans)]
+    rows += [{"bytes": data, "path": None} for data in (b"not an image", scans)]
     for row in [*rows, long]:
         assert outcome("simplejpeg", row) == outcome("pil", row)
         assert isinstance(outcome("pil", row), str)
@@ -285,7 +285,7 @@ def test_bombs_missing_files_and_nothing_at_all_are_unreadable_to_both(tmp_path:
             augment({"bytes": WHOLE, "path": None})
 
 
-def test_a_file_gives_the_pixels_of_its_bytes(tmp_path: Path) -> None:
+def test_a_path_and_its_bytes_have_the_same_pixels(tmp_path: Path) -> None:
     (tmp_path / "image.jpg").write_bytes(WHOLE)
     for decoder in ("simplejpeg", "pil"):
         by_path = outcome(decoder, {"bytes": None, "path": str(tmp_path / "image.jpg")})
@@ -307,7 +307,7 @@ AUGMENTATIONS = {
 
 @mark.parametrize("name", AUGMENTATIONS)
 @mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_pillows_path_normalised_and_erased_is_timms_transform_to_the_bit(name: str, interpolation: str) -> None:
+def test_the_pil_decoder_is_bitwise_equal_to_timms_transform(name: str, interpolation: str) -> None:
     options = AUGMENTATIONS[name]
     timms = create_transform(
         CFG["input_size"], is_training=True, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), interpolation=interpolation,
@@ -328,7 +328,7 @@ def test_pillows_path_normalised_and_erased_is_timms_transform_to_the_bit(name: 
 
 @mark.parametrize("name", AUGMENTATIONS)
 def test_both_decoders_draw_the_same_numbers_in_the_same_order(name: str) -> None:
-    """What the generators give next shows how much was drawn from them; the crop and the erased part are equal."""
+    """The next random numbers show how many were drawn before; the crop and the erased rectangle are equal."""
     row = stored(PHOTOGRAPHS[1], quality=90)
     for seed in SEEDS[:8]:
         found = []
@@ -342,7 +342,7 @@ def test_both_decoders_draw_the_same_numbers_in_the_same_order(name: str) -> Non
 
 @fixture(scope="module")
 def photographs(tmp_path_factory) -> Path:
-    """Two classes of fourteen JPEGs each, larger than the input, and one PNG."""
+    """Two classes of fourteen JPEGs each, larger than the input size, and one PNG."""
     root = tmp_path_factory.mktemp("photographs")
     rng = np.random.default_rng(0)
     for name, photograph in zip(("temple", "flower"), PHOTOGRAPHS, strict=True):
@@ -355,7 +355,7 @@ def photographs(tmp_path_factory) -> Path:
 
 
 @mark.filterwarnings("ignore:This DataLoader will create")  # more workers than some machines have cores
-def test_fast_pixels_are_equal_at_any_number_of_processes_and_workers(photographs: Path) -> None:
+def test_fast_pixels_are_the_same_for_any_number_of_processes_and_workers(photographs: Path) -> None:
     images = load_splits(DataConfig(dataset=str(photographs), eval_fraction=0.1)).train
     augment = augmentation("simplejpeg", "bicubic", random_erasing=0.5, color_jitter=0.2)
     found = set()
@@ -384,13 +384,13 @@ def flags(photographs: Path) -> tuple[object, ...]:
     )  # fmt: skip
 
 
-def test_the_decoder_is_recorded_kept_on_a_resume_and_changed_when_asked(
+def test_the_decoder_is_recorded_kept_on_resume_and_changed_on_request(
     flags: tuple[object, ...], tmp_path: Path, command: Command
 ) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert command(*flags, "--max-steps", 6, "--output-dir", whole)[0] == 0
     record = RunRecord.load(whole / "record.json")
-    assert record.config["decoder"] == "simplejpeg"  # auto, where it is installed
+    assert record.config["decoder"] == "simplejpeg"  # auto, if it is installed
     assert record.decoders == ["simplejpeg"]
     assert "simplejpeg" in record.versions
     assert "| decoder | simplejpeg |" in (whole / "model" / "README.md").read_text()
@@ -417,11 +417,11 @@ def test_the_decoder_is_recorded_kept_on_a_resume_and_changed_when_asked(
     assert "were decoded by simplejpeg, then by pil." in (run / "model" / "README.md").read_text()
 
 
-def test_without_the_fast_decoder_runs_use_pillow_and_a_run_of_the_other_one_says_what_to_do(
+def test_without_simplejpeg_runs_use_pillow_and_a_simplejpeg_run_explains_how_to_resume(
     flags: tuple[object, ...], tmp_path: Path, command: Command, monkeypatch: MonkeyPatch
 ) -> None:
     assert command(*flags, "--max-steps", 1, "--output-dir", tmp_path / "fast")[0] == 0
-    monkeypatch.setitem(sys.modules, "simplejpeg", None)  # importing it now says that there is no such module
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)  # importing it now raises ModuleNotFoundError
     assert command(*flags, "--max-steps", 1, "--output-dir", tmp_path / "slow")[0] == 0
     assert RunRecord.load(tmp_path / "slow" / "record.json").decoders == ["pil"]
     code, out, err = command(*flags, "--max-steps", 1, "--output-dir", tmp_path / "fast")
@@ -435,7 +435,7 @@ def test_without_the_fast_decoder_runs_use_pillow_and_a_run_of_the_other_one_say
 
 
 @mark.parametrize("crop_mode", ["center", "squash", "border"])
-def test_prediction_may_use_the_fast_decoder_within_the_same_tolerance(crop_mode: str) -> None:
+def test_prediction_with_the_fast_decoder_is_within_tolerance(crop_mode: str) -> None:
     config = CFG | {"input_size": (3, 128, 128), "interpolation": "bicubic", "crop_mode": crop_mode}
     fast, slow = FastTransform(InputConfig.resolve(config)), EvalTransform(InputConfig.resolve(config))
     for row in (stored(PHOTOGRAPHS[0], quality=90), turned(6), stored(PHOTOGRAPHS[1].convert("L")), KINDS["png"]):
@@ -444,4 +444,4 @@ def test_prediction_may_use_the_fast_decoder_within_the_same_tolerance(crop_mode
         if crop_mode == "border" or row is KINDS["png"]:
             assert error.max() == 0.0
     with raises(UnreadableImageError, match="not an image"):
-        fast({"bytes": b"no image", "path": None})
+        fast({"bytes": b"text", "path": None})

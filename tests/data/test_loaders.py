@@ -1,4 +1,4 @@
-"""The order of the samples and their pixels are functions of seed, epoch and index alone."""
+"""Sample order and pixels depend only on seed, epoch and index."""
 
 import hashlib
 from pathlib import Path
@@ -11,7 +11,7 @@ from resnext_hub.data.augment import Augmentation, Augmented
 from resnext_hub.data.batches import Unreadable, read_batches
 from resnext_hub.data.config import DataConfig
 from resnext_hub.data.decode import decode
-from resnext_hub.data.loaders import StepSampler, TrainingSamples, build_train_loader, places_of_step
+from resnext_hub.data.loaders import Place, StepSampler, TrainingSamples, build_train_loader, places_of_step
 from resnext_hub.data.splits import load_splits
 from resnext_hub.data.transforms import (
     EvalTransform,
@@ -23,7 +23,6 @@ from resnext_hub.data.transforms import (
     resolve_input,
 )
 from resnext_hub.models.input_config import InputConfig
-from resnext_hub.processes.launcher import Place
 
 CFG = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.25,) * 3, "interpolation": "bilinear", "crop_pct": 1.0}
 AUGMENTED = TransformConfig(auto_augment="rand-m7-mstd0.5", random_erasing=0.5, color_jitter=0.3, mixup=0.4, cutmix=1.0)
@@ -34,7 +33,7 @@ def samples() -> TrainingSamples:
     return TrainingSamples(images, Augmentation(AUGMENTED, resolve_input(AUGMENTED, CFG)), seed=3)
 
 
-def test_every_sample_comes_once_per_epoch_and_every_batch_is_full() -> None:
+def test_every_sample_occurs_once_per_epoch_and_every_batch_is_full() -> None:
     count, batch = 10, 4
     places = [place for step in range(5) for place in places_of_step(step, batch, count, seed=0)]
     assert len(places) == 20
@@ -43,28 +42,28 @@ def test_every_sample_comes_once_per_epoch_and_every_batch_is_full() -> None:
     assert [p.sample for p in places if p.epoch == 0] != [p.sample for p in places if p.epoch == 1]
 
 
-def test_a_set_smaller_than_the_batch_fills_it() -> None:
+def test_a_dataset_smaller_than_the_batch_still_fills_it() -> None:
     places = places_of_step(0, 8, 3, seed=0)
     assert len(places) == 8
     assert [p.epoch for p in places] == [0, 0, 0, 1, 1, 1, 2, 2]
 
 
 @mark.parametrize("processes", [1, 2, 3, 4])
-def test_the_parts_of_the_processes_make_up_the_global_batch(processes: int) -> None:
+def test_the_processes_together_load_the_global_batch(processes: int) -> None:
     parts = [list(StepSampler(50, 12, 7, 0, 10, p, processes)) for p in range(processes)]
     for step in range(10):
         whole = [place for part in parts for place in part[step]]
         assert whole == places_of_step(step, 12, 50, seed=7)
 
 
-def test_resuming_is_starting_at_another_step() -> None:
+def test_resuming_means_starting_at_another_step() -> None:
     whole = list(StepSampler(50, 12, 7, 0, 10))
     assert list(StepSampler(50, 12, 7, 6, 10)) == whole[6:]
 
 
 @fixture(scope="module")
 def fifty(tmp_path_factory: TempPathFactory) -> TrainingSamples:
-    """Fifty images with everything on that draws at random."""
+    """Fifty images with all random augmentations enabled."""
     root = tmp_path_factory.mktemp("images")
     for name, shade in (("a", 60), ("b", 180)):
         write_images(root / name, 25, shade)
@@ -73,11 +72,11 @@ def fifty(tmp_path_factory: TempPathFactory) -> TrainingSamples:
 
 
 BATCH, STEPS = 24, 4
-"""Two epochs of the 48 images that are not held out."""
+"""Two epochs of the 48 training images."""
 
 
 def hashes(samples: TrainingSamples, processes: int, workers: int) -> list[str]:
-    """Hash pixels and targets of each global batch, mixed, as so many processes make it."""
+    """Return a hash of the mixed pixels and targets of each global batch for a number of processes."""
     part = BATCH // processes
     found = [hashlib.sha256() for _ in range(STEPS)]
     for process in range(processes):
@@ -105,13 +104,13 @@ def reference(fifty: TrainingSamples) -> list[str]:
 @mark.filterwarnings("ignore:This DataLoader will create")  # more workers than some machines have cores
 @mark.parametrize("workers", [0, 1, 2, 4])
 @mark.parametrize("processes", [1, 2, 3, 4])
-def test_two_epochs_have_equal_pixels_at_any_number_of_processes_and_workers(
+def test_two_epochs_have_the_same_pixels_for_any_number_of_processes_and_workers(
     fifty: TrainingSamples, reference: list[str], processes: int, workers: int
 ) -> None:
     assert hashes(fifty, processes, workers) == reference
 
 
-def test_a_sample_is_augmented_anew_in_each_epoch() -> None:
+def test_a_sample_is_augmented_differently_in_each_epoch() -> None:
     data = samples()
     places = places_of_step(0, 1437, 1437, seed=3)[:1] + places_of_step(1, 1437, 1437, seed=3)
     first = places[0]
@@ -120,24 +119,26 @@ def test_a_sample_is_augmented_anew_in_each_epoch() -> None:
     assert torch.equal(data[first].image, data[first].image)
 
 
-def test_an_unreadable_sample_is_replaced_by_the_same_other_one_every_time(tmp_path: Path) -> None:
+def test_an_unreadable_sample_is_always_replaced_by_the_same_other_one(tmp_path: Path) -> None:
     for name, shade in (("a", 60), ("b", 180)):
         write_images(tmp_path / name, 10, shade)
     splits = load_splits(DataConfig(dataset=str(tmp_path)))
-    bad = 3
-    Path(splits.train.rows[int(splits.train.indices[bad])]["image"]["path"]).write_bytes(b"")
+    unreadable = 3
+    Path(splits.train.rows[int(splits.train.indices[unreadable])]["image"]["path"]).write_bytes(b"")
     transform = EvalTransform(InputConfig.resolve(CFG))
     data = TrainingSamples(splits.train, lambda row: Augmented(transform(decode(row))), seed=0)
-    first, again = data[Place(0, bad)], data[Place(5, bad)]
-    assert first.unreadable == again.unreadable == [Unreadable(bad, splits.train.name(bad), "zero bytes")]
-    assert first.index == bad
+    first, again = data[Place(0, unreadable)], data[Place(5, unreadable)]
+    assert first.unreadable == again.unreadable == [Unreadable(unreadable, splits.train.name(unreadable), "zero bytes")]
+    assert first.index == unreadable
     assert torch.equal(first.image, again.image)
-    twins = [i for i in range(len(splits.train)) if i != bad and torch.equal(data[Place(0, i)].image, first.image)]
+    twins = [
+        i for i in range(len(splits.train)) if i != unreadable and torch.equal(data[Place(0, i)].image, first.image)
+    ]
     assert len(twins) == 1
     assert first.label == splits.train.labels[twins[0]]
 
 
-def test_evaluation_uses_timms_transform_of_the_published_configuration() -> None:
+def test_evaluation_uses_timms_transform_for_the_published_configuration() -> None:
     import timm
 
     config = TransformConfig(image_size=48, crop_pct=0.8, interpolation="bicubic")

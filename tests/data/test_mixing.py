@@ -1,4 +1,4 @@
-"""Pairs of the global batch are mixed by functions of (seed, step, pair)."""
+"""How a pair of the global batch is mixed depends only on (seed, step, pair)."""
 
 import torch
 from pytest import approx, mark, raises
@@ -13,7 +13,7 @@ def some_images() -> torch.Tensor:
     return torch.rand(8, 3, 20, 30, generator=torch.Generator().manual_seed(0))
 
 
-def test_mixup_blends_images_and_labels_by_the_same_share() -> None:
+def test_mixup_blends_images_and_labels_with_the_same_weight() -> None:
     images = some_images()
     mix = draw_mix(TransformConfig(mixup=0.4), 0, 7, range(4), (20, 30))
     mixed, targets = mix_pairs(images, LABELS, mix, 4)
@@ -27,7 +27,7 @@ def test_mixup_blends_images_and_labels_by_the_same_share() -> None:
         torch.testing.assert_close(targets[i], expected)
 
 
-def test_cutmix_exchanges_a_rectangle_and_counts_its_area() -> None:
+def test_cutmix_exchanges_a_rectangle_and_weights_labels_by_its_area() -> None:
     images = some_images()
     mix = draw_mix(TransformConfig(cutmix=1.0), 0, 7, range(4), (20, 30))
     mixed, targets = mix_pairs(images, LABELS, mix, 4)
@@ -43,7 +43,7 @@ def test_cutmix_exchanges_a_rectangle_and_counts_its_area() -> None:
     torch.testing.assert_close(targets.sum(1), torch.ones(8))
 
 
-def test_with_both_either_is_drawn_and_a_probability_leaves_pairs_alone() -> None:
+def test_mixup_and_cutmix_alternate_and_mix_prob_leaves_pairs_unmixed() -> None:
     mix = draw_mix(TransformConfig(mixup=1.0, cutmix=1.0, mix_prob=0.5), 0, 0, range(400), (20, 30))
     cut = mix.boxes[:, 1] > mix.boxes[:, 0]
     alone = (mix.share == 1.0) & ~cut
@@ -56,7 +56,7 @@ def test_with_both_either_is_drawn_and_a_probability_leaves_pairs_alone() -> Non
     assert torch.equal(targets.argmax(1), labels)
 
 
-def test_a_pair_is_mixed_alike_whoever_holds_it_and_otherwise_at_another_step() -> None:
+def test_mixing_of_a_pair_depends_on_seed_and_step_but_not_on_the_process() -> None:
     config = TransformConfig(mixup=0.3, cutmix=1.0)
     whole = draw_mix(config, 5, 3, range(8), (20, 30))
     part = draw_mix(config, 5, 3, range(4, 8), (20, 30))
@@ -67,6 +67,6 @@ def test_a_pair_is_mixed_alike_whoever_holds_it_and_otherwise_at_another_step() 
 
 
 @mark.parametrize("wrong", [{"mixup": -0.1}, {"cutmix": float("inf")}, {"mix_prob": 1.5}])
-def test_impossible_mixing_is_refused(wrong: dict[str, float]) -> None:
-    with raises(RequestError, match=r"--mix|--cutmix"):
+def test_mixing_settings_out_of_range_raise_an_error(wrong: dict[str, float]) -> None:
+    with raises(RequestError, match=r"^(mix|cutmix)"):
         TransformConfig(**wrong)

@@ -1,4 +1,4 @@
-"""Layouts of folders and files: each is read for what it is, or refused in a line that says what to do."""
+"""Dataset layouts are recognized, or raise an error of one line that explains what to do."""
 
 import io
 import json
@@ -22,7 +22,7 @@ from support.processes import TINY
 
 from resnext_hub.data.config import DataConfig
 from resnext_hub.data.decode import UnreadableImageError
-from resnext_hub.data.holdout import doubts, stratified_cut
+from resnext_hub.data.holdout import likely_mistakes, stratified_split
 from resnext_hub.data.images import IndexedImages
 from resnext_hub.data.sources import Source, check_source, dataset_name, open_source, table_files
 from resnext_hub.data.sources.names import class_names_of, likely_splits, split_keyword
@@ -43,7 +43,7 @@ PNG = png()
 
 
 def fill(root: Path, names: Iterable[str]) -> Path:
-    """Write files: images where the name says so, else a few words; a name that ends in a slash is a folder."""
+    """Write files: images if the suffix is that of one, else text; a name with a trailing slash is a folder."""
     for name in names:
         path = root / name
         (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
@@ -87,10 +87,10 @@ SPLITS = classes("train/") + classes("val/")
     ("files", "splits", "note"),
     [
         ([*SPLITS, "__MACOSX/train/cat/._0.png", "__MACOSX/x.png"], {"train", "val"}, "ignored: __MACOSX"),
-        ([*SPLITS, "annotations/a.json"], {"train", "val"}, "left out: annotations"),
-        ([*SPLITS, *flat("test")], {"train", "val"}, "left out: test"),
-        ([*SPLITS, *flat("samples"), "README.md"], {"train", "val"}, "left out: samples"),
-        ([*classes("train/"), *flat("test")], {"train"}, "left out: test"),
+        ([*SPLITS, "annotations/a.json"], {"train", "val"}, "ignored folders: annotations"),
+        ([*SPLITS, *flat("test")], {"train", "val"}, "ignored folders: test"),
+        ([*SPLITS, *flat("samples"), "README.md"], {"train", "val"}, "ignored folders: samples"),
+        ([*classes("train/"), *flat("test")], {"train"}, "ignored folders: test"),
         ([*classes("train/"), *classes("test_set/")], {"train", "test_set"}, None),
         ([*classes("training_set/"), *classes("test_set/")], {"training_set", "test_set"}, None),
         ([*classes("Train/"), *classes("Valid/")], {"Train", "Valid"}, None),
@@ -99,19 +99,27 @@ SPLITS = classes("train/") + classes("val/")
         (
             [*classes("seg_train/seg_train/"), *classes("seg_test/seg_test/"), *flat("seg_pred/seg_pred")],
             {"seg_train", "seg_test"},
-            "left out: seg_pred",
+            "ignored folders: seg_pred",
         ),
         ([*classes("train/images/"), *classes("val/images/")], {"train", "val"}, None),
-        (classes("animals/train/") + classes("animals/val/"), {"train", "val"}, "animals/ was entered"),
-        (classes("my/images/"), {"train"}, "my/images/ was entered"),
-        (classes("train/train/") + classes("train/test/"), {"train", "test"}, "train/ was entered"),
-        ([*classes(), "cover.png"], {"train"}, "1 images outside class folders"),
-        ([*classes(), "notes/a.txt", "empty/"], {"train"}, "folders without images left out: empty, notes"),
+        (
+            classes("animals/train/") + classes("animals/val/"),
+            {"train", "val"},
+            "using the only subfolder with images, animals/",
+        ),
+        (classes("my/images/"), {"train"}, "using the only subfolder with images, my/images/"),
+        (
+            classes("train/train/") + classes("train/test/"),
+            {"train", "test"},
+            "using the only subfolder with images, train/",
+        ),
+        ([*classes(), "cover.png"], {"train"}, "ignored 1 images outside class folders"),
+        ([*classes(), "notes/a.txt", "empty/"], {"train"}, "ignored folders without images: empty, notes"),
         ([*classes(), "dog/1.heic", ".hidden", "a.txt"], {"train"}, "3 files skipped (.heic: 1, .txt: 1, hidden: 1)"),
-        ([*classes(), "stray.parquet"], {"train"}, "ignored, as it holds no images: stray.parquet"),
+        ([*classes(), "stray.parquet"], {"train"}, "ignored parquet files without images: stray.parquet"),
     ],
 )
-def test_splits_and_wrappers_are_recognised_and_what_is_left_out_is_named(
+def test_splits_and_wrapper_folders_are_recognized_and_ignored_files_are_noted(
     tmp_path: Path, files: list[str], splits: set[str], note: str | None
 ) -> None:
     source = opened(fill(tmp_path, files))
@@ -132,7 +140,7 @@ def test_splits_and_wrappers_are_recognised_and_what_is_left_out_is_named(
         (flat('a "b" | c', "-x", "7", "ünï"), ["-x", "7", 'a "b" | c', "ünï"]),
     ],
 )
-def test_classes_stay_classes_whatever_they_are_called(tmp_path: Path, files: list[str], names: list[str]) -> None:
+def test_class_folders_may_have_any_name(tmp_path: Path, files: list[str], names: list[str]) -> None:
     source = opened(fill(tmp_path, files))
     assert set(source.tables) == {"train"}
     assert classes_of(source) == names
@@ -141,62 +149,74 @@ def test_classes_stay_classes_whatever_they_are_called(tmp_path: Path, files: li
 @mark.parametrize(
     ("files", "words"),
     [
-        (flat("train", "test"), ["train", "test", "--layout classes", "metadata.csv"]),
-        (flat("Training", "Validation"), ["--layout classes"]),
-        (flat("training_set", "test_set"), ["--layout classes"]),
-        (flat("train", "val", "bus"), ["--layout classes"]),
-        (flat("train", "test1"), ["test1, train", "--layout classes"]),
+        (
+            flat("train", "test"),
+            ["(test, train), but no class folders in test, train", "layout=classes", "metadata.csv"],
+        ),
+        (flat("Training", "Validation"), ["layout=classes"]),
+        (flat("training_set", "test_set"), ["layout=classes"]),
+        (flat("train", "val", "bus"), ["layout=classes"]),
+        (flat("train", "test1"), ["test1, train", "layout=classes"]),
         (
             [*classes("cat/", ("train", "val")), *classes("dog/", ("train", "val"))],
-            ["splits (train, val) in each of cat, dog"],
+            ["splits (train, val) inside each of cat, dog"],
         ),
-        ([*classes("train/"), *flat("unlabelled")], ["other folders beside train", "--layout classes"]),
-        ([*flat("train"), *classes("val/")], ["train holding images and no class folders"]),
+        ([*classes("train/"), *flat("unlabelled")], ["(train), and other folders beside them", "layout=classes"]),
+        ([*flat("train"), *classes("val/")], ["but no class folders in train"]),
         ([*flat("images"), "labels.csv"], ["labels.csv", "metadata.csv", "file_name"]),
         ([*flat("images", "masks"), "train.csv"], ["train.csv", "metadata.csv"]),
         (["0.png", "1.png", "classes.jsonl"], ["classes.jsonl", "metadata.csv"]),
-        (["0.png", "1.png"], ["holds images (.png: 2) and no class folders", "one folder per class"]),
-        (flat("images"), ["a single class to train on (images)", "one folder per class"]),
+        (["0.png", "1.png"], ["has images (.png: 2) but no class folders", "one folder per class"]),
+        (flat("images"), ["a single class, images (.png: 3)", "one folder per class"]),
         (["a.zip", "b.zip"], ["archives (a.zip, b.zip)", "unpack"]),
         (["shard-0.tar"], ["shard-0.tar", "WebDataset"]),
-        (["a.txt"], ["holds no images (found: .txt: 1)", "known suffixes: .avif"]),
-        ([], ["holds no images (found: nothing)"]),
-        ([*classes(), "bird/1.HEIC", "bird/2.heic"], ["class folder bird", "(.heic: 2)", "convert them"]),
-        ([*classes(), "bird/p001", "bird/p002"], ["class folder bird", "(no suffix: 2)"]),
-        ([*classes("train/"), *classes("val/"), "val/bird/1.dng"], ["class folder val/bird", "(.dng: 1)"]),
+        (["a.txt"], ["has no images (found: .txt: 1; known suffixes: .avif"]),
+        ([], ["has no images (found: nothing;"]),
+        ([*classes(), "bird/1.HEIC", "bird/2.heic"], ["class folder bird", "(found .heic: 2)", "convert them"]),
+        ([*classes(), "bird/p001", "bird/p002"], ["class folder bird", "(found no suffix: 2)"]),
+        ([*classes("train/"), *classes("val/"), "val/bird/1.dng"], ["class folder val/bird", "(found .dng: 1)"]),
         ([*classes(), "config.yaml", "record.json"], ["is a run folder"]),
         (
             [*classes("set/train/"), *classes("set/val/"), *flat("demo")],
-            ["(train, val) in its folder set", "--dataset"],
+            ["splits (train, val) in set, and other folders beside it", "use dataset=", "/set, or"],
         ),
-        (classes("test/"), ["no split to train on, but test; --train-split test"]),
-        (classes("data/Val/"), ["no split to train on, but Val"]),
-        ([*classes("Train/"), *classes("train/"), *classes("val/")], ["(Train, train)", "--train-split"]),
-        ([*classes("train_a/"), *classes("train_b/"), *classes("test/")], ["(train_a, train_b)", "--train-split"]),
-        ([*classes("train/"), *classes("VAL/"), *classes("val/")], ["(VAL, val)", "--eval-split"]),
+        (classes("test/"), ["no training split, only test; use train_split=test"]),
+        (classes("data/Val/"), ["no training split, only Val"]),
+        (
+            [*classes("Train/"), *classes("train/"), *classes("val/")],
+            ["several training splits (Train, train)", "train_split"],
+        ),
+        (
+            [*classes("train_a/"), *classes("train_b/"), *classes("test/")],
+            ["several training splits (train_a, train_b)", "train_split"],
+        ),
+        (
+            [*classes("train/"), *classes("VAL/"), *classes("val/")],
+            ["several evaluation splits (VAL, val)", "eval_split"],
+        ),
     ],
 )
-def test_a_layout_that_is_none_or_could_be_two_is_refused_with_a_way_out(
+def test_an_unknown_or_ambiguous_layout_raises_an_error_with_a_remedy(
     tmp_path: Path, files: list[str], words: list[str]
 ) -> None:
     message = refused(fill(tmp_path, files))
     assert all(word in message for word in words), message
 
 
-def test_folders_that_all_classes_have_are_named(tmp_path: Path) -> None:
+def test_subfolders_that_all_classes_share_are_noted(tmp_path: Path) -> None:
     fill(tmp_path, classes("fold1/") + classes("fold2/"))
-    assert any("each with folders cat, dog in it" in note for note in opened(tmp_path).notes)
+    assert any("each with the subfolders cat, dog" in note for note in opened(tmp_path).notes)
     assert load(tmp_path, layout="splits", train_split="fold1", eval_split="fold2").label_names == ("cat", "dog")
 
 
-def test_layout_decides_what_folders_called_like_splits_are(tmp_path: Path) -> None:
+def test_the_layout_setting_decides_whether_folders_are_classes_or_splits(tmp_path: Path) -> None:
     fill(tmp_path, flat("train", "test"))
     assert classes_of(opened(tmp_path, layout="classes")) == ["test", "train"]
-    assert "the split test holds 3 images and no class folders" in refused(tmp_path, layout="splits")
+    assert "the split test has 3 images and no class folders" in refused(tmp_path, layout="splits")
     other = fill(tmp_path / "other", [*classes("first/"), *classes("second/")])
     splits = load(other, layout="splits", train_split="first", eval_split="second")
     assert (len(splits.train), len(splits.eval)) == (6, 6)
-    assert "--layout is for folders of images" in refused("digits", layout="classes")
+    assert "layout=classes is for folders of images" in refused("digits", layout="classes")
 
 
 @mark.parametrize(
@@ -204,12 +224,12 @@ def test_layout_decides_what_folders_called_like_splits_are(tmp_path: Path) -> N
     [
         ("a.zip", "is an archive; unpack it"),
         ("a.tar.gz", "is an archive; unpack it"),
-        ("labels.csv", "is a table, but not a parquet file: name it metadata.csv"),
+        ("labels.csv", "is a table, but not a parquet file; rename it to metadata.csv"),
         ("cat.png", "is an image, but not a parquet file; expected a folder"),
         ("notes.txt", "is a file, but not a parquet file; expected a folder"),
     ],
 )
-def test_a_file_that_is_no_parquet_is_named_for_what_it_is(tmp_path: Path, name: str, words: str) -> None:
+def test_a_single_file_other_than_parquet_raises_an_error_with_its_kind(tmp_path: Path, name: str, words: str) -> None:
     assert words in refused(fill(tmp_path, [name]) / name)
 
 
@@ -218,7 +238,7 @@ def test_a_file_that_is_no_parquet_is_named_for_what_it_is(tmp_path: Path, name:
 
 @mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 @mark.parametrize("at_top", [False, True])
-def test_labels_of_flat_splits_come_from_metadata(tmp_path: Path, kind: str, at_top: bool) -> None:
+def test_splits_without_class_folders_get_labels_from_metadata(tmp_path: Path, kind: str, at_top: bool) -> None:
     rows = {f"{split}/{i}.png": ("cat", "dog")[i % 2] for split in ("train", "test") for i in range(4)}
     fill(tmp_path, rows)
     for folder in ("",) if at_top else ("train", "test"):
@@ -237,7 +257,7 @@ def write_csv(path: Path, *rows: str) -> None:
     path.write_text("".join(f"{row}\n" for row in rows))
 
 
-def test_rows_without_files_and_files_without_rows_are_counted_and_named(tmp_path: Path) -> None:
+def test_rows_without_files_and_files_without_rows_are_noted(tmp_path: Path) -> None:
     fill(tmp_path, ["a.png", "b.png", "c.png", "d.png", "e.png"])
     write_csv(
         tmp_path / "metadata.csv",
@@ -250,12 +270,12 @@ def test_rows_without_files_and_files_without_rows_are_counted_and_named(tmp_pat
         "/etc/hosts,x",
     )
     source = opened(tmp_path)
-    assert "2 rows without a file left out, such as ../z.png" in source.notes
-    assert "1 images without a row left out, such as e.png" in source.notes
+    assert "ignored 2 rows whose file does not exist, such as ../z.png" in source.notes
+    assert "ignored 1 images without a row, such as e.png" in source.notes
     assert len(load(tmp_path).train) + len(load(tmp_path).eval) == 4
 
 
-def test_a_split_column_makes_splits(tmp_path: Path) -> None:
+def test_a_split_column_defines_the_splits(tmp_path: Path) -> None:
     fill(tmp_path, [f"images/{i}.png" for i in range(6)])
     rows = [f"images/{i}.png,{'ab'[i % 2]},{'train' if i < 4 else 'val'}" for i in range(6)]
     write_csv(tmp_path / "metadata.csv", "file_name,label,split", *rows)
@@ -265,25 +285,29 @@ def test_a_split_column_makes_splits(tmp_path: Path) -> None:
 @mark.parametrize(
     ("header", "rows", "words"),
     [
-        ("file_name,label", ["0.png,x", "0.png,y"], "gives 0.png two labels, x and y"),
-        ("file_name,label", ["z.png,x"], "names no image that is there (the first is z.png)"),
+        ("file_name,label", ["0.png,x", "0.png,y"], "0.png has two labels in {root}/metadata.csv, x and y"),
+        ("file_name,label", ["z.png,x"], "none of the files in {root}/metadata.csv exists, such as z.png"),
         ("file_name,label", ["0.png,x,more"], "row 2 has 3 columns, the first has 2"),
         (
             "file_name,label",
             ["0.png,0.5", "1.png,1.5"],
-            "no column of classes (whole numbers, strings or class labels)",
+            "no label column (integers, strings or ClassLabel)",
         ),
         ("file_name,label", ["0.png,x", "1.png,", "2.png,y"], "1 empty labels out of 3"),
-        ("file_name,width,height", ["0.png,1,2"], "name one with --label-column"),
+        (
+            "file_name,width,height",
+            ["0.png,1,2"],
+            "has no column label; its columns: file_name, width, height; choose one with",
+        ),
     ],
 )
-def test_a_table_that_cannot_be_used_is_refused_by_name(
+def test_an_unusable_table_raises_an_error_with_its_name(
     tmp_path: Path, header: str, rows: list[str], words: str
 ) -> None:
     fill(tmp_path, ["0.png", "1.png", "2.png"])
     write_csv(tmp_path / "metadata.csv", header, *rows)
     message = refused(tmp_path)
-    assert words in message
+    assert words.format(root=tmp_path) in message
 
 
 def labelled(count: int = 6, prefix: str = "", more: Callable[[int], str] = lambda i: "") -> str:
@@ -293,22 +317,28 @@ def labelled(count: int = 6, prefix: str = "", more: Callable[[int], str] = lamb
 @mark.parametrize(
     ("content", "words"),
     [
-        (f"file_name,label,label\n{labelled(more=lambda i: ',c')}", "several of its columns are called label"),
+        (f"file_name,label,label\n{labelled(more=lambda i: ',c')}", "it has several columns called label"),
         (f"file_name,label\n{labelled()}".encode("utf-16-le"), "null characters; store it as UTF-8"),
         (f"file_name,label\n{labelled()}\xe9".encode("latin-1"), "it is not UTF-8: byte 0xe9"),
         ("file_name,label\n0.png,a\0\n1.png,b\n", "null characters"),
-        ("file_name,label\n0.png,nan\n1.png,1.5\n", "no column of classes"),
+        ("file_name,label\n0.png,nan\n1.png,1.5\n", "no label column"),
         (f"file_name,label\n0.png,\u00a0\n{labelled()[8:]}", "1 empty labels out of 6"),
-        (f"file_name,label,split\n{labelled(more=lambda i: ',test' if i > 2 else ',')}", "split is empty for 3 of 6"),
-        (f"file_name,label,split\n{labelled(more=lambda i: ',test' if i > 2 else ', ')}", "split is empty for 3 of 6"),
-        (f"file_name,label,split\n{labelled(more=lambda i: ',test')}", "no split to train on, but test"),
+        (
+            f"file_name,label,split\n{labelled(more=lambda i: ',test' if i > 2 else ',')}",
+            "metadata.csv is empty for 3 of 6",
+        ),
+        (
+            f"file_name,label,split\n{labelled(more=lambda i: ',test' if i > 2 else ', ')}",
+            "metadata.csv is empty for 3 of 6",
+        ),
+        (f"file_name,label,split\n{labelled(more=lambda i: ',test')}", "no training split, only test"),
         (
             f"file_name,label,split\n{labelled(more=lambda i: ',' + ('Train', 'train', 'val')[i % 3])}",
-            "upper case alone",
+            "differ only in case",
         ),
     ],
 )
-def test_a_table_that_could_mislead_is_refused(tmp_path: Path, content: str | bytes, words: str) -> None:
+def test_an_ambiguous_or_damaged_table_raises_an_error(tmp_path: Path, content: str | bytes, words: str) -> None:
     fill(tmp_path, [f"{i}.png" for i in range(6)])
     (tmp_path / "metadata.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
     assert words in refused(tmp_path)
@@ -329,7 +359,7 @@ def test_a_table_that_could_mislead_is_refused(tmp_path: Path, content: str | by
         ),
     ],
 )
-def test_tables_are_read_as_other_programs_write_them(tmp_path: Path, name: str, content: str | bytes) -> None:
+def test_tables_written_by_other_programs_can_be_read(tmp_path: Path, name: str, content: str | bytes) -> None:
     fill(tmp_path, [f"{i}.png" for i in range(6)])
     text = content if isinstance(content, bytes) else content.replace("{root}", str(tmp_path)).encode()
     (tmp_path / f"metadata.{name}").write_bytes(text)
@@ -338,7 +368,7 @@ def test_tables_are_read_as_other_programs_write_them(tmp_path: Path, name: str,
     assert load(tmp_path).label_names == ("a", "b")
 
 
-def test_file_names_match_in_either_spelling_of_unicode(tmp_path: Path) -> None:
+def test_file_names_match_in_either_unicode_normalization(tmp_path: Path) -> None:
     composed, apart = "\u00e9", "e\u0301"
     fill(tmp_path, [f"{composed}{i}.png" for i in range(4)] + [f"{apart}0.png"])
     write_csv(
@@ -358,7 +388,7 @@ def _paths_and_labels(source: Source) -> list[tuple[str, str]]:
     return [(os.path.basename(row["path"]), label) for row, label in zip(table["image"], table["label"], strict=True)]
 
 
-def test_a_table_of_any_size_is_not_read(tmp_path: Path) -> None:
+def test_a_huge_table_is_not_read(tmp_path: Path) -> None:
     fill(tmp_path, classes())
     with open(tmp_path / "metadata.jsonl", "wb") as file:
         file.truncate(1 << 40)
@@ -366,17 +396,19 @@ def test_a_table_of_any_size_is_not_read(tmp_path: Path) -> None:
 
 
 @mark.parametrize("folders", [("training_set", "test_set"), ("x/seg_train", "x/seg_test"), ("train", "TestImages")])
-def test_folders_that_mention_a_split_are_splits_if_they_share_labels(tmp_path: Path, folders: tuple[str, str]) -> None:
+def test_folders_with_a_split_in_their_name_are_splits_if_they_share_labels(
+    tmp_path: Path, folders: tuple[str, str]
+) -> None:
     fill(tmp_path, [f"{folder}/{i}.png" for folder in folders for i in range(6)])
     for folder in folders:
         (tmp_path / folder / "metadata.csv").write_text(f"file_name,label\n{labelled()}")
     names = {folder.rpartition("/")[2] for folder in folders}
     assert {split: len(table) for split, table in opened(tmp_path).tables.items()} == dict.fromkeys(names, 6)
     (tmp_path / folders[0] / "metadata.csv").unlink()
-    assert "the training split has no table" in refused(tmp_path)
+    assert "the training split has no labels" in refused(tmp_path)
 
 
-def test_folders_that_mention_a_split_are_classes_if_they_share_no_label(tmp_path: Path) -> None:
+def test_folders_with_a_split_in_their_name_are_classes_if_they_share_no_label(tmp_path: Path) -> None:
     fill(tmp_path, flat("bullet_train", "test_tube"))
     rows = [f"{name}/{i}.png,{name}" for name in ("bullet_train", "test_tube") for i in range(3)]
     write_csv(tmp_path / "metadata.csv", "file_name,label", *rows)
@@ -384,16 +416,16 @@ def test_folders_that_mention_a_split_are_classes_if_they_share_no_label(tmp_pat
 
 
 @mark.parametrize("names", [("label", "class"), ("class", "label")])
-def test_tables_have_to_call_their_labels_alike(tmp_path: Path, names: tuple[str, str]) -> None:
+def test_tables_need_the_same_label_column(tmp_path: Path, names: tuple[str, str]) -> None:
     for split, name in zip(("train", "test"), names, strict=True):
         fill(tmp_path, [f"{split}/{i}.png" for i in range(6)])
         (tmp_path / split / "metadata.csv").write_text(f"file_name,{name}\n{labelled()}")
-    assert "has a column class where another table has label" in refused(tmp_path)
+    assert "has labels in class, but another table in label" in refused(tmp_path)
 
 
 @mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 @mark.parametrize("fault", ["missing", "empty", "no label", "no file_name", "other files"])
-def test_a_training_split_whose_table_is_of_no_use_is_refused(tmp_path: Path, kind: str, fault: str) -> None:
+def test_a_training_split_without_labels_raises_an_error(tmp_path: Path, kind: str, fault: str) -> None:
     fill(tmp_path, [f"{split}/{i}.png" for split in ("train", "test") for i in range(6)])
     table = datasets.Dataset.from_dict({"file_name": [f"{i}.png" for i in range(6)], "label": list("ababab")})
     faulty = {
@@ -406,21 +438,21 @@ def test_a_training_split_whose_table_is_of_no_use_is_refused(tmp_path: Path, ki
         if content is not None:
             write = {"csv": content.to_csv, "jsonl": content.to_json, "parquet": content.to_parquet}[kind]
             write(tmp_path / split / f"metadata.{kind}")
-    assert "the training split has no table" in refused(tmp_path)
+    assert "the training split has no labels" in refused(tmp_path)
 
 
-def test_a_split_without_labels_is_left_out_unless_it_is_the_training_split(tmp_path: Path) -> None:
+def test_a_split_without_labels_is_ignored_unless_it_is_the_training_split(tmp_path: Path) -> None:
     fill(tmp_path, [f"{split}/{i}.png" for split in ("train", "test") for i in range(6)])
     write_csv(tmp_path / "train" / "metadata.csv", "file_name,label", *(f"{i}.png,{'ab'[i % 2]}" for i in range(6)))
     write_csv(tmp_path / "test" / "metadata.csv", "file_name", *(f"{i}.png" for i in range(6)))
     source = opened(tmp_path)
     assert {split: len(table) for split, table in source.tables.items()} == {"train": 6}
-    assert "6 images without a row left out, such as test/0.png" in source.notes
+    assert "ignored 6 images without a row, such as test/0.png" in source.notes
     (tmp_path / "train" / "metadata.csv").rename(tmp_path / "test" / "metadata.csv")
-    assert "the training split has no table" in refused(tmp_path)
+    assert "the training split has no labels" in refused(tmp_path)
 
 
-def test_numbers_in_a_table_stay_as_they_are_written(tmp_path: Path) -> None:
+def test_numbers_with_leading_zeros_are_text(tmp_path: Path) -> None:
     fill(tmp_path, [f"{i}.png" for i in range(6)])
     write_csv(tmp_path / "metadata.csv", "file_name;label", *(f"{i}.png;{'00' + str(i % 2)}" for i in range(6)))
     assert load(tmp_path).label_names == ("000", "001")
@@ -428,7 +460,7 @@ def test_numbers_in_a_table_stay_as_they_are_written(tmp_path: Path) -> None:
     assert load(tmp_path).label_names == ("2", "10")
 
 
-def test_a_table_without_labels_leaves_class_folders_as_they_are(tmp_path: Path) -> None:
+def test_a_table_without_labels_does_not_affect_class_folders(tmp_path: Path) -> None:
     fill(tmp_path, classes())
     write_csv(tmp_path / "metadata.csv", "file_name,caption", "cat/0.png,a cat")
     assert classes_of(opened(tmp_path)) == ["cat", "dog"]
@@ -454,26 +486,26 @@ def rows_of(names: Iterable[str], separator: str = ",") -> list[str]:
         ("metadata.csv", ["file_name,finding", *rows_of(BATCHES)]),
     ],
 )
-def test_folders_are_no_classes_where_a_table_names_their_images(tmp_path: Path, name: str, rows: list[str]) -> None:
+def test_a_table_that_lists_images_in_folders_requires_a_decision(tmp_path: Path, name: str, rows: list[str]) -> None:
     fill(tmp_path, [*BATCHES, name])
     write_csv(tmp_path / name, *rows)
     message = refused(tmp_path)
     assert name in message
-    assert "if the folders images_001, images_002 are the classes, add --layout classes" in message
-    assert ("--label-column" in message) == ("file_name," in rows[0])
+    assert "if the folders images_001, images_002 are the classes, use layout=classes" in message
+    assert ("label_column" in message) == ("file_name," in rows[0])
     assert classes_of(opened(tmp_path, layout="classes")) == ["images_001", "images_002"]
 
 
-def test_any_kind_of_table_is_searched_for_names_of_images(tmp_path: Path) -> None:
+def test_tables_of_any_format_are_searched_for_image_names(tmp_path: Path) -> None:
     fill(tmp_path, BATCHES)
     table = datasets.Dataset.from_dict({"image": [path[11:] for path in BATCHES], "finding": list("abababab")})
     table.to_parquet(tmp_path / "table.parquet")
-    assert "table.parquet names images of the dataset" in refused(tmp_path)
+    assert "table.parquet lists images of the dataset" in refused(tmp_path)
     (tmp_path / "table.parquet").unlink()
     strings = "".join(f"<si><t>{text}</t></si>" for text in ("a", "b", *(path[11:] for path in BATCHES)))
     with zipfile.ZipFile(tmp_path / "table.xlsx", "w") as archive:
         archive.writestr("xl/sharedStrings.xml", f"<sst>{strings}</sst>")
-    assert "table.xlsx names images of the dataset" in refused(tmp_path)
+    assert "table.xlsx lists images of the dataset" in refused(tmp_path)
     (tmp_path / "table.xlsx").write_bytes(b"PK\3\4 damaged")
     (tmp_path / "stray.parquet").write_bytes(b"PAR1 damaged")
     assert classes_of(opened(tmp_path)) == ["images_001", "images_002"]
@@ -492,12 +524,12 @@ def test_any_kind_of_table_is_searched_for_names_of_images(tmp_path: Path) -> No
         (
             "birds.csv",
             ["class id,filepath,name", *(f"{path[0] == 'd':d},{path},{path[:3].upper()}" for path in classes())],
-            "left out: birds.csv, which names images and the folders of their classes",
+            "ignored birds.csv, which lists the images with the names of their class folders",
         ),
-        ("coco.json", [json.dumps({"categories": ["cat", "dog"], "images": classes()})], "left out: coco.json"),
+        ("coco.json", [json.dumps({"categories": ["cat", "dog"], "images": classes()})], "ignored coco.json"),
     ],
 )
-def test_tables_that_say_no_other_classes_are_left_out(
+def test_tables_that_define_no_other_classes_are_ignored(
     tmp_path: Path, name: str, rows: list[str], note: str | None
 ) -> None:
     fill(tmp_path, classes())
@@ -508,34 +540,34 @@ def test_tables_that_say_no_other_classes_are_left_out(
 
 
 @mark.parametrize("name", ["train.txt", "meta/test.csv", "train_list.lst", "val.json"])
-def test_a_list_of_some_of_the_images_that_is_called_like_a_split_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_list_of_images_named_like_a_split_raises_an_error(tmp_path: Path, name: str) -> None:
     fill(tmp_path, [*classes(), name])
     rows = "cat/1.png 0\ncat/2.png 0\n".replace(" ", "," if name.endswith("csv") else " ")
     (tmp_path / name).write_text(json.dumps(classes()[1:3]) if name.endswith("json") else rows)
     message = refused(tmp_path)
-    assert f"{name} names 2 of 6 images, as a split, but is ignored" in message
+    assert f"{name} lists 2 of 6 images, like a split, but such lists are not supported" in message
     assert len(opened(tmp_path, layout="classes").tables["train"]) == 6
 
 
-def test_a_table_of_splits_beside_class_folders_is_refused(tmp_path: Path) -> None:
+def test_a_table_of_splits_beside_class_folders_raises_an_error(tmp_path: Path) -> None:
     rows = [f"{path},{path[:3]},{('train', 'test')[path[4] == '2']}" for path in classes()]
     fill(tmp_path, classes())
     write_csv(tmp_path / "birds.csv", "filepath,name,data set", *rows)
-    assert "birds.csv names images of the dataset and is not read: if it says the classes or splits" in refused(
+    assert "birds.csv lists images of the dataset, but is not used; if it defines classes or splits" in refused(
         tmp_path
     )
     (tmp_path / "birds.csv").unlink()
     (tmp_path / "parts.json").write_text(json.dumps({"train": classes()[:4], "test": classes()[4:]}))
-    assert "parts.json names images of the dataset and is not read" in refused(tmp_path)
+    assert "parts.json lists images of the dataset, but is not used" in refused(tmp_path)
 
 
-def test_a_table_of_any_size_beside_class_folders_is_searched_from_its_beginning(tmp_path: Path) -> None:
+def test_only_the_beginning_of_a_huge_table_is_searched(tmp_path: Path) -> None:
     fill(tmp_path, BATCHES)
     with open(tmp_path / "all.csv", "w") as file:
         file.write("image,label\n" + "\n".join(rows_of(path[11:] for path in BATCHES)) + "\n")
         file.truncate(1 << 40)
     start = time.process_time()
-    assert "all.csv names images of the dataset and is not read" in refused(tmp_path)
+    assert "all.csv lists images of the dataset, but is not used" in refused(tmp_path)
     assert time.process_time() - start < 5
     os.mkfifo(tmp_path / "more.csv")
     assert classes_of(opened(tmp_path, layout="classes")) == ["images_001", "images_002"]
@@ -543,23 +575,23 @@ def test_a_table_of_any_size_beside_class_folders_is_searched_from_its_beginning
 
 @mark.parametrize("extra", [[], ["preview.png"]])
 @mark.parametrize("place", ["", "cat/", "dog/"])
-def test_a_column_that_may_be_no_class_asks_beside_class_folders(tmp_path: Path, place: str, extra: list[str]) -> None:
+def test_a_column_of_unknown_meaning_beside_class_folders_requires_a_decision(
+    tmp_path: Path, place: str, extra: list[str]
+) -> None:
     fill(tmp_path, [*classes(count=4), *extra])
     names = [path for path in classes(count=4) if path.startswith(place)]
     rows = [f"{path.removeprefix(place)},{('ann', 'bob')[i % 2]}" for i, path in enumerate(names)]
     write_csv(tmp_path / place / "metadata.csv", "file_name,photographer", *rows)
     message = refused(tmp_path)
-    assert "--label-column" in message
-    assert "--layout classes" in message
+    assert "label_column" in message
+    assert "layout=classes" in message
     assert classes_of(opened(tmp_path, layout="classes")) == ["cat", "dog"]
     assert load(tmp_path, label_column="photographer").label_names == ("ann", "bob")
 
 
 @mark.parametrize("name", ["Split", "SPLIT", "set", "subset", "partition", "Usage", "stage"])
 @mark.parametrize("values", [("train", "test"), ("Training", "Validation"), ("train_set", "test_set")])
-def test_a_column_of_splits_makes_splits_whatever_it_is_called(
-    tmp_path: Path, name: str, values: tuple[str, str]
-) -> None:
+def test_a_split_column_may_have_any_name(tmp_path: Path, name: str, values: tuple[str, str]) -> None:
     fill(tmp_path, [f"{i}.png" for i in range(6)])
     (tmp_path / "metadata.csv").write_text(
         f"file_name,label,{name},camera\n{labelled(more=lambda i: f',{values[i > 3]},left')}"
@@ -567,10 +599,10 @@ def test_a_column_of_splits_makes_splits_whatever_it_is_called(
     source = opened(tmp_path)
     assert {split: len(table) for split, table in source.tables.items()} == {values[0]: 4, values[1]: 2}
     assert f"splits from column {name}" in source.notes
-    assert "columns not used: camera" in source.notes
+    assert "unused columns: camera" in source.notes
 
 
-def test_splits_are_found_over_all_tables(tmp_path: Path) -> None:
+def test_splits_are_found_across_all_tables(tmp_path: Path) -> None:
     fill(tmp_path, [f"{folder}/{i}.png" for folder in "xy" for i in range(4)])
     for folder, split in (("x", "train"), ("y", "test")):
         (tmp_path / folder / "metadata.csv").write_text(
@@ -585,15 +617,19 @@ def test_splits_are_found_over_all_tables(tmp_path: Path) -> None:
         (
             "split",
             lambda i: f",{('TRAIN', 'te')[i > 3]}",
-            "has the splits TRAIN, te, none of which is called like one to",
+            "has the splits TRAIN, te, but no usual name of an evaluation split",
         ),
-        ("split", lambda i: f",train\n{i}.png,{'ab'[i % 2]},test", "gives 0.png two splits, train and test"),
-        ("is_valid", lambda i: f",{i > 3}", "has a column is_valid, which is not read"),
-        ("Is_Test_set", lambda i: f",{int(i > 3)}", "has a column Is_Test_set, which is not read"),
-        ("set,split", lambda i: ",train,test" if i > 3 else ",test,train", "several columns that differ (set, split)"),
+        ("split", lambda i: f",train\n{i}.png,{'ab'[i % 2]},test", "0.png has two splits in"),
+        ("is_valid", lambda i: f",{i > 3}", "has a column is_valid, which is not supported"),
+        ("Is_Test_set", lambda i: f",{int(i > 3)}", "has a column Is_Test_set, which is not supported"),
+        (
+            "set,split",
+            lambda i: ",train,test" if i > 3 else ",test,train",
+            "several split columns that differ (set, split)",
+        ),
     ],
 )
-def test_splits_that_are_not_clear_are_refused(
+def test_ambiguous_splits_in_tables_raise_an_error(
     tmp_path: Path, header: str, more: Callable[[int], str], words: str
 ) -> None:
     fill(tmp_path, [f"{i}.png" for i in range(6)])
@@ -601,7 +637,7 @@ def test_splits_that_are_not_clear_are_refused(
     assert words in refused(tmp_path)
 
 
-def test_a_split_of_any_name_is_evaluated_on_if_asked_for(tmp_path: Path) -> None:
+def test_an_evaluation_split_of_any_name_can_be_requested(tmp_path: Path) -> None:
     fill(tmp_path, [f"{i}.png" for i in range(6)])
     (tmp_path / "metadata.csv").write_text(
         f"file_name,label,split\n{labelled(more=lambda i: ',te' if i > 3 else ',train')}"
@@ -612,29 +648,34 @@ def test_a_split_of_any_name_is_evaluated_on_if_asked_for(tmp_path: Path) -> Non
 @mark.parametrize(
     ("column", "words"),
     [
-        ("split", "that column of {root}/metadata.csv holds splits; expected a column of classes (label)"),
-        ("file_name", "holds file names; expected a column of classes (label)"),
-        ("nope", "there is no such column; it has file_name, label, split"),
+        (
+            "split",
+            "this column of {root}/metadata.csv holds splits; expected a column of classes (other columns: label)",
+        ),
+        ("file_name", "holds file names; expected a column of classes (other columns: label)"),
+        ("nope", "{root}/metadata.csv has no such column; its columns: file_name, label, split"),
     ],
 )
 @mark.parametrize("folder", ["", "images/"])
-def test_a_column_that_holds_no_labels_is_refused_by_name(tmp_path: Path, column: str, words: str, folder: str) -> None:
+def test_a_column_without_labels_raises_an_error_with_its_name(
+    tmp_path: Path, column: str, words: str, folder: str
+) -> None:
     fill(tmp_path, [f"{folder}{i}.png" for i in range(6)])
     (tmp_path / "metadata.csv").write_text(
         f"file_name,label,split\n{labelled(prefix=folder, more=lambda i: ',test' if i > 3 else ',train')}"
     )
     message = refused(tmp_path, label_column=column)
-    assert f"--label-column {column}: " in message
+    assert f"label_column={column}: " in message
     assert words.format(root=tmp_path) in message
 
 
-def test_two_columns_of_classes_have_to_agree(tmp_path: Path) -> None:
+def test_two_label_columns_have_to_agree(tmp_path: Path) -> None:
     fill(tmp_path, [f"{i}.png" for i in range(6)])
     path = tmp_path / "metadata.csv"
     path.write_text(f"file_name,class_name,label\n{labelled(more=lambda i: f',{i % 2}')}")
     assert load(tmp_path).label_names == ("0", "1")
     path.write_text(f"file_name,category,Label\n{labelled(more=lambda i: f',{i % 3}')}")
-    assert "has the columns Label and category, which sort the images in two ways" in refused(tmp_path)
+    assert "has the columns Label and category, which define different classes" in refused(tmp_path)
     assert load(tmp_path, label_column="category").label_names == ("a", "b")
 
 
@@ -651,7 +692,7 @@ def test_two_columns_of_classes_have_to_agree(tmp_path: Path) -> None:
         "file_name\tlabel\n{}",
     ],
 )
-def test_tables_of_any_delimiter_are_read_without_blanks_around_cells(tmp_path: Path, content: str) -> None:
+def test_tables_may_have_any_delimiter_and_whitespace_around_cells(tmp_path: Path, content: str) -> None:
     fill(tmp_path, BATCHES)
     header, line = content.rsplit("\n", 1)
     delimiter = next(mark for mark in ";|\t," if mark in header and (mark != "\t" or "," not in header))
@@ -661,7 +702,7 @@ def test_tables_of_any_delimiter_are_read_without_blanks_around_cells(tmp_path: 
     assert load(tmp_path).label_names == ("a", "b")
 
 
-def test_blanks_are_kept_in_quotes_and_in_json(tmp_path: Path) -> None:
+def test_whitespace_is_kept_in_quotes_and_in_json(tmp_path: Path) -> None:
     fill(tmp_path, [f"{i}.png" for i in range(6)])
     rows = [f"{i}.png, {('x y', ' 5' + chr(34) + ' z ', chr(34) + ' a ' + chr(34))[i % 3]} " for i in range(6)]
     write_csv(tmp_path / "metadata.csv", "file_name,label", *rows)
@@ -676,14 +717,14 @@ def test_blanks_are_kept_in_quotes_and_in_json(tmp_path: Path) -> None:
     assert load(tmp_path).label_names == ("0", "1")
 
 
-def test_only_the_columns_in_use_are_read(tmp_path: Path) -> None:
+def test_only_the_needed_columns_are_read(tmp_path: Path) -> None:
     fill(tmp_path, [f"{i}.png" for i in range(6)])
     rows = [{"file_name": f"{i}.png", "label": "ab"[i % 2]} for i in range(6)]
     own = [json.dumps(row | {f"k{i}": 1}) for i, row in enumerate(rows * 2000)]
     write_csv(tmp_path / "metadata.jsonl", *own)
     start = time.process_time()
     assert load(tmp_path).label_names == ("a", "b")
-    assert time.process_time() - start < 5  # each row with all columns takes 15 s
+    assert time.process_time() - start < 5  # keeping all columns of each row would take 15 s
     (tmp_path / "metadata.jsonl").unlink()
     table = datasets.Dataset.from_list(rows).data.table
     far = pyarrow.array([2**62] * 6, pyarrow.timestamp("us"))
@@ -699,12 +740,14 @@ def test_only_the_columns_in_use_are_read(tmp_path: Path) -> None:
 
 
 @mark.parametrize("kind", ["csv", "jsonl", "parquet"])
-def test_a_table_of_far_more_rows_than_images_is_refused(tmp_path: Path, kind: str, monkeypatch: MonkeyPatch) -> None:
+def test_a_table_with_far_more_rows_than_images_raises_an_error(
+    tmp_path: Path, kind: str, monkeypatch: MonkeyPatch
+) -> None:
     monkeypatch.setattr(table_files, "SPARE_ROWS", 100)
     fill(tmp_path, ["0.png", "1.png"])
     table = datasets.Dataset.from_dict({"file_name": ["0.png", "1.png"] * 100, "label": ["a", "b"] * 100})
     {"csv": table.to_csv, "jsonl": table.to_json, "parquet": table.to_parquet}[kind](tmp_path / f"metadata.{kind}")
-    assert "(more than 120 rows for 2 images; keep the rows of images that are there)" in refused(tmp_path)
+    assert "(more than 120 rows for 2 images; keep only rows of existing images)" in refused(tmp_path)
 
 
 # Links, special files, names
@@ -728,19 +771,19 @@ def test_each_real_folder_is_read_once(tmp_path: Path) -> None:
     source = opened(root)
     assert classes_of(source) == ["bird", "cat", "dog"]
     assert len(source.tables["train"]) == 8
-    assert any("cat/all" in note and "link that leads nowhere horse" in note for note in source.notes)
+    assert any("cat/all" in note and "dangling link horse" in note for note in source.notes)
 
 
-def test_the_root_of_the_file_system_is_refused_at_once(tmp_path: Path) -> None:
+def test_the_root_of_the_file_system_raises_an_error(tmp_path: Path) -> None:
     (tmp_path / "all").symlink_to("/")
     assert "is the root of the file system" in refused(tmp_path / "all")
     assert "is the root of the file system" in refused("/")
 
 
-def test_a_split_that_is_a_link_to_another_is_refused(tmp_path: Path) -> None:
+def test_a_split_that_links_to_another_raises_an_error(tmp_path: Path) -> None:
     fill(tmp_path, classes("train/") + classes("test/"))
     (tmp_path / "val").symlink_to("train")
-    assert "val is a link to a folder that is part of the dataset already" in refused(tmp_path)
+    assert f"val is a link to {tmp_path}/train, which is already part of the dataset" in refused(tmp_path)
 
 
 @mark.parametrize(
@@ -755,7 +798,7 @@ def test_a_split_that_is_a_link_to_another_is_refused(tmp_path: Path) -> None:
         (classes("v1/train/") + classes("v1/val/"), {"latest": "v1"}, None),
     ],
 )
-def test_links_that_would_empty_a_split_are_refused(
+def test_links_that_would_leave_a_split_empty_raise_an_error(
     tmp_path: Path, files: list[str], links: dict[str, str], refused_link: str | None
 ) -> None:
     fill(tmp_path, files)
@@ -763,19 +806,23 @@ def test_links_that_would_empty_a_split_are_refused(
         (tmp_path / link).parent.mkdir(exist_ok=True)
         (tmp_path / link).symlink_to(target)
     if refused_link:
-        assert f"/{refused_link} is a link to a folder that is part of the dataset already" in refused(tmp_path)
-        assert "--layout classes" in refused(tmp_path)
+        message = refused(tmp_path)
+        assert f"/{refused_link} is a link to {tmp_path}" in message
+        assert "which is already part of the dataset" in message
+        assert "layout=classes" in message
     else:
         assert classes_of(opened(tmp_path)) == ["cat", "dog"]
 
 
-def test_other_splits_that_are_left_out_are_named_for_what_they_are(tmp_path: Path) -> None:
+def test_ignored_splits_are_noted(tmp_path: Path) -> None:
     fill(tmp_path, [*SPLITS, *classes("train_extra/")])
-    assert "left out: train_extra (--layout splits takes every folder as a split" in " ".join(opened(tmp_path).notes)
+    assert "ignored folders: train_extra (--layout splits uses every folder as a split" in " ".join(
+        opened(tmp_path).notes
+    )
     assert len(load(tmp_path, layout="splits", train_split="train_extra").train) == 6
 
 
-def test_what_is_no_regular_file_is_listed_and_never_opened(tmp_path: Path) -> None:
+def test_special_files_are_listed_but_never_opened(tmp_path: Path) -> None:
     fill(tmp_path, [*classes(), "cat/folder.jpg/9.png"])
     os.mkfifo(tmp_path / "cat" / "fifo.jpg")
     with socket.socket(socket.AF_UNIX) as listener:
@@ -792,7 +839,7 @@ def test_what_is_no_regular_file_is_listed_and_never_opened(tmp_path: Path) -> N
         assert name in refused(tmp_path / name if name == "train.parquet" else tmp_path)
 
 
-def test_junk_and_run_folders_are_left_out_at_every_depth(tmp_path: Path) -> None:
+def test_junk_and_run_folders_are_ignored_at_every_depth(tmp_path: Path) -> None:
     junk = [
         ".ipynb_checkpoints/0-checkpoint.png",
         "@eaDir/0.png",
@@ -808,7 +855,7 @@ def test_junk_and_run_folders_are_left_out_at_every_depth(tmp_path: Path) -> Non
     assert any("run folder cat/old, run folder runs/a" in note for note in opened(tmp_path).notes)
 
 
-def test_names_that_are_not_utf8_keep_their_files_and_get_printable_classes(tmp_path: Path) -> None:
+def test_names_that_are_not_utf8_get_printable_class_names(tmp_path: Path) -> None:
     root = fill(tmp_path / "d", classes())
     odd = os.fsencode(root) + b"/caf\xe9"
     os.mkdir(odd)
@@ -827,17 +874,17 @@ def test_names_that_are_not_utf8_keep_their_files_and_get_printable_classes(tmp_
             part.name(i).encode()
     os.mkdir(os.path.join(strange, "caf\\xe9"))
     shutil.copy(os.path.join(strange, "cat", "0.png"), os.path.join(strange, "caf\\xe9", "0.png"))
-    assert "two classes that are both written caf\\xe9" in refused(strange)
+    assert "two classes whose names both print as caf\\xe9" in refused(strange)
 
 
 @mark.parametrize("name", ["plain", "ünï/ø", os.fsdecode(b"a\xff\xfe/b\xc3"), "tab\t\n"])
-def test_stored_paths_are_valid_text_and_lead_back(name: str) -> None:
+def test_stored_paths_are_valid_text_and_can_be_reversed(name: str) -> None:
     stored = stored_path(name)
     stored.encode()
     assert real_path(stored) == name
 
 
-def test_two_unicode_forms_of_a_name_are_one_class(tmp_path: Path) -> None:
+def test_two_unicode_normalizations_of_a_name_are_one_class(tmp_path: Path) -> None:
     fill(tmp_path, [*classes("train/", ("caf\u00e9", "tea")), *classes("val/", ("cafe\u0301", "tea"))])
     splits = load(tmp_path)
     assert splits.label_names == ("caf\u00e9", "tea")
@@ -845,14 +892,14 @@ def test_two_unicode_forms_of_a_name_are_one_class(tmp_path: Path) -> None:
     assert class_names_of(["n\u0303", "\u00f1"], "x") == {"n\u0303": "\u00f1", "\u00f1": "\u00f1"}
 
 
-def test_an_unreadable_class_folder_is_named() -> None:
-    with tempfile.TemporaryDirectory() as scratch:  # which another user can be let into
+def test_an_unreadable_class_folder_raises_an_error_with_its_name() -> None:
+    with tempfile.TemporaryDirectory() as scratch:  # tmp_path is not accessible to another user
         folder = Path(scratch)
         folder.chmod(0o755)
         fill(folder, classes())
         (folder / "cat").chmod(0)
         if os.geteuid() == 0:
-            os.seteuid(65534)  # root may read everything
+            os.seteuid(65534)  # root can read everything
         try:
             message = refused(folder)
         finally:
@@ -862,24 +909,22 @@ def test_an_unreadable_class_folder_is_named() -> None:
     assert "permission denied" in message
 
 
-def test_doubtful_classes_are_named_in_the_log(
-    tmp_path: Path, caplog: LogCaptureFixture, monkeypatch: MonkeyPatch
-) -> None:
+def test_suspicious_classes_are_logged(tmp_path: Path, caplog: LogCaptureFixture, monkeypatch: MonkeyPatch) -> None:
     import logging
 
     monkeypatch.setattr(logging.getLogger("resnext_hub"), "propagate", True)
     fill(tmp_path, [*classes("train/"), *classes("val/", ("Cat", "dog", "horse")), *classes("test/")])
     with caplog.at_level(logging.INFO, "resnext_hub"):
         load(tmp_path)
-    assert "no training image is of the class Cat, horse" in caplog.text
-    assert "classes Cat, cat differ in upper case or spaces alone" in caplog.text
-    assert "not used: split test" in caplog.text
-    assert doubts(["a", "A ", "b"], np.array([0, 1, 2]), np.array([0])) == [
-        "classes a, A  differ in upper case or spaces alone; they are kept apart"
+    assert "no training images for Cat, horse" in caplog.text
+    assert "classes Cat, cat differ only in case or spaces" in caplog.text
+    assert "unused splits: test" in caplog.text
+    assert likely_mistakes(["a", "A ", "b"], np.array([0, 1, 2]), np.array([0])) == [
+        "classes a, A  differ only in case or spaces; they are kept separate"
     ]
 
 
-# What is held out
+# Held-out images
 
 
 @mark.parametrize(
@@ -892,17 +937,17 @@ def test_doubtful_classes_are_named_in_the_log(
         ([1000, 5], 0.0001, [1, 1]),
     ],
 )
-def test_every_class_of_two_is_trained_and_measured(counts: list[int], fraction: float, held: list[int]) -> None:
+def test_classes_with_two_images_are_in_both_splits(counts: list[int], fraction: float, held: list[int]) -> None:
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
-    kept, out = stratified_cut(labels, fraction, seed=3)
+    kept, out = stratified_split(labels, fraction, seed=3)
     assert np.bincount(labels[out], minlength=len(counts)).tolist() == held
     assert sorted([*kept, *out]) == list(range(len(labels)))
-    assert np.array_equal(out, stratified_cut(labels, fraction, seed=3)[1])
+    assert np.array_equal(out, stratified_split(labels, fraction, seed=3)[1])
 
 
-def test_classes_of_one_image_each_are_refused_in_our_words() -> None:
-    with raises(RequestError, match=r"5000 images of 5000 classes: none can be held out, .* at least 2"):
-        stratified_cut(np.arange(5000), 0.2, 0)
+def test_classes_with_a_single_image_each_raise_an_error() -> None:
+    with raises(RequestError, match=r"no images can be held out: each of 5000 classes has a single image; add images"):
+        stratified_split(np.arange(5000), 0.2, 0)
 
 
 @mark.parametrize(
@@ -912,9 +957,9 @@ def test_classes_of_one_image_each_are_refused_in_our_words() -> None:
         {"eval_fraction": 0.99}, {"eval_fraction": 0.0}, {"eval_fraction": float("nan")}, {"max_bad_fraction": 2.0},
     ],
 )  # fmt: skip
-def test_numbers_out_of_range_are_refused_with_the_range(settings: dict[str, float]) -> None:
+def test_settings_out_of_range_raise_an_error_with_the_range(settings: dict[str, float]) -> None:
     (name,) = settings
-    with raises(RequestError, match=f"^--{name.replace('_', '-')} .*: expected a .*number .* 0 (to|and)"):
+    with raises(RequestError, match=f"^{name}=.*: expected a .*number .* 0 (to|and)"):
         DataConfig(**settings)
 
 
@@ -922,7 +967,7 @@ def test_numbers_out_of_range_are_refused_with_the_range(settings: dict[str, flo
 
 
 def write(path: Path, labels: Sequence[object], kind: object, rows: Sequence[dict[str, object]] | None = None) -> Path:
-    """Write a parquet file as it is given, without what the library datasets would mend."""
+    """Write a parquet file without the corrections that datasets would make."""
     features = datasets.Features({"image": datasets.Image(decode=False), "label": kind})
     rows = rows or [{"bytes": PNG, "path": "image.png"}] * len(labels)
     table = pyarrow.table({"image": list(rows), "label": list(labels)}, schema=features.arrow_schema)
@@ -949,15 +994,17 @@ def named(*names: str) -> datasets.ClassLabel:
         (["0000", "0001"], {"train": ["0000", "0001"]}),
     ],
 )
-def test_parquet_files_are_split_by_the_names_of_files_and_folders(
+def test_splits_of_parquet_files_follow_from_the_names_of_files_and_folders(
     files: list[str], splits: dict[str, list[str]]
 ) -> None:
     found = splits_of(Path("data"), (f"{file}.parquet" for file in files))
     assert found == {split: [f"{file}.parquet" for file in members] for split, members in splits.items()}
 
 
-def test_a_parquet_file_of_no_split_beside_others_is_refused() -> None:
-    with raises(RequestError, match=r"extra\.parquet belongs to no split .* \(test, train\); rename it"):
+def test_a_parquet_file_without_a_split_beside_others_raises_an_error() -> None:
+    with raises(
+        RequestError, match=r"extra\.parquet has no split in its name, unlike other files \(test, train\); rename it"
+    ):
         splits_of(Path("data"), ["train.parquet", "test.parquet", "extra.parquet"])
 
 
@@ -971,14 +1018,12 @@ def test_a_parquet_file_of_no_split_beside_others_is_refused() -> None:
         (["fold0/train", "fold0/test", "fold1/train", "fold1/test"], "split train in several places (fold0, fold1)"),
         (["train", "test", "backup/train"], "split train in several places (the folder itself, backup)"),
         (["a/train/0", "b/train/0", "test"], "split train in several places (a, b)"),
-        (["cats/0", "dogs/0"], "in the folders cats, dogs, but labels come from a column"),
+        (["cats/0", "dogs/0"], "in the folders cats, dogs, whose names are not used as labels"),
         (["train/cats/0", "train/dogs/0", "test/x/0"], "in the folders cats, dogs"),
         (["0", "old/0"], "in the folders ., old"),
     ],
 )
-def test_parquet_files_in_places_that_could_be_several_datasets_are_not_taken_together(
-    files: list[str], words: str
-) -> None:
+def test_parquet_files_that_could_be_several_datasets_are_not_merged(files: list[str], words: str) -> None:
     with raises(RequestError) as caught:
         splits_of(Path("data"), (f"{file}.parquet" for file in files))
     assert words in str(caught.value)
@@ -994,8 +1039,11 @@ def test_parquet_files_in_places_that_could_be_several_datasets_are_not_taken_to
         (["train/0", "train_extra/0", "test/0"], "train, train extra"),
     ],
 )
-def test_parquet_files_named_unlike_within_a_split_are_not_taken_together(files: list[str], series: str) -> None:
-    with raises(RequestError, match=rf"several kinds of parquet files of the split train \({series}\), .* rename them"):
+def test_parquet_files_of_different_series_in_a_split_are_not_merged(files: list[str], series: str) -> None:
+    with raises(
+        RequestError,
+        match=rf"several series of parquet files of the split train \({series}\), .* rename them to one series",
+    ):
         splits_of(Path("data"), (f"{file}.parquet" for file in files))
 
 
@@ -1015,7 +1063,7 @@ def test_parquet_files_named_unlike_within_a_split_are_not_taken_together(files:
         ["split=train/label=cat/0", "split=train/label=dog/0", "split=test/label=cat/0"],
     ],
 )
-def test_parquet_files_in_numbered_or_labelled_folders_are_of_one_dataset(files: list[str]) -> None:
+def test_parquet_files_in_numbered_or_labelled_folders_are_one_dataset(files: list[str]) -> None:
     splits = splits_of(Path("data"), (f"{file}.parquet" for file in files))
     assert sorted(file for members in splits.values() for file in members) == sorted(
         f"{file}.parquet" for file in files
@@ -1041,32 +1089,34 @@ def in_folders(root: Path, folders: Iterable[str], columns: dict[str, list[objec
         (["version=1/label=x", "version=1/label=y"], ("x", "y")),
     ],
 )
-def test_labels_that_stand_in_names_of_folders_are_a_column(
-    tmp_path: Path, folders: list[str], names: tuple[str, ...]
-) -> None:
+def test_labels_in_folder_names_are_a_column(tmp_path: Path, folders: list[str], names: tuple[str, ...]) -> None:
     splits = load(in_folders(tmp_path, folders))
     assert splits.label_names == names
     assert np.bincount(splits.train.labels).tolist() == [3, 3]
     assert splits.train.image(0).size == (8, 8)
 
 
-def test_labels_in_names_of_folders_keep_to_their_rows_and_splits(tmp_path: Path) -> None:
+def test_labels_in_folder_names_match_rows_and_splits(tmp_path: Path) -> None:
     in_folders(tmp_path, [f"split={split}/label={name}" for split in ("train", "test") for name in ("a", "b")])
     splits = load(tmp_path)
     assert (splits.train.labels.tolist(), splits.eval.labels.tolist()) == ([0] * 4 + [1] * 4,) * 2
-    assert "no column of classes" in refused(tmp_path, streaming=True)
+    assert "no label column" in refused(tmp_path, streaming=True)
 
 
 @mark.parametrize(
     ("folders", "columns", "words"),
     [
-        (["label=a", "label=b"], {"source": ["web", "cam"] * 2}, "name one with --label-column: source, label"),
-        (["label=a", "label=b", "."], {}, "part-0.parquet lies in no folder label=…, as other files do"),
+        (
+            ["label=a", "label=b"],
+            {"source": ["web", "cam"] * 2},
+            "several columns that could be labels (source, label); choose one with",
+        ),
+        (["label=a", "label=b", "."], {}, "part-0.parquet is not in a folder label=…, unlike other files"),
         (["label=a", "label=__HIVE_DEFAULT_PARTITION__"], {}, "4 empty labels out of 8"),
-        (["label=a"], {}, "no column of classes"),
+        (["label=a"], {}, "no label column"),
     ],
 )
-def test_folders_that_do_not_label_all_rows_are_refused(
+def test_folders_that_do_not_label_all_rows_raise_an_error(
     tmp_path: Path, folders: list[str], columns: dict[str, list[object]], words: str
 ) -> None:
     (tmp_path / "set").mkdir()
@@ -1079,7 +1129,7 @@ def test_folders_that_do_not_label_all_rows_are_refused(
 
 
 def configured(root: Path, configs: str, *names: str) -> Path:
-    """Write a repository whose README.md states configurations, with a class of its own in each file."""
+    """Write a repository with configurations in its README.md, and a class in each file that no other has."""
     for name in names:
         write(root / name, [0, 1] * 4, named("common", name))
     (root / "README.md").write_text(f"---\nlicense: mit\n{configs}\ntags: [a]\n---\n# Words\nconfigs: none\n")
@@ -1098,10 +1148,10 @@ SMALL_AND_FULL = """configs:
 SMALL_AND_FULL_FILES = [f"{name}/{split}-0.parquet" for name in ("full", "small") for split in ("train", "test")]
 
 
-def test_the_configuration_of_a_cloned_repository_is_chosen(tmp_path: Path) -> None:
+def test_a_configuration_of_a_cloned_repository_can_be_chosen(tmp_path: Path) -> None:
     configured(tmp_path, SMALL_AND_FULL, *SMALL_AND_FULL_FILES)
-    assert "states no default configuration; name one of full, small with --dataset-config" in refused(tmp_path)
-    assert "lists no files here for medium; name one of full, small" in refused(tmp_path, dataset_config="medium")
+    assert "has no default configuration; choose one of full, small with dataset_config" in refused(tmp_path)
+    assert "lists no existing files for medium; choose one of full, small" in refused(tmp_path, dataset_config="medium")
     for name in ("full", "small"):
         splits = load(tmp_path, dataset_config=name)
         assert splits.label_names == ("common", f"{name}/train-0.parquet", f"{name}/test-0.parquet")
@@ -1134,16 +1184,16 @@ def test_the_configuration_of_a_cloned_repository_is_chosen(tmp_path: Path) -> N
         ("configs: [\n{config_name: x, data_files: {train: data/a*, test: data/b*}}\n]", "a", "b"),
     ],
 )
-def test_splits_are_those_that_readme_states(tmp_path: Path, configs: str, train: str, test: str) -> None:
+def test_splits_follow_readme(tmp_path: Path, configs: str, train: str, test: str) -> None:
     configured(tmp_path, configs, "data/a-0.parquet", "data/b-0.parquet")
     splits = load(tmp_path)
     assert splits.label_names[1:] == (f"data/{train}-0.parquet", f"data/{test}-0.parquet")
 
 
-def test_files_that_readme_does_not_list_are_left_out_by_name(tmp_path: Path) -> None:
+def test_files_that_readme_does_not_list_are_noted(tmp_path: Path) -> None:
     configs = "configs:\n- config_name: x\n  data_files: data/a-*"
     source = opened(configured(tmp_path, configs, "data/a-0.parquet", "data/b-0.parquet"))
-    assert "left out, as configuration x does not list it: data/b-0.parquet" in source.notes
+    assert "ignored files that configuration x does not list: data/b-0.parquet" in source.notes
     assert len(source.tables["train"]) == 8
 
 
@@ -1151,16 +1201,16 @@ def test_files_that_readme_does_not_list_are_left_out_by_name(tmp_path: Path) ->
     ("configs", "words"),
     [
         ("configs:\n- data_files: {train: 'data/*', test: data/b-*}", "lists data/b-0.parquet in several splits"),
-        ("configs:\n- data_files: 5", "states its configs wrongly"),
-        ("configs: 5", "states its configs wrongly"),
-        ("configs:\n- a", "states its configs wrongly"),
-        ("configs:\n- &x {a: *x}", "states its configs wrongly"),
-        ("configs:\n- {data_files: [", "states its configs wrongly"),
-        ("configs:\n- !!python/name:os.system x", "states its configs wrongly"),
-        ("configs:\n" + "- {data_files: x}\n" * 10000, "states its configs wrongly (its configs have more than 65536"),
+        ("configs:\n- data_files: 5", "has invalid configs"),
+        ("configs: 5", "has invalid configs"),
+        ("configs:\n- a", "has invalid configs"),
+        ("configs:\n- &x {a: *x}", "has invalid configs"),
+        ("configs:\n- {data_files: [", "has invalid configs"),
+        ("configs:\n- !!python/name:os.system x", "has invalid configs"),
+        ("configs:\n" + "- {data_files: x}\n" * 10000, "has invalid configs (they have more than 65536"),
     ],
 )
-def test_a_readme_that_makes_no_sense_is_refused(tmp_path: Path, configs: str, words: str) -> None:
+def test_invalid_configs_in_readme_raise_an_error(tmp_path: Path, configs: str, words: str) -> None:
     message = refused(configured(tmp_path, configs, "data/a-0.parquet", "data/b-0.parquet"))
     assert words in message
     assert "move it away" in message
@@ -1170,14 +1220,14 @@ def test_a_readme_that_makes_no_sense_is_refused(tmp_path: Path, configs: str, w
     "readme",
     ["", "---", "# Words", "---\nlicense: mit\n---", "---\nconfigs:\n- data_files: gone/*\n---", "\ufeff---\r\n"],
 )
-def test_a_readme_that_lists_no_files_changes_nothing(tmp_path: Path, readme: str) -> None:
+def test_a_readme_without_existing_files_is_ignored(tmp_path: Path, readme: str) -> None:
     write(tmp_path / "train.parquet", [0, 1] * 4, named("a", "b"))
     write(tmp_path / "test.parquet", [0, 1] * 4, named("a", "b"))
     (tmp_path / "README.md").write_text(readme)
     assert set(opened(tmp_path).tables) == {"train", "test"}
 
 
-def test_names_mention_splits_as_words() -> None:
+def test_splits_in_names_are_whole_words() -> None:
     words = {"cats-val-00000-of-1": "val", "TestImages": "test", "contest": None, "train-test": None, "test2": "test"}
     assert {name: split_keyword(name) for name in words} == words
     assert likely_splits(["seg_pred", "seg_test", "seg_train"], "eval") == ["seg_test"]
@@ -1192,7 +1242,7 @@ def test_labels_of_shards_and_splits_are_matched_by_name(tmp_path: Path) -> None
     assert splits.label_names == ("dark", "light", "grey")
     assert splits.train.labels.tolist() == [0, 0, 1, 1, 0, 0]
     assert splits.eval.labels.tolist() == [2, 1, 0]
-    assert "train-1.parquet has other classes in column label, or in another order" in refused(tmp_path, streaming=True)
+    assert "column label has other classes, or another order, in train-1.parquet" in refused(tmp_path, streaming=True)
 
 
 @mark.parametrize(
@@ -1201,27 +1251,27 @@ def test_labels_of_shards_and_splits_are_matched_by_name(tmp_path: Path) -> None
         (
             ([0, 1] * 2, datasets.Value("int64")),
             (["0", "1"], datasets.Value("string")),
-            "a number in train.parquet and a text",
+            "number in train.parquet, text in",
         ),
         (
             ([0, 1] * 2, named("a", "b")),
             ([0, 1], datasets.Value("int64")),
-            "a class label in train.parquet and a number",
+            "class label in train.parquet, number in",
         ),
         (
             ([0, 1] * 2, named("a", "b")),
             (["a", "b"], datasets.Value("string")),
-            "a class label in train.parquet and a text",
+            "class label in train.parquet, text in",
         ),
         (
             ([0, 1, 2**62], datasets.Value("int64")),
             None,
-            "has the label 4611686018427387904, which is no class beside 0, 1",
+            "has the label 4611686018427387904, which is not a class like 0, 1",
         ),
         (([0, 1, 2**32 - 1], datasets.Value("uint32")), None, "has the label 4294967295"),
-        (([0, 1, -1], datasets.Value("int64")), None, "has the label -1, which is no class beside 0, 1"),
-        (([0.0, 1.0], datasets.Value("float32")), None, "holds no classes in train.parquet (label (float32))"),
-        (([[0], [1]], datasets.List(datasets.Value("int64"))), None, "holds no classes in train.parquet"),
+        (([0, 1, -1], datasets.Value("int64")), None, "has the label -1, which is not a class like 0, 1"),
+        (([0.0, 1.0], datasets.Value("float32")), None, "does not hold classes in train.parquet: it has type float32"),
+        (([[0], [1]], datasets.List(datasets.Value("int64"))), None, "does not hold classes in train.parquet"),
         ((["a", "b", None], datasets.Value("string")), None, "has 1 empty labels out of 3"),
         ((["a", "b", ""], datasets.Value("string")), None, "has 1 empty labels out of 3"),
         (
@@ -1229,10 +1279,10 @@ def test_labels_of_shards_and_splits_are_matched_by_name(tmp_path: Path) -> None
             ([0, 1], named("c", "d")),
             "no class of the evaluation split (c, d) is in the training",
         ),
-        (([], named("a", "b")), None, "train.parquet: no rows"),
+        (([], named("a", "b")), None, "the split train has no rows"),
     ],
 )
-def test_labels_that_are_no_classes_or_differ_in_kind_are_refused(
+def test_labels_that_are_not_classes_or_differ_in_type_raise_an_error(
     tmp_path: Path, train: tuple[list[object], object], test: tuple[list[object], object] | None, words: str
 ) -> None:
     write(tmp_path / "train.parquet", *train)
@@ -1241,7 +1291,7 @@ def test_labels_that_are_no_classes_or_differ_in_kind_are_refused(
     assert words in refused(tmp_path, label_column="label")
 
 
-def test_numbers_and_class_labels_that_are_numbers_are_the_same(tmp_path: Path) -> None:
+def test_numbers_and_class_labels_named_by_numbers_are_compatible(tmp_path: Path) -> None:
     write(tmp_path / "train.parquet", [0, 1] * 2, named("0", "1"))
     write(tmp_path / "test.parquet", [1, 0], datasets.Value("int64"))
     splits = load(tmp_path)
@@ -1257,19 +1307,19 @@ def test_numbers_and_class_labels_that_are_numbers_are_the_same(tmp_path: Path) 
         (b'{"info": {"features": {"label": {"names": ["a", "a"], "_type": "ClassLabel"}}}}', "is damaged"),
     ],
 )
-def test_a_damaged_description_of_columns_is_named(tmp_path: Path, described: bytes, words: str) -> None:
+def test_a_damaged_description_of_columns_raises_an_error(tmp_path: Path, described: bytes, words: str) -> None:
     table = parquet.read_table(write(tmp_path / "train.parquet", [0, 1] * 2, named("a", "b")))
     parquet.write_table(table.replace_schema_metadata({b"huggingface": described}), tmp_path / "train.parquet")
     assert words in refused(tmp_path)
 
 
-def test_files_with_other_columns_are_named(tmp_path: Path) -> None:
+def test_files_with_different_columns_raise_an_error(tmp_path: Path) -> None:
     path = write(tmp_path / "b.parquet", [0, 1] * 2, named("a", "b"))
     parquet.write_table(parquet.read_table(path).rename_columns(["image", "kind"]), tmp_path / "a.parquet")
-    assert "b.parquet has the columns image, label, a.parquet has image, kind" in refused(tmp_path)
+    assert "b.parquet has the columns image, label, but a.parquet has image, kind" in refused(tmp_path)
 
 
-def test_damaged_parquet_files_are_named(tmp_path: Path) -> None:
+def test_damaged_parquet_files_raise_an_error_with_their_name(tmp_path: Path) -> None:
     whole = write(tmp_path / "whole.parquet", [0, 1] * 40, named("a", "b")).read_bytes()
     for name, content in (("empty", b""), ("cut", whole[: len(whole) // 2]), ("text", b"not parquet at all")):
         path = tmp_path / name / "train.parquet"
@@ -1278,7 +1328,7 @@ def test_damaged_parquet_files_are_named(tmp_path: Path) -> None:
         assert f"{name}/train.parquet cannot be read as parquet" in refused(path.parent)
 
 
-def test_rows_read_only_files_of_the_datasets_own_folder(tmp_path: Path) -> None:
+def test_rows_can_only_refer_to_files_in_the_datasets_folder(tmp_path: Path) -> None:
     fill(tmp_path, ["outside.png", "data/in.png", "data/sub/deep.png"])
     (tmp_path / "data" / "link.png").symlink_to("../outside.png")
     inside = ["in.png", str(tmp_path / "data" / "sub" / "deep.png"), "sub/../in.png"]
@@ -1300,26 +1350,26 @@ def test_rows_read_only_files_of_the_datasets_own_folder(tmp_path: Path) -> None
         if index < len(inside):
             assert everything.image(index).size == (8, 8)
         else:
-            with raises(UnreadableImageError, match="leads out of the dataset's folder"):
+            with raises(UnreadableImageError, match="leads outside the dataset's folder"):
                 everything.row(index)
             assert everything.name(index).isprintable()
 
 
-def test_rows_with_one_path_for_all_are_named_apart(tmp_path: Path) -> None:
+def test_rows_with_the_same_path_have_distinct_names(tmp_path: Path) -> None:
     write(tmp_path / "all.parquet", [0, 1] * 5, named("a", "b"))
     train = load(tmp_path).train
     assert len({train.name(i) for i in range(len(train))}) == len(train)
     assert train.name(0) == f"image.png (index {train.indices[0]})"
 
 
-def test_shards_without_rows_are_passed_over_and_missing_ones_named(tmp_path: Path) -> None:
+def test_empty_shards_are_ignored_and_missing_ones_noted(tmp_path: Path) -> None:
     write(tmp_path / "train-00000-of-00004.parquet", [0, 1] * 4, named("a", "b"))
     write(tmp_path / "train-00002-of-00004.parquet", [], named("a", "b"))
-    assert opened(tmp_path).notes == ("2 of 4 shards of train are here: number 1 is missing",)
+    assert opened(tmp_path).notes == ("found 2 of 4 shards of train; number 1 is missing",)
     assert len(load(tmp_path).train) == 6
 
 
-def test_parquet_whose_first_row_group_is_empty_is_named(tmp_path: Path) -> None:
+def test_an_empty_first_row_group_raises_an_error(tmp_path: Path) -> None:
     table = parquet.read_table(write(tmp_path / "x.parquet", [0, 1] * 4, named("a", "b")))
     with parquet.ParquetWriter(tmp_path / "x.parquet", table.schema) as writer:
         writer.write_table(table.slice(0, 0))
@@ -1327,24 +1377,24 @@ def test_parquet_whose_first_row_group_is_empty_is_named(tmp_path: Path) -> None
     assert "x.parquet cannot be read as parquet: its first row group is empty" in refused(tmp_path)
 
 
-def test_an_evaluation_split_alone_is_trained_on_only_if_asked_for(tmp_path: Path) -> None:
+def test_an_evaluation_split_is_used_for_training_only_on_request(tmp_path: Path) -> None:
     write(tmp_path / "test-0.parquet", [0, 1] * 4, named("a", "b"))
-    assert "no split to train on, but test; --train-split test" in refused(tmp_path)
+    assert "no training split, only test; use train_split=test" in refused(tmp_path)
     assert len(load(tmp_path, train_split="test").train) == 6
 
 
 @mark.parametrize("name", ["-", "-x/y", "a" * 5000])
-def test_what_can_be_no_id_of_the_hub_is_not_looked_for_there(name: str) -> None:
-    assert "is not a dataset id of the Hub either" in refused(name)
+def test_invalid_dataset_ids_are_not_requested_from_the_hub(name: str) -> None:
+    assert "does not exist and is not a valid dataset id on the Hub" in refused(name)
 
 
-def test_parquet_of_images_among_class_folders_asks_which(tmp_path: Path) -> None:
+def test_class_folders_beside_parquet_files_of_images_raise_an_error(tmp_path: Path) -> None:
     fill(tmp_path, classes())
     write(tmp_path / "extra.parquet", [0, 1], named("a", "b"))
-    assert "(extra.parquet): move one of them away" in refused(tmp_path)
+    assert "(extra.parquet); move one of them away" in refused(tmp_path)
 
 
-def test_saved_datasets_are_opened_by_their_own_splits(tmp_path: Path) -> None:
+def test_saved_datasets_keep_their_splits(tmp_path: Path) -> None:
     train = datasets.Dataset.from_parquet(str(write(tmp_path / "a.parquet", [0, 1] * 4, named("a", "b"))))
     test = datasets.Dataset.from_parquet(str(write(tmp_path / "b.parquet", [0, 1], named("b", "a"))))
     datasets.DatasetDict({"train": train, "test": test}).save_to_disk(tmp_path / "both")
@@ -1358,13 +1408,13 @@ def test_saved_datasets_are_opened_by_their_own_splits(tmp_path: Path) -> None:
 
 @fixture
 def saved(tmp_path: Path) -> Path:
-    """A saved dataset with a training and a test split, in a folder that fsspec would take for a chain of addresses."""
+    """A saved dataset with a training and a test split, in a folder that fsspec would interpret as chained URLs."""
     table = datasets.Dataset.from_parquet(str(write(tmp_path / "a.parquet", [0, 1] * 4, named("a", "b"))))
     datasets.DatasetDict({"train": table, "test": table.select(range(2))}).save_to_disk(tmp_path / "saved")
     return (tmp_path / "saved").rename(tmp_path / "saved::here")
 
 
-def test_a_saved_dataset_is_opened_whatever_its_path_and_format(saved: Path) -> None:
+def test_a_saved_dataset_may_have_any_path_and_format(saved: Path) -> None:
     state = json.loads((saved / "train" / "state.json").read_text())
     (saved / "train" / "state.json").write_text(json.dumps(state | {"_format_type": "tensorflow"}))
     assert load(saved).train.labels.tolist() == [0, 1] * 4
@@ -1376,29 +1426,41 @@ SAVED = "train/data-00000-of-00001.arrow"
 @mark.parametrize(
     ("name", "content", "words"),
     [
-        (SAVED, None, "train/data-00000-of-00001.arrow of a folder of datasets.save_to_disk cannot be read: not a"),
+        (SAVED, None, "train/data-00000-of-00001.arrow, saved by datasets.save_to_disk, cannot be read: not a"),
         ("train/state.json", None, "state.json cannot be read: not a regular file but a FIFO"),
         ("test/dataset_info.json", None, "dataset_info.json cannot be read: not a regular file but a FIFO"),
-        (SAVED, b"x" * 100, "data-00000-of-00001.arrow of a folder"),
+        (SAVED, b"x" * 100, "data-00000-of-00001.arrow, saved by"),
         (SAVED, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "run `git lfs pull`"),
         ("train/state.json", b"[]", "state.json is damaged (Expected `object`, got `array`)"),
-        ("train/state.json", b'{"_data_files": [{"filename": "/dev/zero"}]}', "names /dev/zero, which is no name"),
-        ("train/state.json", b'{"_data_files": [{"filename": "../../a.arrow"}]}', "names ../../a.arrow"),
-        ("train/state.json", b'{"_data_files": [{"filename": "gone.arrow"}]}', "gone.arrow of a folder"),
-        ("test/state.json", b'{"_data_files": []}', "test: no rows (split test); save the dataset without it"),
+        (
+            "train/state.json",
+            b'{"_data_files": [{"filename": "/dev/zero"}]}',
+            "lists /dev/zero, which is not a file name",
+        ),
+        ("train/state.json", b'{"_data_files": [{"filename": "../../a.arrow"}]}', "lists ../../a.arrow"),
+        ("train/state.json", b'{"_data_files": [{"filename": "gone.arrow"}]}', "gone.arrow, saved by"),
+        (
+            "test/state.json",
+            b'{"_data_files": []}',
+            "test has no rows (split test); save the dataset without this split",
+        ),
         (
             "train/state.json",
             b'{"_data_files": [{"filename": "x"}], "_indices_data_files": [{"filename": "indices.arrow"}]}',
-            "lists rows selected by an old version of datasets",
+            "has a selection of rows by an old version of datasets",
         ),
         ("dataset_dict.json", b'{"splits": []}', "lists no splits"),
-        ("dataset_dict.json", b'{"splits": ["../saved"]}', "names ../saved, which is no name of a file"),
+        ("dataset_dict.json", b'{"splits": ["../saved"]}', "lists ../saved, which is not a file name"),
         ("dataset_dict.json", b'{"splits": ["train", "other"]}', "other/state.json cannot be read: No such file"),
-        ("train/dataset_info.json", b'{"features": {"image": {"_type": "Image"}}}', "train of a folder"),
-        ("train/dataset_info.json", b'{"features": 5}', "train of a folder of datasets.save_to_disk cannot be read"),
+        (
+            "train/dataset_info.json",
+            b'{"features": {"image": {"_type": "Image"}}}',
+            "train, saved by datasets.save_to_disk, cannot be read",
+        ),
+        ("train/dataset_info.json", b'{"features": 5}', "train, saved by datasets.save_to_disk, cannot be read"),
     ],
 )
-def test_a_damaged_saved_dataset_is_refused_by_the_file(
+def test_a_damaged_saved_dataset_raises_an_error_with_the_file(
     saved: Path, name: str, content: bytes | None, words: str
 ) -> None:
     (saved / name).unlink()
@@ -1409,25 +1471,25 @@ def test_a_damaged_saved_dataset_is_refused_by_the_file(
     assert words in refused(saved)
 
 
-def test_an_empty_split_of_a_saved_dataset_is_named(tmp_path: Path) -> None:
+def test_an_empty_split_of_a_saved_dataset_raises_an_error(tmp_path: Path) -> None:
     table = datasets.Dataset.from_parquet(str(write(tmp_path / "a.parquet", [0, 1] * 4, named("a", "b"))))
     datasets.DatasetDict({"train": table, "test": table.select([])}).save_to_disk(tmp_path / "both")
-    assert "both/test: no rows (split test); save the dataset without it" in refused(tmp_path / "both")
+    assert "both/test has no rows (split test); save the dataset without this split" in refused(tmp_path / "both")
 
 
 def not_utf8(count: int) -> pyarrow.StringArray:
-    """Return one text `\xff` for each row, which Arrow and parquet store without a look."""
+    """Return the text `\xff` for each row, which Arrow and parquet store without validation."""
     offsets = np.arange(count + 1, dtype=np.int32).tobytes()
     return pyarrow.StringArray.from_buffers(count, pyarrow.py_buffer(offsets), pyarrow.py_buffer(b"\xff" * count))
 
 
-def test_labels_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
+def test_labels_that_are_not_utf8_raise_an_error(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"image": [PNG] * 4, "label": not_utf8(4)}), tmp_path / "train.parquet")
     assert "column label of the training split is damaged (In chunk 0: Invalid: Invalid UTF8" in refused(tmp_path)
 
 
 @mark.parametrize("content", [PNG, None])
-def test_a_path_that_is_not_utf8_is_that_of_its_file_and_printed_escaped(tmp_path: Path, content: bytes | None) -> None:
+def test_a_path_in_parquet_that_is_not_utf8_works_and_prints_escaped(tmp_path: Path, content: bytes | None) -> None:
     (tmp_path / os.fsdecode(b"\xff")).write_bytes(PNG)
     images = pyarrow.StructArray.from_arrays(
         [pyarrow.array([content] * 8, pyarrow.binary()), not_utf8(8)], ["bytes", "path"]
@@ -1438,7 +1500,7 @@ def test_a_path_that_is_not_utf8_is_that_of_its_file_and_printed_escaped(tmp_pat
     assert train.name(0).startswith("\\xff")
 
 
-def test_a_stream_of_text_that_is_not_utf8_ends_in_a_line(tmp_path: Path) -> None:
+def test_a_stream_with_text_that_is_not_utf8_raises_an_error(tmp_path: Path) -> None:
     features = datasets.Features({"image": datasets.Image(decode=False), "label": named("a", "b")})
     images = pyarrow.StructArray.from_arrays(
         [pyarrow.array([PNG] * 8, pyarrow.binary()), not_utf8(8)], ["bytes", "path"]
@@ -1447,16 +1509,16 @@ def test_a_stream_of_text_that_is_not_utf8_ends_in_a_line(tmp_path: Path) -> Non
         table = pyarrow.table({"image": images, "label": [0, 1] * 4}, schema=features.arrow_schema)
         parquet.write_table(table, tmp_path / f"{split}.parquet")
     train = load(tmp_path, streaming=True).train
-    with raises(RunError, match=r"shard 0 holds text that is not valid UTF-8 .* leave out --streaming"):
+    with raises(RunError, match=r"shard 0 contains text that is not valid UTF-8 .* use streaming=False"):
         list(train.read([0]))
 
 
 @mark.parametrize("blank", ["", " ", "\u00a0", "\t"])
 @mark.parametrize("streaming", [False, True])
-def test_a_class_without_a_name_is_refused(tmp_path: Path, blank: str, streaming: bool) -> None:
+def test_a_class_without_a_name_raises_an_error(tmp_path: Path, blank: str, streaming: bool) -> None:
     for split in ("train", "test"):
         write(tmp_path / f"{split}.parquet", [0, 1] * 4, named("a", blank))
-    assert "states a class without a name (number 1 of a, " in refused(tmp_path, streaming=streaming)
+    assert "has a class without a name (number 1 of a, " in refused(tmp_path, streaming=streaming)
 
 
 def write_at(path: Path, labels: Sequence[object], time: int = 315532800, kind: object = None) -> Path:
@@ -1466,7 +1528,7 @@ def write_at(path: Path, labels: Sequence[object], time: int = 315532800, kind: 
 
 
 @mark.parametrize("how", ["in place", "replaced", "other folder moved here"])
-def test_rows_are_those_of_the_file_whatever_its_time_of_modification(tmp_path: Path, how: str) -> None:
+def test_changed_files_are_detected_in_spite_of_equal_modification_times(tmp_path: Path, how: str) -> None:
     write_at(tmp_path / "data" / "train.parquet", [0, 1, 0, 1, 1, 0])
     write_at(tmp_path / "data" / "test.parquet", [0, 1])
     assert load(tmp_path / "data").train.labels.tolist() == [0, 1, 0, 1, 1, 0]
@@ -1484,7 +1546,7 @@ def test_rows_are_those_of_the_file_whatever_its_time_of_modification(tmp_path: 
 
 
 @mark.parametrize("image", [PNG, bytes(5000)])
-def test_labels_are_those_of_the_file_where_a_file_system_has_no_time_of_change(
+def test_changed_labels_are_detected_without_change_times(
     tmp_path: Path, image: bytes, monkeypatch: MonkeyPatch
 ) -> None:
     own = os.fstat
@@ -1502,7 +1564,7 @@ def test_labels_are_those_of_the_file_where_a_file_system_has_no_time_of_change(
     assert versions[0] != versions[1]
 
 
-def test_images_are_not_read_to_tell_versions_apart(tmp_path: Path) -> None:
+def test_detecting_changes_does_not_read_images(tmp_path: Path) -> None:
     contents = np.random.default_rng(0)
     rows = [{"bytes": contents.bytes(2000), "path": None} for _ in range(1000)]
     path = write(tmp_path / "train.parquet", [0, 1] * 500, named("a", "b"), rows)
@@ -1511,14 +1573,14 @@ def test_images_are_not_read_to_tell_versions_apart(tmp_path: Path) -> None:
         assert 0 < sum(length for _, length in _small_columns(file)) < 10_000
 
 
-def test_an_unchanged_file_is_prepared_once(tmp_path: Path) -> None:
+def test_an_unchanged_file_is_cached_once(tmp_path: Path) -> None:
     write_at(tmp_path / "train.parquet", [0, 1] * 4)
     first, again = (opened(tmp_path).tables["train"] for _ in range(2))
     assert first.cache_files == again.cache_files
     assert not isinstance(first.data, datasets.table.InMemoryTable)
 
 
-def test_a_file_that_changes_while_it_is_read_ends_in_a_line(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+def test_a_file_that_changes_while_it_is_read_raises_an_error(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     path = write_at(tmp_path / "train.parquet", [0, 1] * 4)
     library = datasets.load_dataset
 
@@ -1527,15 +1589,15 @@ def test_a_file_that_changes_while_it_is_read_ends_in_a_line(tmp_path: Path, mon
         return library(*args, **settings)
 
     monkeypatch.setattr(datasets, "load_dataset", late)
-    with raises(RunError, match="changed while it was read; run the same command again"):
+    with raises(RunError, match="changed while it was being read; rerun the same command"):
         opened(tmp_path)
 
 
 @mark.parametrize("name", ["a::b/train.parquet", "train::x.parquet", "zip://x::y/train.parquet"])
-def test_a_path_that_would_be_taken_for_a_chain_of_addresses_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_path_that_looks_like_chained_urls_raises_an_error(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / name, [0, 1] * 4, named("a", "b"))
-    assert "has '::' in it" in refused(path.parent)
-    assert "has '::' in it" in refused(path, streaming=True)
+    assert "contains '::'" in refused(path.parent)
+    assert "contains '::'" in refused(path, streaming=True)
 
 
 @mark.parametrize(
@@ -1547,7 +1609,7 @@ def test_a_path_that_would_be_taken_for_a_chain_of_addresses_is_refused(tmp_path
         (("uint64", [7, 1]), ("uint8", [5, 1]), ("1", "5", "7")),
     ],
 )
-def test_numbers_of_shards_are_as_wide_as_the_widest(
+def test_integer_labels_get_the_widest_type_of_all_shards(
     tmp_path: Path, first: tuple[str, list[int]], second: tuple[str, list[int]], names: tuple[str, ...]
 ) -> None:
     for shard, (kind, labels) in enumerate((first, second)):
@@ -1559,56 +1621,54 @@ def test_numbers_of_shards_are_as_wide_as_the_widest(
     ("kind", "labels"),
     [("uint64", [2**63, 2**63 + 1]), ("int64", [2**40, 2**41]), ("uint32", [2**31, 2**32 - 1])],
 )
-def test_numbers_that_are_no_classes_are_named_even_where_all_are_such(
-    tmp_path: Path, kind: str, labels: list[int]
-) -> None:
+def test_numbers_that_cannot_be_classes_raise_an_error(tmp_path: Path, kind: str, labels: list[int]) -> None:
     write(tmp_path / "train.parquet", labels * 4, datasets.Value(kind))
-    assert f"has the label {labels[0]}, which is no class: expected -2147483648 to 2147483647" in refused(tmp_path)
+    assert f"has the label {labels[0]}, which is not a class: expected -2147483648 to 2147483647" in refused(tmp_path)
 
 
-def test_shards_of_numbers_that_no_type_holds_are_refused(tmp_path: Path) -> None:
+def test_shards_with_incompatible_integers_raise_an_error(tmp_path: Path) -> None:
     write(tmp_path / "train-0.parquet", [-1, 1] * 4, datasets.Value("int8"))
     write(tmp_path / "train-1.parquet", [2**63, 1] * 4, datasets.Value("uint64"))
     assert "cannot be read as parquet" in refused(tmp_path)
 
 
-def test_pointers_of_git_lfs_say_what_fetches_the_file(tmp_path: Path) -> None:
+def test_a_git_lfs_pointer_raises_an_error_with_the_command_to_run(tmp_path: Path) -> None:
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123\n"
     (tmp_path / "train.parquet").write_text(pointer)
     assert "git lfs pull" in refused(tmp_path)
 
 
 @mark.parametrize("name", ["with [1] and *", "what?", "hf:", "zip:", "a%20b", "a#b", "{x}"])
-def test_folders_may_be_called_like_patterns(tmp_path: Path, name: str) -> None:
+def test_folder_names_may_look_like_patterns(tmp_path: Path, name: str) -> None:
     write(tmp_path / name / "train.parquet", [0, 1] * 2, named("a", "b"))
     write(tmp_path / name / "test.parquet", [0, 1] * 2, named("a", "b"))
     assert len(load(tmp_path / name).eval) == 4
 
 
-def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+def test_an_unwritable_cache_raises_an_error(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     write(tmp_path / "train.parquet", [0, 1] * 2, named("a", "b"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/dev/null/x/datasets")
-    assert "the cache /dev/null/x/datasets cannot be written (not a directory); set HF_HOME" in refused(tmp_path)
+    assert "the cache /dev/null/x/datasets is not writable (not a directory); set HF_HOME" in refused(tmp_path)
 
 
 # The bundled digits and runs
 
 
-def test_an_own_folder_called_digits_has_to_be_chosen(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+def test_a_local_folder_called_digits_requires_a_decision(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     fill(tmp_path, classes("digits/"))
-    assert "--dataset ./digits or --dataset bundled:digits" in refused("digits")
+    assert "use dataset=./digits for that, or dataset=bundled:digits" in refused("digits")
     assert load("./digits").label_names == ("cat", "dog")
     assert load("bundled:digits").dataset_id == "digits"
-    assert "the bundled dataset is bundled:digits" in refused("bundled:mnist")
+    assert "no such bundled dataset; the only one is bundled:digits" in refused("bundled:mnist")
     check_source(DataConfig(dataset="bundled:digits"))
     assert dataset_name(DataConfig(dataset="bundled:digits")) == "digits"
     assert dataset_name(DataConfig(dataset=".")) == tmp_path.name
 
 
-def test_the_split_to_train_on_is_no_evaluation_split(tmp_path: Path) -> None:
+def test_the_training_split_cannot_be_the_evaluation_split(tmp_path: Path) -> None:
     fill(tmp_path, SPLITS)
-    assert "--eval-split train is the split to train on" in refused(tmp_path, eval_split="train")
+    assert "eval_split=train is also the training split" in refused(tmp_path, eval_split="train")
 
 
 @fixture
@@ -1621,7 +1681,9 @@ def inside(tmp_path: Path, monkeypatch: MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_run_inside_its_dataset_is_found_finished(inside: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+def test_a_run_inside_its_dataset_does_not_change_the_dataset(
+    inside: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
     words = ("train", *TINY, "--dataset", ".", "--image-size", 32, "--max-steps", 2, "--batch-size", 4)
     code, out, err = command(*words)
     assert code == 0, err

@@ -1,4 +1,4 @@
-"""Sources: what is found in them, and what is refused."""
+"""Datasets load with the expected splits, columns and classes, or raise an error that names the problem."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +28,7 @@ def some_images(count: int) -> list[Image.Image]:
     return [Image.fromarray(np.full((8, 8, 3), 10 * i % 256, np.uint8)) for i in range(count)]
 
 
-def test_digits_hold_out_a_stratified_fifth() -> None:
+def test_a_fifth_of_the_digits_is_held_out_stratified_by_class() -> None:
     splits = load("digits")
     assert (len(splits.train), len(splits.eval)) == (1437, 360)
     assert not set(splits.train.indices) & set(splits.eval.indices)
@@ -39,7 +39,7 @@ def test_digits_hold_out_a_stratified_fifth() -> None:
     assert splits.label_names == tuple("0123456789")
 
 
-def test_digits_are_scikit_learns_pixels() -> None:
+def test_digits_have_the_pixels_of_scikit_learn() -> None:
     from sklearn.datasets import load_digits
 
     splits = load("digits")
@@ -48,13 +48,13 @@ def test_digits_are_scikit_learns_pixels() -> None:
     assert np.array_equal(image, np.round(original * 255 / 16))
 
 
-def test_the_cut_follows_its_seed_alone() -> None:
+def test_the_held_out_split_depends_only_on_its_seed() -> None:
     assert np.array_equal(load("digits").eval.indices, load("digits").eval.indices)
     assert not np.array_equal(load("digits").eval.indices, load("digits", split_seed=1).eval.indices)
     assert len(load("digits", eval_fraction=0.5).eval) == 899
 
 
-def test_a_folder_of_class_folders_keeps_a_class_called_train(folder_of_classes: Path) -> None:
+def test_a_class_folder_may_be_called_train(folder_of_classes: Path) -> None:
     splits = load(folder_of_classes)
     assert splits.label_names == ("bus", "car", "train")
     assert len(splits.train) + len(splits.eval) == 30
@@ -65,7 +65,7 @@ def test_a_folder_of_class_folders_keeps_a_class_called_train(folder_of_classes:
     assert splits.dataset_id == "vehicles"
 
 
-def test_split_folders_count_when_every_folder_is_one(tmp_path: Path) -> None:
+def test_folders_named_train_and_val_are_splits(tmp_path: Path) -> None:
     for split, count in (("train", 5), ("val", 3)):
         for name, shade in (("cat", 60), ("dog", 180)):
             write_images(tmp_path / split / name, count, shade)
@@ -75,7 +75,7 @@ def test_split_folders_count_when_every_folder_is_one(tmp_path: Path) -> None:
     assert splits.label_names == ("cat", "dog")
 
 
-def test_images_in_folders_below_a_class_belong_to_it(tmp_path: Path) -> None:
+def test_images_in_subfolders_belong_to_the_class(tmp_path: Path) -> None:
     write_images(tmp_path / "cat" / "persian", 5, 60)
     write_images(tmp_path / "dog", 5, 180)
     (tmp_path / "dog" / "notes.txt").write_text("not an image")
@@ -85,7 +85,7 @@ def test_images_in_folders_below_a_class_belong_to_it(tmp_path: Path) -> None:
     assert len(splits.train) + len(splits.eval) == 10
 
 
-def test_parquet_files_are_split_by_their_names(tmp_path: Path) -> None:
+def test_splits_of_parquet_files_follow_from_their_names(tmp_path: Path) -> None:
     features = {
         "image": datasets.Image(),
         "kind": datasets.ClassLabel(names=["a", "b"]),
@@ -109,7 +109,7 @@ def test_parquet_files_are_split_by_their_names(tmp_path: Path) -> None:
         ([True, False] * 5, "bool", ("False", "True")),
     ],
 )
-def test_classes_are_found_in_a_plain_column(
+def test_a_plain_column_can_hold_the_labels(
     tmp_path: Path, values: list[object], feature: str, names: tuple[str, ...]
 ) -> None:
     path = write_parquet(
@@ -123,7 +123,7 @@ def test_classes_are_found_in_a_plain_column(
     assert sorted(set(splits.train.labels)) == [0, 1]
 
 
-def test_encoded_images_without_type_metadata_are_found(tmp_path: Path) -> None:
+def test_a_binary_column_without_metadata_can_hold_the_images(tmp_path: Path) -> None:
     import io
 
     encoded = []
@@ -141,7 +141,7 @@ def test_encoded_images_without_type_metadata_are_found(tmp_path: Path) -> None:
     assert splits.train.image(0).size == (8, 8)
 
 
-def test_a_class_of_one_image_stays_in_training(tmp_path: Path) -> None:
+def test_a_class_with_one_image_stays_in_training(tmp_path: Path) -> None:
     for name, count in (("a", 10), ("b", 10), ("rare", 1)):
         write_images(tmp_path / name, count, 100)
     splits = load(tmp_path)
@@ -161,7 +161,7 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     write_images(tmp_path / "b", 4, 100)
     image = Image.new("RGB", (20, 10))
     exif = Image.Exif()
-    exif[0x0112] = 6  # a quarter turn
+    exif[0x0112] = 6  # rotated by 90 degrees
     image.save(tmp_path / "a" / "999.jpg", exif=exif)
     splits = load(tmp_path)
     sizes = {part.image(i).size for part in (splits.train, splits.eval) for i in range(len(part))}
@@ -177,28 +177,30 @@ def refused(dataset: object, **settings: object) -> str:
     return message
 
 
-def test_a_table_without_images_is_refused_with_its_columns(tmp_path: Path) -> None:
+def test_a_table_without_images_raises_an_error_with_its_columns(tmp_path: Path) -> None:
     features = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b"])}
     path = write_parquet(tmp_path / "all.parquet", {"text": ["x", "y"], "label": [0, 1]}, features)
-    assert "has no image column: it has text (string), label (int64)" in refused(path)
+    assert "has no image column (of type Image or binary); its columns: text (string), label (int64)" in refused(path)
 
 
-def test_several_image_columns_have_to_be_chosen_from(tmp_path: Path) -> None:
+def test_one_of_several_image_columns_has_to_be_chosen(tmp_path: Path) -> None:
     features = {"a": datasets.Image(), "b": datasets.Image(), "label": datasets.ClassLabel(names=["x", "y"])}
     columns = {"a": some_images(10), "b": some_images(10), "label": [0, 1] * 5}
     path = write_parquet(tmp_path / "all.parquet", columns, features)
-    assert "--image-column: a, b" in refused(path)
+    assert "has several image columns (a, b); choose one with image_column=a" in refused(path)
     assert load(path, image_column="b").found.image_column == "b"
-    assert "label" in refused(path, image_column="label")
-    assert "--image-column c: there is no such column" in refused(path, image_column="c")
+    assert "image_column=label is not a column of images" in refused(path, image_column="label")
+    message = refused(path, image_column="c")
+    assert message.startswith("image_column=c: ")
+    assert "has no such column; its columns: a (PIL.Image.Image), b (PIL.Image.Image), label (int64)" in message
 
 
-def test_a_single_class_is_refused(tmp_path: Path) -> None:
+def test_a_single_class_raises_an_error(tmp_path: Path) -> None:
     write_images(tmp_path / "cat", 5, 100)
-    assert "has a single class to train on (cat)" in refused(tmp_path)
+    assert "has a single class, cat (.png: 5)" in refused(tmp_path)
 
 
-def test_labels_out_of_range_are_refused_with_their_place(tmp_path: Path) -> None:
+def test_a_label_out_of_range_raises_an_error_with_its_index(tmp_path: Path) -> None:
     features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
     write_parquet(tmp_path / "train.parquet", {"image": some_images(6), "label": [0, 1] * 3}, features)
     write_parquet(tmp_path / "test.parquet", {"image": some_images(3), "label": [0, 1, -1]}, features)
@@ -207,15 +209,15 @@ def test_labels_out_of_range_are_refused_with_their_place(tmp_path: Path) -> Non
     assert "0 to 1" in message
 
 
-def test_names_that_are_nowhere_are_refused(tmp_path: Path, folder_of_classes: Path) -> None:
-    assert "there is no folder or file" in refused(tmp_path / "nowhere")
-    assert "holds images (.png: 12) and no class folders" in refused(folder_of_classes / "bus")
-    assert "there is no such split, but train" in refused(folder_of_classes, eval_split="test")
+def test_unknown_datasets_splits_and_files_raise_an_error(tmp_path: Path, folder_of_classes: Path) -> None:
+    assert "nowhere does not exist and is not a valid dataset id on the Hub" in refused(tmp_path / "nowhere")
+    assert "has images (.png: 12) but no class folders" in refused(folder_of_classes / "bus")
+    assert "eval_split=test: no such split; choose one of train" in refused(folder_of_classes, eval_split="test")
     assert "are for datasets on the Hub" in refused(folder_of_classes, dataset_revision="main")
     (tmp_path / "table.csv").write_text("a,b")
     assert "not a parquet file" in refused(tmp_path / "table.csv")
 
 
-def test_a_hub_dataset_without_the_hub_is_a_run_error() -> None:
-    with raises(RunError, match="is no local folder, and the Hub could not be reached for it"):
+def test_a_hub_dataset_raises_a_run_error_if_the_hub_is_unreachable() -> None:
+    with raises(RunError, match="is not a local folder, and the Hub could not be reached"):
         load("somebody/something")

@@ -1,4 +1,4 @@
-"""A stream has one order at any number of processes and readers, and each of its places can be gone on from."""
+"""A stream has the same order for any number of processes and workers, and can be resumed at any position."""
 
 import hashlib
 import io
@@ -27,7 +27,7 @@ AUGMENTED = TransformConfig(auto_augment="rand-m7-mstd0.5", random_erasing=0.5, 
 START = Position(0, 0)
 
 SHARDS = (17, 5, 21)
-"""Samples of the three shards of the training split: 43, which no batch and no block divides."""
+"""Number of samples in each shard of the training split: 43, not divisible by any batch or block size."""
 
 
 def png(shade: int) -> bytes:
@@ -71,7 +71,7 @@ def batches(
     block: int = 10,
     batch: int = 12,
 ) -> list[list[Batch]]:
-    """Give the batches of each process."""
+    """Return the batches of each process."""
     augment = Augmentation(AUGMENTED, resolve_input(AUGMENTED, CFG))
     return [
         list(
@@ -90,7 +90,7 @@ def batches(
 
 
 def hashes(parts: list[list[Batch]]) -> list[str]:
-    """Hash the pixels of each global batch."""
+    """Return a hash of the pixels of each global batch."""
     found = []
     for same_step in zip(*parts, strict=True):
         assert len({batch.end for batch in same_step}) == 1
@@ -104,7 +104,7 @@ def indices(parts: list[list[Batch]]) -> list[int]:
     return [index for same_step in zip(*parts, strict=True) for batch in same_step for index in batch.indices.tolist()]
 
 
-def test_a_stream_is_known_by_its_columns_and_classes_without_reading_it(shards: Path) -> None:
+def test_columns_and_classes_of_a_stream_are_known_without_reading_it(shards: Path) -> None:
     splits = load_splits(DataConfig(dataset=str(shards), streaming=True))
     assert splits.label_names == ("cat", "dog")
     assert isinstance(splits.train, StreamedImages)
@@ -112,15 +112,15 @@ def test_a_stream_is_known_by_its_columns_and_classes_without_reading_it(shards:
 
 
 @mark.parametrize(("block", "batch"), [(10, 12), (1, 12), (1000, 12), (7, 60)])
-def test_every_sample_comes_once_per_epoch(stream: StreamedImages, block: int, batch: int) -> None:
+def test_every_sample_occurs_once_per_epoch(stream: StreamedImages, block: int, batch: int) -> None:
     everything = {(shard << 32) + n for shard, size in enumerate(SHARDS) for n in range(size)}
     seen = indices(batches(stream, steps=-(-3 * 43 // batch), block=block, batch=batch))
     for epoch in range(3):
         assert set(seen[43 * epoch : 43 * epoch + 43]) == everything
-    assert seen[:43] != seen[43:86]  # another order
+    assert seen[:43] != seen[43:86]  # epochs differ in order
 
 
-def test_blocks_shuffle_within_themselves(stream: StreamedImages) -> None:
+def test_samples_are_shuffled_within_their_block(stream: StreamedImages) -> None:
     in_order = indices(batches(stream, 1, block=1, batch=43))
     shuffled = indices(batches(stream, 1, block=10, batch=43))
     assert shuffled != in_order
@@ -131,23 +131,23 @@ def test_blocks_shuffle_within_themselves(stream: StreamedImages) -> None:
 @mark.filterwarnings("ignore:This DataLoader will create")  # more workers than some machines have cores
 @mark.parametrize("workers", [0, 1, 2, 3])
 @mark.parametrize("processes", [1, 2, 3, 4])
-def test_two_epochs_have_equal_pixels_at_any_number_of_processes_and_readers(
+def test_two_epochs_have_the_same_pixels_for_any_number_of_processes_and_workers(
     stream: StreamedImages, processes: int, workers: int
 ) -> None:
     assert hashes(batches(stream, 8, processes, workers)) == hashes(batches(stream, 8))
 
 
-def test_going_on_from_any_step_gives_the_rest(stream: StreamedImages, caplog: LogCaptureFixture) -> None:
+def test_a_stream_resumes_at_any_step_with_the_same_pixels(stream: StreamedImages, caplog: LogCaptureFixture) -> None:
     whole = batches(stream, 9)
     with caplog.at_level(logging.INFO, "resnext_hub"):
         for step, batch in enumerate(whole[0][:-1], start=1):
             assert batch.end is not None
             rest = batches(stream, 9 - step, processes=2, start=batch.end)
             assert hashes(rest) == hashes(whole)[step:], step
-    assert "passed over 12 records of epoch 0, undecoded" in caplog.text
-    # 43 samples are done at the fourth step's eighth place: 5 of the second epoch are behind it
+    assert "skipped 12 records of epoch 0 without decoding" in caplog.text
+    # the fourth batch of 12 ends 5 samples after the first epoch of 43
     assert whole[0][3].end == Position(1, 5)
-    assert "passed over 5 records of epoch 1, undecoded" in caplog.text
+    assert "skipped 5 records of epoch 1 without decoding" in caplog.text
 
 
 def test_the_end_of_an_epoch_is_the_start_of_the_next(stream: StreamedImages) -> None:
@@ -157,7 +157,7 @@ def test_the_end_of_an_epoch_is_the_start_of_the_next(stream: StreamedImages) ->
 
 @mark.parametrize("processes", [1, 2, 3])
 @mark.parametrize("workers", [0, 2])
-def test_the_evaluation_split_is_read_whole_in_order(shards: Path, processes: int, workers: int) -> None:
+def test_the_evaluation_split_is_read_completely_and_in_order(shards: Path, processes: int, workers: int) -> None:
     images = load_splits(DataConfig(dataset=str(shards), streaming=True)).eval
     assert isinstance(images, StreamedImages)
     transform = EvalTransform(InputConfig.resolve(CFG))
@@ -173,7 +173,7 @@ def test_the_evaluation_split_is_read_whole_in_order(shards: Path, processes: in
         assert torch.equal(image, transform(expected.image(index)))  # type: ignore[union-attr, arg-type]
 
 
-def test_a_sample_that_cannot_be_read_is_replaced_by_the_next_of_its_block(tmp_path: Path) -> None:
+def test_an_unreadable_sample_is_replaced_by_the_next_one_of_its_block(tmp_path: Path) -> None:
     contents = [png(i) for i in range(6)]
     contents[2] = contents[2][:200]
     write_shard(tmp_path / "train-0.parquet", contents)
@@ -191,23 +191,28 @@ def test_a_sample_that_cannot_be_read_is_replaced_by_the_next_of_its_block(tmp_p
 
 
 @mark.parametrize("workers", [0, 1])
-def test_a_block_of_which_nothing_can_be_read_ends_the_run_in_a_line(tmp_path: Path, workers: int) -> None:
+def test_a_block_of_unreadable_images_ends_the_run_with_one_line(tmp_path: Path, workers: int) -> None:
     write_shard(tmp_path / "train-0.parquet", [b"x"] * 6)
     write_shard(tmp_path / "test-0.parquet", [png(9)] * 2)
     splits = load_splits(DataConfig(dataset=str(tmp_path), streaming=True))
-    with raises(RunError, match=r"^none of 4 consecutive records can be read; .*\(not an image\)$"):
+    with raises(RunError, match=r"^4 consecutive records are unreadable; the last one: .*\(not an image\)$"):
         batches(splits.train, 1, workers=workers, batch=6, block=4)
 
 
-def test_what_cannot_be_streamed_is_refused(tmp_path: Path) -> None:
-    with raises(RequestError, match="digits is read in place"):
+def test_datasets_that_cannot_be_streamed_raise_an_error(tmp_path: Path) -> None:
+    with raises(
+        RequestError,
+        match=r"^streaming=True needs a Hub dataset or parquet files, and digits is neither; use streaming=False$",
+    ):
         load_splits(DataConfig(streaming=True))
     write_shard(tmp_path / "train-0.parquet", [png(1)] * 4)
-    with raises(RequestError, match=r"--streaming needs an evaluation split, .* has train: name one"):
+    with raises(
+        RequestError, match=r"^streaming=True needs an evaluation split, .* has train: choose one with eval_split$"
+    ):
         load_splits(DataConfig(dataset=str(tmp_path), streaming=True))
     write_shard(tmp_path / "train-0.parquet", [png(1)] * 4, datasets.Value("int64"))
     write_shard(tmp_path / "test-0.parquet", [png(1)] * 4, datasets.Value("int64"))
-    with raises(RequestError, match=r"column kind of .* does not say what its classes are"):
+    with raises(RequestError, match=r"column kind of .* does not define its classes"):
         load_splits(DataConfig(dataset=str(tmp_path), streaming=True))
-    with raises(RequestError, match="--shuffle-block 0"):
+    with raises(RequestError, match="shuffle_block=0"):
         DataConfig(shuffle_block=0)

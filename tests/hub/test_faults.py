@@ -1,4 +1,4 @@
-"""Whatever goes wrong on the way, a push ends with the right repository or a clear error, never with half of one."""
+"""Faults during a push: the repository is complete, or unchanged with a clear error."""
 
 import json
 import re
@@ -23,7 +23,7 @@ def running(tmp_path_factory) -> Iterator[tuple[LoopbackHub, Client]]:
 
 @fixture
 def hub(running: tuple[LoopbackHub, Client]) -> LoopbackHub:
-    """The Hub of this module, empty."""
+    """Return the Hub of this module, emptied."""
     hub = running[0]
     hub.repos.clear()
     hub.blobs.clear()
@@ -38,7 +38,7 @@ def client(running: tuple[LoopbackHub, Client]) -> Client:
 
 
 def holds(hub: LoopbackHub, finished: Path, branch: str = "main") -> None:
-    """Check that a repository holds the whole model, in one commit of ours."""
+    """Check that a repository contains the complete model, in one commit of ours."""
     repo = hub.repos["models/me/digits"]
     assert [len(commit.files) > 0 for commit in repo.branches[branch]] == [False, True]
     files = repo.branches[branch][-1].files
@@ -66,33 +66,33 @@ def holds(hub: LoopbackHub, finished: Path, branch: str = "main") -> None:
         ("GET .*/resolve/.*README", "slow", 1),
     ],
 )
-def test_a_fault_that_passes_leaves_one_whole_commit(
+def test_a_transient_fault_leaves_one_complete_commit(
     hub: LoopbackHub, client: Client, finished: Path, pattern: str, kind: str, times: int
 ) -> None:
     hub.faults.append(Fault(pattern, kind, times))
     code, out, err = client.command("push", finished, "--repo-id", "me/digits", *WORDS)
     assert code == 0, err
-    assert hub.faults[0].times < times, "the fault did not happen"
+    assert hub.faults[0].times < times, "the fault was not triggered"
     assert "published and read back: http" in out
     holds(hub, finished)
 
 
 @mark.parametrize(
-    ("pattern", "kind", "said"),
+    ("pattern", "kind", "message"),
     [
         ("POST .*/commit/", "503", "me/digits could not be published"),
         ("POST .*/commit/", "507", "asked to fail with 507"),
         ("PUT /lfs/", "507", "me/digits could not be published"),
     ],
 )
-def test_a_fault_that_stays_is_said_in_a_line_and_the_same_command_goes_on_later(
-    hub: LoopbackHub, client: Client, finished: Path, pattern: str, kind: str, said: str
+def test_a_permanent_fault_is_reported_and_rerunning_succeeds_later(
+    hub: LoopbackHub, client: Client, finished: Path, pattern: str, kind: str, message: str
 ) -> None:
     hub.faults.append(Fault(pattern, kind, 1000))
     code, _, err = client.command("push", finished, "--repo-id", "me/digits", *WORDS)
     assert code == 1
-    assert said in err
-    assert f"Everything is kept in {finished / 'model'}; the same command goes on" in err
+    assert message in err
+    assert f"The model is kept in {finished / 'model'}; rerun the same command to publish it" in err
     assert "Traceback" not in err
     assert [commit.files for commit in hub.repos["models/me/digits"].commits] == [{}]
     hub.faults.clear()
@@ -101,7 +101,7 @@ def test_a_fault_that_stays_is_said_in_a_line_and_the_same_command_goes_on_later
     holds(hub, finished)
 
 
-def test_a_push_that_is_repeated_makes_no_second_commit(hub: LoopbackHub, client: Client, finished: Path) -> None:
+def test_a_repeated_push_creates_no_second_commit(hub: LoopbackHub, client: Client, finished: Path) -> None:
     words = ("push", finished, "--repo-id", "me/digits", *WORDS)
     assert client.command(*words)[0] == 0
     code, out, err = client.command(*words)
@@ -114,7 +114,7 @@ def test_a_push_that_is_repeated_makes_no_second_commit(hub: LoopbackHub, client
     assert len(hub.repos["models/me/digits"].commits) == 3
 
 
-def test_other_files_of_the_repository_stay(hub: LoopbackHub, client: Client, finished: Path) -> None:
+def test_other_files_of_the_repository_are_kept(hub: LoopbackHub, client: Client, finished: Path) -> None:
     hub.create("models", "me/digits").commit("mine", {"notes.txt": b"keep this"})
     assert client.command("push", finished, "--repo-id", "me/digits", *WORDS)[0] == 0
     assert hub.repos["models/me/digits"].commits[-1].files["notes.txt"] == b"keep this"
@@ -135,7 +135,7 @@ def test_a_pull_request_is_opened_once(hub: LoopbackHub, client: Client, finishe
     assert set(repo.branches["refs/pr/1"][-1].files) >= {"model.safetensors", "README.md", "config.json"}
 
 
-def test_a_branch_and_an_organisation_are_as_good(hub: LoopbackHub, client: Client, finished: Path) -> None:
+def test_push_to_a_branch_of_an_organization(hub: LoopbackHub, client: Client, finished: Path) -> None:
     code, _, err = client.command("push", finished, "--repo-id", "club/digits", "--revision", "tuned", *WORDS)
     assert code == 0, err
     repo = hub.repos["models/club/digits"]
@@ -144,32 +144,32 @@ def test_a_branch_and_an_organisation_are_as_good(hub: LoopbackHub, client: Clie
 
 
 @mark.parametrize(
-    ("token", "said"),
+    ("token", "message"),
     [
-        ("hf_readonlytokenofme", "your token may not write there"),
+        ("hf_readonlytokenofme", "permission denied: the token cannot write there"),
         (
             "hf_unknownunknownunknown",
-            "the Hub does not accept the token, or there is none; log in with `hf auth login`",
+            "the token is missing or invalid; log in with `hf auth login`",
         ),
     ],
 )
-def test_without_rights_one_line_says_so_and_no_token_is_shown(
-    hub: LoopbackHub, finished: Path, tmp_path: Path, token: str, said: str
+def test_missing_permission_is_reported_without_the_token(
+    hub: LoopbackHub, finished: Path, tmp_path: Path, token: str, message: str
 ) -> None:
     client = Client(hub, tmp_path, token)
     code, out, err = client.command("push", finished, "--repo-id", "me/digits", *WORDS)
     client.close()
     assert code == 1
-    assert said in err
+    assert message in err
     assert token not in out + err
     assert hub.repos == {}
 
 
-def test_bytes_that_come_back_wrong_are_found(hub: LoopbackHub, client: Client, finished: Path) -> None:
+def test_corrupted_uploads_are_detected(hub: LoopbackHub, client: Client, finished: Path) -> None:
     hub.faults.append(Fault("GET .*/resolve/.*/config.json", "wrong bytes", 1000))
     code, _, err = client.command("push", finished, "--repo-id", "me/digits", *WORDS)
     assert code == 1
-    assert "me/digits holds other bytes than were sent of config.json" in err
+    assert "me/digits: the uploaded config.json differs from the local file" in err
 
 
 FROM_HUB = """
@@ -186,9 +186,7 @@ except (ValueError, RuntimeError) as error:
 """
 
 
-def test_from_hub_gives_network_transform_labels_and_the_commit(
-    hub: LoopbackHub, client: Client, finished: Path
-) -> None:
+def test_from_hub_returns_model_transform_labels_and_commit(hub: LoopbackHub, client: Client, finished: Path) -> None:
     import timm
     import torch
     from PIL import Image
@@ -207,12 +205,12 @@ def test_from_hub_gives_network_transform_labels_and_the_commit(
 
 
 @mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_from_hub_refuses_a_wrong_byte_and_fetches_anew(
+def test_from_hub_rejects_a_corrupted_file_and_downloads_it_again(
     hub: LoopbackHub, client: Client, finished: Path, name: str
 ) -> None:
     assert client.command("push", finished, "--repo-id", "me/digits", *WORDS)[0] == 0
     repo = hub.repos["models/me/digits"]
-    repo.commit("another", repo.commits[-1].files | {"note.txt": name.encode()})  # a revision that is in no cache
+    repo.commit("another", repo.commits[-1].files | {"note.txt": name.encode()})  # a revision that is not cached
     large = name == "model.safetensors"
     hub.faults.append(Fault("GET /cdn/" if large else f"GET .*/resolve/.*/{name}", "wrong bytes", 1))
     answer = client.run(
@@ -224,27 +222,27 @@ def test_from_hub_refuses_a_wrong_byte_and_fetches_anew(
     assert answer["result"][0] == repo.commits[-1].oid
 
 
-def test_from_hub_refuses_what_it_should(hub: LoopbackHub, client: Client, finished: Path) -> None:
+def test_from_hub_rejects_pickles_unknown_revisions_and_gated_repositories(
+    hub: LoopbackHub, client: Client, finished: Path
+) -> None:
     files = {"config.json": (finished / "model" / "config.json").read_bytes(), "pytorch_model.bin": b"a pickle"}
     hub.create("models", "me/digits").commit("pickled", files)
-    refused = client.run(FROM_HUB.format(revision=None))["result"]
-    assert refused == "RequestError: me/digits has no model.safetensors; pickled weights are not loaded"
-    refused = client.run(FROM_HUB.format(revision="v9"))["result"]
-    assert refused == "RequestError: me/digits has no revision v9"
+    error = client.run(FROM_HUB.format(revision=None))["result"]
+    assert error == "RequestError: me/digits has no model.safetensors; pickled weights are not loaded"
+    error = client.run(FROM_HUB.format(revision="v9"))["result"]
+    assert error == "RequestError: me/digits has no revision v9"
     hub.repos["models/me/digits"].private = True
     hub.repos["models/you/digits"] = hub.repos.pop("models/me/digits")
-    refused = client.run(FROM_HUB.format(revision=None).replace("me/digits", "you/digits"))["result"]
-    assert "there is no repository you/digits that you may read" in refused
+    error = client.run(FROM_HUB.format(revision=None).replace("me/digits", "you/digits"))["result"]
+    assert "there is no repository you/digits that you may read" in error
     hub.repos["models/you/digits"].private = False
     hub.repos["models/you/digits"].granted = set()
     hub.repos["models/you/digits"].commit("weights", files | {"model.safetensors": b"x"})
-    refused = client.run(FROM_HUB.format(revision=None).replace("me/digits", "you/digits"))["result"]
-    assert "you/digits is gated: ask for access at its page" in refused
+    error = client.run(FROM_HUB.format(revision=None).replace("me/digits", "you/digits"))["result"]
+    assert "you/digits is gated: ask for access at its page" in error
 
 
-def test_only_the_file_that_was_checked_is_loaded_from_the_hub(
-    hub: LoopbackHub, client: Client, finished: Path
-) -> None:
+def test_only_the_verified_file_is_loaded_from_the_hub(hub: LoopbackHub, client: Client, finished: Path) -> None:
     config = json.loads((finished / "model" / "config.json").read_bytes())
     weights = (finished / "model" / "model.safetensors").read_bytes()
     names = {str(number): f"kind {number}" for number in range(10)}
@@ -257,9 +255,9 @@ def test_only_the_file_that_was_checked_is_loaded_from_the_hub(
     for name in ("evil.safetensors", "pytorch_model.bin"):
         config["pretrained_cfg"]["hf_hub_filename"] = name
         repo.commit("hostile", files | {"config.json": json.dumps(config).encode()})
-        refused = client.run(FROM_HUB.format(revision=None))["result"]
+        error = client.run(FROM_HUB.format(revision=None))["result"]
         stated = f'me/digits: config.json states pretrained_cfg.hf_hub_filename "{name}": not allowed'
-        assert refused.startswith(f"RequestError: {stated}")
+        assert error.startswith(f"RequestError: {stated}")
         for words in (
             ("predict", "hf-hub:me/digits", ROOT / "docs" / "quickstart.png"),
             ("train", "--model", "hf-hub:me/digits"),
@@ -294,15 +292,15 @@ def edit_on_the_web(hub: LoopbackHub, card: str) -> None:
     repo.commit("Update README.md", repo.commits[-1].files | {"README.md": card.encode()})
 
 
-def test_what_an_owner_wrote_on_the_web_survives_the_next_push(
-    hub: LoopbackHub, client: Client, finished: Path
-) -> None:
+def test_edits_on_the_web_survive_the_next_push(hub: LoopbackHub, client: Client, finished: Path) -> None:
     words = ("push", finished, "--repo-id", "me/digits")
     assert client.command(*words, "--license", "mit")[0] == 0
     mine = "\n## How I use it\n\n![my image](https://example.org/a.png)\n"
     edit_on_the_web(hub, card_of(hub).replace("license: mit\n", "license: mit\nlanguage: no  # mine\n") + mine)
     code, out, err = client.command(*words, "--license", "mit")
-    assert (code, "nothing has changed there" in out) == (0, False), err  # the order of the metadata
+    assert (code, "nothing has changed there" in out) == (0, False), (
+        err
+    )  # not identical: the order of the metadata differs
     assert "language: no  # mine\n" in card_of(hub)
     hub.faults.append(Fault("POST .*/commit/", "lost reply", 1))
     assert client.command(*words, "--license", "apache-2.0")[0] == 0
@@ -314,7 +312,7 @@ def test_what_an_owner_wrote_on_the_web_survives_the_next_push(
 
 
 @mark.parametrize("place", ["here", "there"])
-def test_a_card_that_was_edited_in_the_tools_part_is_lost_only_if_asked_for(
+def test_an_edited_generated_part_is_replaced_only_with_overwrite_card(
     hub: LoopbackHub, client: Client, finished: Path, place: str
 ) -> None:
     words = ("push", finished, "--repo-id", "me/digits", *WORDS)
@@ -322,28 +320,28 @@ def test_a_card_that_was_edited_in_the_tools_part_is_lost_only_if_asked_for(
     path = finished / "model" / "README.md"
     before = path.read_text()
     if place == "here":
-        path.write_text(before.replace("## Limits\n", "## Limits\n\nMine.\n"))
+        path.write_text(before.replace("## Limitations\n", "## Limitations\n\nMine.\n"))
     else:
-        edit_on_the_web(hub, card_of(hub).replace("## Limits\n", "## Limits\n\nMine.\n"))
+        edit_on_the_web(hub, card_of(hub).replace("## Limitations\n", "## Limitations\n\nMine.\n"))
     commits = len(hub.repos["models/me/digits"].commits)
     code, _, err = client.command(*words)
     assert code == 2
     assert len(hub.repos["models/me/digits"].commits) == commits
-    assert "was edited inside the part that push writes: nothing was uploaded" in err
+    assert "was edited inside its generated part; nothing was uploaded" in err
     assert err.count("error: ") == 1
     if place == "there":
-        assert "\n-Mine.\n" in err  # what would be lost
+        assert "\n-Mine.\n" in err  # the edit that would be lost
     assert client.command(*words, "--overwrite-card")[0] == 0
     assert "Mine." not in card_of(hub)
     path.write_text(before)
 
 
-def test_a_card_that_is_not_the_tools_is_not_replaced_unasked(hub: LoopbackHub, client: Client, finished: Path) -> None:
+def test_a_foreign_card_is_replaced_only_with_overwrite_card(hub: LoopbackHub, client: Client, finished: Path) -> None:
     hub.create("models", "me/digits").commit("mine", {"README.md": b"# My own card\n"})
     words = ("push", finished, "--repo-id", "me/digits", *WORDS)
     code, _, err = client.command(*words)
     assert code == 2
-    assert "the README.md on the Hub is not from push: nothing was uploaded" in err
+    assert "the README.md on the Hub was not generated by push; nothing was uploaded" in err
     assert "-# My own card" in err
     assert card_of(hub) == "# My own card\n"
     hub.repos["models/me/digits"].commit("odd", {"README.md": b"\xff" * 9})

@@ -1,4 +1,4 @@
-"""A published folder loads in stock timm and in transformers with equal weights, and goes up in one commit."""
+"""A published model is one commit, and loads in unmodified timm and transformers with equal weights."""
 
 import dataclasses
 import json
@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from pytest import fixture, mark
+from support import warm_start
 from support.client import Client
 from support.loopback_hub import Fault, LoopbackHub, serve
-from support.processes import TINY, run_process
+from support.processes import TINY, run_interpreter, run_process
 
 from resnext_hub.cards.model_card import render_card, wilson_interval
 from resnext_hub.export.model_folder import export_model
+from resnext_hub.models.input_config import InputConfig
 from resnext_hub.models.lookup import build_model, find_model, portable_architecture
 from resnext_hub.record import BaseModelFacts, RunRecord
 
@@ -43,7 +45,7 @@ case, weights = load_file(expected), load_file(published)
 model = timm.create_model(source, pretrained=True).eval()
 assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items()), "timm"
 with torch.inference_mode():
-    # timm copies the weights into tensors of torch's own, aligned as those of the model that was exported
+    # timm copies the weights into tensors that are aligned as those of the exported model
     assert torch.equal(model(case["images"]), case["logits"]), "timm"
 if source.startswith("local-dir:"):
     from transformers import AutoModelForImageClassification
@@ -51,7 +53,7 @@ if source.startswith("local-dir:"):
     state_dict = wrapped.timm_model.state_dict()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in state_dict.items()), "transformers"
     with torch.inference_mode():
-        # transformers maps the file, where tensors begin at any eighth byte, and kernels may add in another order
+        # transformers maps the file, with 8-byte alignment, so kernels may sum in another order
         torch.testing.assert_close(wrapped(case["images"]).logits, case["logits"], rtol=1e-4, atol=1e-5)
     assert wrapped.config.id2label[0] == "first class", wrapped.config.id2label
 assert "resnext_hub" not in sys.modules
@@ -64,17 +66,17 @@ def test_an_exported_variant_loads_with_equal_weights_in_stock_timm_and_transfor
 
     source = find_model(name)
     torch.manual_seed(1)
-    network = build_model(source, 3).eval()
-    for module in network.modules():
+    model = build_model(source, 3).eval()
+    for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.weight, 0.2, 0.5)
     architecture, model_args = portable_architecture(source)
     export_model(
-        network,
+        model,
         tmp_path / "model",
         architecture=architecture,
         model_args=model_args,
-        input_facts=INPUT,
+        input=InputConfig(**INPUT),
         label_names=["first class", "second", "third"],
         license="mit",
         plugin_facts={"variant": name},
@@ -84,14 +86,14 @@ def test_an_exported_variant_loads_with_equal_weights_in_stock_timm_and_transfor
     assert "tag" not in config["pretrained_cfg"]
     images = torch.randn(2, 3, 64, 64)
     with torch.inference_mode():
-        logits = network.to(memory_format=torch.contiguous_format)(images)
+        logits = model.to(memory_format=torch.contiguous_format)(images)
     save_file({"images": images, "logits": logits}, tmp_path / "case.safetensors")
-    done = subprocess.run(
+    done = warm_start.run(
         [
             sys.executable, "-c", LOAD, f"local-dir:{tmp_path / 'model'}", str(tmp_path / "case.safetensors"),
             str(tmp_path / "model" / "model.safetensors"),
         ],
-        capture_output=True, text=True, check=False, cwd=tmp_path,
+        cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
 
@@ -102,11 +104,11 @@ def test_push_uploads_the_folder_in_one_commit_that_timm_loads(
     from safetensors.torch import save_file
 
     words = ("scripts/push.py", finished, "--repo-id", "me/digits", "--license", "mit")
-    done = run_process(*words, HF_HOME=str(tmp_path / "home"), **hub.environment())
+    done = run_interpreter(*words, HF_HOME=str(tmp_path / "home"), **hub.environment())
     assert done.returncode == 0, done.stderr
     assert "published and read back: http" in done.stdout
     repo = hub.repos["models/me/digits"]
-    assert len(repo.commits) == 2  # the Hub's own first one, and ours
+    assert len(repo.commits) == 2  # the initial commit of the Hub, and ours
     files = repo.commits[-1].files
     assert set(files) >= {"README.md", "config.json", "model.safetensors", "plots/curves.png"}
     assert files["model.safetensors"] == (finished / "model" / "model.safetensors").read_bytes()
@@ -117,10 +119,10 @@ def test_push_uploads_the_folder_in_one_commit_that_timm_loads(
 
     import timm
 
-    network = timm.create_model(f"local-dir:{finished / 'model'}", pretrained=True).eval()
+    model = timm.create_model(f"local-dir:{finished / 'model'}", pretrained=True).eval()
     images = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
-        save_file({"images": images, "logits": network(images)}, tmp_path / "case.safetensors")
+        save_file({"images": images, "logits": model(images)}, tmp_path / "case.safetensors")
     environment = os.environ | hub.environment() | {"HF_HOME": str(tmp_path / "other-home")}
     loaded = subprocess.run(
         [
@@ -132,44 +134,44 @@ def test_push_uploads_the_folder_in_one_commit_that_timm_loads(
     assert loaded.returncode == 0, loaded.stderr
 
 
-def test_a_dry_run_names_the_files_and_reaches_for_nothing(finished: Path, hub: LoopbackHub) -> None:
+def test_a_dry_run_lists_the_files_and_sends_no_request(finished: Path, hub: LoopbackHub) -> None:
     words = ("scripts/push.py", finished, "--repo-id", "me/digits", "--license", "mit", "--dry-run", "--private")
     done = run_process(*words, **hub.environment())
     assert done.returncode == 0, done.stderr
-    assert "would go to the private repository me/digits in one commit" in done.stdout
+    assert "would be uploaded to the private repository me/digits in one commit" in done.stdout
     assert "model.safetensors" in done.stdout
     assert hub.requests == []
     assert hub.repos == {}
 
 
-def test_a_private_push_makes_a_private_repository(finished: Path, hub: LoopbackHub, tmp_path: Path) -> None:
+def test_a_private_push_creates_a_private_repository(finished: Path, hub: LoopbackHub, tmp_path: Path) -> None:
     words = ("scripts/push.py", finished, "--repo-id", "me/secret", "--license", "mit", "--private")
     done = run_process(*words, HF_HOME=str(tmp_path), **hub.environment())
     assert done.returncode == 0, done.stderr
     assert hub.repos["models/me/secret"].private
 
 
-def test_a_push_needs_a_licence_and_a_repository_id(finished: Path, command: Command) -> None:
+def test_a_push_needs_a_license_and_a_repository_id(finished: Path, command: Command) -> None:
     code, _, err = command("push", finished, "--repo-id", "me/digits")
     assert code == 2
-    assert "--license is needed" in err
+    assert "--license is required" in err
     code, _, err = command("push", finished, "--repo-id", "me/digits/more", "--license", "mit")
     assert code == 2
     assert "--repo-id me/digits/more" in err
 
 
-def test_a_push_without_the_hub_says_what_is_kept(finished: Path, tmp_path: Path) -> None:
+def test_a_push_with_an_unreachable_hub_keeps_the_model(finished: Path, tmp_path: Path) -> None:
     environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_secretsecretsecret"}
     words = ("scripts/push.py", finished, "--repo-id", "me/digits", "--license", "mit")
-    done = run_process(*words, HF_HOME=str(tmp_path), **environment)
+    done = run_interpreter(*words, HF_HOME=str(tmp_path), **environment)
     assert done.returncode == 1
     assert "me/digits could not be published" in done.stderr
-    assert f"Everything is kept in {finished / 'model'}; the same command goes on" in done.stderr
+    assert f"The model is kept in {finished / 'model'}; rerun the same command to publish it" in done.stderr
     assert "hf_secret" not in done.stderr + done.stdout
     assert "Traceback" not in done.stderr
 
 
-def test_a_dataset_and_a_base_model_come_from_the_hub(
+def test_dataset_and_base_model_are_loaded_from_the_hub(
     finished: Path, folder_of_classes: Path, hub: LoopbackHub, tmp_path: Path
 ) -> None:
     import datasets
@@ -210,7 +212,7 @@ def test_a_dataset_and_a_base_model_come_from_the_hub(
 
     missing = run_process("scripts/train.py", "--dataset", "me/none", **environment)
     assert missing.returncode == 2
-    assert "there is no folder me/none here and no such dataset on the Hub" in missing.stderr
+    assert "me/none is neither a local folder nor a dataset on the Hub that you can access" in missing.stderr
     missing = run_process("scripts/train.py", "--model", "hf-hub:me/none", **environment)
     assert missing.returncode == 2
     assert "--model hf-hub:me/none: there is no repository me/none that you may read" in missing.stderr
@@ -239,7 +241,7 @@ dataset_info:
 
 
 @mark.parametrize("workers", [0, 2])
-def test_a_dataset_streams_from_the_hub_and_leaves_nothing_on_the_disk(
+def test_a_dataset_is_streamed_from_the_hub_without_a_copy_on_disk(
     hub: LoopbackHub, tmp_path: Path, workers: int
 ) -> None:
     from resnext_hub.data.sources import load_digits_table
@@ -271,7 +273,7 @@ def test_a_dataset_streams_from_the_hub_and_leaves_nothing_on_the_disk(
     assert "The dataset was streamed" in (tmp_path / "run" / "model" / "README.md").read_text()
 
 
-def test_a_stream_that_breaks_off_ends_the_run_in_a_line_and_goes_on_later(hub: LoopbackHub, tmp_path: Path) -> None:
+def test_an_interrupted_stream_ends_the_run_which_resumes_later(hub: LoopbackHub, tmp_path: Path) -> None:
     from resnext_hub.data.sources import load_digits_table
 
     table, files = load_digits_table(), {"README.md": DIGITS_CARD.encode()}
@@ -286,13 +288,13 @@ def test_a_stream_that_breaks_off_ends_the_run_in_a_line_and_goes_on_later(hub: 
     )  # fmt: skip
     environment = hub.environment() | {"HF_HOME": str(tmp_path / "home")}
     hub.faults.append(Fault("GET .*train-[01].parquet", "507", 1000))
-    # the schemas of both files are read before the run, and then the first file that is read is read
+    # both schemas and the first file of the stream can still be read
     hub.faults.insert(0, Fault("GET .*train-[01].parquet", "nothing", 4))
     done = run_process(*words, **environment)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert "the stream broke off in shard" in done.stderr
-    assert done.stderr.strip().endswith("the same command goes on from the last checkpoint")
+    assert done.stderr.strip().endswith("rerun the same command to resume from the last checkpoint")
     hub.faults.clear()
     done = run_process(*words, **environment)
     assert done.returncode == 0, done.stderr
@@ -301,9 +303,7 @@ def test_a_stream_that_breaks_off_ends_the_run_in_a_line_and_goes_on_later(hub: 
     assert len({index for line in lines[:16] for index in line["indices"]}) == 160
 
 
-def test_images_that_lie_in_a_repository_as_files_stream_too(
-    hub: LoopbackHub, tmp_path: Path, folder_of_classes: Path
-) -> None:
+def test_image_files_of_a_repository_are_streamed(hub: LoopbackHub, tmp_path: Path, folder_of_classes: Path) -> None:
     files = {}
     for image in sorted(folder_of_classes.rglob("*.png")):
         for split in ("train", "test"):
@@ -329,7 +329,7 @@ def np_labels(table) -> list[int]:
     return [names.index(Path(row["image"]["path"]).parent.name) for row in table]
 
 
-def test_the_card_says_what_the_record_says(finished: Path) -> None:
+def test_the_card_states_the_facts_of_the_record(finished: Path) -> None:
     record = RunRecord.load(finished / "record.json")
     card = render_card(record, "me/digits", "mit")
     assert f"({record.evaluation.correct}/360)**" in card
@@ -340,7 +340,7 @@ def test_the_card_says_what_the_record_says(finished: Path) -> None:
         assert f"| {count} |" in card
 
 
-def test_the_cards_metadata_is_what_the_hub_asks_for(finished: Path) -> None:
+def test_the_metadata_of_the_card_is_valid_for_the_hub(finished: Path) -> None:
     from huggingface_hub import ModelCard
 
     card = ModelCard(render_card(RunRecord.load(finished / "record.json"), "me/digits", "mit"))
@@ -358,7 +358,7 @@ def test_the_cards_metadata_is_what_the_hub_asks_for(finished: Path) -> None:
 
 
 def test_every_snippet_of_the_card_runs_on_an_image(finished: Path, hub: LoopbackHub, tmp_path: Path) -> None:
-    """Those of the published card, against the Hub that it was published to; its sample's output is the real one."""
+    """Run the snippets of the published card against the Hub, and compare the output of the sample."""
     from resnext_hub.data.config import DataConfig
     from resnext_hub.data.splits import load_splits
 
@@ -387,46 +387,46 @@ result = [label, classify("image.png")[0], shapes, list(embedding.shape), probab
     assert len(embedding) == 2
     best = record.label_names[int(np.argmax(probabilities))]
     assert (best, round(max(probabilities), 3)) == (label, round(record.sample.output[0][1], 3))
-    said = ", ".join(f"{name} ({100 * value:.2f} %)" for name, value in record.sample.output)
-    right = "correctly" if best == record.sample.label else "wrongly"
-    assert f"it answers {right}: {said}." in card
+    output = ", ".join(f"{name} ({100 * value:.2f} %)" for name, value in record.sample.output)
+    outcome = "correctly" if best == record.sample.label else "incorrectly"
+    assert f"is classified {outcome}: {output}." in card
 
 
-def test_the_card_says_where_the_network_is_weak(finished: Path) -> None:
+def test_the_card_states_known_weaknesses(finished: Path) -> None:
     record = RunRecord.load(finished / "record.json")
     confusion = record.evaluation.matrix
     np.fill_diagonal(confusion, 0)
-    true, taken = np.unravel_index(confusion.argmax(), confusion.shape)
+    true, predicted = np.unravel_index(confusion.argmax(), confusion.shape)
     card = render_card(record)
-    assert f"Most often it takes {true} for {taken} ({confusion.max()} times)" in card
+    assert f"Most frequent confusions: {true} as {predicted} ({confusion.max()} times)" in card
     rare = dataclasses.replace(record, dataset=dataclasses.replace(record.dataset, train_counts=[3] + [140] * 9))
-    assert "Few images to learn from: 0 (3)." in render_card(rare)
+    assert "Few training images: 0 (3)." in render_card(rare)
 
 
 @mark.parametrize(
-    ("base", "chosen", "said"),
+    ("base", "chosen", "warning"),
     [
         ("cc-by-nc-4.0", "mit", "is for non-commercial use only (cc-by-nc-4.0)"),
-        ("cc-by-sa-4.0", "mit", "has to be shared under its own licence (cc-by-sa-4.0)"),
-        ("cc-by-nd-4.0", "mit", "may not be shared in a changed form"),
-        ("gpl-3.0", "mit", "has to be shared under its own licence"),
-        (None, "mit", "the licence of you/base, from which training started, is not stated"),
+        ("cc-by-sa-4.0", "mit", "must be shared under the same license (cc-by-sa-4.0)"),
+        ("cc-by-nd-4.0", "mit", "must not be shared in modified form"),
+        ("gpl-3.0", "mit", "must be shared under the same license"),
+        (None, "mit", "the license of the base model you/base is not stated"),
         ("apache-2.0", "mit", None),
         ("cc-by-nc-4.0", "cc-by-nc-4.0", None),
     ],
 )
-def test_a_licence_that_the_base_model_does_not_allow_is_said(
-    finished: Path, base: str | None, chosen: str, said: str | None
+def test_a_license_conflict_with_the_base_model_is_a_warning(
+    finished: Path, base: str | None, chosen: str, warning: str | None
 ) -> None:
     record = RunRecord.load(finished / "record.json")
     tuned = dataclasses.replace(record, base_model=BaseModelFacts(id="you/base", hub_id="you/base", license=base))
     card = render_card(tuned, "me/digits", chosen)
-    assert f"(licence {base or 'not stated'})" in card
-    assert ("Mind the licence" in card) == (said is not None)
-    assert said is None or said in card
+    assert f"(license {base or 'not stated'})" in card
+    assert ("Check the license" in card) == (warning is not None)
+    assert warning is None or warning in card
 
 
-def test_the_confidence_interval_is_wilsons() -> None:
+def test_the_confidence_interval_is_the_wilson_score() -> None:
     low, high = wilson_interval(9, 10)  # 0.5958 and 0.9821 in published tables
     assert (round(low, 4), round(high, 4)) == (0.5958, 0.9821)
     assert wilson_interval(10, 10)[1] <= 1.0

@@ -1,4 +1,4 @@
-"""What is published is the model of the record and nothing else; what is not is refused before anything is sent."""
+"""Exactly the model of the record is published; everything else is rejected before a request is sent."""
 
 import json
 import os
@@ -26,7 +26,7 @@ CFG = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3}
 
 @fixture
 def run(tmp_path: Path) -> Path:
-    """A run folder with a model of one tensor."""
+    """Return a run folder with a model of one tensor."""
     model = tmp_path / "model"
     (model / "plots").mkdir(parents=True)
     save_file({"w": torch.zeros(3)}, model / "model.safetensors")
@@ -57,10 +57,10 @@ def test_only_files_of_the_model_are_uploaded(run: Path, command: Command) -> No
     code, out, err = dry_run(command, run)
     assert code == 0, err
     assert names(out) == {"README.md", "config.json", "model.safetensors", "plots/curves.png"}
-    assert "not uploaded, as they are not part of the model: .secret, folder" in err
+    assert "ignoring files that are not part of the model: .secret, folder" in err
 
 
-def test_plots_behind_a_link_are_not_uploaded(run: Path, command: Command) -> None:
+def test_linked_plots_are_not_uploaded(run: Path, command: Command) -> None:
     (run / "model" / "plots").rename(run / "elsewhere")
     (run / "model" / "plots").symlink_to(run / "elsewhere")
     code, out, err = dry_run(command, run)
@@ -68,14 +68,14 @@ def test_plots_behind_a_link_are_not_uploaded(run: Path, command: Command) -> No
     assert names(out) == {"README.md", "config.json", "model.safetensors"}
 
 
-def test_a_card_shows_no_plot_that_is_missing(run: Path, command: Command) -> None:
+def test_a_card_omits_a_missing_plot(run: Path, command: Command) -> None:
     code, _, err = dry_run(command, run)
     assert code == 0
-    assert "the card shows no confusion_matrix.png, which is missing" in err
+    assert "the card omits confusion_matrix.png, which is missing" in err
     assert "curves.png" not in err
 
 
-def test_a_card_is_written_in_utf_8_whatever_the_language_of_the_system(run: Path) -> None:
+def test_a_card_is_written_in_utf_8_in_any_locale(run: Path) -> None:
     card = run / "model" / "README.md"
     card.write_text(f"{card.read_text('utf-8')}\nUn mot à moi: 猫.\n", "utf-8")
     words = ("-m", "resnext_hub", "push", run, "--repo-id", "me/x", "--license", "mit", "--dry-run")
@@ -83,7 +83,7 @@ def test_a_card_is_written_in_utf_8_whatever_the_language_of_the_system(run: Pat
     assert done.returncode == 0, done.stderr
 
 
-def test_a_model_folder_that_is_a_link_is_as_good(run: Path, command: Command) -> None:
+def test_the_model_folder_may_be_a_link(run: Path, command: Command) -> None:
     (run / "model").rename(run / "elsewhere")
     (run / "model").symlink_to("elsewhere")
     assert dry_run(command, run)[0] == 0
@@ -91,7 +91,7 @@ def test_a_model_folder_that_is_a_link_is_as_good(run: Path, command: Command) -
 
 @mark.parametrize("name", ["model.safetensors", "config.json"])
 @mark.parametrize("kind", ["FIFO", "folder", "device", "dangling link", "other bytes"])
-def test_a_model_that_is_not_that_of_the_record_is_refused(run: Path, command: Command, name: str, kind: str) -> None:
+def test_a_model_that_differs_from_the_record_is_rejected(run: Path, command: Command, name: str, kind: str) -> None:
     path = run / "model" / name
     if kind == "other bytes":
         path.write_bytes(path.read_bytes() + b" x")
@@ -101,7 +101,7 @@ def test_a_model_that_is_not_that_of_the_record_is_refused(run: Path, command: C
     assert (code, out) == (2, "")
     assert f"{path}" in err
     assert err.count("\n") == 1
-    assert "the command that trained the run writes the model folder anew" in err
+    assert "rerun the training command to write the model folder again" in err
 
 
 @mark.parametrize(
@@ -119,7 +119,9 @@ def test_a_model_that_is_not_that_of_the_record_is_refused(run: Path, command: C
         ("pretrained_cfg", {}),
     ],
 )
-def test_a_config_of_another_model_is_refused(run: Path, command: Command, key: str, value: object) -> None:
+def test_a_config_that_differs_from_the_record_is_rejected(
+    run: Path, command: Command, key: str, value: object
+) -> None:
     path = run / "model" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     code, _, err = dry_run(command, run)
@@ -128,7 +130,7 @@ def test_a_config_of_another_model_is_refused(run: Path, command: Command, key: 
 
 
 @mark.parametrize("content", [b"\xff", b"---\n[\n---\n", b"# An own card\n"])
-def test_an_own_card_here_is_refused_or_overwritten_if_asked_for(run: Path, command: Command, content: bytes) -> None:
+def test_a_foreign_local_card_is_replaced_only_with_overwrite_card(run: Path, command: Command, content: bytes) -> None:
     (run / "model" / "README.md").write_bytes(content)
     code, _, err = dry_run(command, run)
     assert code == 2
@@ -138,15 +140,13 @@ def test_an_own_card_here_is_refused_or_overwritten_if_asked_for(run: Path, comm
 
 
 @mark.parametrize("revision", ["", "../x", "a b", "refs/"])
-def test_a_branch_that_can_be_none_is_refused_before_the_hub_is_asked(
-    run: Path, command: Command, revision: str
-) -> None:
+def test_an_invalid_revision_is_rejected_without_a_request(run: Path, command: Command, revision: str) -> None:
     code, _, err = dry_run(command, run, "--revision", revision)
     assert code == 2
-    assert "is no revision: expected a branch" in err
+    assert "is not a revision: expected a branch" in err
 
 
-def test_a_missing_card_is_written_anew(run: Path, command: Command) -> None:
+def test_a_missing_card_is_regenerated(run: Path, command: Command) -> None:
     (run / "model" / "README.md").unlink()
     code, out, _ = dry_run(command, run)
     assert code == 0
@@ -157,12 +157,12 @@ def test_a_missing_card_is_written_anew(run: Path, command: Command) -> None:
     ("asked", "close"),
     [("apache", "apache-2.0"), ("Apache-2.0", "apache-2.0"), ("MIT", "mit"), ("cc-by", "cc-by-4.0"), ("gpl3", "gpl")],
 )
-def test_a_licence_that_the_hub_does_not_know_is_refused_with_close_ids(asked: str, close: str) -> None:
-    with raises(RequestError, match=f"--license {asked}: expected an id of the Hub's list, such as .*{close}"):
+def test_an_unknown_license_is_reported_with_close_ids(asked: str, close: str) -> None:
+    with raises(RequestError, match=f"license={asked}: expected an id from the Hub's list, such as .*{close}"):
         check_license(asked)
 
 
-def test_every_licence_of_the_hub_is_taken_and_no_other() -> None:
+def test_exactly_the_licenses_of_the_hub_are_accepted() -> None:
     for license in LICENSES:
         assert check_request(None, "me/x", license) == ("me/x", license)
     for license in ("", " mit", "mit\n", "\x1b[31m", "hf_secretsecretsecret", "x" * 5000):
@@ -173,7 +173,7 @@ def test_every_licence_of_the_hub_is_taken_and_no_other() -> None:
 
 
 @mark.parametrize("repo_id", ["hf_secretsecretsecret", "me/hf_secretsecretsecret/x", "hf_secretsecretsecret/a/b"])
-def test_a_token_as_repository_is_never_shown(run: Path, command: Command, repo_id: str) -> None:
+def test_a_token_passed_as_repository_is_never_shown(run: Path, command: Command, repo_id: str) -> None:
     code, out, err = command("push", run, "--repo-id", repo_id, "--license", "mit")
     assert code == 2
     assert "secret" not in out + err
@@ -183,26 +183,26 @@ def test_a_token_as_repository_is_never_shown(run: Path, command: Command, repo_
 FETCHED = {"dataset": "digits", "model": "test_resnet", "lr": 0.1, "push_to_hub": False, "private": False}
 
 
-def test_a_fetched_run_brings_no_places_to_publish_and_nothing_of_its_machine() -> None:
+def test_a_fetched_run_passes_on_no_publishing_or_machine_settings() -> None:
     machine = {"push_to_hub": True, "repo_id": "me/x", "license": "mit", "private": True, "workers": 9}
     settings = fetched_settings(FETCHED | machine | {"threads": "1"}, {}, "hub:you/run")
-    # the last bits depend on the number of threads
+    # threads is inherited, since the last bits depend on it
     assert settings == {"dataset": "digits", "model": "test_resnet", "lr": 0.1, "threads": "1"}
 
 
 @mark.parametrize("dataset", ["pets", "/home/you/pets", "../pets", "C:\\pets", ""])
-def test_a_dataset_of_another_machine_has_to_be_named(dataset: str) -> None:
-    with raises(RequestError, match="name it with --dataset"):
+def test_the_local_dataset_of_a_fetched_run_must_be_given(dataset: str) -> None:
+    with raises(RequestError, match="pass it as dataset"):
         fetched_settings(FETCHED | {"dataset": dataset}, {}, "hub:you/run")
     assert fetched_settings(FETCHED | {"dataset": dataset}, {"dataset"}, "hub:you/run")["lr"] == 0.1
 
 
-def test_a_hub_dataset_whose_name_is_a_folder_here_has_to_be_named(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+def test_a_hub_dataset_with_the_name_of_a_local_folder_must_be_given(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     fetched = FETCHED | {"dataset": "you/pets"}
     assert fetched_settings(fetched, {}, "hub:you/run")["dataset"] == "you/pets"
     os.makedirs("you/pets")
-    with raises(RequestError, match="name it with --dataset"):
+    with raises(RequestError, match="pass it as dataset"):
         fetched_settings(fetched, {}, "hub:you/run")
-    with raises(RequestError, match="name it with --model"):
+    with raises(RequestError, match="pass it as model"):
         fetched_settings(FETCHED | {"model": "local-dir:a/model"}, {}, "hub:you/run")

@@ -1,8 +1,7 @@
-"""Over Xet, as large files go in earnest, publishing and loading keep the promises that they keep over plain LFS."""
+"""Publishing and loading over Xet, the Hub's transfer of large files, keep the same promises as over plain LFS."""
 
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ import timm
 import torch
 from pytest import fixture, mark
 from safetensors.torch import save_file
+from support import warm_start
 from support.client import Client
 from support.loopback_hub import Fault, LoopbackHub, serve
 from support.loopback_xet import TOKEN as XET_TOKEN
@@ -34,10 +34,10 @@ def running(home: Path) -> Iterator[tuple[LoopbackHub, Client]]:
 
 @fixture
 def hub(running: tuple[LoopbackHub, Client], home: Path) -> LoopbackHub:
-    """The Hub of this module, empty, and with a client that has nothing in its caches."""
+    """Return the Hub of this module, emptied, with empty client caches."""
     hub = running[0]
-    for kept in (hub.repos, hub.blobs, hub.faults, hub.requests):
-        kept.clear()
+    for state in (hub.repos, hub.blobs, hub.faults, hub.requests):
+        state.clear()
     hub.xet.clear()
     for cache in ("hub", "xet"):
         shutil.rmtree(home / cache, ignore_errors=True)
@@ -50,7 +50,7 @@ def client(running: tuple[LoopbackHub, Client]) -> Client:
 
 
 def holds(hub: LoopbackHub, run: Path) -> None:
-    """Check that a repository holds the whole model in one commit of ours, and that it came over Xet."""
+    """Check that a repository contains the complete model in one commit of ours, uploaded over Xet."""
     repo = hub.repos["models/me/cars"]
     assert [len(commit.files) > 0 for commit in repo.commits] == [False, True]
     assert repo.commits[-1].files["model.safetensors"] == (run / "model" / "model.safetensors").read_bytes()
@@ -59,15 +59,13 @@ def holds(hub: LoopbackHub, run: Path) -> None:
 
 
 def over_xet(hub: LoopbackHub, *requests: str) -> None:
-    """Check that these were among the requests, and none that plain LFS would make."""
+    """Check that these requests were made, and no request of plain LFS."""
     for request in requests:
         assert any(made.startswith(request) for made in hub.requests), (request, hub.requests)
     assert not [made for made in hub.requests if "lfs" in made or "/cdn/" in made]
 
 
-def test_a_push_goes_over_xet_in_one_commit_and_is_read_back(
-    hub: LoopbackHub, client: Client, vehicles_run: Path
-) -> None:
+def test_a_push_over_xet_is_one_commit_and_is_read_back(hub: LoopbackHub, client: Client, vehicles_run: Path) -> None:
     code, out, err = client.command("push", vehicles_run, *PUSH)
     assert code == 0, err
     assert "published and read back: http" in out
@@ -81,7 +79,7 @@ def test_a_push_goes_over_xet_in_one_commit_and_is_read_back(
     assert listed == {"model.safetensors": [digest for hashes in hub.xet.hashes.items() for digest in hashes]}
 
 
-def test_a_push_goes_to_a_storage_of_the_first_version(hub: LoopbackHub, client: Client, vehicles_run: Path) -> None:
+def test_a_push_works_with_version_1_of_the_xet_api(hub: LoopbackHub, client: Client, vehicles_run: Path) -> None:
     for route in ("POST /cas/v1/xorb-grants", "POST /cas/v2/", "GET /cas/v2/"):
         hub.faults.append(Fault(route, "404", 1000))
     assert client.command("push", vehicles_run, *PUSH)[0] == 0
@@ -90,11 +88,11 @@ def test_a_push_goes_to_a_storage_of_the_first_version(hub: LoopbackHub, client:
     over_xet(hub, "POST /cas/v1/xorbs", "POST /cas/v1/shards", "GET /cas/v1/reconstructions")
 
 
-def test_a_push_that_is_repeated_makes_no_second_commit(hub: LoopbackHub, client: Client, vehicles_run: Path) -> None:
-    for said in ("published and read back", "nothing has changed there"):
+def test_a_repeated_push_creates_no_second_commit(hub: LoopbackHub, client: Client, vehicles_run: Path) -> None:
+    for message in ("published and read back", "nothing has changed there"):
         code, out, err = client.command("push", vehicles_run, *PUSH)
         assert code == 0, err
-        assert said in out
+        assert message in out
     holds(hub, vehicles_run)
     code, out, _ = client.command("push", vehicles_run, "--repo-id", "me/cars", "--license", "apache-2.0")
     assert code == 0
@@ -124,7 +122,7 @@ except resnext_hub.errors.RunError as error:
 """
 
 
-def test_what_comes_over_xet_gives_the_same_logits_in_stock_timm_and_here(
+def test_a_model_downloaded_over_xet_has_the_same_logits_in_timm_and_here(
     hub: LoopbackHub, client: Client, vehicles_run: Path, tmp_path: Path
 ) -> None:
     assert client.command("push", vehicles_run, *PUSH)[0] == 0
@@ -137,40 +135,34 @@ def test_what_comes_over_xet_gives_the_same_logits_in_stock_timm_and_here(
     over_xet(hub, "GET /cas/v2/reconstructions", "GET /xorbs/")
     hub.requests.clear()
     save_file({"images": images, "logits": logits}, tmp_path / "case.safetensors")
-    loaded = subprocess.run(
+    loaded = warm_start.run(
         [sys.executable, "-c", LOAD, str(tmp_path / "case.safetensors")],
-        env=os.environ | hub.environment(xet=True) | {"HF_HOME": str(tmp_path)},
-        capture_output=True, text=True, check=False, cwd=tmp_path,
+        env=os.environ | hub.environment(xet=True) | {"HF_HOME": str(tmp_path)}, cwd=tmp_path,
     )  # fmt: skip
     assert loaded.returncode == 0, loaded.stderr
     over_xet(hub, "GET /cas/v2/reconstructions", "GET /xorbs/")
 
 
 @mark.parametrize(
-    ("place", "said"),
+    ("position", "message"),
     [
-        (
-            -1000,
-            "has other bytes than the Hub lists; it was removed from the cache",
-        ),
-        (
-            6,
-            "me/cars: model.safetensors of me/cars could not be fetched from the Hub: ",
-        ),  # the length of a chunk, which the client compares itself
+        (-1000, "has other bytes than the Hub lists; it was removed from the cache"),
+        # the length of a chunk, which the client itself verifies
+        (6, "me/cars: model.safetensors of me/cars could not be fetched from the Hub: "),
     ],
 )
-def test_from_hub_refuses_a_wrong_byte_and_fetches_anew(
-    hub: LoopbackHub, client: Client, vehicles_run: Path, place: int, said: str
+def test_from_hub_rejects_a_corrupted_file_and_downloads_it_again(
+    hub: LoopbackHub, client: Client, vehicles_run: Path, position: int, message: str
 ) -> None:
     assert client.command("push", vehicles_run, *PUSH)[0] == 0
     ((name, right),) = hub.xet.xorbs.items()
     wrong = bytearray(right)
-    wrong[place] ^= 1
+    wrong[position] ^= 1
     hub.xet.xorbs[name] = bytes(wrong)
     answer = client.run(FROM_HUB)
     assert answer["code"] == 0, answer["err"]
     assert answer["result"].startswith("me/cars: model.safetensors of me/cars ")
-    assert said in answer["result"]
+    assert message in answer["result"]
     hub.xet.xorbs[name] = right
     assert client.run(FROM_HUB)["result"][0] == hub.repos["models/me/cars"].commits[-1].oid
 
@@ -187,13 +179,13 @@ def test_from_hub_refuses_a_wrong_byte_and_fetches_anew(
         "POST .*/commit/",
     ],
 )
-def test_a_fault_that_passes_leaves_one_whole_commit(
+def test_a_transient_fault_leaves_one_complete_commit(
     hub: LoopbackHub, client: Client, vehicles_run: Path, route: str, kind: str
 ) -> None:
     hub.faults.append(Fault(route, kind, 1))
     code, out, err = client.command("push", vehicles_run, *PUSH)
     assert code == 0, err
-    assert hub.faults[0].times == 0, "the fault did not happen"
+    assert hub.faults[0].times == 0, "the fault was not triggered"
     assert "published and read back: http" in out
     holds(hub, vehicles_run)
 
@@ -212,7 +204,7 @@ def test_a_fault_that_passes_leaves_one_whole_commit(
         ("POST .*/commit/", "507"),
     ],
 )
-def test_a_fault_that_stays_is_said_in_a_line_and_the_same_command_goes_on_later(
+def test_a_permanent_fault_is_reported_and_rerunning_succeeds_later(
     hub: LoopbackHub, client: Client, vehicles_run: Path, route: str, kind: str
 ) -> None:
     hub.create("models", "me/cars")
@@ -221,7 +213,7 @@ def test_a_fault_that_stays_is_said_in_a_line_and_the_same_command_goes_on_later
     assert code == 1, (err, hub.requests)
     last = err.strip().splitlines()[-1]
     assert last.startswith("error: me/cars could not be published: ")
-    assert last.endswith(f"Everything is kept in {vehicles_run / 'model'}; the same command goes on")
+    assert last.endswith(f"The model is kept in {vehicles_run / 'model'}; rerun the same command to publish it")
     assert "Traceback" not in err
     assert [commit.files for commit in hub.repos["models/me/cars"].commits] == [{}]
     hub.faults.clear()
@@ -231,7 +223,7 @@ def test_a_fault_that_stays_is_said_in_a_line_and_the_same_command_goes_on_later
 
 
 @mark.parametrize("times", [1, 1000])
-def test_a_commit_whose_reply_is_lost_lands_once(
+def test_a_commit_with_a_lost_reply_is_made_once(
     hub: LoopbackHub, client: Client, vehicles_run: Path, times: int
 ) -> None:
     hub.faults.append(Fault("POST .*/commit/", "lost reply", times))
@@ -260,7 +252,7 @@ def test_a_pull_request_is_opened_once(hub: LoopbackHub, client: Client, vehicle
     ("route", "kind"),
     [("GET /cas/v2/reconstructions", "503"), ("GET /xorbs/", "reset"), ("GET /xorbs/", "truncated")],
 )
-def test_a_download_that_fails_is_said_in_a_line(
+def test_a_failed_download_is_reported_in_one_line(
     hub: LoopbackHub, client: Client, vehicles_run: Path, route: str, kind: str
 ) -> None:
     assert client.command("push", vehicles_run, *PUSH)[0] == 0
@@ -273,7 +265,7 @@ def test_a_download_that_fails_is_said_in_a_line(
     assert hub.faults[0].times == 0
 
 
-def test_no_bars_are_drawn_in_a_log(hub: LoopbackHub, vehicles_run: Path, tmp_path: Path, monkeypatch) -> None:
+def test_logs_contain_no_progress_bars(hub: LoopbackHub, vehicles_run: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS")
     environment = hub.environment(xet=True) | {"HF_HOME": str(tmp_path)}
     done = run_process("scripts/push.py", vehicles_run, *PUSH, **environment)
@@ -293,7 +285,7 @@ def test_no_token_appears_at_the_highest_verbosity(hub: LoopbackHub, vehicles_ru
         assert token not in done.stdout + done.stderr + log.read_text()
 
 
-def test_a_model_to_start_from_that_does_not_come_is_said_in_a_line(
+def test_a_failed_download_of_the_base_model_is_reported_in_one_line(
     hub: LoopbackHub, client: Client, vehicles_run: Path, tmp_path: Path
 ) -> None:
     assert client.command("push", vehicles_run, *PUSH)[0] == 0
@@ -323,8 +315,10 @@ for _ in range(2):
 """
 
 
-def test_a_dataset_comes_over_xet_or_a_line_says_why_not(hub: LoopbackHub, client: Client, tmp_path: Path) -> None:
-    hub.faults.append(Fault("GET /cas/v2/reconstructions", "503", 6))  # all that the client tries
+def test_a_dataset_is_downloaded_over_xet_or_the_failure_reported(
+    hub: LoopbackHub, client: Client, tmp_path: Path
+) -> None:
+    hub.faults.append(Fault("GET /cas/v2/reconstructions", "503", 6))  # all attempts of the client
     answer = client.run(DATASET.format(folder=tmp_path))
     assert answer["code"] == 0, answer["err"]
     assert answer["result"][0].startswith("me/digits could not be loaded from the Hub: ")
@@ -355,7 +349,7 @@ except RunError as error:
     ("route", "kind"),
     [("PUT /xorb-uploads/", "reset"), ("POST /cas/v2/shards", "400"), ("POST .*/commit/", "lost reply")],
 )
-def test_a_checkpoint_goes_over_xet_and_comes_back_to_the_byte_or_a_line_says_why_not(
+def test_a_checkpoint_round_trips_over_xet_or_the_failure_is_reported(
     hub: LoopbackHub, client: Client, tmp_path: Path, route: str, kind: str
 ) -> None:
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00000020"
@@ -365,12 +359,12 @@ def test_a_checkpoint_goes_over_xet_and_comes_back_to_the_byte_or_a_line_says_wh
     hub.faults.append(Fault(route, kind, 1))
     pushed = client.run(PUSH_CHECKPOINT.format(checkpoint=str(checkpoint)))
     assert pushed["code"] == 0, pushed["err"]
-    assert "did not reach" not in pushed["err"]
+    assert "could not be uploaded" not in pushed["err"]
     assert len(hub.repos["models/me/run"].branches["checkpoints"]) == 2
     over_xet(hub, "POST /cas/v2/shards")
     fetch = "from pathlib import Path\n" + FETCH_RUN.format(folder=str(tmp_path / "found"))
     hub.faults[0] = Fault("GET /xorbs/", "reset", 1000)
-    assert client.run(fetch)["result"].startswith("--resume-from hub:me/run: the Hub could not be reached: ")
+    assert client.run(fetch)["result"].startswith("resume_from=hub:me/run: the Hub could not be reached: ")
     hub.faults.clear()
     assert client.run(fetch)["result"] is None
     found = tmp_path / "found" / "checkpoints" / "step-00000020" / "model.safetensors"
@@ -378,7 +372,7 @@ def test_a_checkpoint_goes_over_xet_and_comes_back_to_the_byte_or_a_line_says_wh
     over_xet(hub, "GET /xorbs/")
 
 
-def test_a_checkpoint_that_comes_with_a_wrong_byte_is_refused_and_fetched_anew(
+def test_a_corrupted_checkpoint_is_rejected_and_downloaded_again(
     hub: LoopbackHub, client: Client, tmp_path: Path
 ) -> None:
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00000020"
@@ -388,9 +382,9 @@ def test_a_checkpoint_that_comes_with_a_wrong_byte_is_refused_and_fetched_anew(
     client.run(PUSH_CHECKPOINT.format(checkpoint=str(checkpoint)))
     fetch = "from pathlib import Path\n" + FETCH_RUN.format(folder=str(tmp_path / "found"))
     hub.faults.append(Fault("GET /xorbs/", "wrong bytes", 1))
-    said = client.run(fetch)["result"]
-    assert said == (
-        "--resume-from hub:me/run: step-00000020/model.safetensors has other bytes than the Hub lists; it was removed "
-        "from the cache, so that it is fetched anew"
+    error = client.run(fetch)["result"]
+    assert error == (
+        "resume_from=hub:me/run: step-00000020/model.safetensors does not match its hash on the Hub; it was removed "
+        "from the cache, so rerun the same command to download it again"
     )
     assert client.run(fetch)["result"] is None

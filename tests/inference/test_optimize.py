@@ -1,4 +1,4 @@
-"""The fast network computes what the given one does, for any number of images, and says what it costs."""
+"""An optimized model computes the function of the original, for any number of images, and reports its error."""
 
 import copy
 import json
@@ -28,11 +28,11 @@ from resnext_hub.inference.optimize import OptimizedModel, optimize
 from resnext_hub.kernels.fold import fold_batch_norms
 from resnext_hub.kernels.merged import grouped_convolutions
 from resnext_hub.kernels.timing import Packed, TrainingTiming
-from resnext_hub.kernels.widths import _remember, _remembered, cache_file, choose_widths
+from resnext_hub.kernels.widths import _read_cache, _update_cache, cache_file, choose_widths
 
 
-def network(name: str = "resnext26_g32") -> nn.Module:
-    """A network whose batch norms have something to fold."""
+def small_model(name: str = "resnext26_g32") -> nn.Module:
+    """Return a model whose batch norms change their input."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=7)
     for module in model.modules():
@@ -50,11 +50,11 @@ def some_images(count: int = 4, size: int = 64) -> torch.Tensor:
 
 @fixture(scope="module")
 def compiled() -> tuple[nn.Module, OptimizedModel]:
-    model = network()
+    model = small_model()
     return model, optimize(model, some_images(), dtype=torch.float32, merge=8)
 
 
-def test_the_compiled_network_gives_the_same_logits_for_any_number_of_images(
+def test_a_compiled_model_computes_the_same_logits_for_any_number_of_images(
     compiled: tuple[nn.Module, OptimizedModel],
 ) -> None:
     model, fast = compiled
@@ -62,17 +62,19 @@ def test_the_compiled_network_gives_the_same_logits_for_any_number_of_images(
     for count in (1, 3, 4, 9):
         images = some_images(count)
         with torch.no_grad():
-            torch.testing.assert_close(fast(images), model(images), rtol=1e-4, atol=1e-5)  # other kernels, other sums
+            torch.testing.assert_close(
+                fast(images), model(images), rtol=1e-4, atol=1e-5
+            )  # other kernels, another order of sums
 
 
-def test_compiling_puts_the_global_setting_back(compiled: tuple[nn.Module, OptimizedModel]) -> None:
+def test_compiling_restores_the_global_setting(compiled: tuple[nn.Module, OptimizedModel]) -> None:
     from torch._inductor import config
 
     assert compiled[1].report is not None
     assert not config.freezing
 
 
-def test_the_report_says_what_was_done_and_measures_the_error(compiled: tuple[nn.Module, OptimizedModel]) -> None:
+def test_the_report_has_the_widths_and_the_measured_error(compiled: tuple[nn.Module, OptimizedModel]) -> None:
     model, fast = compiled
     report = fast.report
     assert report is not None
@@ -87,8 +89,8 @@ def test_the_report_says_what_was_done_and_measures_the_error(compiled: tuple[nn
     assert report.dtype == "float32"
 
 
-def test_as_many_images_are_computed_at_once_as_is_fastest_as_measured() -> None:
-    model, images = network("test_resnet"), some_images(12, 32)
+def test_the_fastest_batch_size_is_chosen_by_measurement() -> None:
+    model, images = small_model("test_resnet"), some_images(12, 32)
     with torch.no_grad():
         expected = model(images)
     for engine in ("torch", "openvino") if find_spec("openvino") else ("torch",):
@@ -98,17 +100,17 @@ def test_as_many_images_are_computed_at_once_as_is_fastest_as_measured() -> None
         times = report.milliseconds_at_once
         assert list(times) == [12, 6, 3, 2]
         assert report.at_once == 12 or times[report.at_once] == min(times.values()) < times[12]
-        torch.testing.assert_close(fast(images), expected, rtol=1e-3, atol=1e-4)  # other kernels, other sums
-        asked = optimize(model, images, dtype=torch.float32, engine=engine, at_once=5)
-        assert asked.report is not None
-        assert (asked.report.at_once, asked.report.milliseconds_at_once) == (5, {})
-        torch.testing.assert_close(asked(images), expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(fast(images), expected, rtol=1e-3, atol=1e-4)  # other kernels, another order of sums
+        fixed = optimize(model, images, dtype=torch.float32, engine=engine, at_once=5)
+        assert fixed.report is not None
+        assert (fixed.report.at_once, fixed.report.milliseconds_at_once) == (5, {})
+        torch.testing.assert_close(fixed(images), expected, rtol=1e-3, atol=1e-4)
 
 
 @mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_widths_for_a_compiled_network_are_timed_on_the_function_that_it_computes(dtype: torch.dtype) -> None:
+def test_packed_convolutions_compute_the_same_function(dtype: torch.dtype) -> None:
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        skip("this CPU packs no bfloat16 weights, and none are timed so on it")
+        skip("this CPU does not pack bfloat16 weights")
     torch.manual_seed(0)
     conv = nn.Conv2d(64, 64, 3, stride=2, padding=1, groups=16).to(dtype).to(memory_format=torch.channels_last)
     x = torch.randn(3, 64, 14, 14).to(dtype, memory_format=torch.channels_last)
@@ -117,7 +119,7 @@ def test_widths_for_a_compiled_network_are_timed_on_the_function_that_it_compute
         torch.testing.assert_close(Packed(conv, x)(x), conv(x), rtol=error, atol=error)
 
 
-def test_a_convolution_that_pads_by_a_word_is_merged_as_well() -> None:
+def test_a_convolution_with_same_padding_is_merged() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 32, 1), nn.Conv2d(32, 32, 3, padding="same", groups=8), nn.Flatten()).eval()
     report = optimize(model, some_images(2, 16), dtype=torch.float32).report
@@ -127,8 +129,8 @@ def test_a_convolution_that_pads_by_a_word_is_merged_as_well() -> None:
 
 
 @mark.parametrize("name", ["resnext26_g32", "seresnext26d_32x4d", "regnety_002"])
-def test_merging_and_folding_leave_the_given_network_alone(name: str) -> None:
-    model = network(name)
+def test_merging_and_folding_leave_the_original_model_unchanged(name: str) -> None:
+    model = small_model(name)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     fast = optimize(model, some_images(2), dtype=torch.float32, merge=16, compile=False)
     assert fast.report is not None
@@ -140,8 +142,8 @@ def test_merging_and_folding_leave_the_given_network_alone(name: str) -> None:
     assert fast.report.folded_batch_norms > 10
 
 
-def test_bfloat16_errs_no_more_with_merged_groups_than_without() -> None:
-    model = network()
+def test_merged_groups_do_not_increase_the_error_of_bfloat16() -> None:
+    model = small_model()
     errors = [
         optimize(model, some_images(), dtype=torch.bfloat16, merge=merge, compile=False).report for merge in ("off", 16)
     ]
@@ -150,8 +152,8 @@ def test_bfloat16_errs_no_more_with_merged_groups_than_without() -> None:
     assert errors[1].relative_error <= 1.2 * errors[0].relative_error
 
 
-def test_measuring_takes_a_width_that_was_measured_faster() -> None:
-    fast = optimize(network(), some_images(2), dtype=torch.float32, compile=False)
+def test_measuring_chooses_a_faster_width() -> None:
+    fast = optimize(small_model(), some_images(2), dtype=torch.float32, compile=False)
     assert fast.report is not None
     for layer in fast.report.layers:
         times = layer.milliseconds
@@ -159,54 +161,55 @@ def test_measuring_takes_a_width_that_was_measured_faster() -> None:
         assert min(times, key=times.__getitem__) == layer.merged_width or layer.merged_width == layer.width
 
 
-def test_what_was_measured_is_remembered_and_chosen_again(monkeypatch: MonkeyPatch, tmp_path: Path) -> None:
+def test_measured_times_are_cached_and_lead_to_the_same_choice(monkeypatch: MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RESNEXT_HUB_CACHE", str(tmp_path / "cache"))
-    first, again = (choose_widths(network(), some_images(2), "measure") for _ in range(2))
+    first, again = (choose_widths(small_model(), some_images(2), "measure") for _ in range(2))
     assert {choice.source for choice in first} == {"measured"}
     assert [replace(choice, source="measured") for choice in again] == list(first)
     assert {choice.source for choice in again} == {"remembered"}
     (file,) = (tmp_path / "cache").glob("*.json")
     content = json.loads(file.read_text())
-    spoilt = ({kind: {"3": 0.1} for kind in content}, {kind: times | {"4096": 0.01} for kind, times in content.items()})
-    for text in ("no JSON", *map(json.dumps, spoilt)):
+    invalid = (
+        {kind: {"3": 0.1} for kind in content},
+        {kind: times | {"4096": 0.01} for kind, times in content.items()},
+    )
+    for text in ("no JSON", *map(json.dumps, invalid)):
         file.write_text(text)
-        assert {choice.source for choice in choose_widths(network(), some_images(2), "measure")} == {"measured"}
+        assert {choice.source for choice in choose_widths(small_model(), some_images(2), "measure")} == {"measured"}
 
 
-def test_processes_that_remember_at_once_keep_what_each_has_measured(tmp_path: Path) -> None:
+def test_concurrent_cache_updates_are_all_kept(tmp_path: Path) -> None:
     path = tmp_path / "widths.json"
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda number: _remember(path, {f"kind {number}": {4: float(number)}}), range(40)))
-    assert len(_remembered(path)) == 40
+        list(pool.map(lambda number: _update_cache(path, {f"kind {number}": {4: float(number)}}), range(40)))
+    assert len(_read_cache(path)) == 40
 
 
-def test_without_a_home_folder_widths_are_measured_all_the_same(monkeypatch: MonkeyPatch, tmp_path: Path) -> None:
+def test_widths_are_measured_without_a_home_folder(monkeypatch: MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("RESNEXT_HUB_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_file(torch.device("cpu")).parent == tmp_path / ".cache" / "resnext_hub"
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # what it gives to a user without a home
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # its result for a user without a home
     monkeypatch.chdir(tmp_path)
-    assert {choice.source for choice in choose_widths(network(), some_images(2), "measure")} == {"measured"}
+    assert {choice.source for choice in choose_widths(small_model(), some_images(2), "measure")} == {"measured"}
 
 
-def test_where_nothing_can_be_remembered_widths_are_measured_all_the_same(
-    monkeypatch: MonkeyPatch, tmp_path: Path
-) -> None:
+def test_widths_are_measured_if_the_cache_cannot_be_written(monkeypatch: MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file where a folder should be")
     monkeypatch.setenv("RESNEXT_HUB_CACHE", str(tmp_path / "cache"))
-    assert {choice.source for choice in choose_widths(network(), some_images(2), "measure")} == {"measured"}
+    assert {choice.source for choice in choose_widths(small_model(), some_images(2), "measure")} == {"measured"}
 
 
-def test_the_table_stands_in_for_measuring() -> None:
-    choices = choose_widths(network().bfloat16(), some_images(2).bfloat16(), "table")
+def test_the_table_replaces_measuring() -> None:
+    choices = choose_widths(small_model().bfloat16(), some_images(2).bfloat16(), "table")
     assert {choice.width: choice.merged_width for choice in choices} == {4: 32, 8: 32, 16: 32, 32: 32}
     assert {choice.source for choice in choices} == {"table"}
     assert not any(choice.milliseconds for choice in choices)
 
 
-def test_choosing_changes_neither_network_nor_random_numbers() -> None:
-    model = network().train()
+def test_choosing_widths_changes_neither_the_model_nor_random_numbers() -> None:
+    model = small_model().train()
     model.bn1.eval()  # frozen
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
@@ -218,32 +221,34 @@ def test_choosing_changes_neither_network_nor_random_numbers() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_layer_that_is_not_there_cannot_be_merged() -> None:
-    with raises(ValueError, match="layer9 is no grouped convolution"):
-        optimize(network(), some_images(2), merge={"layer9": 2}, compile=False)
+def test_an_unknown_layer_or_factor_is_refused() -> None:
+    with raises(ValueError, match="layer9 is not a grouped convolution"):
+        optimize(small_model(), some_images(2), merge={"layer9": 2}, compile=False)
     with raises(ValueError, match="factor=5 does not divide groups=32"):
-        optimize(network(), some_images(2), merge={"layer1.0.conv2": 5}, compile=False)
+        optimize(small_model(), some_images(2), merge={"layer1.0.conv2": 5}, compile=False)
 
 
 @fixture(scope="module")
-def openvino_network() -> tuple[nn.Module, OptimizedModel]:
+def openvino_model() -> tuple[nn.Module, OptimizedModel]:
     importorskip("openvino")
-    model = network()
+    model = small_model()
     return model, optimize(model, some_images(), engine="openvino", dtype=torch.float32)
 
 
-def test_openvino_gives_the_same_logits_for_any_number_of_images(
-    openvino_network: tuple[nn.Module, OptimizedModel],
+def test_openvino_computes_the_same_logits_for_any_number_of_images(
+    openvino_model: tuple[nn.Module, OptimizedModel],
 ) -> None:
-    model, fast = openvino_network
+    model, fast = openvino_model
     for count in (1, 4, 9):
         images = some_images(count)
         with torch.no_grad():
-            torch.testing.assert_close(fast(images), model(images), rtol=1e-3, atol=1e-4)  # other kernels, other sums
+            torch.testing.assert_close(
+                fast(images), model(images), rtol=1e-3, atol=1e-4
+            )  # other kernels, another order of sums
 
 
-def test_openvino_measures_each_layer_in_its_network(openvino_network: tuple[nn.Module, OptimizedModel]) -> None:
-    model, fast = openvino_network
+def test_openvino_times_each_layer_within_the_model(openvino_model: tuple[nn.Module, OptimizedModel]) -> None:
+    model, fast = openvino_model
     assert fast.report is not None
     assert fast.report.engine == "OpenVINO"
     assert [layer.name for layer in fast.report.layers] == list(grouped_convolutions(model))
@@ -254,15 +259,15 @@ def test_openvino_measures_each_layer_in_its_network(openvino_network: tuple[nn.
 
 def test_int8_is_calibrated_and_its_error_reported() -> None:
     importorskip("openvino")
-    model = network()
+    model = small_model()
     report = optimize(model, some_images(), engine="openvino", calibration=some_images(16), merge=16).report
     assert report is not None
     assert report.dtype == "int8"
     assert 1e-4 < report.relative_error < 0.3
 
 
-def test_openvino_computes_for_several_threads(openvino_network: tuple[nn.Module, OptimizedModel]) -> None:
-    model, fast = openvino_network
+def test_openvino_can_be_called_from_several_threads(openvino_model: tuple[nn.Module, OptimizedModel]) -> None:
+    model, fast = openvino_model
     batches = [some_images(4) + number for number in range(4)]
     with torch.no_grad():
         expected = [model(batch) for batch in batches]
@@ -271,24 +276,24 @@ def test_openvino_computes_for_several_threads(openvino_network: tuple[nn.Module
             torch.testing.assert_close(found, expected[number % 4], rtol=1e-3, atol=1e-4)
 
 
-def test_calibrating_leaves_the_random_numbers_of_the_process_alone() -> None:
+def test_calibrating_does_not_change_random_numbers() -> None:
     importorskip("openvino")
-    model = network("test_resnet")
+    model = small_model("test_resnet")
     before = random.getstate(), torch.get_rng_state().tolist()
     optimize(model, some_images(), engine="openvino", calibration=some_images(8))
     assert (random.getstate(), torch.get_rng_state().tolist()) == before
 
 
-def test_what_is_asked_of_the_wrong_engine_is_refused() -> None:
-    with raises(ValueError, match="calibration goes with engine='openvino'"):
-        optimize(network(), some_images(), calibration=some_images())
+def test_arguments_of_the_other_engine_are_refused() -> None:
+    with raises(ValueError, match="calibration requires engine='openvino'"):
+        optimize(small_model(), some_images(), calibration=some_images())
     with raises(ValueError, match="expected at least 4 images"):
-        optimize(network(), some_images(), engine="openvino", calibration=some_images(2))
+        optimize(small_model(), some_images(), engine="openvino", calibration=some_images(2))
 
 
-def test_the_tenth_network_is_compiled_like_the_first() -> None:
+def test_the_tenth_model_is_compiled_like_the_first() -> None:
     torch.manual_seed(0)
-    for classes in range(2, 12):  # the compiler stops silently after eight networks that share their code
+    for classes in range(2, 12):  # the compiler silently stops after eight models with the same code object
         model = timm.create_model("test_resnet", num_classes=classes).eval()
         fast = optimize(model, some_images(2, 32), dtype=torch.float32, merge="off")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -296,7 +301,7 @@ def test_the_tenth_network_is_compiled_like_the_first() -> None:
     assert any("Torch-Compiled Region" in entry.key for entry in profile.key_averages())
 
 
-def test_inference_mode_uses_the_network_that_was_compiled(compiled: tuple[nn.Module, OptimizedModel]) -> None:
+def test_inference_mode_does_not_recompile(compiled: tuple[nn.Module, OptimizedModel]) -> None:
     from torch._dynamo.utils import counters
 
     _, fast = compiled
@@ -308,7 +313,7 @@ def test_inference_mode_uses_the_network_that_was_compiled(compiled: tuple[nn.Mo
 
 
 def test_every_batch_norm_after_a_convolution_is_folded() -> None:
-    model = network()
+    model = small_model()
     with torch.no_grad():
         expected = model(some_images())
         norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
@@ -318,7 +323,7 @@ def test_every_batch_norm_after_a_convolution_is_folded() -> None:
 
 
 class Odd(nn.Module):
-    """Networks in which a batch norm after a convolution cannot be folded into it, or not as a plain one."""
+    """Models in which the batch norm after a convolution cannot be folded, or not like a plain one."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -358,7 +363,7 @@ class Doubled(nn.BatchNorm2d):
         "a hook",
     ],
 )
-def test_a_batch_norm_that_cannot_be_folded_stays(kind: str) -> None:
+def test_a_batch_norm_that_cannot_be_folded_is_kept(kind: str) -> None:
     torch.manual_seed(0)
     model = Odd(kind).eval()
     with torch.no_grad():
@@ -367,8 +372,8 @@ def test_a_batch_norm_that_cannot_be_folded_stays(kind: str) -> None:
         torch.testing.assert_close(model(some_images()), expected, rtol=0, atol=0)
 
 
-def test_hooks_are_called_with_images_alone() -> None:
-    model, seen = network("test_resnet"), []
+def test_hooks_are_only_called_with_tensors() -> None:
+    model, seen = small_model("test_resnet"), []
     model.layer1.register_forward_hook(lambda module, arguments, output: seen.append(type(output)))
     assert fold_batch_norms(model) > 0
     assert seen == []
@@ -376,11 +381,11 @@ def test_hooks_are_called_with_images_alone() -> None:
     assert seen == [torch.Tensor]
 
 
-def test_a_network_of_another_type_or_under_autocast_is_computed_in_the_type_that_was_asked() -> None:
-    model, images = network("test_resnet"), some_images(2)
+def test_the_compute_type_does_not_depend_on_the_models_type_or_autocast() -> None:
+    model, images = small_model("test_resnet"), some_images(2)
     with torch.no_grad():
         expected = model(images)
-    half = optimize(network("test_resnet").bfloat16(), images, dtype=torch.float32, compile=False)
+    half = optimize(small_model("test_resnet").bfloat16(), images, dtype=torch.float32, compile=False)
     assert half.report is not None
     assert half.report.relative_error < 1e-5  # from the rounded weights, in float32
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -390,7 +395,7 @@ def test_a_network_of_another_type_or_under_autocast_is_computed_in_the_type_tha
     assert fast.report.relative_error < 1e-5
 
 
-def test_a_network_that_gives_several_tensors_is_refused() -> None:
+def test_a_model_that_returns_several_tensors_is_refused() -> None:
     with raises(ValueError, match="the model returns a list: expected one tensor"):
         optimize(timm.create_model("test_resnet", features_only=True), some_images())
 
@@ -412,36 +417,36 @@ for keep in (False, True):
 """
 
 
-@mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are not asked")
-def test_memory_that_is_kept_is_not_fetched_again() -> None:
+@mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc supports it")
+def test_kept_memory_causes_no_page_faults() -> None:
     done = run_process("-c", FAULTS)
     assert done.returncode == 0, done.stderr
     without, kept = map(int, done.stdout.split())
-    assert without > 9000  # of pages of 4 kB: the largest activations are too large for what a C library keeps unasked
+    assert without > 9000  # pages of 4 kB: by default glibc returns the largest activations to the system
     assert kept < 1000
 
 
-def test_what_is_no_example_is_refused() -> None:
+def test_an_invalid_example_is_refused() -> None:
     with raises(ValueError, match=r"example of shape \(3, 64, 64\)"):
-        optimize(network(), torch.randn(3, 64, 64))
+        optimize(small_model(), torch.randn(3, 64, 64))
     for at_once in (0, 3):
         with raises(ValueError, match=f"at_once={at_once}: expected an int from 1 to 2"):
-            optimize(network(), some_images(2), at_once=at_once)
+            optimize(small_model(), some_images(2), at_once=at_once)
     with raises(ValueError, match=r"torch.float64: expected"):
-        optimize(network(), torch.randn(1, 3, 64, 64, dtype=torch.float64))
+        optimize(small_model(), torch.randn(1, 3, 64, 64, dtype=torch.float64))
     with raises(ValueError, match=r"example of shape \(0, 3, 64, 64\)"):
-        optimize(network(), some_images(0))
+        optimize(small_model(), some_images(0))
 
 
-def test_a_word_that_is_none_of_those_is_refused() -> None:
-    for words, said in (
+def test_an_unknown_choice_is_refused() -> None:
+    for arguments, part in (
         ({"engine": "onnx"}, "engine='onnx': expected 'torch' or 'openvino'"),
         ({"dtype": "bf16"}, "dtype='bf16': expected torch.bfloat16"),
         ({"dtype": torch.float16}, "dtype=torch.float16: expected torch.bfloat16"),
         ({"merge": "auto"}, "merge='auto': expected 'measure', 'table', 'off'"),
     ):
-        with raises(ValueError, match=said):
-            optimize(network(), some_images(), **words)
+        with raises(ValueError, match=part):
+            optimize(small_model(), some_images(), **arguments)
 
 
 def test_images_of_another_shape_or_type_are_refused(compiled: tuple[nn.Module, OptimizedModel]) -> None:
@@ -453,20 +458,20 @@ def test_images_of_another_shape_or_type_are_refused(compiled: tuple[nn.Module, 
 
 def test_the_report_is_readable(compiled: tuple[nn.Module, OptimizedModel]) -> None:
     text = str(compiled[1].report)
-    # how many at once is measured
-    assert re.match(r"torch.compile, float32, [124] images at once: \S+ ms, \S+ times as fast as the given", text)
+    # the batch size is measured
+    assert re.match(r"torch.compile, float32, batch size [124]: \S+ ms, speedup \S+x over the original model", text)
     assert "groups of 4 -> 8 channels at (4, 128, 16, 16) (asked): layer1.0.conv2, layer1.1.conv2\n" in text
 
 
-DROPPED_IN_THE_ORDER_OF_MAKING = """
+DELETED_IN_ORDER_OF_CREATION = """
 import signal
 import timm, torch
 import resnext_hub
 
 handled = []
 signal.signal(signal.SIGUSR1, lambda number, frame: handled.append(number))
-network, images = timm.create_model("test_resnet").eval(), torch.zeros(1, 3, 32, 32)
-first, second = (resnext_hub.optimize(network, images, engine="openvino") for _ in range(2))
+model, images = timm.create_model("test_resnet").eval(), torch.zeros(1, 3, 32, 32)
+first, second = (resnext_hub.optimize(model, images, engine="openvino") for _ in range(2))
 del first
 del second
 signal.raise_signal(signal.SIGUSR1)
@@ -474,10 +479,10 @@ print(len(handled))
 """
 
 
-def test_a_process_without_its_openvino_networks_lives_on_when_a_signal_comes() -> None:
+def test_a_signal_after_deleting_openvino_models_does_not_crash() -> None:
     importorskip("openvino")
-    # the signal's handler then runs on a stack of its own, as in any process that shows where it crashes
-    done = run_process("-X", "faulthandler", "-c", DROPPED_IN_THE_ORDER_OF_MAKING)
+    # faulthandler runs signal handlers on an alternate stack
+    done = run_process("-X", "faulthandler", "-c", DELETED_IN_ORDER_OF_CREATION)
     assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
 
 
@@ -491,7 +496,7 @@ def classifier() -> nn.Sequential:
 
 
 @mark.parametrize("wrong", [[1, 2], "image", np.zeros((2, 3, 16, 16), np.float32), [torch.zeros(3, 16, 16)], None])
-def test_what_is_no_batch_is_refused_in_one_line(wrong: Any) -> None:
+def test_an_input_that_is_not_a_batch_is_refused_in_one_line(wrong: Any) -> None:
     fast = quick(classifier(), some_images(2, 16))
     for call in (lambda: fast(wrong), lambda: quick(classifier(), wrong)):
         with raises(RequestError, match=r"^[^\n]+: expected a [^\n]*tensor \(N, C, H, W\)"):
@@ -516,7 +521,7 @@ def test_an_optimized_model_is_neither_pickled_nor_copied() -> None:
     fast = quick(classifier(), some_images(2, 16))
     for call in (copy.deepcopy, copy.copy, pickle.dumps):
         with raises(
-            TypeError, match="cannot be pickled or copied, as it was compiled for this process; save the model"
+            TypeError, match="cannot be pickled or copied, because it is compiled for this process; save the original"
         ):
             call(fast)
 
@@ -533,7 +538,7 @@ class OfTheBatch(nn.Module):
 
 
 class OfABranch(nn.Module):
-    """A classifier that branches on its data, which tracing takes for constant."""
+    """A classifier that branches on its data, which tracing treats as constant."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -544,23 +549,23 @@ class OfABranch(nn.Module):
 
 
 @mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_whose_output_depends_on_the_batch_is_warned_of(
+def test_a_model_whose_output_depends_on_the_batch_causes_a_warning(
     dtype: torch.dtype, caplog: LogCaptureFixture, monkeypatch: MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("resnext_hub"), "propagate", True)
     fast = quick(OfTheBatch(), some_images(4, 16), dtype=dtype)
     assert fast.report is not None
-    assert f"{fast.report.second_error:.1e} on a second batch, where rounding in" in caplog.text
-    assert "it computes something else" in caplog.text
+    assert f"{fast.report.second_error:.1e} on a second batch, more than rounding in" in caplog.text
+    assert "it computes another function" in caplog.text
 
 
-def test_a_branch_on_data_that_openvino_fixed_is_warned_of(caplog: LogCaptureFixture, monkeypatch: MonkeyPatch) -> None:
+def test_a_traced_branch_on_data_causes_a_warning(caplog: LogCaptureFixture, monkeypatch: MonkeyPatch) -> None:
     importorskip("openvino")
     monkeypatch.setattr(logging.getLogger("resnext_hub"), "propagate", True)
     fast = quick(OfABranch(), some_images(4, 16).abs(), engine="openvino")
     assert fast.report is not None
     assert fast.report.relative_error < 1e-3 < fast.report.second_error
-    assert "it computes something else" in caplog.text
+    assert "it computes another function" in caplog.text
 
 
 def test_a_hook_on_a_grouped_convolution_keeps_its_effect() -> None:
@@ -578,7 +583,7 @@ def test_a_hook_on_a_grouped_convolution_keeps_its_effect() -> None:
     "merge",
     [0, -4, 3.5, 8.0, True, None, "8", [4], {"1": 0}, {"1": -1}, {"1": 2.0}, {"1": "2"}, {"1": True}, "\x1b[31m"],
 )
-def test_a_width_or_factor_that_is_no_count_is_refused(merge: Any) -> None:
+def test_an_invalid_width_or_factor_is_refused(merge: Any) -> None:
     with raises(
         RequestError, match=r"^merge=.*: expected 'measure', 'table', 'off', a width .* of at least 1"
     ) as found:
@@ -587,7 +592,7 @@ def test_a_width_or_factor_that_is_no_count_is_refused(merge: Any) -> None:
 
 
 @mark.parametrize("at_once", [0, -1, 3, 1.5, 2.0, True, None, "all", "2", [1]])
-def test_a_number_of_images_at_once_that_is_no_count_is_refused(at_once: Any) -> None:
+def test_an_invalid_batch_size_is_refused(at_once: Any) -> None:
     with raises(RequestError, match=r"^at_once=[^\n]*: expected an int from 1 to 2, the example's images"):
         quick(classifier(), some_images(2, 16), at_once=at_once)
 
@@ -608,58 +613,62 @@ def with_a_lock() -> nn.Module:
     return model
 
 
+def with_a_fixed_size() -> nn.Module:
+    return timm.create_model("test_vit", img_size=32, dynamic_img_size=False).eval()
+
+
 def quantized() -> nn.Module:
     return torch.ao.quantization.quantize_dynamic(classifier(), {nn.Linear}, dtype=torch.qint8)
 
 
 @mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 @mark.parametrize(
-    ("make", "said"),
+    ("make", "part"),
     [
-        (traced, "which is compiled already: expected the model that it was made from"),
-        (lambda: quick(classifier(), some_images(2, 16)), "which is compiled already"),
-        (quantized, "is no plain tensor, as in a quantized model: expected the model before that"),
+        (traced, "which is already compiled; expected the original model"),
+        (lambda: quick(classifier(), some_images(2, 16)), "which is already compiled"),
+        (quantized, "is not a plain tensor, as in a quantized model; expected the original model"),
         (lambda: classifier().to("meta"), r"the weights of the model have no values \(0\.weight\)"),
         (lambda: nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten()), r"have no values \(0\.weight\)"),
-        (with_old_weight_norm, r"cannot be copied \(.*torch\.nn\.utils\.parametrizations\.weight_norm in place of"),
+        (with_old_weight_norm, r"cannot be copied .*torch\.nn\.utils\.parametrizations\.weight_norm instead of"),
         (with_a_lock, "the model cannot be copied"),
         (lambda: nn.Bilinear(16, 16, 4), "missing 1 required positional argument"),
-        (lambda: timm.create_model("test_vit", img_size=32, dynamic_img_size=False).eval(), "does not take an example"),
+        (with_a_fixed_size, "does not accept an example"),
         (lambda: nn.Linear, "model is a type: expected an nn.Module"),
     ],
 )  # fmt: skip
-def test_a_model_that_cannot_be_optimized_is_refused_in_one_line(make: Callable[[], Any], said: str) -> None:
-    with raises(RequestError, match=said) as found:
+def test_a_model_that_cannot_be_optimized_is_refused_in_one_line(make: Callable[[], Any], part: str) -> None:
+    with raises(RequestError, match=part) as found:
         quick(make(), some_images(2, 16))
     assert str(found.value).isprintable()
 
 
 @mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_a_model_of_any_floating_point_type_is_computed_in_the_type_that_was_asked(dtype: torch.dtype) -> None:
+def test_a_model_of_any_floating_point_type_is_computed_in_the_requested_type(dtype: torch.dtype) -> None:
     report = quick(classifier().to(dtype), some_images(2, 16)).report
     assert report is not None
     assert report.relative_error < 1e-5
 
 
 @mark.parametrize(
-    ("change", "said"),
+    ("change", "part"),
     [
-        (lambda images: images[:, :1], r"the model does not take an example of shape \(2, 1, 16, 16\)"),
+        (lambda images: images[:, :1], r"the model does not accept an example of shape \(2, 1, 16, 16\)"),
         (lambda images: torch.cat([images, images], 1), r"example of shape \(2, 6, 16, 16\)"),
         (lambda images: images[..., :1, :1], r"example of shape \(2, 3, 1, 1\)"),
         (lambda images: images[..., :0], r"example of shape \(2, 3, 16, 0\) and torch.float32: expected \(N, C"),
-        (lambda images: images.to("meta"), "example is a tensor of the device meta"),
-        (lambda images: images.to_sparse(), "the layout torch.sparse_coo: expected normalised images"),
+        (lambda images: images.to("meta"), "example is a tensor on device meta"),
+        (lambda images: images.to_sparse(), "with layout torch.sparse_coo: expected a dense tensor"),
         (lambda images: images.byte(), r"and torch.uint8: expected \(N, C, H, W\), float32"),
     ],
 )  # fmt: skip
-def test_an_example_that_a_model_does_not_take_is_refused_in_one_line(change: Callable[..., Any], said: str) -> None:
-    with raises(RequestError, match=said) as found:
+def test_an_example_that_a_model_does_not_accept_is_refused_in_one_line(change: Callable[..., Any], part: str) -> None:
+    with raises(RequestError, match=part) as found:
         quick(classifier(), change(some_images(2, 16)))
     assert str(found.value).isprintable()
 
 
 @mark.parametrize("images", [3, some_images(4, 16).double(), some_images(4, 16)[0], some_images(4, 16) / 0])
-def test_a_calibration_that_is_no_batch_of_images_is_refused(images: Any) -> None:
+def test_a_calibration_that_is_not_a_batch_of_images_is_refused(images: Any) -> None:
     with raises(RequestError, match=r"^calibration "):
         quick(classifier(), some_images(2, 16), calibration=images, engine="openvino")

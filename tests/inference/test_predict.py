@@ -1,4 +1,4 @@
-"""Images get the labels that the run's own evaluation gave them, one line each."""
+"""The command predict prints the classes of images, the same as the run's own evaluation."""
 
 import json
 import os
@@ -14,9 +14,8 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 from pytest import approx, fixture, mark, raises
-from safetensors.torch import save_file
 from support.loopback_hub import serve
-from support.processes import ROOT, run_process, write_images
+from support.processes import ROOT, run_process, small_model, write_images
 
 from resnext_hub.errors import RequestError, RunError
 from resnext_hub.inference.classifier import load
@@ -29,7 +28,7 @@ CLASSES = ["bus", "car", "train"]
 
 @fixture
 def command(command: Command) -> Command:
-    """Run a command on one thread, as the run had, and as small networks do best where the machine has other work."""
+    """Run a command on one thread, like the run; small models are fastest that way on a busy machine."""
     return lambda *arguments: command(*arguments, "--threads", 1)
 
 
@@ -46,15 +45,13 @@ def objects(out: str) -> list[dict]:
     return [json.loads(line) for line in out.splitlines()]
 
 
-def test_predictions_are_those_of_the_runs_evaluation_to_the_bit(
-    vehicles_run: Path, images: Path, command: Command
-) -> None:
+def test_predictions_equal_the_runs_evaluation_bit_for_bit(vehicles_run: Path, images: Path, command: Command) -> None:
     code, out, err = command("predict", vehicles_run, images, "--json")
     assert code == 0
     lines = objects(out)
     found = [line for line in lines if "error" not in line]
-    broken = {"path": str(images / "car" / "005-broken.png"), "error": "not an image"}
-    assert [line for line in lines if line not in found] == [broken]
+    unreadable = {"path": str(images / "car" / "005-broken.png"), "error": "not an image"}
+    assert [line for line in lines if line not in found] == [unreadable]
     expected = evaluated(vehicles_run)
     files = sorted(images.rglob("*.png"))
     assert [line["path"] for line in found] == [str(files[index]) for index in expected["index"]]
@@ -63,7 +60,7 @@ def test_predictions_are_those_of_the_runs_evaluation_to_the_bit(
     assert [guess["index"] for guess in best] == expected["prediction"]
     assert [guess["label"] for guess in best] == [CLASSES[index] for index in expected["prediction"]]
     assert np.float32([guess["probability"] for guess in best]).tolist() == expected["probability"]
-    assert len(set(expected["prediction"])) > 1  # else equal predictions would say little
+    assert len(set(expected["prediction"])) > 1  # otherwise equal predictions would prove little
     assert err.splitlines() == [
         f"{images / 'car' / '005-broken.png'}: cannot be read: not an image",
         "1 of 37 images could not be read",
@@ -95,7 +92,7 @@ def test_a_line_holds_path_label_and_probability_between_tabs(
         assert 1 / 3 <= float(probability) <= 1
 
 
-def test_top_gives_classes_by_probability_and_all_of_them_sum_to_one(
+def test_top_classes_are_in_order_of_probability_and_all_sum_to_one(
     vehicles_run: Path, images: Path, command: Command
 ) -> None:
     _, out, _ = command("predict", vehicles_run, images / "bus", "--top", 2)
@@ -108,7 +105,7 @@ def test_top_gives_classes_by_probability_and_all_of_them_sum_to_one(
         assert sorted(guess["label"] for guess in line["predictions"]) == CLASSES
 
 
-def test_a_model_folder_predicts_as_its_run_does(
+def test_a_model_folder_predicts_like_its_run(
     vehicles_run: Path, images: Path, command: Command, tmp_path: Path
 ) -> None:
     _, expected, _ = command("predict", vehicles_run, images)
@@ -117,7 +114,7 @@ def test_a_model_folder_predicts_as_its_run_does(
         assert command("predict", where, images)[:2] == (0, expected)
 
 
-def test_folders_are_searched_recursively_for_images_in_the_order_of_their_paths(
+def test_folders_are_searched_recursively_in_the_order_of_paths(
     vehicles_run: Path, command: Command, tmp_path: Path
 ) -> None:
     write_images(tmp_path / "b" / "deep", 2, 100)
@@ -130,7 +127,9 @@ def test_folders_are_searched_recursively_for_images_in_the_order_of_their_paths
     assert err == ""
 
 
-def test_names_that_are_not_utf8_are_printed_and_read(vehicles_run: Path, command: Command, tmp_path: Path) -> None:
+def test_file_names_that_are_not_utf8_are_read_and_printed(
+    vehicles_run: Path, command: Command, tmp_path: Path
+) -> None:
     odd = tmp_path / "caf\udce9.png"
     Image.new("RGB", (40, 40)).save(tmp_path / "plain.png")
     (tmp_path / "plain.png").rename(odd)
@@ -140,7 +139,7 @@ def test_names_that_are_not_utf8_are_printed_and_read(vehicles_run: Path, comman
     assert objects(command("predict", vehicles_run, odd, "--json")[1])[0]["path"] == str(odd)
 
 
-def test_images_of_which_none_can_be_read_exit_with_1(vehicles_run: Path, command: Command, tmp_path: Path) -> None:
+def test_only_unreadable_images_exit_with_1(vehicles_run: Path, command: Command, tmp_path: Path) -> None:
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "text.jpg").write_text("text")
     code, out, err = command("predict", vehicles_run, tmp_path)
@@ -152,23 +151,13 @@ def test_images_of_which_none_can_be_read_exit_with_1(vehicles_run: Path, comman
     ]
 
 
-def test_a_reader_that_leaves_early_ends_the_command_without_a_traceback(vehicles_run: Path, images: Path) -> None:
+def test_a_closed_pipe_ends_the_command_without_a_traceback(vehicles_run: Path, images: Path) -> None:
     words = ["scripts/predict.py", vehicles_run, images, "--batch-size", 1, "--threads", 1]
     command = [sys.executable, *map(str, words)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 141
-
-
-def small_model(folder: Path, **config: object) -> Path:
-    """Write a model folder of a tiny untrained network of 1,000 classes, with further entries of its config.json."""
-    folder.mkdir()
-    torch.manual_seed(0)
-    save_file(timm.create_model("test_resnet").state_dict(), folder / "model.safetensors")
-    content = {"architecture": "test_resnet", "num_classes": 1000, "pretrained_cfg": {"input_size": [3, 32, 32]}}
-    (folder / "config.json").write_text(json.dumps(content | config))
-    return folder
 
 
 @mark.parametrize(
@@ -181,7 +170,7 @@ def small_model(folder: Path, **config: object) -> Path:
     ],
     ids=["none", "list", "map", "imagenet"],
 )
-def test_labels_are_the_stated_ones_or_imagenets_or_numbers(
+def test_labels_are_stated_or_imagenets_or_class_indices(
     config: dict, labels: list[str], command: Command, tmp_path: Path
 ) -> None:
     model = small_model(tmp_path / "model-folder", **config)
@@ -217,7 +206,7 @@ def test_a_wrong_number_exits_with_2(flags: list[str], parts: list[str], command
         assert part in err
 
 
-def test_what_is_no_trained_model_exits_with_2_in_a_line(vehicles_run: Path, command: Command, tmp_path: Path) -> None:
+def test_an_invalid_model_exits_with_2_and_one_line(vehicles_run: Path, command: Command, tmp_path: Path) -> None:
     write_images(tmp_path / "images", 1, 100)
     unnamed = small_model(tmp_path / "unnamed", label_names=["one"])
     foreign = small_model(tmp_path / "foreign", architecture="test_vit")
@@ -229,10 +218,10 @@ def test_what_is_no_trained_model_exits_with_2_in_a_line(vehicles_run: Path, com
     without = small_model(tmp_path / "without")
     (without / "model.safetensors").unlink()
     for where, part in (
-        ("resnext_g32", "resnext_g32 holds no trained model: expected the folder of a finished run"),
-        (tmp_path, "holds no trained model"),
-        (unnamed, "1 of them do not name each of the 1000 classes once"),
-        (foreign, "model.safetensors and config.json do not make a test_vit"),
+        ("resnext_g32", "resnext_g32 is not a trained model: expected the folder of a finished run"),
+        (tmp_path, "is not a trained model"),
+        (unnamed, "1 names for 1000 classes: expected one per class"),
+        (foreign, "model.safetensors does not match config.json, a test_vit"),
         (unknown, 'config.json states architecture "sparkle": unknown to timm'),
         (no_json, "config.json is damaged (Input data was truncated)"),
         (damaged, "model.safetensors cannot be read (Error while deserializing header"),
@@ -245,7 +234,7 @@ def test_what_is_no_trained_model_exits_with_2_in_a_line(vehicles_run: Path, com
         assert "--model" not in err
 
 
-def test_a_model_on_a_hub_out_of_reach_exits_with_1(command: Command, tmp_path: Path) -> None:
+def test_a_model_on_an_unreachable_hub_exits_with_1(command: Command, tmp_path: Path) -> None:
     write_images(tmp_path / "images", 1, 100)
     code, _, err = command("predict", "hf-hub:me/vehicles", tmp_path / "images")
     assert code == 1
@@ -262,14 +251,14 @@ def test_paths_without_images_exit_with_2(vehicles_run: Path, command: Command, 
         assert part in err
 
 
-def test_what_is_no_file_is_refused_by_name_and_never_opened(command: Command, tmp_path: Path) -> None:
+def test_paths_that_are_not_regular_files_are_refused_and_never_opened(command: Command, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.jpg")
     (tmp_path / "device.jpg").symlink_to("/dev/zero")
     (tmp_path / "dangling.jpg").symlink_to("nowhere")
     (tmp_path / "odd\n\x1b.jpg").symlink_to("odd\n\x1b.jpg")
     for name, reason in (
-        ("fifo.jpg", "is no regular file"),
-        ("device.jpg", "is no regular file"),
+        ("fifo.jpg", "is not a regular file"),
+        ("device.jpg", "is not a regular file"),
         ("dangling.jpg", "there is no such file or folder"),
     ):
         code, out, err = command("predict", "any", tmp_path / name)
@@ -280,7 +269,7 @@ def test_what_is_no_file_is_refused_by_name_and_never_opened(command: Command, t
         find_images([tmp_path / "odd\n\x1b.jpg"])
 
 
-def test_names_break_neither_lines_nor_columns_nor_json(command: Command, tmp_path: Path) -> None:
+def test_odd_names_keep_lines_columns_and_json_intact(command: Command, tmp_path: Path) -> None:
     model = small_model(tmp_path / "model-folder", label_names=[f"{n}a\tb\nc\x1b[1m\u202e\x7f" for n in range(1000)])
     odd = tmp_path / "x\t\n\x1b.png"
     write_images(tmp_path / "images", 1, 100)
@@ -296,7 +285,7 @@ def test_names_break_neither_lines_nor_columns_nor_json(command: Command, tmp_pa
     assert out[:-1].isprintable()
 
 
-def test_images_above_the_limit_of_pixels_are_unread(command: Command, tmp_path: Path) -> None:
+def test_images_above_the_pixel_limit_are_unreadable(command: Command, tmp_path: Path) -> None:
     model = small_model(tmp_path / "model-folder")
     write_images(tmp_path / "images", 1, 100)
     for decoder in ("pil", "simplejpeg"):
@@ -313,10 +302,10 @@ def test_probabilities_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         list(predict(model, find_images([tmp_path / "images"]), batch_size=1, device=torch.device("cpu")))
 
 
-def test_plots_of_a_run_are_no_images_to_classify(tmp_path: Path) -> None:
+def test_plots_of_a_run_are_not_classified(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "curves.png")
     assert find_images([tmp_path]) == [tmp_path / "curves.png"]
     for name in ("config.yaml", "record.json"):
         (tmp_path / name).write_text("{}")
-    with raises(RequestError, match="is a run folder, whose images are its plots"):
+    with raises(RequestError, match="is a run folder, and its images are plots"):
         find_images([tmp_path])

@@ -1,4 +1,4 @@
-"""Merged groups compute the same function from the same parameters."""
+"""Merged groups compute the same function with the same parameters."""
 
 import timm
 import torch
@@ -7,8 +7,8 @@ from torch import nn
 
 from resnext_hub.kernels.merged import (
     MergedConv2d,
-    dense_form,
     grouped_convolutions,
+    merge_conv,
     merge_factors,
     merge_groups,
     merge_weight,
@@ -18,7 +18,7 @@ FACTORS = [1, 2, 4, 8]
 
 
 def whole_numbers(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Small whole numbers, of which float32 computes sums of products exactly, in any order."""
+    """Return small integers, whose sums of products are exact in float32, in any order."""
     return torch.randint(-4, 5, shape, generator=torch.Generator().manual_seed(seed)).float()
 
 
@@ -32,15 +32,15 @@ def grouped(bias: bool = True, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
 
 @mark.parametrize("factor", FACTORS)
 @mark.parametrize(("bias", "stride", "dilation"), [(True, 1, 1), (False, 2, 1), (True, 1, 2)])
-def test_outputs_are_equal_to_the_bit_in_exact_arithmetic(factor: int, bias: bool, stride: int, dilation: int) -> None:
+def test_outputs_are_equal_bit_for_bit_in_exact_arithmetic(factor: int, bias: bool, stride: int, dilation: int) -> None:
     conv, x = grouped(bias, stride, dilation), whole_numbers(2, 32, 9, 11)
     with torch.no_grad():
         assert torch.equal(MergedConv2d(conv, factor)(x), conv(x))
-        assert torch.equal(dense_form(conv, factor)(x), conv(x))
+        assert torch.equal(merge_conv(conv, factor)(x), conv(x))
 
 
 @mark.parametrize("factor", FACTORS)
-def test_gradients_are_those_of_the_grouped_weights(factor: int) -> None:
+def test_gradients_equal_those_of_the_grouped_convolution(factor: int) -> None:
     conv = grouped()
     x, out = whole_numbers(2, 32, 6, 6), whole_numbers(2, 64, 6, 6, seed=5)
     found = []
@@ -72,7 +72,7 @@ def test_the_merged_weight_is_block_diagonal() -> None:
 
 
 @mark.parametrize("name", ["resnext26_g32", "seresnext26d_32x4d", "regnety_002"])
-def test_a_network_keeps_parameters_and_state_and_gives_the_same_logits(name: str) -> None:
+def test_a_merged_model_keeps_parameters_and_state_and_computes_the_same_logits(name: str) -> None:
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=7).eval().double()
     parameters, keys = list(model.parameters()), list(model.state_dict())
@@ -86,12 +86,12 @@ def test_a_network_keeps_parameters_and_state_and_gives_the_same_logits(name: st
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert list(model.state_dict()) == keys
     with torch.no_grad():
-        torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)  # float64, sums in another order
+        torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)  # float64, another order of sums
         merge_groups(model, dict.fromkeys(factors, 1))
         assert torch.equal(model(x), expected)
 
 
-def test_a_network_trains_the_same_with_merged_groups() -> None:
+def test_a_model_trains_the_same_with_merged_groups() -> None:
     found = []
     for factor in (1, 4):
         torch.manual_seed(0)
@@ -106,14 +106,14 @@ def test_a_network_trains_the_same_with_merged_groups() -> None:
             optimizer.step()
         found.append((loss.detach(), model.layer1[0].conv2.weight.detach()))
     for plain, merged in zip(*found, strict=True):
-        torch.testing.assert_close(merged, plain, rtol=1e-8, atol=1e-8)  # float64, sums in another order
+        torch.testing.assert_close(merged, plain, rtol=1e-8, atol=1e-8)  # float64, another order of sums
 
 
-def test_depthwise_and_plain_convolutions_are_left_alone() -> None:
+def test_depthwise_and_plain_convolutions_are_not_merged() -> None:
     model = timm.create_model("mobilenetv3_small_050")
     assert grouped_convolutions(model) == {}
     assert merge_factors(nn.Conv2d(128, 128, 3, groups=32)) == [1, 2, 4, 8, 16]
-    with raises(ValueError, match=r"conv1 is no grouped convolution of the network; there are layer1.0.conv2"):
+    with raises(ValueError, match=r"conv1 is not a grouped convolution of the model; expected one of layer1.0.conv2"):
         merge_groups(timm.create_model("resnext26_g32"), {"conv1": 2})
     with raises(ValueError, match=r"layer1.0.conv2: factor=3 does not divide groups=32"):
         merge_groups(timm.create_model("resnext26_g32"), {"layer1.0.conv2": 3})

@@ -1,4 +1,4 @@
-"""1x1 convolutions computed as matrix products are the same function of the same parameters."""
+"""1x1 convolutions as matrix products compute the same function with the same parameters."""
 
 import timm
 import torch
@@ -9,13 +9,13 @@ from resnext_hub.kernels.pointwise import PointwiseConv2d, compute_pointwise_as_
 
 
 def whole_numbers(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Small whole numbers, of which float32 computes sums of products exactly, in any order."""
+    """Return small integers, whose sums of products are exact in float32, in any order."""
     return torch.randint(-4, 5, shape, generator=torch.Generator().manual_seed(seed)).float()
 
 
 @mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @mark.parametrize(("stride", "bias"), [(1, True), (2, False), ((2, 3), True)])
-def test_outputs_and_gradients_are_equal_to_the_bit_in_exact_arithmetic(
+def test_outputs_and_gradients_are_equal_bit_for_bit_in_exact_arithmetic(
     stride: int | tuple[int, int], bias: bool, layout: torch.memory_format
 ) -> None:
     conv = nn.Conv2d(6, 8, 1, stride=stride, bias=bias)
@@ -33,22 +33,22 @@ def test_outputs_and_gradients_are_equal_to_the_bit_in_exact_arithmetic(
         assert torch.equal(plain, product)
 
 
-def test_a_network_keeps_its_parameters_and_their_names() -> None:
-    network = timm.create_model("test_resnet", num_classes=3)
-    before = dict(network.state_dict(keep_vars=True))
-    compute_pointwise_as_products(network)
-    assert any(isinstance(module, PointwiseConv2d) for module in network.modules())
-    after = network.state_dict(keep_vars=True)
+def test_a_model_keeps_its_parameters_and_their_names() -> None:
+    model = timm.create_model("test_resnet", num_classes=3)
+    before = dict(model.state_dict(keep_vars=True))
+    compute_pointwise_as_products(model)
+    assert any(isinstance(module, PointwiseConv2d) for module in model.modules())
+    after = model.state_dict(keep_vars=True)
     assert list(after) == list(before)
     assert all(after[name] is tensor for name, tensor in before.items())
 
 
-def test_only_plain_1x1_convolutions_are_taken() -> None:
+def test_only_plain_1x1_convolutions_are_replaced() -> None:
     class Other(nn.Conv2d):
         """Computes something else."""
 
     kept = [nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1, groups=2), nn.Conv2d(4, 4, 1, padding=1), Other(4, 4, 1)]
-    network = nn.Sequential(*kept, nn.Conv2d(4, 4, 1))
-    compute_pointwise_as_products(network)
-    assert list(network)[:4] == kept
-    assert type(network[4]) is PointwiseConv2d
+    model = nn.Sequential(*kept, nn.Conv2d(4, 4, 1))
+    compute_pointwise_as_products(model)
+    assert list(model)[:4] == kept
+    assert type(model[4]) is PointwiseConv2d

@@ -1,4 +1,4 @@
-"""The paper's block has three equal forms (Figure 3), and the one that is built is the third."""
+"""The three equivalent blocks of the paper (Figure 3): `Bottleneck` implements the third."""
 
 import torch
 from pytest import mark
@@ -11,14 +11,14 @@ IN, STAGE, D = 256, 64, 4
 
 
 def grouped(block: Bottleneck, x: torch.Tensor) -> torch.Tensor:
-    """Figure 3(c): the block as it is built."""
+    """Compute Figure 3(c), the implemented block."""
     return block(x)
 
 
 def paths(block: Bottleneck, x: torch.Tensor) -> torch.Tensor:
-    """Figure 3(a): a sum of C paths, each 1x1, 3x3, 1x1 at width d, then the last norm and the shortcut.
+    """Compute Figure 3(a): a sum of C paths of 1x1, 3x3 and 1x1 at width d, then the last norm and the shortcut.
 
-    Batch norm works on each channel alone, so a path's norm is its part of the block's.
+    Batch norm treats channels independently, so the norm of a path is a slice of the block's.
     """
     groups, stride = block.conv2.groups, block.conv2.stride
     total = torch.zeros(())
@@ -31,7 +31,7 @@ def paths(block: Bottleneck, x: torch.Tensor) -> torch.Tensor:
 
 
 def early_concatenation(block: Bottleneck, x: torch.Tensor) -> torch.Tensor:
-    """Figure 3(b): C paths of 1x1 and 3x3 whose outputs are concatenated before one 1x1."""
+    """Compute Figure 3(b): C paths of 1x1 and 3x3, concatenated before a 1x1."""
     groups, stride = block.conv2.groups, block.conv2.stride
     outputs = []
     for c in range(groups):
@@ -50,16 +50,16 @@ def finish(block: Bottleneck, x: torch.Tensor, residual: torch.Tensor) -> torch.
     return F.relu(block.bn3(residual) + shortcut)
 
 
-@mark.parametrize("form", [paths, early_concatenation])
+@mark.parametrize("variant", [paths, early_concatenation])
 @mark.parametrize(("stride", "project"), [(1, False), (2, True)])
-def test_the_forms_give_the_same_outputs_and_gradients(form: object, stride: int, project: bool) -> None:
+def test_the_three_blocks_have_the_same_outputs_and_gradients(variant: object, stride: int, project: bool) -> None:
     torch.manual_seed(0)
     block = Bottleneck(IN, STAGE, stride=stride, cardinality=32, base_width=D, project=project, dtype=torch.float64)
     for layer in (block.bn1, block.bn2, block.bn3):
         nn.init.uniform_(layer.weight, 0.5, 1.5)
         nn.init.uniform_(layer.bias, -0.5, 0.5)
     results = []
-    for compute in (grouped, form):
+    for compute in (grouped, variant):
         x = torch.randn(
             2, IN, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True
         )

@@ -1,4 +1,4 @@
-"""Formulae agree with built networks and with the paper."""
+"""The formulas agree with built models and with the paper."""
 
 import re
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from resnext_hub.models.complexity import (
     preserving_width,
 )
 
-# Million parameters and giga multiply-adds at 224 px and 1000 classes, counted on timm's networks of the same setting.
+# Million parameters and giga multiply-adds at 224 px and 1000 classes, counted on timm's models of the same setting.
 COUNTED = {
     "resnext_g1": (25.557, 4.089),
     "resnext_g2": (25.425, 4.125),
@@ -37,7 +37,7 @@ COUNTED = {
 
 
 def counted(name: str, size: int, **kwargs: int) -> tuple[int, int, int]:
-    """Count parameters, multiply-adds and activations on a built network, without computing anything."""
+    """Count parameters, multiply-adds and activations of a model on the meta device."""
     with torch.device("meta"):
         model = timm.create_model(name, **kwargs)
         images = torch.empty(1, model.in_chans, size, size)
@@ -58,19 +58,19 @@ def counted(name: str, size: int, **kwargs: int) -> tuple[int, int, int]:
 
 @mark.parametrize("name", VARIANTS)
 @mark.parametrize("size", [64, 224, 225])
-def test_formulae_equal_what_is_counted_on_the_built_network(name: str, size: int) -> None:
+def test_formulas_equal_the_counts_of_built_models(name: str, size: int) -> None:
     classes = 10 if VARIANTS[name].small_stem else 1000
     found = complexity_of(VARIANTS[name], size, classes)
     assert (found.parameters, found.macs, found.activations) == counted(name, size)
 
 
 @mark.parametrize("name", COUNTED)
-def test_formulae_equal_the_figures_known_for_timms_networks(name: str) -> None:
+def test_formulas_equal_the_known_figures_of_timms_models(name: str) -> None:
     found = complexity_of(VARIANTS[name])
     assert (round(found.parameters / 1e6, 3), round(found.macs / 1e9, 3)) == COUNTED[name]
 
 
-def test_cifar_networks_have_the_papers_parameters() -> None:
+def test_cifar_models_have_the_parameters_of_the_paper() -> None:
     assert round(complexity_of(VARIANTS["resnext29_g8_w64"]).parameters / 1e6, 2) == 34.43
     assert round(complexity_of(VARIANTS["resnext29_g16_w64"]).parameters / 1e6, 2) == 68.16
 
@@ -81,13 +81,13 @@ def test_other_classes_and_channels_are_counted() -> None:
     assert (found.parameters, found.macs, found.activations) == counted("resnext_g8", 96, num_classes=7, in_chans=1)
 
 
-def test_grouped_convolution_has_a_gth_of_the_weights() -> None:
+def test_a_grouped_convolution_has_fewer_weights_by_the_number_of_groups() -> None:
     for groups in (1, 2, 32):
         conv = torch.nn.Conv2d(64, 128, 3, groups=groups, bias=False)
         assert grouped_conv_parameters(3, 64, 128, groups) == conv.weight.numel() == 9 * 64 * 128 // groups
 
 
-def test_equation_4_gives_the_papers_table_2() -> None:
+def test_equation_4_reproduces_table_2_of_the_paper() -> None:
     settings = {1: 64, 2: 40, 4: 24, 8: 14, 32: 4}
     assert [block_parameters(c, d) for c, d in settings.items()] == [69632, 69760, 69888, 71456, 70144]
     assert {c: preserving_width(c) for c in settings} == settings
@@ -95,25 +95,25 @@ def test_equation_4_gives_the_papers_table_2() -> None:
 
 @mark.parametrize("preserve", ["parameters", "macs"])
 @mark.parametrize("cardinality", [2, 8, 16, 32, 64])
-def test_a_preserving_width_is_the_nearest_there_is(cardinality: int, preserve: str) -> None:
+def test_the_preserving_width_is_the_closest_one(cardinality: int, preserve: str) -> None:
     reference = VARIANTS["resnext101_g1"]
     width = preserving_width(cardinality, reference, preserve)
 
     def distance(base_width: int) -> int:
-        network = Variant(name="", layers=reference.layers, cardinality=cardinality, base_width=base_width)
-        return abs(getattr(complexity_of(network), preserve) - getattr(complexity_of(reference), preserve))
+        candidate = Variant(name="", layers=reference.layers, cardinality=cardinality, base_width=base_width)
+        return abs(getattr(complexity_of(candidate), preserve) - getattr(complexity_of(reference), preserve))
 
     assert distance(width) == min(distance(d) for d in range(1, 65))
 
 
-def test_a_cardinality_beyond_the_reference_is_refused() -> None:
+def test_a_cardinality_that_costs_too_much_is_refused() -> None:
     with raises(ValueError, match="cardinality=4096 costs"):
         preserving_width(4096)
 
 
 @mark.parametrize("name", ["resnext_g32", "resnext_g1", "resnext29_g32_w4"])
-def test_the_memory_estimate_is_what_autograd_keeps(name: str) -> None:
-    size, batch = 64, 8  # few images would let the norm layers' statistics show, which do not grow with them
+def test_the_memory_estimate_equals_what_autograd_saves(name: str) -> None:
+    size, batch = 64, 8  # enough images to hide the statistics of the norm layers, which do not grow with the batch
     model = timm.create_model(name, num_classes=10).train()
     kept: dict[int, int] = {}
 
@@ -122,13 +122,13 @@ def test_the_memory_estimate_is_what_autograd_keeps(name: str) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model(torch.randn(batch, 3, size, size)).sum()  # noqa: F841 - keeps the graph, and so the addresses
+        loss = model(torch.randn(batch, 3, size, size)).sum()  # noqa: F841 - keeps the graph alive, and so the addresses
     weights = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
     measured = sum(size for address, size in kept.items() if address not in weights)
     assert batch * complexity_of(VARIANTS[name], size, 10).saved * 4 == approx(measured, rel=0.01)
 
 
-def test_training_memory_counts_weights_gradients_and_the_optimizers_values() -> None:
+def test_training_memory_includes_weights_gradients_and_optimizer_states() -> None:
     cost = Complexity(parameters=100, macs=0, activations=0, saved=1000)
     assert cost.training_bytes(batch_size=2, optimizer_states=2) == 4 * 100 * 4 + 2 * 1000 * 4
     assert cost.training_bytes(batch_size=2, optimizer_states=1, element_bytes=2) == 4 * 100 * 3 + 2 * 1000 * 2
@@ -145,7 +145,7 @@ def test_info_prints_every_variant_with_its_figures(command: Callable[..., tuple
     assert len(out.splitlines()) == 2
 
 
-def test_info_solves_for_the_width_that_costs_the_same(command: Callable[..., tuple[int, str, str]]) -> None:
+def test_info_finds_the_width_with_the_same_cost(command: Callable[..., tuple[int, str, str]]) -> None:
     code, out, _ = command("info", "--like", "resnet50", "--cardinality", 16)
     assert code == 0
     assert f"cardinality=16, base_width={preserving_width(16)}" in out

@@ -1,4 +1,4 @@
-"""timm's contract, beyond what timm's own suite checks when it is run over our names (.ci/timm-suite)."""
+"""timm's model interface, beyond the checks of timm's own test suite."""
 
 from pathlib import Path
 
@@ -8,10 +8,10 @@ from pytest import fixture, importorskip, mark, raises
 from safetensors.torch import save_file
 from timm.models import group_parameters
 
-from resnext_hub.models import VARIANTS
+from resnext_hub.models import VARIANTS, resnext
 
 SMALL = ("resnext26_g32", "resnext29_g32_w4")
-"""A network of each stem, for what is too slow on all of them."""
+"""A model with each stem, for checks that are too slow on all variants."""
 
 
 @fixture(params=SMALL)
@@ -26,20 +26,36 @@ def some_images(name: str, count: int = 2) -> torch.Tensor:
 
 
 @mark.parametrize("variant", VARIANTS)
-def test_every_variant_is_named_documented_and_of_our_module(variant: str) -> None:
+def test_every_entrypoint_has_a_name_a_docstring_and_this_module(variant: str) -> None:
     entrypoint = timm.models.model_entrypoint(variant)
     assert entrypoint.__name__ == variant
     assert entrypoint.__module__ == "resnext_hub.models.resnext"
     assert f"ResNeXt-{VARIANTS[variant].depth} ({VARIANTS[variant].template})" in entrypoint.__doc__
 
 
-def test_the_table_is_listed_whole() -> None:
+def test_timm_lists_the_whole_table() -> None:
     assert set(timm.list_models("resnext*_g*")) == set(VARIANTS)
     assert set(timm.list_models(module="resnext")) == set(VARIANTS)
 
 
 @mark.parametrize("variant", VARIANTS)
-def test_layers_are_as_deep_as_the_name_says(variant: str) -> None:
+def test_every_variant_is_a_function_of_the_module(variant: str) -> None:
+    assert getattr(resnext, variant) is timm.models.model_entrypoint(variant)
+    assert resnext.__all__.count(variant) == 1
+
+
+def test_a_variant_can_be_imported_and_called() -> None:
+    from resnext_hub.models.resnext import resnext29_g32_w4
+
+    model = resnext29_g32_w4(num_classes=3)
+    assert isinstance(model, resnext.ResNeXt)
+    assert model.fc.out_features == 3
+    with raises(ImportError):
+        from resnext_hub.models.resnext import resnext_g3  # noqa: F401
+
+
+@mark.parametrize("variant", VARIANTS)
+def test_every_variant_has_the_depth_of_its_name(variant: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(variant)
     counted = [n for n, m in model.named_modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
@@ -48,14 +64,14 @@ def test_layers_are_as_deep_as_the_name_says(variant: str) -> None:
     assert groups == {VARIANTS[variant].cardinality}
 
 
-def test_any_other_setting_is_built_without_a_name() -> None:
+def test_other_settings_are_built_by_arguments() -> None:
     model = timm.create_model("resnext_g32", cardinality=16, base_width=8, num_classes=3)
     assert model.layer1[0].conv2.groups == 16
     assert model.layer1[0].conv2.out_channels == 128
     assert model.eval()(torch.randn(1, 3, 32, 32)).shape == (1, 3)
 
 
-def test_feature_maps_of_the_cifar_networks_have_reductions_1_1_2_4() -> None:
+def test_feature_maps_of_cifar_models_have_reductions_1_1_2_4() -> None:
     model = timm.create_model("resnext29_g32_w4", features_only=True)
     maps = model(torch.randn(1, 3, 32, 32))
     assert model.feature_info.reduction() == [1, 1, 2, 4]
@@ -63,7 +79,7 @@ def test_feature_maps_of_the_cifar_networks_have_reductions_1_1_2_4() -> None:
 
 
 @mark.parametrize("indices", [(0,), (1, 3), (2, 3)])
-def test_single_feature_maps_can_be_asked_for(name: str, indices: tuple[int, ...]) -> None:
+def test_single_feature_maps_can_be_selected(name: str, indices: tuple[int, ...]) -> None:
     whole = timm.create_model(name, features_only=True).eval()
     some = timm.create_model(name, features_only=True, out_indices=indices).eval()
     some.load_state_dict({k: v for k, v in whole.state_dict().items() if k in some.state_dict()})
@@ -81,7 +97,7 @@ def test_dilated_features_keep_their_resolution(output_stride: int) -> None:
     assert [64 // m.shape[-1] for m in maps] == model.feature_info.reduction()
 
 
-def test_checkpointed_blocks_give_the_same_gradients(name: str) -> None:
+def test_gradient_checkpointing_has_the_same_gradients(name: str) -> None:
     results = []
     for enable in (False, True):
         torch.manual_seed(0)
@@ -118,7 +134,7 @@ def test_stochastic_depth_grows_with_depth_and_acts_in_training_alone(name: str)
     assert torch.equal(model(images), model(images))
 
 
-def test_export_gives_the_same_logits_at_another_batch_size(name: str) -> None:
+def test_an_exported_program_returns_the_same_logits_at_another_batch_size(name: str) -> None:
     model = timm.create_model(name, num_classes=3).eval()
     batch = torch.export.Dim("batch", min=1, max=16)
     program = torch.export.export(model, (some_images(name),), dynamic_shapes={"x": {0: batch}})
@@ -127,7 +143,7 @@ def test_export_gives_the_same_logits_at_another_batch_size(name: str) -> None:
         torch.testing.assert_close(program.module()(images), model(images), rtol=1e-5, atol=1e-6)
 
 
-def test_compile_sees_one_graph(name: str) -> None:
+def test_compile_captures_one_graph(name: str) -> None:
     model = timm.create_model(name, num_classes=3).eval()
     with torch.inference_mode():
         explained = torch._dynamo.explain(model)(some_images(name))
@@ -135,7 +151,7 @@ def test_compile_sees_one_graph(name: str) -> None:
     assert explained.graph_count == 1
 
 
-def test_the_meta_device_holds_a_network(name: str) -> None:
+def test_a_model_is_built_on_the_meta_device(name: str) -> None:
     model = timm.create_model(name, device="meta", dtype=torch.bfloat16)
     assert {p.device.type for p in model.parameters()} == {"meta"}
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -154,7 +170,7 @@ def test_pretrained_weights_adapt_to_other_channels_and_classes(tmp_path: Path, 
         num_classes=5,
     )
     assert model.conv1.in_channels == in_chans
-    if in_chans == 1:  # timm sums the colours
+    if in_chans == 1:  # timm sums the colors
         torch.testing.assert_close(model.conv1.weight, source.conv1.weight.sum(dim=1, keepdim=True))
     assert torch.equal(model.layer4[2].conv3.weight, source.layer4[2].conv3.weight)
     assert model.eval()(torch.randn(1, in_chans, 32, 32)).shape == (1, 5)
@@ -173,12 +189,12 @@ def test_impossible_settings_are_refused_with_their_values(name: str) -> None:
         model(torch.randn(1, 3, size, 64))
     with raises(AssertionError, match=f"width {size} is smaller than the stride {model.stride}"):
         model.forward_intermediates(torch.randn(1, 3, 64, size))
-    with raises(ValueError, match="output_fmt='NLC'"):
+    with raises(ValueError, match="output_fmt='NLC' is not supported"):
         model.forward_intermediates(some_images(name), output_fmt="NLC")
 
 
-def test_the_backbone_carries_torchvisions_detector() -> None:
-    """As docs/backbones.md shows it."""
+def test_the_backbone_works_in_torchvisions_detector() -> None:
+    """Run the example of docs/how-to/backbone.md."""
     from torchvision.models.detection import FasterRCNN
     from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
@@ -196,9 +212,9 @@ def test_the_backbone_carries_torchvisions_detector() -> None:
     assert all(p.grad is not None for n, p in detector.backbone.named_parameters() if ".layer" in n)
 
 
-def test_the_backbone_carries_segmentation_models_pytorch() -> None:
-    """As docs/backbones.md shows it."""
-    importorskip("segmentation_models_pytorch", reason="it is no dependency; the test runs where it is installed")
+def test_the_backbone_works_in_segmentation_models_pytorch() -> None:
+    """Run the example of docs/how-to/backbone.md."""
+    importorskip("segmentation_models_pytorch", reason="not a dependency; the test runs if it is installed")
     scope: dict[str, object] = {}
     exec(_example("segmentation_models_pytorch"), scope)
     assert scope["segmenter"].eval()(torch.randn(1, 3, 64, 64)).shape == (1, 21, 64, 64)
@@ -207,6 +223,6 @@ def test_the_backbone_carries_segmentation_models_pytorch() -> None:
 def _example(word: str) -> str:
     import re
 
-    text = (Path(__file__).parents[2] / "docs" / "backbones.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "how-to" / "backbone.md").read_text()
     (block,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if word in block]
     return block

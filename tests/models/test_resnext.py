@@ -1,4 +1,4 @@
-"""The network: the paper's block, timm's names, and timm's registry."""
+"""The model is equal to timm's and torchvision's, and registered with timm."""
 
 import timm
 import torch
@@ -12,8 +12,8 @@ from resnext_hub.models.resnext import ResNeXt
 STOCK = [name for name, variant in VARIANTS.items() if stock_architecture(variant) is not None]
 
 
-def lively(model: torch.nn.Module) -> torch.nn.Module:
-    """Give every norm layer weights and statistics that matter: at the start the residual branches are zero."""
+def randomized(model: torch.nn.Module) -> torch.nn.Module:
+    """Set random weights and statistics of all norm layers, because residual branches are initially zero."""
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -28,9 +28,9 @@ def lively(model: torch.nn.Module) -> torch.nn.Module:
 
 
 @torch.inference_mode()
-def test_logits_equal_timm_and_torchvision_to_the_bit_from_one_state_dict() -> None:
+def test_logits_equal_timm_and_torchvision_bit_for_bit_from_one_state_dict() -> None:
     torch.manual_seed(0)
-    ours = lively(timm.create_model("resnext_g32"))
+    ours = randomized(timm.create_model("resnext_g32"))
     timms = timm.create_model("resnext50_32x4d").eval()
     torchvisions = torchvision.models.resnext50_32x4d().eval()
     timms.load_state_dict(ours.state_dict())
@@ -44,20 +44,20 @@ def test_logits_equal_timm_and_torchvision_to_the_bit_from_one_state_dict() -> N
 
 @mark.parametrize("output_stride", [8, 16])
 @torch.inference_mode()
-def test_dilated_networks_equal_timms(output_stride: int) -> None:
-    ours = lively(timm.create_model("resnext_g32", output_stride=output_stride, num_classes=5))
+def test_dilated_models_equal_timms(output_stride: int) -> None:
+    ours = randomized(timm.create_model("resnext_g32", output_stride=output_stride, num_classes=5))
     timms = timm.create_model("resnext50_32x4d", output_stride=output_stride, num_classes=5).eval()
     timms.load_state_dict(ours.state_dict())
     images = torch.randn(1, 3, 64, 64)
     assert torch.equal(ours(images), timms(images))
 
 
-def test_stock_timm_can_express_all_but_the_cifar_networks() -> None:
+def test_stock_timm_can_build_all_but_the_cifar_models() -> None:
     assert set(VARIANTS) - set(STOCK) == {name for name, variant in VARIANTS.items() if variant.small_stem}
 
 
 @mark.parametrize("name", STOCK)
-def test_stock_timm_builds_a_network_of_the_same_tensors(name: str) -> None:
+def test_stock_timm_builds_a_model_with_the_same_tensors(name: str) -> None:
     stock = stock_architecture(VARIANTS[name])
     assert stock is not None
     with torch.device("meta"):
@@ -72,19 +72,19 @@ def test_stock_timm_builds_a_network_of_the_same_tensors(name: str) -> None:
 
 @mark.parametrize("name", ["resnext_g1", "resnext_g8", "resnext26_g32", "resnext101_g2_w64"])
 @torch.inference_mode()
-def test_stock_timm_gives_the_same_logits_from_the_portable_description(name: str) -> None:
+def test_stock_timm_computes_the_same_logits_from_the_portable_architecture(name: str) -> None:
     stock = stock_architecture(VARIANTS[name])
     assert stock is not None
-    ours = lively(timm.create_model(name, num_classes=5))
+    ours = randomized(timm.create_model(name, num_classes=5))
     timms = timm.create_model(stock.name, num_classes=5, **stock.model_args).eval()
     timms.load_state_dict(ours.state_dict())
     images = torch.randn(1, 3, 64, 64)
     assert torch.equal(ours(images), timms(images))
 
 
-def test_gradients_equal_timms_to_the_bit() -> None:
+def test_gradients_equal_timms_bit_for_bit() -> None:
     torch.manual_seed(0)
-    ours = lively(timm.create_model("resnext_g8", num_classes=5)).train()
+    ours = randomized(timm.create_model("resnext_g8", num_classes=5)).train()
     timms = timm.create_model("resnext50_32x4d", cardinality=8, base_width=14, num_classes=5).train()
     timms.load_state_dict(ours.state_dict())
     images, labels = torch.randn(2, 3, 64, 64), torch.tensor([1, 3])
@@ -94,7 +94,7 @@ def test_gradients_equal_timms_to_the_bit() -> None:
         assert torch.equal(mine.grad, theirs.grad), name
 
 
-def test_released_weights_keep_timms_id_licence_and_origin() -> None:
+def test_released_weights_keep_timms_id_license_and_origin() -> None:
     assert get_pretrained_cfg("resnext_g32").hf_hub_id == "timm/resnext50_32x4d.a1h_in1k"
     for ours, theirs in (
         ("resnext_g32", "resnext50_32x4d"),
@@ -116,7 +116,7 @@ def test_released_weights_keep_timms_id_licence_and_origin() -> None:
     assert get_pretrained_cfg("resnext_g32.fb_swsl_ig1b_ft_in1k").license == "cc-by-nc-4.0"
 
 
-def test_settings_without_released_weights_have_none() -> None:
+def test_variants_without_released_weights_have_none() -> None:
     assert list_pretrained("resnext_g8*") == []
     with raises(RuntimeError, match="No pretrained weights exist"):
         timm.create_model("resnext_g8", pretrained=True)
@@ -133,7 +133,7 @@ def test_feature_maps_have_the_stated_channels_and_reductions() -> None:
     "name", ["act_layer", "norm_layer", "aa_layer", "stem_width", "drop_block_rate", "layers", "nonsense"]
 )
 def test_an_argument_of_other_models_is_refused_by_name(name: str) -> None:
-    with raises(TypeError, match=f"resnext_g32 does not take {name}; it takes num_classes, in_chans, cardinality"):
+    with raises(TypeError, match=f"resnext_g32 does not accept {name}; expected num_classes, in_chans, cardinality"):
         timm.create_model("resnext_g32", **{name: "silu"})
 
 
@@ -158,9 +158,9 @@ def test_an_argument_of_other_models_is_refused_by_name(name: str) -> None:
         ("layers", "abc"),
     ],
 )
-def test_an_argument_out_of_its_range_is_refused_by_name_before_anything_is_allocated(name: str, value: object) -> None:
+def test_an_argument_outside_its_range_is_refused_by_name_before_allocating(name: str, value: object) -> None:
     arguments = {"layers": (1, 1, 1)} | {name: value}
     with raises(ValueError, match=f"^{name}="):
         ResNeXt(**arguments)  # type: ignore[arg-type]
-    with raises(ValueError, match="makes 524,288 channels"):
+    with raises(ValueError, match="gives 524,288 channels"):
         ResNeXt((1, 1, 1, 1), cardinality=1024, base_width=64)

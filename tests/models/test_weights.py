@@ -1,4 +1,4 @@
-"""Weights come in from other libraries' state dicts and files; what does not fit is named."""
+"""`load_weights` reads state dicts and files of other libraries, and names tensors that do not match."""
 
 import pickle
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ def equal(model: torch.nn.Module, state_dict: Mapping[str, torch.Tensor]) -> boo
 
 @mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "timm_model.", "model."])
 @mark.parametrize("container", [None, "state_dict", "model"])
-def test_a_file_loads_whatever_is_around_the_state_dict(
+def test_a_file_loads_with_any_container_or_prefix(
     theirs: dict[str, torch.Tensor], tmp_path: Path, prefix: str, container: str | None
 ) -> None:
     wrapped = {prefix + key: tensor for key, tensor in theirs.items()}
@@ -58,7 +58,7 @@ def test_a_safetensors_file_and_a_state_dict_load(theirs: dict[str, torch.Tensor
         assert equal(model, theirs)
 
 
-def test_torchvisions_state_dict_loads_also_without_counters() -> None:
+def test_torchvisions_state_dict_loads_with_and_without_counters() -> None:
     theirs = torchvision.models.resnext50_32x4d(num_classes=7).state_dict()
     old = {key: tensor for key, tensor in theirs.items() if not key.endswith("num_batches_tracked")}
     for source in (theirs, old):
@@ -67,21 +67,21 @@ def test_torchvisions_state_dict_loads_also_without_counters() -> None:
         assert equal(model, theirs)
 
 
-def test_what_does_not_fit_is_named_with_both_shapes_and_nothing_is_loaded(theirs: dict[str, torch.Tensor]) -> None:
+def test_mismatched_tensors_are_named_with_both_shapes_and_nothing_is_loaded(theirs: dict[str, torch.Tensor]) -> None:
     model = ours(num_classes=5, in_chans=1)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with raises(ValueError, match="the weights do not fit the network") as caught:
+    with raises(ValueError, match="the weights do not match the model") as caught:
         load_weights(model, {**theirs, "extra.weight": torch.zeros(2, 3)})
     message = str(caught.value)
-    assert "conv1.weight: (64, 3, 7, 7) in the weights, (64, 1, 7, 7) in the network" in message
-    assert "fc.weight: (7, 2048) in the weights, (5, 2048) in the network" in message
-    assert "extra.weight (2, 3): not in the network" in message
+    assert "conv1.weight: (64, 3, 7, 7) in the weights, (64, 1, 7, 7) in the model" in message
+    assert "fc.weight: (7, 2048) in the weights, (5, 2048) in the model" in message
+    assert "extra.weight (2, 3): not in the model" in message
     assert equal(model, before)
     with raises(ValueError, match=r"layer1\.0\.conv1\.weight \(128, 64, 1, 1\): not in the weights"):
         load_weights(ours(), {key: t for key, t in theirs.items() if key != "layer1.0.conv1.weight"})
 
 
-def test_the_classifier_may_be_kept(theirs: dict[str, torch.Tensor]) -> None:
+def test_the_classifier_can_be_kept(theirs: dict[str, torch.Tensor]) -> None:
     model = ours(num_classes=5)
     classifier = model.fc.weight.clone()
     load_weights(model, theirs, skip_classifier=True)
@@ -94,7 +94,7 @@ class Payload:
         return (print, ("unpickled",))
 
 
-def test_a_pickle_of_more_than_tensors_is_not_unpickled(tmp_path: Path, capsys) -> None:
+def test_a_pickle_with_more_than_tensors_is_not_unpickled(tmp_path: Path, capsys) -> None:
     for name, write in (
         ("a.pth", torch.save),
         ("b.pth", lambda x, path: path.write_bytes(pickle.dumps(x, protocol=2))),
@@ -103,5 +103,5 @@ def test_a_pickle_of_more_than_tensors_is_not_unpickled(tmp_path: Path, capsys) 
         with raises(ValueError, match="holds more than tensors"):
             load_weights(ours(), tmp_path / name)
     assert "unpickled" not in capsys.readouterr().out
-    with raises(FileNotFoundError, match="there is no file of weights"):
+    with raises(FileNotFoundError, match="there is no weights file"):
         load_weights(ours(), tmp_path / "nowhere.pth")

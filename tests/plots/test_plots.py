@@ -1,4 +1,4 @@
-"""Plots show names as they are, cost little, and never keep a run from being finished."""
+"""Plots: names in any script, bounded memory, and failures that never make a run fail."""
 
 import dataclasses
 import io
@@ -15,16 +15,11 @@ from support.records import a_record
 
 from resnext_hub.cards.model_card import render_card
 from resnext_hub.data.images import IndexedImages
-from resnext_hub.plots.figures import (
-    lettering,
-    percent,
-    plot_confusion,
-    plot_curves,
-    plot_samples,
-    save_plot,
-    thumbnail,
-    write_plots,
-)
+from resnext_hub.plots.confusion import plot_confusion
+from resnext_hub.plots.curves import plot_curves
+from resnext_hub.plots.lettering import choose_lettering
+from resnext_hub.plots.samples import percent, plot_samples, thumbnail
+from resnext_hub.plots.write import save_plot, write_plots
 from resnext_hub.record import RunRecord
 from resnext_hub.text import is_printable
 from resnext_hub.training.evaluation import Evaluation
@@ -52,7 +47,7 @@ def stored(size: tuple[int, int]) -> dict[str, object]:
 
 
 def gallery(count: int, classes: int = 3, size: tuple[int, int] = (40, 30)) -> tuple[IndexedImages, Evaluation]:
-    """Return so many images of which every third is taken for another class."""
+    """Return `count` images and an evaluation that misclassifies every third of them."""
     labels = np.arange(count) % classes
     rows = datasets.Dataset.from_dict({"image": [stored(size)] * count})
     predictions = np.where(np.arange(count) % 3 == 1, (labels + 1) % classes, labels)
@@ -70,13 +65,13 @@ def gallery(count: int, classes: int = 3, size: tuple[int, int] = (40, 30)) -> t
 
 
 def drawn(figure: object, names: tuple[str, ...]) -> None:
-    with matplotlib.rc_context({"font.family": list(lettering(names).families)}):
+    with matplotlib.rc_context({"font.family": list(choose_lettering(names).families)}):
         figure.savefig(io.BytesIO(), dpi=60)
 
 
 @mark.parametrize("names", NAMES, ids=lambda names: ascii(names[0])[:20])
 def test_names_of_any_script_are_drawn_without_a_warning(names: list[str]) -> None:
-    letters, history = lettering(tuple(names)), [STEP, EVALUATION]
+    letters, history = choose_lettering(tuple(names)), [STEP, EVALUATION]
     record = a_record(names=names, history=history)
     many = a_record(names=names * 20, confusion=[[(0, 2)], *([(n, 1)] for n in range(1, 60))], history=history)
     images, evaluation = gallery(5)
@@ -88,16 +83,16 @@ def test_names_of_any_script_are_drawn_without_a_warning(names: list[str]) -> No
         drawn(figure, tuple(names))
 
 
-def test_a_name_that_no_font_has_is_escaped_after_its_number() -> None:
-    names = ("cat", "\U0001fbf9 x")  # a digit of the computers of old, in hardly any font
-    letters = dataclasses.replace(lettering(names), characters=lettering(names).characters - {0x1FBF9})
+def test_a_name_without_a_font_is_escaped_after_its_index() -> None:
+    names = ("cat", "\U0001fbf9 x")  # a segmented digit, which hardly any font has
+    letters = dataclasses.replace(choose_lettering(names), characters=choose_lettering(names).characters - {0x1FBF9})
     assert [letters.name(names, index, 20) for index in range(2)] == ["cat", "1: \\U0001fbf9 x"]
     assert letters.name(names, 1, 6) == "1: \\U…"
     assert "escaped" in letters.note(names)
     assert letters.note(names[:1]) == ""
 
 
-def test_a_probability_is_neither_none_nor_all_unless_it_is() -> None:
+def test_a_percentage_is_0_or_100_only_if_exact() -> None:
     shown = [percent(part) for part in (0.0, 0.001, 0.01, 0.5, 0.99, 0.9999, 1.0)]
     assert shown == ["0 %", "<1 %", "1 %", "50 %", "99 %", ">99 %", "100 %"]
 
@@ -105,42 +100,44 @@ def test_a_probability_is_neither_none_nor_all_unless_it_is() -> None:
 @mark.parametrize("count", [1, 2, 7, 24, 60])
 def test_a_gallery_is_as_wide_as_its_images(count: int) -> None:
     images, evaluation = gallery(count)
-    figure = plot_samples(images, evaluation, ["a", "b", "c"], lettering(("a", "b", "c")))
+    figure = plot_samples(images, evaluation, ["a", "b", "c"], choose_lettering(("a", "b", "c")))
     shown = [axes for axes in figure.axes if axes.images]
     assert len(shown) == min(count, 24)
     assert len(figure.axes) - len(shown) < 6
     assert figure.get_figwidth() == 1.9 * min(count, 6)
 
 
-def test_images_of_a_gallery_are_thumbnails_and_one_that_is_gone_is_white() -> None:
+def test_gallery_images_are_thumbnails_and_a_missing_image_is_white() -> None:
     assert max(thumbnail(stored((900, 500)), 10**8).size) == 256
     assert thumbnail({"bytes": None, "path": "nowhere"}, 10**8).getextrema() == ((255, 255),) * 3
 
 
-def test_a_gallery_of_large_images_holds_thumbnails_alone() -> None:
+def test_a_gallery_of_large_images_holds_only_thumbnails() -> None:
     images, evaluation = gallery(6, size=(900, 700))
-    figure = plot_samples(images, evaluation, list("abc"), lettering(tuple("abc")))
+    figure = plot_samples(images, evaluation, list("abc"), choose_lettering(tuple("abc")))
     assert {max(image.get_array().shape) for axes in figure.axes for image in axes.images} == {256}
 
 
 @mark.parametrize("history", [[STEP], [EVALUATION], [STEP, EVALUATION]])
-def test_curves_of_one_point_show_it_whole(history: list[dict]) -> None:
-    figure = plot_curves(a_record(history=history), lettering(("a",)))
+def test_a_curve_of_one_point_has_an_unclipped_marker(history: list[dict]) -> None:
+    figure = plot_curves(a_record(history=history), choose_lettering(("a",)))
     drawn(figure, ("a",))
     for line in (line for axes in figure.axes for line in axes.lines):
         assert not line.get_clip_on()
         assert line.get_marker() not in ("", "None")
 
 
-def test_of_many_classes_the_most_confused_pairs_are_shown_by_name() -> None:
+def test_many_classes_are_plotted_as_their_most_confused_pairs() -> None:
     names = [f"kind {n}" for n in range(500)]
     confusion = [[(n, 3)] for n in range(500)]
     confusion[7], confusion[9] = [(7, 1), (400, 5)], [(9, 1), (10, 2)]
-    figure = plot_confusion(a_record(names=names, confusion=confusion), lettering(tuple(names)))
+    figure = plot_confusion(a_record(names=names, confusion=confusion), choose_lettering(tuple(names)))
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert labels == ["kind 7 as kind 400", "kind 9 as kind 10"]
-    perfect = plot_confusion(a_record(names=names, confusion=[[(n, 1)] for n in range(500)]), lettering(tuple(names)))
-    assert "every image was classified correctly" in [text.get_text() for text in perfect.axes[0].texts]
+    perfect = plot_confusion(
+        a_record(names=names, confusion=[[(n, 1)] for n in range(500)]), choose_lettering(tuple(names))
+    )
+    assert "all images were classified correctly" in [text.get_text() for text in perfect.axes[0].texts]
 
 
 FAILURES = [
@@ -153,7 +150,7 @@ FAILURES = [
 
 
 @mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
-def test_a_plot_that_fails_is_reported_and_leaves_no_file(error: Exception, tmp_path: Path) -> None:
+def test_a_failed_plot_leaves_no_file(error: Exception, tmp_path: Path) -> None:
     def fail(_: object) -> object:
         (tmp_path / "plot.png").write_bytes(b"half")
         raise error
@@ -165,7 +162,7 @@ def test_a_plot_that_fails_is_reported_and_leaves_no_file(error: Exception, tmp_
 
 
 def test_a_card_shows_the_plots_that_were_drawn(tmp_path: Path) -> None:
-    record = a_record()  # without lines of metrics there are no curves
+    record = a_record()  # no metrics, so no curves
     drawn = write_plots(record, tmp_path)
     assert drawn == ["confusion_matrix.png"] == [path.name for path in tmp_path.iterdir()]
     card = render_card(dataclasses.replace(record, plots=drawn))
@@ -176,7 +173,7 @@ def test_a_card_shows_the_plots_that_were_drawn(tmp_path: Path) -> None:
     assert write_plots(record, tmp_path) == []
 
 
-def test_a_run_with_odd_names_and_damaged_logs_is_finished(tmp_path: Path, command: Command) -> None:
+def test_a_run_with_odd_names_and_damaged_logs_finishes(tmp_path: Path, command: Command) -> None:
     images, run = tmp_path / "im\u202eages", tmp_path / 'r "😀\\ 1'
     for name, shade in (("$", 60), ("$$", 110), ("猫\n", 160)):
         write_images(images / name, 6, shade)

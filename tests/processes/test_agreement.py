@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import warm_start
 from support.processes import ROOT, TINY, run_process, write_images
 
 from resnext_hub.errors import RequestError
@@ -59,7 +60,7 @@ class Hosts:
             place = {"RANK": str(rank), "WORLD_SIZE": str(len(self.folders)), "LOCAL_RANK": "0"}
             place |= {"LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             started.append(
-                subprocess.Popen(
+                warm_start.Popen(
                     [sys.executable, *map(str, words)],
                     cwd=folder,
                     env=os.environ | {"OMP_NUM_THREADS": "1"} | place | variables,

@@ -18,6 +18,7 @@ from PIL import Image
 from pyarrow import parquet
 from pytest import MonkeyPatch, fixture, mark
 from safetensors.torch import load_file
+from support import warm_start
 from support.processes import ROOT, TINY, run_process
 from support.runs import kill_at, lines, weights, without_clock
 
@@ -203,7 +204,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, command: Command, micr
 def test_a_folder_in_use_by_a_run_is_refused_with_its_pid(tmp_path: Path, command: Command) -> None:
     flags = (*TINY, "--max-steps", 4000, "--log-samples", "--output-dir", tmp_path / "run")
     words = [sys.executable, "scripts/train.py", *map(str, flags)]
-    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+    with warm_start.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
         while not (tmp_path / "run" / "samples-0.jsonl").is_file():
             assert run.poll() is None
             time.sleep(0.05)
@@ -358,7 +359,7 @@ def test_a_full_disk_stops_the_run_with_the_last_good_checkpoint_named_and_it_re
 
 def start(folder: Path, *flags: object) -> "subprocess.Popen[str]":
     words = [sys.executable, "scripts/train.py", *map(str, flags), "--output-dir", str(folder)]
-    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return warm_start.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 @mark.parametrize(("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGTERM, 2), (signal.SIGINT, 2)])

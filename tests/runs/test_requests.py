@@ -61,16 +61,16 @@ def test_a_policy_in_timms_notation_is_accepted(policy: str) -> None:
         ("rand-m-1", "m: expected"),
         ("rand-p2", "p2: expected a number above 0 and at most 1"),
         ("rand-", "an empty part"),
-        ("random", "random is no policy; expected one of rand, augmix"),
+        ("random", "random is not a policy; expected one of rand, augmix"),
         ("augmix-x", "x: expected mN, wN"),
         ("augmix-d0", "d0: expected a whole number from 1"),
         ("3a-m5", "m5: expected mstdN after 3a-"),
-        ("", "it is no policy"),
-        ("RAND-m9", "RAND is no policy"),
+        ("", "it is not a policy"),
+        ("RAND-m9", "RAND is not a policy"),
     ],
 )
 def test_a_policy_that_timm_would_partly_ignore_is_refused(policy: str, reason: str) -> None:
-    with raises(RequestError, match=f"--auto-augment .*{reason}.*such as rand-m7-mstd0.5, augmix-m3 or 3a"):
+    with raises(RequestError, match=f"auto_augment=.*{reason}.*such as rand-m7-mstd0.5, augmix-m3 or 3a"):
         TransformConfig(auto_augment=policy)
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from support import warm_start
 from support.loopback_hub import TOKEN, LoopbackHub
 from support.processes import ROOT
 
@@ -42,7 +43,7 @@ class Client:
 
     def __init__(self, hub: LoopbackHub, home: Path, token: str = TOKEN, xet: bool = False) -> None:
         environment = os.environ | hub.environment(token, xet) | {"HF_HOME": str(home)}
-        self._process = subprocess.Popen(
+        self._process = warm_start.Popen(
             [sys.executable, "-c", SERVE],
             cwd=ROOT,
             env=environment,

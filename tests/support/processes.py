@@ -1,5 +1,6 @@
 """Processes that tests start, and inputs and outputs that they share."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
+from support import warm_start
 from timm.models._hub import save_for_hf
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,7 +21,13 @@ TINY = ("--model", "test_resnet", "--mixed-precision", "no", "--warmup-epochs", 
 
 
 def run_process(*arguments: object, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a Python process in the checkout; its variables go over this process's."""
+    """Run a Python process in the checkout, forked with its libraries; its variables go over this process's."""
+    words = [sys.executable, *map(str, arguments)]
+    return warm_start.run(words, cwd=ROOT, env=os.environ | environment, timeout=timeout)
+
+
+def run_interpreter(*arguments: object, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a Python interpreter in the checkout, as a user starts it, which takes seconds longer than `run_process`."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=ROOT,
@@ -37,6 +46,17 @@ def write_images(folder: Path, count: int, shade: int, size: int = 40) -> None:
     for index in range(count):
         noise = generator.integers(-30, 30, (size, size + index % 7, 3))
         Image.fromarray(np.clip(shade + noise, 0, 255).astype(np.uint8)).save(folder / f"{index:03d}.png")
+
+
+def small_model(folder: Path, model: torch.nn.Module | None = None, **config: object) -> Path:
+    """Write a model folder of a tiny untrained model with 1,000 classes; `config` overrides entries of config.json."""
+    folder.mkdir()
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet") if model is None else model
+    save_file(model.state_dict(), folder / "model.safetensors")
+    content = {"architecture": "test_resnet", "num_classes": 1000, "pretrained_cfg": {"input_size": [3, 32, 32]}}
+    (folder / "config.json").write_text(json.dumps(content | config))
+    return folder
 
 
 def save_with_timm(folder: Path, name: str, size: int) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from support import warm_start
 from support.processes import ROOT
 
 
@@ -27,7 +28,7 @@ def without_clock(found: list[dict[str, object]]) -> list[dict[str, object]]:
 def kill_at(step: int, folder: Path, *flags: object) -> None:
     """Start a run, and kill it with SIGKILL as soon as it has logged a step."""
     words = [sys.executable, "scripts/train.py", *map(str, flags), "--output-dir", str(folder)]
-    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+    with warm_start.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
         deadline = time.monotonic() + 120
         samples = folder / "samples-0.jsonl"
         while time.monotonic() < deadline and run.poll() is None:

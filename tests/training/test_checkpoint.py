@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from pytest import LogCaptureFixture, MonkeyPatch, mark, raises
+from support import warm_start
 from support.records import DAMAGES, NO_FILES, replace_by
 
 from resnext_hub.errors import RequestError
@@ -240,7 +241,7 @@ sys.stdin.read()
 
 
 def test_the_lock_names_its_holder_and_is_released_when_the_holder_is_killed(tmp_path: Path) -> None:
-    with subprocess.Popen(
+    with warm_start.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as holder:
         assert holder.stdout is not None

@@ -1,4 +1,4 @@
-"""Where images and labels come from: one file per dataset layout, each a `Source`."""
+"""Dataset layouts, one `Source` per file."""
 
 import os
 
@@ -14,7 +14,7 @@ from resnext_hub.data.sources.single_file import SingleFile
 from resnext_hub.data.sources.source import OpenDataset, Part, Source
 from resnext_hub.data.sources.tables import MetadataTables
 from resnext_hub.data.sources.walk import IMAGE_SUFFIXES, list_images
-from resnext_hub.errors import RequestError
+from resnext_hub.errors import RequestError, setting
 from resnext_hub.text import printable
 
 __all__ = [
@@ -52,22 +52,26 @@ def dataset_name(config: DataConfig) -> str:
 
 
 def check_source(config: DataConfig) -> None:
-    """Refuse what is neither a local path nor can be on the Hub, before anything is fetched.
+    """Check that a dataset is a local path or could be on the Hub, before anything is downloaded.
 
     Raises:
-        RequestError: If it is so, or the name of the bundled dataset is also that of a local path.
+        RequestError: If it is neither, or a local path has the name of the bundled dataset.
     """
     request = Request(config)
     if config.dataset == BUNDLED and os.path.lexists(BUNDLED):
         raise RequestError(
-            f"--dataset {BUNDLED} is the bundled dataset, and there is a local {BUNDLED} too: "
-            f"--dataset ./{BUNDLED} or --dataset bundled:{BUNDLED}"
+            f"{setting('dataset', BUNDLED)} is ambiguous: there is a local {BUNDLED}, too; use "
+            f"{setting('dataset', f'./{BUNDLED}')} for that, or {setting('dataset', f'bundled:{BUNDLED}')} for the "
+            "bundled dataset"
         )
     if config.dataset.startswith("bundled:") and not request.is_bundled:
-        raise RequestError(f"--dataset {printable(config.dataset)}: the bundled dataset is bundled:{BUNDLED}")
+        raise RequestError(
+            f"{setting('dataset', config.dataset)}: no such bundled dataset; the only one is bundled:{BUNDLED}"
+        )
     if not request.is_bundled and request.path is None and not is_hub_id(config.dataset):
         raise RequestError(
-            f"there is no folder or file {printable(config.dataset)}, and it is not a dataset id of the Hub either"
+            f"{setting('dataset', config.dataset)} does not exist and is not a valid dataset id on the Hub; expected a "
+            f"folder, a parquet file, or an id such as owner/name"
         )
 
 
@@ -83,9 +87,12 @@ def open_source(config: DataConfig) -> OpenDataset:
     found = next(source for source in SOURCES if source.matches(request)).open(request)
     if found.revision is None and (config.dataset_revision or config.dataset_config not in (None, found.configuration)):
         raise RequestError(
-            "--dataset-config and --dataset-revision are for datasets on the Hub; the former also for a folder of "
-            "parquet files whose README.md states its configs"
+            f"{setting('dataset_config')} and {setting('dataset_revision')} are for datasets on the Hub; the former "
+            "also for a folder of parquet files with configs in its README.md"
         )
     if config.layout and found.roots is not None:
-        raise RequestError(f"--layout is for folders of images; {printable(config.dataset)} is not one")
+        raise RequestError(
+            f"{setting('layout', config.layout)} is for folders of images, and {printable(config.dataset)} is not one; "
+            f"omit {setting('layout')}"
+        )
     return found

@@ -18,20 +18,20 @@ BUNDLED = "digits"
 
 
 class BundledDigits:
-    """The dataset that needs no download."""
+    """The bundled digits, which need no download."""
 
     def matches(self, request: "Request") -> bool:
         """Return whether the bundled digits are requested."""
         return request.is_bundled
 
     def open(self, request: "Request") -> OpenDataset:
-        """Open them as one split, of which a part is held out."""
+        """Open them as one split, from which an evaluation split is held out."""
         request.require_no_streaming()
         return OpenDataset(tables={"train": load_digits_table()})
 
 
 def load_digits_table() -> "datasets.Dataset":
-    """Return scikit-learn's digits as PNG images: grey levels 0 to 16 become 0 to 255."""
+    """Return scikit-learn's digits as PNG images, scaled from 0..16 to 0..255."""
     import datasets
     from sklearn.datasets import load_digits
 

@@ -1,6 +1,6 @@
-"""Folders of class folders, with or without folders of splits around them.
+"""Class folders, optionally inside split folders.
 
-The layout is read from the names and the nesting of folders. Where that could mean two things, it is refused.
+The layout is inferred from the names and nesting of folders; an ambiguous one raises RequestError.
 """
 
 import os
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
 from resnext_hub.data.sources.names import class_names_of, loose_role, split_role
-from resnext_hub.data.sources.refusals import LAYOUTS, refuse_no_images, refuse_tables
+from resnext_hub.data.sources.refusals import LAYOUTS, reject_no_images, reject_tables
 from resnext_hub.data.sources.source import OpenDataset
-from resnext_hub.data.sources.unread import refuse_unread_tables
+from resnext_hub.data.sources.unread import reject_unread_tables
 from resnext_hub.data.sources.walk import (
     IMAGE_SUFFIXES,
     Tree,
@@ -21,7 +21,7 @@ from resnext_hub.data.sources.walk import (
     stored_path,
     suffix_of,
 )
-from resnext_hub.errors import RequestError
+from resnext_hub.errors import RequestError, setting
 from resnext_hub.text import listing, printable
 
 if TYPE_CHECKING:
@@ -35,30 +35,30 @@ _DOCUMENTS = frozenset(
         ".py", ".rst", ".sh", ".toml", ".tsv", ".txt", ".url", ".xlsx", ".xml", ".yaml", ".yml",
     )
 )  # fmt: skip
-"""Suffixes of files that are surely no images: a folder of these alone is no class."""
+"""Suffixes of files that are certainly not images; a folder with only these is not a class."""
 
 _HOLDERS = frozenset({"image", "images", "img", "imgs", "jpegimages", "masks", "photos", "pics"})
-"""Names of folders that hold all images, whatever their class."""
+"""Names of folders that contain images of all classes."""
 
 
 class ClassFolders:
-    """A folder per class, with or without folders of splits around them."""
+    """A folder per class, optionally inside split folders."""
 
     def matches(self, request: "Request") -> bool:
-        """Return True: this is the layout of a folder that has no other."""
+        """Return True: this is the last layout to try."""
         return True
 
     def open(self, request: "Request") -> OpenDataset:
         """Open the class folders."""
         request.require_no_streaming()
         if not request.tree.images:
-            refuse_no_images(request.tree)
+            reject_no_images(request.tree)
         return open_folders(request.tree, request.config.layout).with_notes(ignored(request.tree, []))
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder and all images below it, as indices of the tree's."""
+    """A folder and the images anywhere below it, as indices of the tree's images."""
 
     path: str
     images: Sequence[int]
@@ -70,36 +70,36 @@ class Folder:
 
 
 def open_folders(tree: Tree, layout: str | None) -> OpenDataset:
-    """Open a folder of class folders, or of splits that hold class folders.
+    """Open class folders, or split folders with class folders in them.
 
     Args:
-        tree: Its files.
-        layout: `classes` or `splits`, what the folders at the top are; found by their names if not given.
+        tree: The files of the dataset.
+        layout: Whether the top folders are `classes` or `splits`; inferred from their names if not given.
 
     Raises:
-        RequestError: If the layout is none of the known ones or could be two, or a class would vanish.
+        RequestError: If the layout is unknown or ambiguous, or a class would be lost.
     """
     import datasets
 
     notes: list[str] = []
-    top = _entered(tree, notes)
+    top = _unwrap(tree, notes)
     splits = _find_splits(tree, top, layout, notes)
-    _refuse_lost_classes(tree, [folder.path for folder, _ in splits.values()], notes)
+    _reject_lost_classes(tree, [folder.path for folder, _ in splits.values()], notes)
     raw = sorted({name for _, classes in splits.values() for name in classes})
     names = class_names_of(raw, printable(tree.root))
     labels = sorted(set(names.values()))
     if len(labels) < 2:
-        _refuse_single_class(tree, raw[0] if raw else None, top)
+        _reject_single_class(tree, raw[0] if raw else None, top)
     if layout is None:
         by_class = [classes for _, classes in splits.values()]
         found = "classes" if any(folder is top for folder, _ in splits.values()) else "splits"
-        notes += refuse_unread_tables(tree, by_class, found)
+        notes += reject_unread_tables(tree, by_class, found)
     number = {name: labels.index(label) for name, label in names.items()}
     tables = {}
     for split, (folder, classes) in splits.items():
         if not classes:
             raise RequestError(
-                f"{printable(tree.root / folder.path)} holds no images in class folders; expected a folder per class"
+                f"{printable(tree.root / folder.path)} has no images in class folders; expected one folder per class"
             )
         order = [(index, number[name]) for name, images in classes.items() for index in images]
         order.sort(key=lambda entry: (entry[1], entry[0]))
@@ -118,7 +118,7 @@ def open_folders(tree: Tree, layout: str | None) -> OpenDataset:
 def image_table(
     tree: Tree, images: Sequence[int], label_column: str, labels: Sequence[object], feature: object
 ) -> "datasets.Dataset":
-    """Return a table of undecoded images, as paths, beside their labels."""
+    """Return a table of image paths and labels."""
     import datasets
     import pyarrow
 
@@ -138,7 +138,7 @@ def image_table(
 
 
 def _below(tree: Tree, folder: Folder) -> tuple[dict[str, Folder], list[int]]:
-    """Return the folders directly in a folder that hold images, and the images directly in it."""
+    """Return the subfolders of a folder that contain images, and the images directly in it."""
     depth = folder.path.count("/") + 1 if folder.path else 0
     groups: dict[str, list[int]] = defaultdict(list)
     direct = []
@@ -151,8 +151,8 @@ def _below(tree: Tree, folder: Folder) -> tuple[dict[str, Folder], list[int]]:
     return {name: Folder(_join(folder.path, name), images) for name, images in groups.items()}, direct
 
 
-def _entered(tree: Tree, notes: list[str]) -> Folder:
-    """Enter folders that are alone in theirs and hold nothing but folders, as archives and downloads have them."""
+def _unwrap(tree: Tree, notes: list[str]) -> Folder:
+    """Return the folder of classes or splits inside wrapper folders, which archives and downloads often add."""
     top = Folder("", range(len(tree.images)))
     while True:
         inside, direct = _below(tree, top)
@@ -162,39 +162,39 @@ def _entered(tree: Tree, notes: list[str]) -> Folder:
             inner_roles = {split_role(name) for name in deeper}
             if deeper and not flat and (split_role(only.name) is None or inner_roles == {"train", "eval"}):
                 top = only
-                notes.append(f"{printable(only.path)}/ was entered, as it alone holds the class folders")
+                notes.append(f"using the only subfolder with images, {printable(only.path)}/")
                 continue
         if inside and direct:
-            notes.append(f"{len(direct)} images outside class folders left out, such as {_example(tree, direct)}")
+            notes.append(f"ignored {len(direct)} images outside class folders, such as {_example(tree, direct)}")
         return top
 
 
 def _find_splits(
     tree: Tree, top: Folder, layout: str | None, notes: list[str]
 ) -> dict[str, tuple[Folder, dict[str, Sequence[int]]]]:
-    """Return each split's folder, and the images of each of its class folders."""
+    """Return the folder of each split, and the images of its class folders."""
     inside, _ = _below(tree, top)
     names = list(inside) if layout == "splits" else [] if layout == "classes" else _split_names(tree, inside, notes)
     if not names:
         if layout is None and any(name.lower() in _HOLDERS for name in inside):
-            refuse_tables(tree, top.path)
+            reject_tables(tree, top.path)
         return {"train": (top, {name: folder.images for name, folder in inside.items()})}
-    left_out = [name for name in _folders_in(tree, top) if name not in names]
-    if left_out:
+    others = [name for name in _folders_in(tree, top) if name not in names]
+    if others:
         notes.append(
-            f"splits {listing(names)}; left out: {listing(left_out)} (--layout splits takes every folder as a split, "
-            "--layout classes as a class)"
+            f"splits: {listing(names)}; ignored folders: {listing(others)} (--layout splits uses every folder as a "
+            "split, --layout classes as a class)"
         )
     found = {}
     for name, (folder, classes, direct) in _classes_by_split(tree, {name: inside[name] for name in names}).items():
         if not classes:
             raise RequestError(
-                f"the split {printable(folder.path)} holds {len(direct)} images and no class folders; labels come from "
-                "class folders, or from a metadata.csv in it (columns file_name,label)"
+                f"the split {printable(folder.path)} has {len(direct)} images and no class folders; sort them into one "
+                "folder per class, or add a metadata.csv (columns file_name,label)"
             )
         if direct:
             notes.append(
-                f"{len(direct)} images of {printable(folder.path)}/ outside class folders left out, such as "
+                f"ignored {len(direct)} images of {printable(folder.path)}/ outside class folders, such as "
                 f"{_example(tree, direct)}"
             )
         found[name] = (folder, {label: inner.images for label, inner in classes.items()})
@@ -206,8 +206,8 @@ def _classes_by_split(
 ) -> dict[str, tuple[Folder, dict[str, Folder], list[int]]]:
     """Return the folder, the class folders and the loose images of each split.
 
-    A folder that stands alone in its split is entered if it has the split's name (`seg_train/seg_train/CLASS`), or if
-    it stands alone in every split (`train/images/CLASS`).
+    The only folder of a split is a wrapper if it has the split's name (`seg_train/seg_train/CLASS`), or if every split
+    has only this one (`train/images/CLASS`).
     """
     found = {name: (folder, *_below(tree, folder)) for name, folder in splits.items()}
     alone = {name: next(iter(classes.values())) for name, (_, classes, _) in found.items() if len(classes) == 1}
@@ -223,7 +223,7 @@ def _split_names(tree: Tree, inside: Mapping[str, Folder], notes: list[str]) -> 
     """Return the folders that are splits, or none if all are classes.
 
     Raises:
-        RequestError: If they could be either.
+        RequestError: If that is ambiguous.
     """
     named = {name: folder for name, folder in inside.items() if split_role(name) or loose_role(name)}
     nested = [name for name, folder in named.items() if not _below(tree, folder)[1]]
@@ -239,11 +239,11 @@ def _split_names(tree: Tree, inside: Mapping[str, Folder], notes: list[str]) -> 
     if not others and roles and len(splits) == len(exact):
         return splits
     if splits or len({split_role(name) for name in exact}) == 2:
-        _refuse_ambiguous(tree, exact, splits)
+        _reject_ambiguous(tree, exact, splits)
     if exact and len(named) == len(inside) and len({loose_role(name) for name in named}) == 2:  # train/ beside test1/
-        _refuse_ambiguous(tree, list(named), splits)
+        _reject_ambiguous(tree, list(named), splits)
     if exact and len(inside) > 1:
-        notes.append(f"{listing(exact)} is taken for a class, as the folders beside it are (--layout says otherwise)")
+        notes.append(f"treating {listing(exact)} as a class, like the folders beside it (override with --layout)")
     if exact:
         return []
     loose = {name: inside[name] for name in inside if loose_role(name)}
@@ -255,47 +255,47 @@ def _split_names(tree: Tree, inside: Mapping[str, Folder], notes: list[str]) -> 
         if {loose_role(name) for name in within} == {"train", "eval"} and set.intersection(*classes):
             return within
         if len(loose) == len(inside):
-            _refuse_ambiguous(tree, list(loose), within)
-    _doubt_shared_folders(tree, inside, notes)
+            _reject_ambiguous(tree, list(loose), within)
+    _check_shared_folders(tree, inside, notes)
     return []
 
 
-def _doubt_shared_folders(tree: Tree, inside: Mapping[str, Folder], notes: list[str]) -> None:
-    """Refuse splits within class folders, and name folders that all classes have, which could be the classes."""
+def _check_shared_folders(tree: Tree, inside: Mapping[str, Folder], notes: list[str]) -> None:
+    """Raise RequestError for splits inside class folders; note subfolders that all classes share."""
     below = {name: set(_below(tree, folder)[0]) for name, folder in inside.items()}
     shared = sorted(set.intersection(*below.values())) if len(below) > 1 else []
     if {split_role(name) for name in shared} >= {"train", "eval"}:
         raise RequestError(
-            f"{printable(tree.root)} has splits ({listing(shared)}) in each of {listing(inside)}; expected the classes "
-            "within the splits, such as train/cat; --layout classes takes all images of a class together"
+            f"{printable(tree.root)} has splits ({listing(shared)}) inside each of {listing(inside)}; move the classes "
+            f"into the splits, such as train/cat, or use {setting('layout', 'classes')} to merge the splits"
         )
     holders = [name for name, inner in below.items() if {split_role(folder) for folder in inner} >= {"train", "eval"}]
     if holders:
         holder = inside[holders[0]]
         raise RequestError(
-            f"{printable(tree.root)} has splits ({listing(sorted(below[holders[0]]), 4)}) in its folder "
-            f"{printable(holders[0])} and more beside them; give {printable(tree.root / holder.path)} as --dataset, or "
-            "add --layout classes"
+            f"{printable(tree.root)} has splits ({listing(sorted(below[holders[0]]), 4)}) in {printable(holders[0])}, "
+            f"and other folders beside it; use {setting('dataset', tree.root / holder.path)}, or "
+            f"{setting('layout', 'classes')} if all folders are classes"
         )
     if len(shared) > 1:
         notes.append(
-            f"classes are {listing(inside)}, each with folders {listing(shared)} in it; if those are the classes, add "
-            "--layout splits"
+            f"using {listing(inside)} as classes, each with the subfolders {listing(shared)}; if the latter are the "
+            "classes, add --layout splits"
         )
 
 
-def _refuse_ambiguous(tree: Tree, names: Sequence[str], splits: Sequence[str]) -> NoReturn:
+def _reject_ambiguous(tree: Tree, names: Sequence[str], splits: Sequence[str]) -> NoReturn:
     flat = [name for name in names if name not in splits]
-    what = f"{listing(flat)} holding images and no class folders" if flat else f"other folders beside {listing(splits)}"
+    why = f"but no class folders in {listing(flat)}" if flat else "and other folders beside them"
     raise RequestError(
-        f"{printable(tree.root)} has folders called like splits ({listing(names)}), with {what}: if all folders are "
-        "classes, add --layout classes; if they are splits, each needs class folders or a metadata.csv (columns "
-        "file_name,label), and other folders have to go"
+        f"{printable(tree.root)} has folders named like splits ({listing(names)}), {why}; if all folders are "
+        f"classes, use {setting('layout', 'classes')}; if they are splits, add class folders or a metadata.csv "
+        "(columns file_name,label) to each, and move other folders away"
     )
 
 
-def _refuse_lost_classes(tree: Tree, places: Iterable[str], notes: list[str]) -> None:
-    """Name class folders without an image; refuse where their files could be images of an unknown kind."""
+def _reject_lost_classes(tree: Tree, places: Iterable[str], notes: list[str]) -> None:
+    """Note class folders without images; raise RequestError if their files could be images of an unknown format."""
     empty = []
     for place in places:
         start = f"{place}/" if place else ""
@@ -308,28 +308,28 @@ def _refuse_lost_classes(tree: Tree, places: Iterable[str], notes: list[str]) ->
         for name, counts in kinds.items():
             if set(counts) - _DOCUMENTS:
                 raise RequestError(
-                    f"the class folder {printable(start + name)} holds no images of a known kind "
-                    f"({describe_counts(counts)}); convert them, or move the folder away; known suffixes: "
-                    f"{' '.join(IMAGE_SUFFIXES)}"
+                    f"the class folder {printable(start + name)} has no images with a known suffix (found "
+                    f"{describe_counts(counts)}); convert them to one of {' '.join(IMAGE_SUFFIXES)}, or move the "
+                    "folder away"
                 )
         empty += [start + name for name in _folders_in(tree, Folder(place, ())) if name not in filled]
     if empty:
-        notes.append(f"folders without images left out: {listing(sorted(empty))}")
+        notes.append(f"ignored folders without images: {listing(sorted(empty))}")
 
 
-def _refuse_single_class(tree: Tree, name: str | None, top: Folder) -> NoReturn:
-    refuse_tables(tree, top.path)
+def _reject_single_class(tree: Tree, name: str | None, top: Folder) -> NoReturn:
+    reject_tables(tree, top.path)
     found = describe_counts(Counter(suffix_of(path) for path in tree.images))
     if name is None:
-        raise RequestError(f"{printable(tree.root)} holds images ({found}) and no class folders; expected {LAYOUTS}")
+        raise RequestError(f"{printable(tree.root)} has images ({found}) but no class folders; expected {LAYOUTS}")
     raise RequestError(
-        f"{printable(tree.root)} has a single class to train on ({printable(name)}), with images {found}; a classifier "
-        f"needs at least two: {LAYOUTS}"
+        f"{printable(tree.root)} has a single class, {printable(name)} ({found}), but a classifier needs at least "
+        f"two; expected {LAYOUTS}"
     )
 
 
 def _folders_in(tree: Tree, folder: Folder) -> list[str]:
-    """Return the names of all folders directly in one, those without images too."""
+    """Return the names of all subfolders of a folder, including those without images."""
     start = f"{folder.path}/" if folder.path else ""
     inner = (path[len(start) :] for path in tree.folders if path.startswith(start))
     return sorted(name for name in inner if name and "/" not in name)

@@ -1,4 +1,4 @@
-"""Datasets on the Hub, read whole or streamed."""
+"""Datasets on the Hub, downloaded or streamed."""
 
 import os
 import re
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from resnext_hub.data.sources.parquet import DAMAGED, check_cache, part_of, quiet_library, require_space
 from resnext_hub.data.sources.source import OpenDataset, Part
-from resnext_hub.errors import RequestError, RunError, one_line
+from resnext_hub.errors import RequestError, RunError, one_line, setting
 from resnext_hub.text import printable
 
 if TYPE_CHECKING:
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from resnext_hub.data.sources.request import Request
 
 _ID_LENGTH = 96 * 2 + 1
-"""Characters of the longest id, with owner and name of the Hub's greatest length."""
+"""Most characters of an id: owner and name may have 96 each."""
 
 _FOOTERS_AT_ONCE = 16
-"""Parquet files whose footers are fetched side by side."""
+"""Number of parquet footers that are fetched concurrently."""
 
 
 class HubDataset:
     """A dataset on the Hub."""
 
     def matches(self, request: "Request") -> bool:
-        """Return whether nothing local has that name."""
+        """Return whether there is no local path of that name."""
         return request.path is None
 
     def open(self, request: "Request") -> OpenDataset:
@@ -36,17 +36,17 @@ class HubDataset:
 
 
 def is_hub_id(name: str) -> bool:
-    """Return whether a name has the form of a dataset id: `owner/name`, or a name alone."""
+    """Return whether a name is a valid dataset id: `owner/name` or just `name`."""
     return len(name) <= _ID_LENGTH and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is not None
 
 
 def load_from_hub(name: str, config: str | None, revision: str | None, streaming: bool = False) -> OpenDataset:
     """Open a dataset on the Hub.
 
-    Streamed, no images are downloaded before they are read.
+    With streaming, images are downloaded only when they are read.
 
     Raises:
-        RequestError: If there is no such dataset, or it cannot be opened as asked.
+        RequestError: If the dataset does not exist, or cannot be opened as requested.
         RunError: If the Hub cannot be reached.
     """
     import datasets
@@ -76,35 +76,38 @@ def load_from_hub(name: str, config: str | None, revision: str | None, streaming
         )
     except datasets.exceptions.DatasetNotFoundError as error:
         raise RequestError(
-            f"there is no folder {name} here and no such dataset on the Hub that you may read: {one_line(error)}"
+            f"{name} is neither a local folder nor a dataset on the Hub that you can access: {one_line(error)}"
         ) from error
     except datasets.data_files.EmptyDatasetError as error:
-        raise RequestError(f"the Hub's {name} holds no files of data: {one_line(error)}") from error
+        raise RequestError(f"{name} on the Hub has no data files: {one_line(error)}") from error
     except datasets.exceptions.DatasetGenerationError as error:
         cause = error.__cause__ or error
         require_space(cause)
-        raise RequestError(f"the Hub's {name} cannot be read: {one_line(cause)}") from error
-    except (OSError, OfflineModeIsEnabled, HfHubHTTPError) as error:  # the library hides what was lost in the first
+        raise RequestError(f"{name} on the Hub cannot be read: {one_line(cause)}") from error
+    except (OSError, OfflineModeIsEnabled, HfHubHTTPError) as error:  # OSError: datasets hides the connection error
         raise RunError(
-            f"{name} is no local folder, and the Hub could not be reached for it: {one_line(error)}. "
-            "Try again later, or name a local folder"
+            f"{name} is not a local folder, and the Hub could not be reached: {one_line(error)}; retry later, or use a "
+            "local folder"
         ) from error
-    except RuntimeError as error:  # from Xet, over which large files come, or of a dataset that is a script
+    except RuntimeError as error:  # from Xet, the Hub's storage of large files, or for a dataset that is a script
         raise RunError(f"{name} could not be loaded from the Hub: {one_line(error)}") from error
     except (*DAMAGED, HFValidationError) as error:
-        hint = "; name one with --dataset-config" if "config" in str(error).lower() else ""
+        hint = f"; choose one with {setting('dataset_config')}" if "config" in str(error).lower() else ""
         raise RequestError(f"{name} cannot be opened: {one_line(error)}{hint}") from error
 
 
 def _undecoded(name: str, table: "datasets.IterableDataset") -> "datasets.IterableDataset":
-    """Turn off the threads that decode what comes from afar: they would decode what is skipped, too."""
+    """Return a stream without decoding: the decoder threads of datasets would also decode skipped images."""
     if table.features is None:
-        raise RequestError(f"{name} does not say which columns it has, which --streaming needs; leave that out")
+        raise RequestError(
+            f"{name} does not describe its columns, which {setting('streaming', True)} needs; use "
+            f"{setting('streaming', False)}"
+        )
     return table.decode(False)
 
 
 def _parts(builder: Any) -> dict[str, tuple[Part, ...]]:
-    """Read what each parquet file says of its own columns; other formats have one description for all files."""
+    """Return each parquet file's own description of its columns; other formats have one description for all files."""
     if type(builder).__module__.rpartition(".")[2] != "parquet":
         return {}
     files = [(str(split), str(url)) for split, urls in builder.config.data_files.items() for url in urls]
@@ -112,7 +115,7 @@ def _parts(builder: Any) -> dict[str, tuple[Part, ...]]:
     found: dict[str, tuple[Part, ...]] = {}
     with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
         for (split, _), part in zip(files, pool.map(_read_part, (url for _, url in files)), strict=True):
-            # columns of a file that has no description of its own are those that the repository states for all
+            # a file without its own description has the columns that the repository states for all
             features = {
                 column: _own_or_stated(kind, (stated or {}).get(column)) for column, kind in part.features.items()
             }
@@ -127,7 +130,7 @@ def _own_or_stated(own: Any, stated: Any) -> Any:
 
 
 def _read_part(url: str) -> Part:
-    """Read a parquet file's footer, from the cache if the file was downloaded."""
+    """Read the footer of a parquet file, from the cache if the file was downloaded."""
     from huggingface_hub import HfFileSystem, try_to_load_from_cache
 
     match = re.fullmatch(r"hf://datasets/([^@]+)@([^/]+)/(.+)", url)

@@ -1,4 +1,4 @@
-"""What names say: which split a folder or file belongs to, and which class a label is."""
+"""Infer splits from the names of folders and files, and class names from labels."""
 
 import re
 import unicodedata
@@ -10,20 +10,20 @@ from resnext_hub.text import printable
 
 TRAIN_NAMES = ("train", "training")
 EVAL_NAMES = ("validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
-"""Names under which people keep an evaluation split, the one to prefer first."""
+"""Usual names of evaluation splits, in order of preference."""
 
 Role = Literal["train", "eval"]
 
 
 def split_role(name: str) -> Role | None:
-    """Return what a split of exactly this name, such as `Train` or `val`, is for."""
+    """Return the role of a split with exactly this name, such as `Train` or `val`, in any case."""
     return _role_of(name.lower())
 
 
 def split_keyword(name: str) -> str | None:
-    """Return the split that a longer name mentions as a word: `val` for `cats-val-00000-of-00001`.
+    """Return the split that a name contains as a word: `val` for `cats-val-00000-of-00001`.
 
-    A name that mentions a training and an evaluation split belongs to neither.
+    A name that contains both a training and an evaluation split belongs to neither.
     """
     words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)]
     keywords = [word for word in words if _role_of(word)]
@@ -31,13 +31,13 @@ def split_keyword(name: str) -> str | None:
 
 
 def loose_role(name: str) -> Role | None:
-    """Return what a split whose name mentions one as a word, such as `seg_train` or `test_set`, is for."""
+    """Return the role of a split whose name contains one as a word, such as `seg_train` or `test_set`."""
     keyword = split_keyword(name)
     return _role_of(keyword) if keyword else None
 
 
 def likely_splits(splits: Iterable[str], role: Role) -> list[str]:
-    """Return the splits that are most likely meant to train or to evaluate on: several only if named alike."""
+    """Return the most likely split for a role; several only if their names are equivalent."""
     splits = list(splits)
     names = TRAIN_NAMES if role == "train" else EVAL_NAMES
     for keyword in (str.lower, split_keyword):
@@ -49,13 +49,13 @@ def likely_splits(splits: Iterable[str], role: Role) -> list[str]:
 
 
 def class_names_of(raw: Iterable[str], where: str) -> dict[str, str]:
-    """Return the class that each label stands for, by label.
+    """Return the class name of each label.
 
-    Two ways to write one name in Unicode (NFC and NFD) are one class; bytes that are not UTF-8 and control
-    characters are written as escapes, so that every class name can be printed and written.
+    Labels that differ only in Unicode normalization (NFC and NFD) are one class. Control characters and bytes that are
+    not UTF-8 are escaped, so every class name can be printed and stored.
 
     Raises:
-        RequestError: If two labels would get one name by that.
+        RequestError: If escaping would give two classes the same name.
     """
     names: dict[str, str] = {}
     origins: dict[str, str] = {}
@@ -63,7 +63,7 @@ def class_names_of(raw: Iterable[str], where: str) -> dict[str, str]:
         normal = unicodedata.normalize("NFC", label)
         name = printable(normal)
         if origins.setdefault(name, normal) != normal:
-            raise RequestError(f"{where} has two classes that are both written {name}; rename one of them")
+            raise RequestError(f"{where} has two classes whose names both print as {name}; rename one of them")
         names[label] = name
     return names
 

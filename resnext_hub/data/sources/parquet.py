@@ -1,8 +1,8 @@
-"""Parquet files: their splits by folder and name, and what each file itself says of its columns.
+"""Parquet files.
 
-The library datasets lays the first file's columns over all the others. What each file says is therefore read here, and
-labels are matched by their names. The library also takes its copy of a file for current as long as path and time of
-modification are the same, which `cp -p`, archives and reproducible builds keep; `_version_of` tells contents apart.
+datasets applies the column descriptions of the first file to all others. Therefore, each file's own description is read
+here, and labels are matched by name. datasets also considers its cached copy current as long as path and modification
+time are the same, which `cp -p`, archives and reproducible builds preserve; `_version_of` detects changed contents.
 """
 
 import errno
@@ -31,27 +31,27 @@ if TYPE_CHECKING:
 
 
 DAMAGED = (ValueError, TypeError, AttributeError, LookupError, RecursionError, NotImplementedError)
-"""What the library datasets raises for descriptions of columns that make no sense."""
+"""What datasets raises for invalid descriptions of columns."""
 
 DAMAGED_FILE = (OSError, ValueError, NotImplementedError)
-"""What reading the description of a damaged parquet file raises."""
+"""What reading the footer of a damaged parquet file raises."""
 
 _SMALL = 256
-"""Bytes a row, compressed, up to which a column is read to tell versions of a file apart; images have more."""
+"""Columns of at most this many compressed bytes per row are part of a file's version; images take more."""
 
 _FOOTER_BYTES = 1 << 26
-"""How much of a footer tells versions of a file apart; what is no parquet could state any length."""
+"""Most bytes of the footer that are part of a file's version; a file that is not parquet could state any length."""
 
 
 class ParquetFiles:
     """A folder of parquet files."""
 
     def matches(self, request: "Request") -> bool:
-        """Return whether the dataset is parquet files, with loose images at most beside them."""
+        """Return whether the dataset consists of parquet files, with at most loose images beside them."""
         return bool(request.parquet)
 
     def open(self, request: "Request") -> OpenDataset:
-        """Open the files of the requested configuration by split."""
+        """Open the files of the requested configuration."""
         tree, files = request.tree, request.parquet
         loose = [f"{len(tree.images)} image files outside the parquet files"] if tree.images else []
         shards = group(request.root, files, request.config.dataset_config)
@@ -62,12 +62,12 @@ class ParquetFiles:
 def open_parquet(root: Path, shards: Shards, streaming: bool) -> OpenDataset:
     """Open parquet files.
 
-    Streamed, they are read in place; else they are copied into the library's cache, where each row is at hand. The copy
-    is used again only for the same version of each file; the library locks it while a process prepares it.
+    With streaming, they are read in place; else they are copied to the cache of datasets for random access. The copy is
+    reused only for the same version of every file; datasets locks it while a process prepares it.
 
     Args:
         root: Their folder.
-        shards: Their paths below it, by split.
+        shards: Their paths relative to it, by split.
         streaming: Whether to read them in place.
 
     Raises:
@@ -85,14 +85,17 @@ def open_parquet(root: Path, shards: Shards, streaming: bool) -> OpenDataset:
     _check_columns([*parts.values()])
     for split, members in splits.items():
         if not any(parts[file].rows for file in members):
-            raise RequestError(f"{listing((root / file for file in members), 3)}: no rows (split {split})")
-    # the library datasets fails on files without a row
+            raise RequestError(
+                f"the split {printable(split)} has no rows ({listing((root / file for file in members), 3)}); "
+                "add some, or move it away"
+            )
+    # datasets fails on files without rows
     splits = {split: [file for file in members if parts[file].rows] for split, members in splits.items()}
     check_cache()
     data_files = {split: [glob.escape(str(root / file)) for file in members] for split, members in splits.items()}
     try:
         with quiet_library():
-            # the description is part of the name of the cached copy
+            # the description is part of the cache key
             tables = datasets.load_dataset(
                 "parquet", data_files=data_files, streaming=streaming, description=version, features=_widened(parts)
             )
@@ -101,7 +104,7 @@ def open_parquet(root: Path, shards: Shards, streaming: bool) -> OpenDataset:
         require_space(cause)
         raise RequestError(f"{printable(root)} cannot be read as parquet: {one_line(cause)}") from error
     if _version_of(root, files) != version:
-        raise RunError(f"{printable(root)} changed while it was read; run the same command again")
+        raise RunError(f"{printable(root)} changed while it was being read; rerun the same command")
     of_splits = {split: tuple(parts[file] for file in members) for split, members in splits.items()}
     columns = {} if streaming else folder_columns(files, parts[files[0]].features)
     return OpenDataset(
@@ -115,7 +118,7 @@ def open_parquet(root: Path, shards: Shards, streaming: bool) -> OpenDataset:
 
 
 def _with_columns(table: Any, parts: Sequence[Part], columns: Mapping[str, Mapping[str, str | int | None]]) -> Any:
-    """Return a table with a column for each that stands in the names of its files' folders."""
+    """Return a table with the columns that are encoded in its files' folder names."""
     import numpy
     import pyarrow
 
@@ -124,7 +127,10 @@ def _with_columns(table: Any, parts: Sequence[Part], columns: Mapping[str, Mappi
         distinct = pyarrow.array([values[part.name] for part in parts], kind.pa_type)
         rows = numpy.repeat(numpy.arange(len(parts)), [part.rows for part in parts])
         if len(rows) != len(table):
-            raise RequestError(f"files state {len(rows)} rows, but {len(table)} were read; remove the cache of them")
+            raise RequestError(
+                f"the files have {len(rows)} rows, but {len(table)} were read; delete the cached copy of this dataset "
+                "and retry"
+            )
         table = table.add_column(name, distinct.take(pyarrow.array(rows)), feature=kind)
     return table
 
@@ -140,11 +146,11 @@ def _kind_of(values: Mapping[str, str | int | None]) -> "datasets.Value":
 
 
 def _version_of(root: Path, files: Iterable[str]) -> str:
-    """Return a digest that differs if the content of a file does, without reading the images.
+    """Return a digest that changes with the content of the files, without reading the images.
 
-    A write or a replacement sets the time of change, which unlike the time of modification no user can set. Some file
-    systems have none, and many network and removable ones make inodes up, so footers and columns of few bytes a row are
-    read as well: labels are never those of another version, whatever the file system says.
+    Writing or replacing a file updates its change time (ctime), which users cannot set, unlike the modification time.
+    Some file systems have none, and many network and removable ones invent inodes, so footers and columns of few bytes
+    per row are read as well: labels are never those of another version.
 
     Raises:
         RequestError: If a file cannot be read.
@@ -166,7 +172,7 @@ def _version_of(root: Path, files: Iterable[str]) -> str:
 
 
 def _small_columns(file: IO[bytes]) -> list[tuple[int, int]]:
-    """Return the places and lengths of the pieces of columns that have few bytes a row, such as labels."""
+    """Return offset and length of the column chunks with few bytes per row, such as labels."""
     from pyarrow import parquet
 
     content = parquet.ParquetFile(file).metadata
@@ -179,21 +185,21 @@ def _small_columns(file: IO[bytes]) -> list[tuple[int, int]]:
 
 
 def _footer_place(file: IO[bytes], size: int) -> tuple[int, int]:
-    """Return place and length of the description at the end of a parquet file."""
+    """Return offset and length of the footer of a parquet file."""
     file.seek(max(0, size - 8))
     length = min(int.from_bytes(file.read(4), "little"), _FOOTER_BYTES) + 8
     return max(0, size - length), length
 
 
 def _missing_shards(files: Iterable[str]) -> tuple[str, ...]:
-    """Describe the shards that are not here of those that names such as train-00000-of-00005 count."""
+    """Return notes about missing shards, according to names such as train-00000-of-00005."""
     found: dict[tuple[str, str], set[int]] = {}
     for file in files:
         match = re.fullmatch(r"(.*)-(\d+)-of-(\d+)\.parquet", file, re.ASCII | re.DOTALL)
         if match:
             found.setdefault((match[1], match[3]), set()).add(int(match[2]))
     return tuple(
-        f"{len(here)} of {int(total)} shards of {printable(name)} are here: number "
+        f"found {len(here)} of {int(total)} shards of {printable(name)}; number "
         f"{next(i for i in range(len(here) + 1) if i not in here)} is missing"
         for (name, total), here in found.items()
         if len(here) < int(total)
@@ -201,24 +207,24 @@ def _missing_shards(files: Iterable[str]) -> tuple[str, ...]:
 
 
 def require_readable(path: Path) -> None:
-    """Raise RequestError for what the library datasets cannot open, or would never finish opening."""
+    """Raise RequestError for a path that datasets cannot open, or would wait for forever."""
     if not path.is_file():
         raise RequestError(f"{printable(path)} is not a regular file; expected a parquet file")
     try:
         os.path.abspath(path).encode()
     except UnicodeEncodeError as error:
         raise RequestError(
-            f"the path {printable(path)} is not valid UTF-8, which reading parquet needs; rename it"
+            f"the path {printable(path)} is not valid UTF-8, which parquet files require; rename it"
         ) from error
     if "::" in os.path.abspath(path):
         raise RequestError(
-            f"the path {printable(os.path.abspath(path))} has '::' in it, which the library datasets takes for a chain "
-            "of addresses; rename the file or folder"
+            f"the path {printable(os.path.abspath(path))} contains '::', which datasets would interpret as chained "
+            "URLs; rename the file or folder"
         )
 
 
 def read_part(path: Path, name: str) -> Part:
-    """Read what a parquet file says of itself.
+    """Read the number of rows and the columns of a parquet file.
 
     Raises:
         RequestError: If it cannot be read.
@@ -236,16 +242,16 @@ def _reason_of(path: Path, error: BaseException) -> str:
 
 
 def pointer_reason(path: Path) -> str | None:
-    """Describe a file that only names the content that Git LFS keeps elsewhere, or return None."""
+    """Return the reason if a file is a Git LFS pointer instead of its content, else None."""
     with open(path, "rb") as file:
         is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
-    return "it is a pointer of Git LFS; run `git lfs pull` in its repository" if is_pointer else None
+    return "it is a Git LFS pointer; run `git lfs pull` in its repository" if is_pointer else None
 
 
 def _widened(parts: Mapping[str, Part]) -> "datasets.Features | None":
-    """Return the columns with every whole number as wide as its widest file has it, or None if they are so already.
+    """Return the columns with integers as wide as in the widest file, or None if the first file already has them.
 
-    The library would force numbers of the other files into the first file's type.
+    datasets would cast integers of the other files to the first file's type.
     """
     import datasets
     import pyarrow
@@ -265,8 +271,8 @@ def _check_columns(parts: Sequence[Part]) -> None:
     for part in parts:
         if part.features.keys() != parts[0].features.keys():
             raise RequestError(
-                f"{printable(part.name)} has the columns {listing(part.features)}, {printable(parts[0].name)} has "
-                f"{listing(parts[0].features)}; store the same columns in all files, or move one away"
+                f"{printable(part.name)} has the columns {listing(part.features)}, but {printable(parts[0].name)} has "
+                f"{listing(parts[0].features)}; store the same columns in all files, or move one file away"
             )
 
 
@@ -274,14 +280,14 @@ def part_of(file: IO[bytes], name: str) -> Part:
     """Read the number of rows and the columns of an open parquet file.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If it is not a parquet file that datasets can read.
     """
     import datasets
     from pyarrow import parquet
 
     content = parquet.ParquetFile(file)
-    if content.metadata.num_rows and not content.metadata.row_group(0).num_rows:  # on which the library datasets fails
-        raise ValueError("its first row group is empty; write the file again without it")
+    if content.metadata.num_rows and not content.metadata.row_group(0).num_rows:  # datasets fails on it
+        raise ValueError("its first row group is empty; rewrite the file without it")
     try:
         features = datasets.Features.from_arrow_schema(content.schema_arrow)
     except DAMAGED as error:
@@ -290,14 +296,14 @@ def part_of(file: IO[bytes], name: str) -> Part:
 
 
 def has_images(features: "datasets.Features | dict[str, Any]") -> bool:
-    """Return whether a file has a column that can hold images."""
+    """Return whether a file has a column that could contain images."""
     import datasets
 
     return any(isinstance(kind, datasets.Image) or is_encoded_image(kind) for kind in features.values())
 
 
 def is_encoded_image(feature: Any) -> bool:
-    """Return whether a column written without type metadata can hold images: bytes, or bytes beside a path."""
+    """Return whether a column without type metadata could contain images: bytes, or a struct of bytes and path."""
     if isinstance(feature, dict):
         return set(feature) == {"bytes", "path"}
     return getattr(feature, "dtype", None) in ("binary", "large_binary")
@@ -310,7 +316,7 @@ def parquet_files(tree: Tree) -> list[str]:
 
 @contextmanager
 def quiet_library() -> Iterator[None]:
-    """Turn off what the library datasets logs of an error that it raises as well, and which is refused in one line."""
+    """Silence the log messages of datasets about errors that it also raises."""
     import datasets
 
     before = datasets.logging.get_verbosity()
@@ -322,16 +328,16 @@ def quiet_library() -> Iterator[None]:
 
 
 def require_space(error: BaseException) -> None:
-    """Raise RunError if an error says that the disk of the cache is full."""
+    """Raise RunError if an error means that the disk of the cache is full."""
     import datasets
 
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         cache = printable(datasets.config.HF_DATASETS_CACHE)
-        raise RunError(f"the cache {cache} is full; free space, or set HF_HOME to another disk") from error
+        raise RunError(f"the disk of the cache {cache} is full; free space, or set HF_HOME to another disk") from error
 
 
 def check_cache() -> None:
-    """Raise RequestError where the cache of the library datasets cannot be written."""
+    """Raise RequestError if the cache of datasets is not writable."""
     import datasets
 
     cache = Path(datasets.config.HF_DATASETS_CACHE)
@@ -341,6 +347,4 @@ def check_cache() -> None:
     except OSError as error:
         reason = (error.strerror or type(error).__name__).lower()
     if reason:
-        raise RequestError(
-            f"the cache {printable(cache)} cannot be written ({reason}); set HF_HOME to a folder that can be"
-        )
+        raise RequestError(f"the cache {printable(cache)} is not writable ({reason}); set HF_HOME to a writable folder")

@@ -1,4 +1,4 @@
-"""Folders that are refused whatever their layout, with the layouts that work."""
+"""Errors for folders that have none of the supported layouts."""
 
 import os
 from collections import Counter
@@ -6,26 +6,23 @@ from typing import NoReturn
 
 from resnext_hub.data.sources.names import loose_role
 from resnext_hub.data.sources.walk import ARCHIVES, IMAGE_SUFFIXES, Tree, describe_counts, suffix_of
-from resnext_hub.errors import RequestError
+from resnext_hub.errors import RequestError, setting
 from resnext_hub.text import listing, printable
 
 LAYOUTS = (
-    "one folder per class, such as cat/ and dog/; train/ and val/ with class folders in each; images with a "
-    "metadata.csv (columns file_name,label); or parquet files"
+    "one of these layouts: one folder per class, such as cat/ and dog/; train/ and val/ with class folders in each; "
+    "images with a metadata.csv (columns file_name,label); parquet files"
 )
-"""The layouts of a local folder, for messages."""
+"""The supported layouts of a local folder, for messages."""
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".xlsx")
 
 
-def refuse_linked_splits(tree: Tree) -> None:
-    """Refuse links that would fill a split with a folder that is part of the dataset already.
+def reject_linked_splits(tree: Tree) -> None:
+    """Raise RequestError for links that would fill a split with a folder that is already part of the dataset.
 
-    Each folder is read once, in its own place: such a split would vanish, or its images would be found elsewhere.
-    Links within a split that lead to a folder of that split, or to one above them, add nothing and are ignored.
-
-    Raises:
-        RequestError: If there is such a link.
+    Each folder is read only once, at its own path, so such a split would be empty. Links within a split to a folder of
+    that split, or to one of their parents, add nothing and are ignored.
     """
     for path in tree.repeated:
         parts = path.split("/")
@@ -37,17 +34,17 @@ def refuse_linked_splits(tree: Tree) -> None:
         within = depth < len(parts) and (target.startswith(split) or place.startswith(target))
         if depth and not within:
             raise RequestError(
-                f"{printable(tree.root / path)} is a link to a folder that is part of the dataset already "
-                f"({printable(target.rstrip('/'))}); a split needs images of its own: move that folder out of the "
-                "dataset, or replace the link by images; --layout classes ignores the link"
+                f"{printable(tree.root / path)} is a link to {printable(target.rstrip('/'))}, which is already part of "
+                "the dataset; move that folder out of the dataset, replace the link by images, or ignore it with "
+                f"{setting('layout', 'classes')}"
             )
 
 
-def refuse_tables(tree: Tree, folder: str) -> None:
-    """Refuse images whose labels are in a table that is not read.
+def reject_tables(tree: Tree, folder: str) -> None:
+    """Raise RequestError if images without class folders have a table beside them that is not used.
 
     Args:
-        tree: The files.
+        tree: The files of the dataset.
         folder: The folder of the images, relative to the root.
     """
     start = f"{folder}/" if folder else ""
@@ -55,26 +52,27 @@ def refuse_tables(tree: Tree, folder: str) -> None:
     metadata = [path for path in tables if path.rpartition("/")[2].lower().startswith("metadata.")]
     if metadata:
         raise RequestError(
-            f"{printable(tree.root / metadata[0])} has no column file_name; expected the columns file_name (as seen "
-            "from the table) and label"
+            f"{printable(tree.root / metadata[0])} has no column file_name; expected the columns file_name (relative "
+            "to the table) and label"
         )
     if tables:
         raise RequestError(
-            f"{printable(tree.root)} has its labels in a table, {printable(tables[0])}: name it metadata.csv, with the "
-            "columns file_name (as seen from the table) and label, or sort the images into one folder per class"
+            f"{printable(tree.root)} has no class folders, but a table {printable(tables[0])}; rename it to "
+            "metadata.csv with the columns file_name (relative to the table) and label, or sort the images into one "
+            "folder per class"
         )
 
 
-def refuse_no_images(tree: Tree) -> NoReturn:
-    """Name what a folder without a single image holds instead."""
+def reject_no_images(tree: Tree) -> NoReturn:
+    """Raise RequestError for a folder without images, with what it contains instead."""
     where = printable(tree.root)
     packed = [path for path in tree.others if path.lower().endswith(ARCHIVES)]
     if packed:
         raise RequestError(
-            f"{where} holds archives ({listing(packed, 3)}) and no images; unpack them and give the folder (tar shards "
-            "of WebDataset are not read yet)"
+            f"{where} has no images, but archives ({listing(packed, 3)}); unpack them and use the resulting folder "
+            "(WebDataset shards are not supported)"
         )
     found = describe_counts(Counter(suffix_of(path) for path in tree.others)) or "nothing"
     raise RequestError(
-        f"{where} holds no images (found: {found}); known suffixes: {' '.join(IMAGE_SUFFIXES)}; expected {LAYOUTS}"
+        f"{where} has no images (found: {found}; known suffixes: {' '.join(IMAGE_SUFFIXES)}); expected {LAYOUTS}"
     )

@@ -1,4 +1,4 @@
-"""The dataset that was requested, looked at once: its path, its files, and the tables among them."""
+"""The requested dataset: its path, its files, and its tables, each read once."""
 
 import os
 from functools import cached_property
@@ -7,18 +7,18 @@ from pathlib import Path
 from resnext_hub.data.config import DataConfig
 from resnext_hub.data.sources.digits import BUNDLED
 from resnext_hub.data.sources.parquet import has_images, parquet_files, read_part
-from resnext_hub.data.sources.refusals import LAYOUTS, refuse_linked_splits
+from resnext_hub.data.sources.refusals import LAYOUTS, reject_linked_splits
 from resnext_hub.data.sources.tables import Table, find_tables, label_column_of
 from resnext_hub.data.sources.walk import Tree, is_run_folder, walk
-from resnext_hub.errors import RequestError
+from resnext_hub.errors import RequestError, setting
 from resnext_hub.text import listing, printable
 
 
 class Request:
-    """What a configuration asks for; everything is computed when it is first needed.
+    """A requested dataset; all properties are computed on first use.
 
     Args:
-        config: The settings of the data.
+        config: Settings of the dataset.
     """
 
     def __init__(self, config: DataConfig) -> None:
@@ -31,7 +31,7 @@ class Request:
 
     @cached_property
     def path(self) -> Path | None:
-        """The local path that is requested, if it is one that exists."""
+        """The requested local path, or None if it does not exist."""
         path = Path(os.path.expanduser(self.config.dataset))
         return path if not self.is_bundled and os.path.lexists(path) else None
 
@@ -51,7 +51,7 @@ class Request:
         """The requested folder.
 
         Raises:
-            RequestError: If it cannot be read, or is the folder of a run.
+            RequestError: If it cannot be read, or is a run folder.
         """
         assert self.path is not None
         try:
@@ -59,7 +59,7 @@ class Request:
         except OSError as error:
             raise RequestError(f"{printable(self.path)} cannot be read: {(error.strerror or '').lower()}") from error
         if is_run_folder(names):
-            raise RequestError(f"{printable(self.path)} is a run folder; expected a folder of images: {LAYOUTS}")
+            raise RequestError(f"{printable(self.path)} is a run folder, not a dataset; expected {LAYOUTS}")
         return self.path
 
     @cached_property
@@ -69,26 +69,26 @@ class Request:
 
     @cached_property
     def tables(self) -> list[Table]:
-        """Metadata files with a column `file_name`; none if --layout says that folders are the labels.
+        """Metadata files with a column `file_name`; none if a layout of folders is requested.
 
         Raises:
-            RequestError: If a link would fill a split with another one's images, or a file cannot be read.
+            RequestError: If a link would fill a split with images of another one, or a file cannot be read.
         """
         if self.config.layout != "classes":
-            refuse_linked_splits(self.tree)
+            reject_linked_splits(self.tree)
         return find_tables(self.tree, self.config.label_column) if self.config.layout is None else []
 
     @cached_property
     def label_column(self) -> str | None:
-        """The column of labels in the metadata files, or None if folders state the classes."""
+        """The label column of the metadata files, or None if folders define the classes."""
         return label_column_of(self.tree, self.tables, self.config.label_column) if self.tables else None
 
     @cached_property
     def parquet(self) -> list[str]:
-        """The parquet files that are the dataset: all if there are no image files, else those with images.
+        """The parquet files of the dataset: those with images, or all if there are no image files either.
 
         Raises:
-            RequestError: If there are image files in folders as well as parquet files of images, or one cannot be read.
+            RequestError: If there are both image folders and parquet files with images, or one cannot be read.
         """
         tree = self.tree
         metadata = {table.path for table in self.tables}
@@ -100,18 +100,20 @@ class Request:
         for path in files:
             try:
                 found = has_images(read_part(tree.root / path, path).features)
-            except RequestError:  # a stray file that is not even parquet
+            except RequestError:  # a stray file that is not parquet
                 continue
             if found:
                 raise RequestError(
-                    f"{printable(tree.root)} holds images in folders ({listing(sorted(folders), 4)}) and parquet files "
-                    f"of images ({printable(path)}): move one of them away, or use the parquet file itself as --dataset"
+                    f"{printable(tree.root)} has both image folders ({listing(sorted(folders), 4)}) and a parquet file "
+                    f"with images ({printable(path)}); move one of them away, or use "
+                    f"{setting('dataset', tree.root / path)}"
                 )
         return []
 
     def require_no_streaming(self) -> None:
-        """Raise RequestError if streaming is requested of what is read in place anyway."""
+        """Raise RequestError if streaming is requested for a local dataset that is read in place anyway."""
         if self.config.streaming:
             raise RequestError(
-                f"--streaming needs a Hub dataset or parquet files; {printable(self.config.dataset)} is read in place"
+                f"{setting('streaming', True)} needs a Hub dataset or parquet files, and "
+                f"{printable(self.config.dataset)} is neither; use {setting('streaming', False)}"
             )

@@ -1,7 +1,7 @@
-"""Folders that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote.
+"""Folders written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`.
 
-They are opened by what their `state.json` lists, since `datasets.load_from_disk` would follow any path that stands
-there, wait for a FIFO, fail on a split without rows, and ignore a selection of rows that its older versions saved.
+`datasets.load_from_disk` is not used, because it follows any path in `state.json`, waits for a FIFO, fails on a split
+without rows, and ignores selections of rows that its older versions saved.
 """
 
 import os
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from resnext_hub.data.sources.request import Request
 
-_WAY_OUT = "save the dataset again with datasets.save_to_disk"
+_REMEDY = "save the dataset again with datasets.save_to_disk"
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,14 @@ class _File:
 
 @dataclass(frozen=True)
 class _State:
-    """Content of `state.json`, as far as it says which rows there are."""
+    """The part of `state.json` that defines the rows."""
 
     _data_files: list[_File]
     _indices_data_files: list[_File] | None = None
 
 
 class SavedDataset:
-    """A folder that the library datasets wrote."""
+    """A folder written by `save_to_disk`."""
 
     def matches(self, request: "Request") -> bool:
         """Return whether the folder was written by save_to_disk."""
@@ -65,7 +65,7 @@ def is_saved(root: Path) -> bool:
 
 
 def open_saved(tree: Tree) -> OpenDataset:
-    """Open a saved dataset by its own columns and splits; a single one is the training split.
+    """Open a saved dataset with its own columns and splits; a single table is the training split.
 
     Raises:
         RequestError: If it cannot be read, or a split has no rows.
@@ -84,30 +84,32 @@ def _folders_of(root: Path) -> dict[str, Path]:
     stated = root / "dataset_dict.json"
     if not stated.is_file():
         return {"train": root}
-    splits = read_json(stated, _Splits, _WAY_OUT).splits
+    splits = read_json(stated, _Splits, _REMEDY).splits
     if not splits:
-        raise RequestError(f"{printable(stated)} lists no splits; {_WAY_OUT}")
+        raise RequestError(f"{printable(stated)} lists no splits; {_REMEDY}")
     for split in splits:
         _require_name(stated, split)
     return {split: root / split for split in splits}
 
 
 def _open_split(split: str, folder: Path) -> "datasets.Dataset":
-    """Open the files of a split where they are."""
+    """Open the files of a split in place."""
     import datasets
 
     stated = folder / "state.json"
-    state = read_json(stated, _State, _WAY_OUT)
+    state = read_json(stated, _State, _REMEDY)
     if state._indices_data_files:
         raise RequestError(
-            f"{printable(stated)} lists rows selected by an old version of datasets, which newer ones ignore; load it "
-            "with that version and save flatten_indices() of it"
+            f"{printable(stated)} has a selection of rows by an old version of datasets, which newer ones ignore; load "
+            "the dataset with that version, call flatten_indices() and save it again"
         )
-    info = read_json(folder / "dataset_info.json", dict[str, Any], _WAY_OUT)
+    info = read_json(folder / "dataset_info.json", dict[str, Any], _REMEDY)
     files = [folder / _require_name(stated, file.filename) for file in state._data_files]
     tables = [_open_file(file) for file in files]
     if not sum(table.num_rows for table in tables):
-        raise RequestError(f"{printable(folder)}: no rows (split {printable(split)}); save the dataset without it")
+        raise RequestError(
+            f"{printable(folder)} has no rows (split {printable(split)}); save the dataset without this split"
+        )
     try:
         return datasets.Dataset(datasets.table.concat_tables(tables), info=datasets.DatasetInfo.from_dict(info))
     except DAMAGED as error:
@@ -115,7 +117,7 @@ def _open_split(split: str, folder: Path) -> "datasets.Dataset":
 
 
 def _open_file(path: Path) -> "datasets.table.Table":
-    """Map an Arrow file to memory; what it says of itself is checked, as nothing checks it later."""
+    """Memory-map an Arrow file and validate it, because nothing does later."""
     import datasets
 
     try:
@@ -131,11 +133,11 @@ def _open_file(path: Path) -> "datasets.table.Table":
 
 
 def _require_name(stated: Path, name: str) -> str:
-    """Return the name of a file or folder beside another, which no path to elsewhere is."""
+    """Return a name if it is that of a file or folder beside `stated`, not a path to elsewhere."""
     if name in ("", ".", "..") or "/" in name or "\0" in name:
-        raise RequestError(f"{printable(stated)} names {printable(name)}, which is no name of a file; {_WAY_OUT}")
+        raise RequestError(f"{printable(stated)} lists {printable(name)}, which is not a file name; {_REMEDY}")
     return name
 
 
 def _unreadable(path: Path, reason: str) -> RequestError:
-    return RequestError(f"{printable(path)} of a folder of datasets.save_to_disk cannot be read: {reason}; {_WAY_OUT}")
+    return RequestError(f"{printable(path)}, saved by datasets.save_to_disk, cannot be read: {reason}; {_REMEDY}")

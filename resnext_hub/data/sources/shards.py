@@ -1,4 +1,4 @@
-"""Which parquet files belong together: configurations, splits, and columns that stand in the names of folders."""
+"""Group parquet files into configurations and splits, and read columns that are encoded in folder names."""
 
 import posixpath
 import re
@@ -11,99 +11,101 @@ from typing import Any
 from urllib.parse import unquote
 
 from resnext_hub.data.sources.names import split_keyword
-from resnext_hub.errors import RequestError, one_line
+from resnext_hub.errors import RequestError, one_line, setting
 from resnext_hub.files import read_regular
 from resnext_hub.text import listing, printable
 from resnext_hub.yaml_files import YAML_BYTES, parse_yaml
 
 _README_BYTES = 1 << 24
 _SPLIT_KEYS = frozenset({"fold", "partition", "set", "split", "subset"})
-"""Columns in the names of folders, such as split=train, that say which split the files are of."""
+"""Keys in folder names, such as split=train, that define the split of the files."""
 
 
 @dataclass(frozen=True)
 class Shards:
-    """The files of each split, and how they were found."""
+    """The files of each split, with notes on how they were found."""
 
     splits: dict[str, list[str]]
     configuration: str | None = None
-    """Name of the configuration of README.md that lists them."""
+    """Name of the configuration in README.md that lists them."""
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Configuration:
-    """A configuration of a repository, as README.md states it."""
+    """A configuration of a dataset repository, from its README.md."""
 
     name: str
     is_default: bool
     patterns: dict[str, list[str]]
-    """Files of each split; empty where their names say it."""
+    """File patterns of each split; empty if splits follow from the file names."""
     folder: str
 
 
-def group(root: Path, files: Sequence[str], asked: str | None) -> Shards:
-    """Return the files of each split as README.md states them, as the Hub does, or by their names.
+def group(root: Path, files: Sequence[str], requested: str | None) -> Shards:
+    """Return the files of each split according to README.md, as on the Hub, or else according to their names.
 
     Args:
         root: The dataset's folder.
-        files: Paths of its parquet files below it.
-        asked: Name of the configuration that is asked for.
+        files: Paths of its parquet files, relative to it.
+        requested: Name of the requested configuration.
 
     Raises:
-        RequestError: If there is no such configuration, several could be meant, or only some files are of a split.
+        RequestError: If the configuration does not exist or is ambiguous, or only some files belong to a split.
     """
     stated = _configurations_of(root)
     found = {one.name: splits for one in stated if (splits := _listed(root, files, one))}
     if not found:
-        note = "README.md lists none of the files that are here; splits are read from their names"
+        note = "README.md lists none of the existing files; using splits according to their names"
         return Shards(splits_of(root, files), notes=(note,) if stated else ())
     default = [one.name for one in stated if one.is_default] or [one.name for one in stated if one.name == "default"]
-    name = asked or next(iter(default), None) or (stated[0].name if len(stated) == 1 else None)
+    name = requested or next(iter(default), None) or (stated[0].name if len(stated) == 1 else None)
     if name not in found:
-        what = "states no default configuration" if name is None else f"lists no files here for {printable(name)}"
-        raise RequestError(f"README.md of {printable(root)} {what}; name one of {listing(found)} with --dataset-config")
+        what = "has no default configuration" if name is None else f"lists no existing files for {printable(name)}"
+        raise RequestError(
+            f"README.md of {printable(root)} {what}; choose one of {listing(found)} with {setting('dataset_config')}"
+        )
     used = {file for members in found[name].values() for file in members}
-    left_out = [file for file in files if file not in used]
-    notes = [f"configuration {printable(name)} of README.md"]
-    if left_out:
-        notes.append(f"left out, as configuration {printable(name)} does not list it: {listing(left_out, 4)}")
+    unlisted = [file for file in files if file not in used]
+    notes = [f"using configuration {printable(name)} of README.md"]
+    if unlisted:
+        notes.append(f"ignored files that configuration {printable(name)} does not list: {listing(unlisted, 4)}")
     return Shards(found[name], name, tuple(notes))
 
 
 def splits_of(root: Path, files: Iterable[str]) -> dict[str, list[str]]:
-    """Return the files of each split, which file names or folder names mention; all are `train` if none does.
+    """Return the files of each split according to the names of files or folders; all are `train` if none has one.
 
     Raises:
-        RequestError: If only some mention one, or files that seem to be of several datasets would be taken together.
+        RequestError: If only some names contain a split, or the files seem to belong to several datasets.
     """
     found = {file: _place_of(file) for file in files}
     without = [file for file, place in found.items() if place.split is None]
     named = listing(sorted({place.split for place in found.values() if place.split}))
     if without and len(without) < len(found):
         raise RequestError(
-            f"{printable(without[0])} belongs to no split by its name, where other files do ({named}); rename it, such "
-            f"as train-{posixpath.basename(printable(without[0]))}, or move it away"
+            f"{printable(without[0])} has no split in its name, unlike other files ({named}); rename it, for example "
+            f"to train-{posixpath.basename(printable(without[0]))}, or move it away"
         )
     splits: dict[str, list[str]] = {}
     for file, place in found.items():
         splits.setdefault(place.split or "train", []).append(file)
     for split, members in splits.items():
-        _refuse_several(root, split, [found[file] for file in members])
+        _reject_several(root, split, [found[file] for file in members])
     return splits
 
 
 def folder_columns(files: Iterable[str], own: Collection[str]) -> dict[str, dict[str, str | int | None]]:
-    """Return the columns that stand in the names of folders, such as `label=cat/`, by name and file.
+    """Return the columns that are encoded in folder names, such as `label=cat/`, by name and file.
 
-    A column with one value for all files is of no use and left out; whole numbers are numbers if all are.
+    A column with the same value for all files is ignored. A column is numeric if all its values are integers.
 
     Args:
         files: Paths of the files.
-        own: Columns that the files themselves have, which count.
+        own: Columns in the files themselves, which take precedence.
 
     Raises:
-        RequestError: If only some files have it.
+        RequestError: If only some files have a column.
     """
     files = list(files)
     found: dict[str, dict[str, str | None]] = {}
@@ -117,7 +119,7 @@ def folder_columns(files: Iterable[str], own: Collection[str]) -> dict[str, dict
         outside = [file for file in files if file not in values]
         if outside:
             raise RequestError(
-                f"{printable(outside[0])} lies in no folder {printable(key)}=…, as other files do; move it into one, "
+                f"{printable(outside[0])} is not in a folder {printable(key)}=…, unlike other files; move it into one, "
                 "or away"
             )
         is_number = all(value and re.fullmatch(r"0|-?[1-9]\d{0,8}", value, re.ASCII) for value in values.values())
@@ -127,13 +129,13 @@ def folder_columns(files: Iterable[str], own: Collection[str]) -> dict[str, dict
 
 @dataclass(frozen=True)
 class _Place:
-    """What the path of a file says: its split, and the folders above and below the part that names the split."""
+    """The split in a file's path, and the folders above and below the part that contains it."""
 
     split: str | None
     above: str
     below: str
     series: str = ""
-    """Name of the file or folder that names the split, without the number of a shard."""
+    """Name of the file or folder that contains the split, without shard numbers."""
 
 
 def _place_of(file: str) -> _Place:
@@ -151,7 +153,7 @@ def _place_of(file: str) -> _Place:
 
 
 def _series_of(name: str) -> str:
-    """Return a name without numbers, which count shards; the number of a fold is kept."""
+    """Return a name without shard numbers; fold numbers are kept."""
     words = re.findall(r"fold\W?_?\d+|[^\W\d_]+", name.lower())
     return " ".join(word for word in words if word not in ("of", "part", "shard"))
 
@@ -160,29 +162,31 @@ def _joined(parts: Iterable[str]) -> str:
     return "/".join(part for part in parts if "=" not in part)
 
 
-def _refuse_several(root: Path, split: str, places: Sequence[_Place]) -> None:
-    """Refuse files of one split that lie in folders whose names could matter."""
+def _reject_several(root: Path, split: str, places: Sequence[_Place]) -> None:
+    """Raise RequestError if the files of a split seem to belong to several datasets."""
     above = sorted({place.above for place in places})
     if len(above) > 1:
         where = [folder or "the folder itself" for folder in above]
         raise RequestError(
-            f"{printable(root)} holds parquet files of the split {printable(split)} in several places "
-            f"({listing(where, 4)}), which could be configurations or folds: give one as --dataset, such as "
-            f"{printable(root / above[-1])}, or move all files into one folder"
+            f"{printable(root)} has parquet files of the split {printable(split)} in several places "
+            f"({listing(where, 4)}), which could be configurations or folds; use one of them, such as "
+            f"{setting('dataset', root / above[-1])}, or move all files into one folder"
         )
     series = sorted({place.series for place in places})
     if len(series) > 1:
         raise RequestError(
-            f"{printable(root)} holds several kinds of parquet files of the split {printable(split)} "
-            f"({listing(series, 4)}), which could be configurations or folds: give one file or folder as --dataset, or "
-            f"rename them alike, such as {printable(split)}-0.parquet and {printable(split)}-1.parquet"
+            f"{printable(root)} has several series of parquet files of the split {printable(split)} "
+            f"({listing(series, 4)}), which could be configurations or folds; use one file or folder as "
+            f"{setting('dataset')}, or rename them to one series, such as {printable(split)}-0.parquet and "
+            f"{printable(split)}-1.parquet"
         )
     below = sorted({place.below for place in places})
     if len({re.sub(r"\d+", "", folder) for folder in below}) > 1:
         raise RequestError(
-            f"{printable(root)} holds parquet files in the folders {listing((folder or '.' for folder in below), 4)}, "
-            "but labels come from a column of the files: if the folders are the classes, call them label=NAME and add "
-            "--label-column label; if not, move all files into one folder, or give one as --dataset"
+            f"{printable(root)} has parquet files in the folders {listing((folder or '.' for folder in below), 4)}, "
+            "whose names are not used as labels; if they are classes, rename them to label=NAME and use "
+            f"{setting('label_column', 'label')}; if not, move all files into one folder, or use one folder as "
+            f"{setting('dataset')}"
         )
 
 
@@ -196,23 +200,23 @@ def _pairs_of(file: str) -> list[tuple[str, str | None]]:
 
 
 def _configurations_of(root: Path) -> list[_Configuration]:
-    """Return the configurations that the README.md of a repository states with their files."""
+    """Return the configurations in the README.md of a dataset repository."""
     path = root / "README.md"
     if not path.is_file():
         return []
-    way_out = "mend it, or move it away to have files split by their names"
+    remedy = "fix it, or move it away to split files by their names"
     try:
         text = read_regular(path, _README_BYTES).decode("utf-8-sig", "replace").replace("\r\n", "\n")
         block = _configs_block(text)
         if len(block) > YAML_BYTES:
-            raise ValueError(f"its configs have more than {YAML_BYTES} characters")
+            raise ValueError(f"they have more than {YAML_BYTES} characters")
         return [_configuration(entry) for entry in parse_yaml(block).get("configs") or []]
     except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
-        raise RequestError(f"{printable(path)} states its configs wrongly ({one_line(error)}); {way_out}") from error
+        raise RequestError(f"{printable(path)} has invalid configs ({one_line(error)}); {remedy}") from error
 
 
 def _configs_block(text: str) -> str:
-    """Return the lines of the key `configs` in the YAML at the beginning of a README.md."""
+    """Return the lines of the key `configs` in the YAML header of a README.md."""
     lines = text.split("\n")
     if lines[0].strip() != "---":
         return ""
@@ -245,7 +249,7 @@ def _configuration(entry: Mapping[str, Any]) -> _Configuration:
 
 
 def _listed(root: Path, files: Sequence[str], configuration: _Configuration) -> dict[str, list[str]]:
-    """Return the files of each split of a configuration that are here."""
+    """Return the existing files of each split of a configuration."""
     start = f"{configuration.folder}/" if configuration.folder else ""
     if not configuration.patterns:
         inside = [file for file in files if file.startswith(start)]
@@ -259,13 +263,13 @@ def _listed(root: Path, files: Sequence[str], configuration: _Configuration) -> 
     if twice:
         raise RequestError(
             f"README.md of {printable(root)} lists {printable(twice[0])} in several splits of the configuration "
-            f"{printable(configuration.name)}; mend it, or move it away"
+            f"{printable(configuration.name)}; fix it, or move it away"
         )
     return {split: of_split for split, of_split in splits.items() if of_split}
 
 
 def _matching(files: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    """Return the paths that match one of the patterns, in which `**` stands for any folders."""
+    """Return the paths that match one of the patterns; `**` matches any number of folders."""
     normal = [posixpath.normpath(pattern) for pattern in patterns]
     plain = {pattern for pattern in normal if not re.search(r"[*?\[]", pattern)}
     compiled = [
@@ -277,7 +281,7 @@ def _matching(files: Sequence[str], patterns: Sequence[str]) -> list[str]:
 
 
 def _matches(parts: Sequence[str], pieces: Sequence[re.Pattern[str] | None]) -> bool:
-    matched = {0}  # numbers of parts that the pieces so far can stand for
+    matched = {0}  # numbers of leading parts that the pieces so far can match
     for piece in pieces:
         if piece is None:
             matched = set(range(min(matched), len(parts) + 1)) if matched else matched

@@ -1,4 +1,4 @@
-"""A file in place of a folder: parquet is opened, anything else is refused with the way to use it."""
+"""A single file as a dataset: parquet is opened, anything else raises an error that explains how to use it."""
 
 from typing import TYPE_CHECKING
 
@@ -7,7 +7,7 @@ from resnext_hub.data.sources.refusals import LAYOUTS, TABLE_SUFFIXES
 from resnext_hub.data.sources.shards import Shards, splits_of
 from resnext_hub.data.sources.source import OpenDataset
 from resnext_hub.data.sources.walk import ARCHIVES, is_image
-from resnext_hub.errors import RequestError
+from resnext_hub.errors import RequestError, setting
 from resnext_hub.text import printable
 
 if TYPE_CHECKING:
@@ -33,13 +33,13 @@ class SingleFile:
         if path.name.lower().endswith(".parquet"):
             return open_parquet(path.parent, Shards(splits_of(path.parent, [path.name])), request.config.streaming)
         if path.name.lower().endswith(ARCHIVES):
-            raise RequestError(f"{name} is an archive; unpack it and use the folder: {LAYOUTS}")
+            raise RequestError(f"{name} is an archive; unpack it and use the folder; expected {LAYOUTS}")
         if path.name.lower().endswith(TABLE_SUFFIXES):
             raise RequestError(
-                f"{name} is a table, but not a parquet file: name it metadata.csv, with the columns file_name and "
-                "label, and use the folder that holds it"
+                f"{name} is a table, but not a parquet file; rename it to metadata.csv with the columns file_name and "
+                f"label, and use its folder as {setting('dataset')}"
             )
         if not path.is_file():
-            raise RequestError(f"{name} is neither a folder nor a regular file; expected a folder: {LAYOUTS}")
+            raise RequestError(f"{name} is neither a folder nor a regular file; expected a folder with {LAYOUTS}")
         what = "an image" if is_image(path.name) else "a file"
-        raise RequestError(f"{name} is {what}, but not a parquet file; expected a folder: {LAYOUTS}")
+        raise RequestError(f"{name} is {what}, but not a parquet file; expected a folder with {LAYOUTS}")

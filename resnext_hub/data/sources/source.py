@@ -1,4 +1,4 @@
-"""How a dataset layout is recognized and opened, and what it is opened as."""
+"""The interface of dataset layouts, and the opened dataset."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a split that come from one file, with the columns as that file itself describes them."""
+    """The rows of a split from one file, with that file's own description of the columns."""
 
     name: str
     rows: int
@@ -21,23 +21,23 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenDataset:
-    """Tables of undecoded images by split, and what was found out about them."""
+    """Tables of undecoded images by split, and what is known about them."""
 
     tables: "dict[str, datasets.Dataset | datasets.IterableDataset]"
     parts: dict[str, tuple[Part, ...]] = field(default_factory=dict)
-    """The files of each split in the order of their rows; empty where a split is of one piece."""
+    """The files of each split in the order of their rows; empty if a split is not made of several files."""
     files: tuple[tuple[str, int], ...] = ()
     """Names and sizes of the files, for the fingerprint."""
     roots: tuple[str, ...] | None = ()
-    """Folders in which files have to lie whose paths stand in rows; None where the paths were listed here."""
+    """Folders that must contain the files that rows refer to by path; None if the paths were listed locally."""
     revision: str | None = None
     """Commit of a Hub dataset."""
     stated: dict[str, int] = field(default_factory=dict)
-    """Number of rows of each split as the source states it."""
+    """Number of rows of each split according to the source."""
     configuration: str | None = None
     """Name of the configuration of a local repository's README.md."""
     notes: tuple[str, ...] = ()
-    """Lines for the log: what was left out and how the layout was understood."""
+    """Lines for the log: how the layout was interpreted, and which files are ignored."""
 
     def with_notes(self, notes: Iterable[str]) -> "OpenDataset":
         """Return the same dataset with more notes."""

@@ -1,4 +1,4 @@
-"""Files of tables: CSV and TSV, JSON lines, and parquet, each read into columns, of which only few are kept."""
+"""Read tables (CSV, TSV, JSON lines and parquet) into columns, keeping only a few of them."""
 
 import codecs
 import csv
@@ -14,78 +14,76 @@ from resnext_hub.files import FileTooLargeError, read_regular
 from resnext_hub.text import printable
 
 MAX_BYTES = 1 << 28
-"""Size of a table above which it is refused: it is read whole."""
+"""Greatest size of a table, which is read as a whole."""
 
 MAX_LINE = 1 << 24
-"""Length of a line of JSON above which it is refused."""
+"""Greatest length of a line of JSON."""
 
 SPARE_ROWS = 1_000_000
-"""Rows that a table may have beside ten for each image; so many are read in seconds."""
+"""Rows that a table may have in addition to ten per image; this many take seconds to read."""
 
 MAX_OTHERS = 16
-"""Number of columns that are kept beside those that are asked for."""
+"""Number of columns that are kept in addition to the wanted ones."""
 
 Columns = dict[str, list[Any]]
 
 
 def read_table(tree: Tree, path: str, wanted: Collection[str]) -> tuple[Columns, list[str]]:
-    """Read a table, and return its columns by name, and the names of the columns that were not kept.
+    """Read a table and return its columns by name, and the names of columns that were skipped.
 
     Args:
-        tree: The files.
-        path: The table; its suffix says what it is.
-        wanted: Names of columns to keep, in any case; of the others the first `MAX_OTHERS` are kept.
+        tree: The files of the dataset.
+        path: The table; its suffix defines the format.
+        wanted: Names of columns to keep, in any case; of the others, the first `MAX_OTHERS` are kept.
 
     Raises:
-        RequestError: If it cannot be read, or is larger than any table of so many images.
+        RequestError: If it cannot be read, or is far too large for the number of images.
     """
     kind = path.rpartition(".")[2].lower()
     readers = {"csv": _read_csv, "tsv": _read_csv, "jsonl": _read_jsonl, "parquet": _read_parquet}
     kept = _Kept(wanted, SPARE_ROWS + 10 * len(tree.images), len(tree.images))
     try:
-        return readers[kind](read_regular(tree.root / path, limit=MAX_BYTES), kept), kept.passed
+        return readers[kind](read_regular(tree.root / path, limit=MAX_BYTES), kept), kept.skipped
     except FileTooLargeError:
         reason = f"more than {MAX_BYTES >> 20} MB"
     except OSError as error:
         reason = error.strerror or one_line(error)
     except UnicodeDecodeError as error:
-        reason = f"it is not UTF-8: byte 0x{error.object[error.start]:02x} at place {error.start}"
+        reason = f"it is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}"
     except (ValueError, OverflowError, csv.Error, RecursionError) as error:
         reason = one_line(error)
-    raise RequestError(f"{printable(tree.root / path)} cannot be read as {kind} ({reason}); mend it or move it away")
+    raise RequestError(f"{printable(tree.root / path)} cannot be read as {kind} ({reason}); fix it or move it away")
 
 
 class _Kept:
-    """Which columns are kept, and how many rows there may be."""
+    """Decides which columns to keep, and limits the number of rows."""
 
     def __init__(self, wanted: Collection[str], rows: int, images: int) -> None:
         self.wanted = {name.casefold() for name in wanted}
         self.rows = rows
         self.images = images
         self.others: set[str] = set()
-        self.passed: list[str] = []
+        self.skipped: list[str] = []
 
     def keeps(self, name: str) -> bool:
-        """Return whether a column is kept, and count it if so."""
+        """Return whether to keep a column, and record the decision."""
         if name.casefold() in self.wanted or name in self.others:
             return True
         if len(self.others) < MAX_OTHERS:
             self.others.add(name)
             return True
-        if len(self.passed) < MAX_OTHERS:
-            self.passed.append(name)
+        if len(self.skipped) < MAX_OTHERS:
+            self.skipped.append(name)
         return False
 
     def check(self, rows: int) -> None:
-        """Raise ValueError for more rows than a table of so many images has."""
+        """Raise ValueError if a table has far too many rows for the number of images."""
         if rows > self.rows:
-            raise ValueError(
-                f"more than {self.rows} rows for {self.images} images; keep the rows of images that are there"
-            )
+            raise ValueError(f"more than {self.rows} rows for {self.images} images; keep only rows of existing images")
 
 
 def as_text(data: bytes) -> str:
-    """Decode text in UTF-8, or in UTF-16 where it begins with that mark, as spreadsheets write it.
+    """Decode UTF-8, or UTF-16 with a byte order mark, as spreadsheets write it.
 
     Raises:
         ValueError: If it is neither.
@@ -93,12 +91,12 @@ def as_text(data: bytes) -> str:
     utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     text = data.decode("utf-16" if utf16 else "utf-8-sig")
     if "\0" in text:
-        raise ValueError("it holds null characters; store it as UTF-8")
+        raise ValueError("it contains null characters; store it as UTF-8")
     return text
 
 
 def _lines(text: str) -> Iterator[str]:
-    """Return lines with their ends: splitting them all at once would take several times the memory of the text."""
+    """Yield lines with their ends; splitting them all at once would take several times the memory of the text."""
     end = "\n" if "\n" in text else "\r"
     start = 0
     while start < len(text):
@@ -114,8 +112,8 @@ def _read_csv(data: bytes, kept: _Kept) -> Columns:
     delimiter = stated[1] if stated else _delimiter_of(next(_lines(text), ""))
     rows = enumerate(csv.reader(_stripped(text, delimiter), delimiter=delimiter, strict=True), start=1)
     names = [name.strip() for name in next((row for _, row in rows if any(map(str.strip, row))), [])]
-    _refuse_repeated(names)
-    # a column without a name is what pandas numbers rows by
+    _reject_repeated(names)
+    # a column without a name is the index that pandas writes
     places = [(i, list[Any]()) for i, name in enumerate(names) if name and kept.keeps(name)]
     count = 0
     for number, row in rows:
@@ -131,14 +129,14 @@ def _read_csv(data: bytes, kept: _Kept) -> Columns:
 
 
 def _delimiter_of(header: str) -> str:
-    """Return the most frequent delimiter in the first line, or rather one that makes a cell of it `file_name`."""
+    """Return the delimiter beside `file_name` in the header, else the most frequent one."""
     delimiters = sorted(",;\t|", key=header.count, reverse=True)
     named = re.search(r"(?:^|([,;\t|]))\s*\"?file_name\"?\s*(?:([,;\t|])|$)", header, re.IGNORECASE)
     return (named and (named[1] or named[2])) or delimiters[0]
 
 
 def _stripped(text: str, delimiter: str) -> Iterator[str]:
-    """Return the lines of CSV without the blanks around cells; those in quotes are meant."""
+    """Yield the lines of a CSV file without whitespace around cells; it is kept in quotes."""
     blank = " " if delimiter == "\t" else " \t"
     parts = re.compile(f'"[^"]*"|[{blank}]+')
     for line in _lines(text):
@@ -158,8 +156,8 @@ def _stripped(text: str, delimiter: str) -> Iterator[str]:
 
 
 def _typed(values: list[str]) -> list[Any]:
-    """Return the values of a CSV column as whole numbers or numbers if all of them are, empty ones as None."""
-    if all(not value or re.fullmatch(r"-?(0|[1-9]\d*)", value, re.ASCII) for value in values):  # 007 is a name
+    """Return the values of a CSV column as integers or floats if all of them are, with None for empty ones."""
+    if all(not value or re.fullmatch(r"-?(0|[1-9]\d*)", value, re.ASCII) for value in values):  # 007 is text
         return [int(value) if value else None for value in values]
     number = r"[-+]?\d*\.\d+([eE][-+]?\d+)?|[-+]?\d+\.?|nan"
     if all(not value or re.fullmatch(number, value, re.ASCII) for value in values) and any("." in v for v in values):
@@ -200,11 +198,11 @@ def _read_parquet(data: bytes, kept: _Kept) -> Columns:
         content = parquet.ParquetFile(pyarrow.BufferReader(data))
         kept.check(content.metadata.num_rows)
         schema = content.schema_arrow
-        _refuse_repeated(schema.names)
+        _reject_repeated(schema.names)
         fields = [field for field in schema if _could_name(field.type) or field.name.casefold() in kept.wanted]
         fields = [field for field in fields if kept.keeps(field.name)]
         texts = [field.name for field in fields if pyarrow.types.is_string(field.type)]
-        # a text that many rows repeat is held once
+        # dictionaries store repeated texts once
         content = parquet.ParquetFile(pyarrow.BufferReader(data), read_dictionary=texts)
         table = content.read(columns=[field.name for field in fields])
     except pyarrow.ArrowException as error:
@@ -221,7 +219,7 @@ def _read_parquet(data: bytes, kept: _Kept) -> Columns:
 
 
 def _could_name(kind: Any) -> bool:
-    """Return whether a column of this type could hold file names, splits or classes."""
+    """Return whether a column of this type could contain file names, splits or classes."""
     from pyarrow import types
 
     tests: Iterable[Callable[[Any], bool]] = (
@@ -243,7 +241,7 @@ def _values(column: Any) -> list[Any]:
     return found
 
 
-def _refuse_repeated(names: Iterable[str]) -> None:
+def _reject_repeated(names: Iterable[str]) -> None:
     repeated = next((name for name, count in Counter(names).items() if name and count > 1), None)
     if repeated is not None:
-        raise ValueError(f"several of its columns are called {printable(repeated)}")
+        raise ValueError(f"it has several columns called {printable(repeated)}")

@@ -1,7 +1,7 @@
-"""Images with a table of their labels: `metadata.csv`, `.tsv`, `.jsonl` or `.parquet`, as the library datasets has it.
+"""Images with a table of labels: `metadata.csv`, `.tsv`, `.jsonl` or `.parquet`, as in the ImageFolder of datasets.
 
-Each row names a file as seen from the table, in the column `file_name`, and holds its label. A column called `split`,
-or one that holds names of splits alone, says the split of each row.
+Each row has the path of an image relative to the table, in the column `file_name`, and its label. The split of each row
+is in a column called `split`, or in one that contains only names of splits.
 """
 
 import os
@@ -17,7 +17,7 @@ from resnext_hub.data.sources.names import EVAL_NAMES, TRAIN_NAMES, likely_split
 from resnext_hub.data.sources.source import OpenDataset
 from resnext_hub.data.sources.table_files import Columns, read_table
 from resnext_hub.data.sources.walk import Tree, ignored
-from resnext_hub.errors import RequestError, one_line
+from resnext_hub.errors import RequestError, one_line, setting
 from resnext_hub.text import listing, printable
 
 if TYPE_CHECKING:
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 FILE_NAME = "file_name"
 SPLIT = "split"
 LABEL_NAMES = ("label", "labels", "class", "class_name", "category", "target")
-"""Columns of labels, by name in any case, the one to prefer first."""
+"""Usual names of label columns, in any case, in order of preference."""
 
 
 class MetadataTables:
-    """Images with tables of their labels."""
+    """Images with tables of labels."""
 
     def matches(self, request: "Request") -> bool:
-        """Return whether there are metadata files with a column of labels."""
+        """Return whether there are metadata files with a label column."""
         return request.label_column is not None
 
     def open(self, request: "Request") -> OpenDataset:
-        """Open the images that the tables name."""
+        """Open the images in the tables."""
         request.require_no_streaming()
         assert request.label_column is not None
         opened = open_tables(request.tree, request.tables, request.label_column, request.config.eval_split)
@@ -50,21 +50,21 @@ class Table:
 
     path: str
     columns: Columns
-    passed: tuple[str, ...] = ()
-    """Columns that were not read, as there are so many."""
+    skipped: tuple[str, ...] = ()
+    """Columns that were not read, because there are too many."""
 
     @property
     def folder(self) -> str:
-        """Folder that its file names are relative to."""
+        """The folder that its file names are relative to."""
         return posixpath.dirname(self.path)
 
 
-def find_tables(tree: Tree, asked: str | None) -> list[Table]:
+def find_tables(tree: Tree, requested: str | None) -> list[Table]:
     """Read the metadata files of a folder that have a column `file_name`.
 
     Args:
-        tree: The files.
-        asked: Column of labels that is asked for.
+        tree: The files of the dataset.
+        requested: The requested label column.
 
     Raises:
         RequestError: If one of them cannot be read.
@@ -72,73 +72,76 @@ def find_tables(tree: Tree, asked: str | None) -> list[Table]:
     found = []
     for path in tree.others:
         if re.fullmatch(r"metadata\.(csv|tsv|jsonl|parquet)", posixpath.basename(path), re.IGNORECASE):
-            columns, passed = read_table(tree, path, {FILE_NAME, SPLIT, *LABEL_NAMES, asked or SPLIT})
+            columns, skipped = read_table(tree, path, {FILE_NAME, SPLIT, *LABEL_NAMES, requested or SPLIT})
             spelled = [name for name in columns if name.casefold() == FILE_NAME]
             if len(spelled) == 1:
                 columns = {FILE_NAME if name == spelled[0] else name: column for name, column in columns.items()}
             if FILE_NAME in columns:
-                found.append(Table(path, columns, tuple(passed)))
+                found.append(Table(path, columns, tuple(skipped)))
     return found
 
 
-def label_column_of(tree: Tree, tables: Sequence[Table], asked: str | None) -> str | None:
-    """Return the column of labels, or None if the tables hold none and folders can say the classes.
+def label_column_of(tree: Tree, tables: Sequence[Table], requested: str | None) -> str | None:
+    """Return the label column, or None if the tables have none and folders can define the classes.
 
-    Without being asked for, it is one that is called like labels; or the only one, where folders say no class.
+    Unless one is requested, it is the one with a usual name, or the only column if folders cannot define the classes.
 
     Raises:
-        RequestError: If the one that is asked for is not there or holds no labels, if two could be meant, or if none is
-            found where images lie directly beside a table, so that no folder says their class.
+        RequestError: If the requested one does not exist or does not hold labels, if it is ambiguous, or if there is
+            none although images are in the folder of a table, so no class folder defines their class.
     """
     columns = dict.fromkeys(name for table in tables for name in table.columns)
     splits = [name for name in columns if _holds_splits(tables, name)]
-    if asked in columns and (asked == FILE_NAME or asked.casefold() == SPLIT):
-        what = "file names" if asked == FILE_NAME else "splits"
+    if requested in columns and (requested == FILE_NAME or requested.casefold() == SPLIT):
+        what = "file names" if requested == FILE_NAME else "splits"
         others = [name for name in columns if name not in (FILE_NAME, *splits)]
         raise RequestError(
-            f"--label-column {printable(asked)}: that column of {printable(tree.root / tables[0].path)} holds {what}; "
-            f"expected a column of classes ({listing(others) or 'it has no other'})"
+            f"{setting('label_column', requested)}: this column of {printable(tree.root / tables[0].path)} holds "
+            f"{what}; expected a column of classes (other columns: {listing(others) or 'none'})"
         )
-    if asked in columns:
-        return asked
+    if requested in columns:
+        return requested
     known = _called_like_labels(columns)
-    if known and asked is None:
+    if known and requested is None:
         for table in tables:
-            _refuse_other_classes(tree, table)
+            _reject_other_classes(tree, table)
         return known[0]
     folders = {posixpath.dirname(path) for path in tree.images}
-    if asked is None and not folders & {table.folder for table in tables}:
+    if requested is None and not folders & {table.folder for table in tables}:
         return None
     others = [name for name in columns if name not in (FILE_NAME, *splits)]
     classless = len(folders) == 1 or all(map(_split_folder, tree.images))
-    if len(others) == 1 and asked is None and classless:
+    if len(others) == 1 and requested is None and classless:
         return others[0]
-    what = f"--label-column {printable(asked)}: there is no such column" if asked else "no column is called label"
-    way = "" if classless else ", or take the folders as classes with --layout classes"
-    raise RequestError(
-        f"{printable(tree.root / tables[0].path)}: {what}; it has {listing(columns)}: name one with --label-column{way}"
+    where = printable(tree.root / tables[0].path)
+    what = (
+        f"{setting('label_column', requested)}: {where} has no such column"
+        if requested
+        else f"{where} has no column label"
     )
+    remedy = "" if classless else f", or use the folders as classes with {setting('layout', 'classes')}"
+    raise RequestError(f"{what}; its columns: {listing(columns)}; choose one with {setting('label_column')}{remedy}")
 
 
-def _refuse_other_classes(tree: Tree, table: Table) -> None:
-    """Refuse several columns called like labels, unless each label of one stands for one of the other."""
+def _reject_other_classes(tree: Tree, table: Table) -> None:
+    """Raise RequestError if several columns named like labels define different classes."""
     names = _called_like_labels(table.columns)
     for other in names[1:]:
         pairs = {(str(a), str(b)) for a, b in zip(table.columns[names[0]], table.columns[other], strict=True)}
         if len(pairs) > min((len(set(part)) for part in zip(*pairs, strict=True)), default=0):
             raise RequestError(
                 f"{printable(tree.root / table.path)} has the columns {printable(names[0])} and {printable(other)}, "
-                "which sort the images in two ways; name one with --label-column"
+                f"which define different classes; choose one with {setting('label_column')}"
             )
 
 
 def _called_like_labels(columns: Iterable[str]) -> list[str]:
-    """Return the columns that are called like labels, the one to prefer first."""
+    """Return the columns named like labels, in order of preference."""
     return [column for name in LABEL_NAMES for column in columns if column.casefold() == name]
 
 
 def _holds_splits(tables: Sequence[Table], name: str) -> bool:
-    """Return whether a column is called `split`, or holds names of splits alone and is not called like labels."""
+    """Return whether a column is called `split`, or contains only names of splits and is not named like labels."""
     if name.casefold() in (SPLIT, *LABEL_NAMES):
         return name.casefold() == SPLIT
     values = {str(value) for table in tables for value in table.columns.get(name, ()) if value is not None}
@@ -148,15 +151,15 @@ def _holds_splits(tables: Sequence[Table], name: str) -> bool:
 
 
 def open_tables(tree: Tree, tables: Sequence[Table], label_column: str, eval_split: str | None = None) -> OpenDataset:
-    """Open images whose labels stand in tables; splits come from a column of splits, or from the folders of the files.
+    """Open images with labels from tables; splits come from a split column, or from the folders of the files.
 
-    Tables without labels, as of a test split, are left out.
+    Tables without labels, such as that of a test split, are ignored.
 
     Args:
-        tree: The files.
-        tables: What `find_tables` found.
-        label_column: Column of labels.
-        eval_split: Split to evaluate on, if it is asked for.
+        tree: The files of the dataset.
+        tables: The tables from `find_tables`.
+        label_column: The label column.
+        eval_split: The requested evaluation split.
 
     Raises:
         RequestError: If no row has a file, or a file has two labels or two splits.
@@ -178,36 +181,36 @@ def open_tables(tree: Tree, tables: Sequence[Table], label_column: str, eval_spl
                 continue
             first = labels.setdefault(place, label)
             if first is not label and first != label:  # a NaN differs from itself
-                _refuse_two(tree, table, name, "labels", first, label)
+                _reject_two(tree, table, name, "labels", first, label)
             stated = "" if split is None else str(split).strip()
             if stated and splits.setdefault(place, stated) != stated:
-                _refuse_two(tree, table, name, "splits", splits[place], stated)
+                _reject_two(tree, table, name, "splits", splits[place], stated)
     where = printable(tree.root / tables[0].path)
     if not labels:
-        example = f" (the first is {printable(missing[0])})" if missing else ""
+        example = f", such as {printable(missing[0])}" if missing else ""
         raise RequestError(
-            f"{where} names no image that is there{example}; {FILE_NAME} is the path as seen from the table"
+            f"none of the files in {where} exists{example}; expected {FILE_NAME} to be the path relative to the table"
         )
     notes = [f"labels from column {printable(label_column)} of {listing(table.path for table in tables)}"]
     if split_column:
         notes.append(f"splits from column {printable(split_column)}")
     used = {FILE_NAME, label_column, split_column}
-    unused = dict.fromkeys(name for table in tables for name in (*table.columns, *table.passed) if name not in used)
+    unused = dict.fromkeys(name for table in tables for name in (*table.columns, *table.skipped) if name not in used)
     if unused:
-        notes.append(f"columns not used: {listing(unused)}")
-    unnamed = [path for i, path in enumerate(tree.images) if i not in labels]
+        notes.append(f"unused columns: {listing(unused)}")
+    unlabelled = [path for i, path in enumerate(tree.images) if i not in labels]
     if missing:
-        notes.append(f"{len(missing)} rows without a file left out, such as {printable(missing[0])}")
-    if unnamed:
-        notes.append(f"{len(unnamed)} images without a row left out, such as {printable(unnamed[0])}")
-    roles = [{_role_of(path) for path in part} for part in ((tree.images[i] for i in labels), unnamed)]
+        notes.append(f"ignored {len(missing)} rows whose file does not exist, such as {printable(missing[0])}")
+    if unlabelled:
+        notes.append(f"ignored {len(unlabelled)} images without a row, such as {printable(unlabelled[0])}")
+    roles = [{_role_of(path) for path in part} for part in ((tree.images[i] for i in labels), unlabelled)]
     if "train" in roles[1] - roles[0] and "eval" in roles[0]:
         raise RequestError(
-            f"{where} has the labels of an evaluation split, and the training split has no table; give it a "
-            f"metadata.csv, too, or move {printable(tables[0].path)} away"
+            f"{where} labels only an evaluation split, and the training split has no labels; add a metadata.csv for "
+            f"it, or move {printable(tables[0].path)} away"
         )
     if split_column and splits:
-        splits = _require_all(tree, splits, labels, f"{where}: the column {printable(split_column)}")
+        splits = _require_all(tree, splits, labels, f"the column {printable(split_column)} of {where}")
         _require_evaluation(sorted(set(splits.values())), where, eval_split)
     else:
         splits = _splits_of(tree, labels, where)
@@ -222,65 +225,65 @@ def open_tables(tree: Tree, tables: Sequence[Table], label_column: str, eval_spl
     )
 
 
-def _refuse_two(tree: Tree, table: Table, name: Any, what: str, first: Any, second: Any) -> NoReturn:
+def _reject_two(tree: Tree, table: Table, name: Any, what: str, first: Any, second: Any) -> NoReturn:
     raise RequestError(
-        f"{printable(tree.root / table.path)} gives {printable(name)} two {what}, {printable(first)} and "
+        f"{printable(name)} has two {what} in {printable(tree.root / table.path)}, {printable(first)} and "
         f"{printable(second)}; expected one row per file"
     )
 
 
 def _split_column_of(tree: Tree, tables: Sequence[Table], label_column: str) -> str | None:
-    """Return the column of splits, or None.
+    """Return the split column, or None.
 
     Raises:
-        RequestError: If several differ, or a column says only by its name which split a row belongs to.
+        RequestError: If several differ, or a column such as `is_valid` encodes a split in its name.
     """
     columns = dict.fromkeys(name for table in tables for name in table.columns if name not in (FILE_NAME, label_column))
     found = [name for name in columns if _holds_splits(tables, name)]
     where = printable(tree.root / tables[0].path)
     if any(table.columns.get(found[0]) != table.columns.get(other) for other in found[1:] for table in tables):
-        raise RequestError(f"{where} has splits in several columns that differ ({listing(found)}); remove all but one")
+        raise RequestError(f"{where} has several split columns that differ ({listing(found)}); remove all but one")
     if found:
         return found[0]
     names = "|".join((*TRAIN_NAMES, *EVAL_NAMES))
     named = next((name for name in columns if re.match(rf"is[_ -]?({names})", name, re.IGNORECASE)), None)
     if named:
         raise RequestError(
-            f"{where} has a column {printable(named)}, which is not read: name the split of each row in a column split "
-            "(train, val or test), or remove the column"
+            f"{where} has a column {printable(named)}, which is not supported; replace it by a column split (train, "
+            "val or test), or remove it"
         )
     return None
 
 
-def _require_evaluation(names: Sequence[str], where: str, asked: str | None) -> None:
-    """Refuse splits beside the training split of which none is called like one to evaluate on."""
+def _require_evaluation(names: Sequence[str], where: str, requested: str | None) -> None:
+    """Raise RequestError if there are other splits than the training split, but none named like an evaluation split."""
     others = [name for name in names if name not in likely_splits(names, "train")]
-    if asked is None and 0 < len(others) < len(names) and not likely_splits(names, "eval"):
+    if requested is None and 0 < len(others) < len(names) and not likely_splits(names, "eval"):
         raise RequestError(
-            f"{where} has the splits {listing(names)}, none of which is called like one to evaluate on (val, test …); "
-            f"name one with --eval-split, such as --eval-split {printable(others[0])}"
+            f"{where} has the splits {listing(names)}, but no usual name of an evaluation split (val, test …); choose "
+            f"one, such as {setting('eval_split', others[0])}"
         )
 
 
 def _require_one_label_column(tree: Tree, tables: Sequence[Table], label_column: str) -> None:
-    """Refuse tables whose labels stand in columns of different names: those of one would be left out."""
+    """Raise RequestError if the label columns of tables have different names, since one would be ignored."""
     for table in tables:
         other = next(iter(_called_like_labels(table.columns)), None)
         if label_column not in table.columns and other:
             raise RequestError(
-                f"{printable(tree.root / table.path)} has a column {other} where another table has "
-                f"{printable(label_column)}; call the column of labels alike in all tables"
+                f"{printable(tree.root / table.path)} has labels in {printable(other)}, but another table in "
+                f"{printable(label_column)}; use the same column name in all tables"
             )
 
 
 _ODD_PATH = re.compile(r"[^\x20-\x7e]|\\|//|(?:^|/)\.{1,2}(?:/|$)|^/|/$")
-"""Paths that could name a file although they are not spelled like its own."""
+"""Paths that could refer to a file although they are spelled differently from its own."""
 
 
 def _finder(tree: Tree) -> Callable[[str, str], int | None]:
-    """Return what finds the image that a row of a table in a folder names, or None.
+    """Return a function that finds the image of a row, given the table's folder and the file name.
 
-    Paths may be absolute, have backslashes, or spell characters in another way of Unicode than the file does.
+    File names may be absolute, contain backslashes, or differ from the file's path in Unicode normalization.
     """
     exact = {path: i for i, path in enumerate(tree.images)}
     alike: dict[str, int | None] = {}
@@ -307,30 +310,30 @@ def _finder(tree: Tree) -> Callable[[str, str], int | None]:
 
 
 def _require_all(tree: Tree, splits: dict[int, str], labels: dict[int, Any], where: str) -> dict[int, str]:
-    """Return splits that a column states, if it does so for each image, and spells each split in one way.
+    """Return the splits from a column after checking it.
 
     Raises:
-        RequestError: If not.
+        RequestError: If the column is empty for some images, or the names of splits differ only in case.
     """
     without = [i for i in labels if i not in splits]
     if without:
         raise RequestError(
             f"{where} is empty for {len(without)} of {len(labels)} images, such as "
-            f"{printable(tree.images[without[0]])}; fill it in, or remove the column"
+            f"{printable(tree.images[without[0]])}; complete or remove it"
         )
     names = sorted(set(splits.values()))
     if len({name.casefold() for name in names}) < len(names):
         raise RequestError(
-            f"{where} has {listing(names)}, some of which differ in upper case alone; spell each split in one way"
+            f"{where} has the splits {listing(names)}, some of which differ only in case; use one spelling for each"
         )
     return splits
 
 
 def _splits_of(tree: Tree, labels: dict[int, Any], where: str) -> dict[int, str]:
-    """Return the split of each image: the topmost of its folders that is called like one.
+    """Return the split of each image: the topmost of its folders that is named like one.
 
-    Folders that only mention a split, as training_set/ and test_set/ do, are splits if they share a label:
-    bullet_train/ and test_tube/ could be classes.
+    Folders that only contain the name of a split, such as training_set/ and test_set/, are splits if they have a label
+    in common; bullet_train/ and test_tube/ could be classes.
     """
     found = {i: _split_folder(tree.images[i]) for i in sorted(labels)}
     names = {split for split in found.values() if split is not None}
@@ -344,8 +347,8 @@ def _splits_of(tree: Tree, labels: dict[int, Any], where: str) -> dict[int, str]
     outside = [tree.images[i] for i, split in found.items() if split is None]
     if outside:
         raise RequestError(
-            f"{where} names images of the splits {listing(sorted(names))} and {len(outside)} images of none, such as "
-            f"{printable(outside[0])}; add a column split"
+            f"{where} labels images of the splits {listing(sorted(names))} and {len(outside)} images outside them, "
+            f"such as {printable(outside[0])}; add a column split"
         )
     return {i: str(split) for i, split in found.items()}
 
@@ -369,7 +372,7 @@ def _image_table(tree: Tree, images: Sequence[int], column: str, labels: dict[in
         feature = datasets.features.features.generate_from_arrow_type(values.type)
     except (pyarrow.ArrowException, ValueError, TypeError, OverflowError) as error:
         raise RequestError(
-            f"{where}: column {printable(column)} holds values of several kinds ({one_line(error)}); expected numbers "
-            "of classes or their names"
+            f"column {printable(column)} of {where} holds values of several types ({one_line(error)}); expected "
+            "either names or numbers of classes"
         ) from error
     return image_table(tree, images, column, values, feature)

@@ -1,6 +1,6 @@
-"""Tables beside class folders that name the images and are not read: the folders may be no classes then.
+"""Detect unused tables beside class folders that list the images, because then the folders may not be the classes.
 
-The content is only searched for names of images, whatever the table's format and its columns are.
+Tables are only searched for the names of images, whatever their format and columns.
 """
 
 import os
@@ -16,67 +16,68 @@ from typing import IO
 
 from resnext_hub.data.sources.names import loose_role, split_role
 from resnext_hub.data.sources.walk import Tree, is_image
-from resnext_hub.errors import RequestError
+from resnext_hub.errors import RequestError, setting
 from resnext_hub.files import require_regular
 from resnext_hub.text import listing, printable
 
 _SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".xlsx", ".parquet")
 
 _LISTS = (".txt", ".lst")
-"""Suffixes of files that are searched only if they are called like a split."""
+"""Suffixes of files that are searched only if they are named like a split."""
 
 _WHOLE = (".json", ".xlsx")
-"""Suffixes of files in which a row is not told from the next."""
+"""Suffixes of files that are searched as a single row."""
 
 _BYTES = 1 << 24
-"""Size of all that is searched together, the smallest tables first."""
+"""Total size that is searched, the smallest tables first."""
 
 _START = 1 << 22
-"""Size of the beginning of a table that is searched."""
+"""Size that is searched at the beginning of each table."""
 
 _ROWS = 200_000
 """Number of rows that are searched."""
 
 _MANY = 1000
-"""Number of images that are many, although they may be less than half of those of their folder."""
+"""A table that lists this many images is relevant, even if they are less than half of any folder."""
 
 _NAMING = re.compile(r"(?:^|[^a-z])(?:id|image|img|file|filename|path|name)(?:$|[^a-z])")
-"""What a column of file names is called; its numbers are names, too."""
+"""Usual names of columns of file names; numbers in tables with such a column can be names, too."""
 
 
 @dataclass
 class _Found:
-    """What a table says of the images."""
+    """What a table contains about the images."""
 
     named: set[int] = field(default_factory=set)
-    """Images that it names."""
+    """Images that it lists."""
     agrees: bool = True
-    """Whether each row that names an image names its class folder, too."""
+    """Whether each row with an image also contains its class folder."""
     groups: bool = False
-    """Whether it has other values that several images share, as classes are."""
+    """Whether it has other values that several images share, like classes."""
     roles: set[str | None] = field(default_factory=set)
-    """What the splits are for that it has names of."""
+    """Roles of the splits whose names it contains."""
 
 
-def refuse_unread_tables(tree: Tree, splits: Sequence[Mapping[str, Sequence[int]]], layout: str) -> list[str]:
-    """Refuse a table that names the images of a folder and could say their classes or splits; note what is left out.
+def reject_unread_tables(tree: Tree, splits: Sequence[Mapping[str, Sequence[int]]], layout: str) -> list[str]:
+    """Raise RequestError if an unused table lists the images and could define their classes or splits.
 
-    It is left out where it names less than half of the images of every folder and not many, gives no two values that
-    several images share, or repeats the names of the class folders and no splits.
+    A table is ignored if it lists only few images (less than half of every folder), has no two values that several
+    images share, or only repeats the names of the class folders, without splits.
 
     Args:
-        tree: The files.
+        tree: The files of the dataset.
         splits: The images of each class folder, for each split.
-        layout: Value of `--layout` that stands for what was found.
+        layout: Value of the setting `layout` that confirms the layout found.
 
-    Raises:
-        RequestError: If there is such a table.
+    Returns:
+        Notes on ignored tables.
     """
     paths, large = _tables(tree)
     class_of = {i: name for classes in splits for name, images in classes.items() for i in images} if paths else {}
     folders = Counter(posixpath.dirname(tree.images[i]) for i in class_of)
-    way_out = f"if the folders {listing(sorted(set(class_of.values())), 4)} are the classes, add --layout {layout}"
-    notes = [f"too large to be searched for names of images: {listing(large, 4)}"] if large else []
+    remedy = f"if the folders {listing(sorted(set(class_of.values())), 4)} are the classes, use "
+    remedy += setting("layout", layout)
+    notes = [f"not searched for names of images (too large): {listing(large, 4)}"] if large else []
     for path in paths:
         rows = _rows(tree, path)
         found = _compare(tree, class_of, rows, path.lower().endswith(_WHOLE))
@@ -84,29 +85,30 @@ def refuse_unread_tables(tree: Tree, splits: Sequence[Mapping[str, Sequence[int]
         where = printable(tree.root / path)
         if len(splits) == 1 and _is_split(path) and 0 < len(found.named) < len(class_of):
             raise RequestError(
-                f"{where} names {len(found.named)} of {len(class_of)} images, as a split, but is ignored: add a "
-                f"metadata.csv with the columns file_name, label and split; to hold out a part instead, {way_out}"
+                f"{where} lists {len(found.named)} of {len(class_of)} images, like a split, but such lists are not "
+                "supported; add a metadata.csv with the columns file_name, label and split, or, to hold out a random "
+                f"part instead, use {setting('layout', layout)}"
             )
         most = len(found.named) >= _MANY or any(2 * named[folder] >= folders[folder] for folder in named)
         if path.lower().endswith(_LISTS) or not most:
             continue
         if found.agrees and not (len(splits) == 1 and found.roles >= {"train", "eval"}):
-            notes.append(f"left out: {printable(path)}, which names images and the folders of their classes")
+            notes.append(f"ignored {printable(path)}, which lists the images with the names of their class folders")
         elif found.groups and _is_metadata(path, rows):
             raise RequestError(
-                f"{where} has no column called label: name the column of classes with --label-column; {way_out}"
+                f"{where} has no column label; choose its label column with {setting('label_column')}; {remedy}"
             )
         elif found.groups:
             raise RequestError(
-                f"{where} names images of the dataset and is not read: if it says the classes or splits, name it "
-                "metadata.csv, with the columns file_name (as seen from the table), label and, if there are splits, "
-                f"split; {way_out}"
+                f"{where} lists images of the dataset, but is not used; if it defines classes or splits, rename it to "
+                "metadata.csv with the columns file_name (relative to the table), label and, for splits, split; "
+                f"{remedy}"
             )
     return notes
 
 
 def _tables(tree: Tree) -> tuple[list[str], list[str]]:
-    """Return the files to search, and those that are too large."""
+    """Return the tables to search, and those that are too large."""
     sizes = []
     for path in tree.others:
         if path.lower().endswith(_SUFFIXES) or (path.lower().endswith(_LISTS) and _is_split(path)):
@@ -115,7 +117,7 @@ def _tables(tree: Tree) -> tuple[list[str], list[str]]:
                 sizes.append((place.stat().st_size, path))
     paths, large, total = list[str](), list[str](), 0
     for size, path in sorted(sizes):
-        total += min(size, _START) + 1000  # for opening it
+        total += min(size, _START) + 1000  # the cost of opening it
         (paths if total <= _BYTES else large).append(path)
     return paths, large
 
@@ -129,7 +131,7 @@ def _is_metadata(path: str, rows: Sequence[Sequence[str]]) -> bool:
 
 
 def _rows(tree: Tree, path: str) -> list[list[str]]:
-    """Return the cells of a table, row by row, in lower case; none if it cannot be read."""
+    """Return the rows of cells of a table, casefolded; none if it cannot be read."""
     kind = path.rpartition(".")[2].lower()
     try:
         require_regular(tree.root / path)
@@ -166,12 +168,12 @@ def _parquet_rows(file: IO[bytes]) -> Iterator[Sequence[object]]:
 
 
 def _shared_strings(file: IO[bytes]) -> bytes:
-    """Return the part of a spreadsheet that holds the texts of all its cells."""
+    """Return the part of a spreadsheet that contains the texts of all cells."""
     try:
         with zipfile.ZipFile(file) as archive, archive.open("xl/sharedStrings.xml") as strings:
             return strings.read(_START)
     except (zipfile.BadZipFile, zlib.error, KeyError, OSError, RuntimeError, NotImplementedError):
-        # damaged, no spreadsheet, encrypted, or compressed in a way that zipfile does not know
+        # damaged, not a spreadsheet, encrypted, or compressed in a way that zipfile does not support
         return b""
 
 
@@ -198,7 +200,7 @@ def _compare(tree: Tree, class_of: Mapping[int, str], rows: Sequence[Sequence[st
 
 
 def _owners(tree: Tree, images: Iterable[int], rows: Sequence[Sequence[str]]) -> dict[str, list[int]]:
-    """Return the images whose names, with their suffix or without, stand in a table."""
+    """Return the images by those of their names, with or without suffix, that occur in a table."""
     cells = {_key(cell) for row in rows for cell in row}
     numbers = bool(rows) and any(map(_NAMING.search, rows[0]))
     owners: dict[str, list[int]] = defaultdict(list)
@@ -211,7 +213,7 @@ def _owners(tree: Tree, images: Iterable[int], rows: Sequence[Sequence[str]]) ->
 
 
 def _images_of(tree: Tree, owners: Mapping[str, Collection[int]], cell: str) -> Collection[int]:
-    """Return the images that a cell names; those in the folder that it names, if there are any."""
+    """Return the images that a cell refers to, preferring those in the folder that it contains."""
     images = owners.get(_key(cell), ())
     folder = "/".join(cell.replace("\\", "/").split("/")[-2:-1])
     inside = [i for i in images if posixpath.basename(posixpath.dirname(tree.images[i])).casefold() == folder]

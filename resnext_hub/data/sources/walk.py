@@ -1,4 +1,4 @@
-"""The files under a folder: which are images, in a fixed order, and what is left out."""
+"""List the files under a folder in a fixed order: images, other files, and what is ignored."""
 
 import os
 import re
@@ -17,48 +17,48 @@ IMAGE_SUFFIXES = (
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
 
 _JUNK = frozenset({"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "__pycache__"})
-"""Folders that archives, operating systems and network disks leave behind, in lower case."""
+"""Folders created by archivers, operating systems and network storage, in lower case."""
 
 _RUN_MARKS = frozenset({"metrics.jsonl", "record.json", "checkpoints"})
-"""What a run folder holds beside `config.yaml`; its plots are not images of a dataset."""
+"""Files that identify a run folder, together with `config.yaml`; its plots are not images of a dataset."""
 
 _NEVER_ENTERED = ("/proc", "/sys", "/dev")
-"""Where a link could lead into what the kernel makes up."""
+"""Virtual file systems that a link could lead to."""
 
 
 @dataclass(kw_only=True)
 class Tree:
-    """What was found under a folder; paths are relative to it, with slashes."""
+    """The content of a folder; paths are relative to it, with slashes."""
 
     root: Path
     images: list[str] = field(default_factory=list)
-    """Files with the suffix of an image, in the order of their paths' parts; links that lead nowhere are among them."""
+    """Files with the suffix of an image, sorted by the parts of their paths, including dangling links."""
     sizes: list[int] = field(default_factory=list)
-    """Size in bytes of each image; -1 where there is nothing behind a link."""
+    """Size in bytes of each image; -1 for a dangling link."""
     others: list[str] = field(default_factory=list)
     """All other files that are not hidden."""
     folders: list[str] = field(default_factory=list)
-    """All folders that were entered, but the root."""
+    """All folders that were entered, except the root."""
     hidden: int = 0
     """Number of hidden files."""
     junk: list[str] = field(default_factory=list)
-    """Folders that are hidden or left behind by a program."""
+    """Folders that are hidden or created by other programs."""
     runs: list[str] = field(default_factory=list)
     """Run folders of this package."""
     repeated: list[str] = field(default_factory=list)
-    """Links to folders that were found elsewhere, or that hold the dataset itself."""
-    broken: list[str] = field(default_factory=list)
-    """Links that lead nowhere and are not called like an image."""
+    """Links to folders that were found elsewhere, or that contain the dataset itself."""
+    dangling: list[str] = field(default_factory=list)
+    """Dangling links without the suffix of an image."""
 
 
 def walk(root: Path) -> Tree:
     """List the files under a folder.
 
-    Every real folder is entered once: links are followed after all folders that are no links, and never to where
-    something was found already or to a folder above. Nothing is opened.
+    Every real folder is entered once. Links are followed after all other folders, but not to a folder that was already
+    found or to a parent. No file is opened.
 
     Raises:
-        RequestError: If a folder cannot be read, or the root is that of the whole file system.
+        RequestError: If a folder cannot be read, or the root is the root of the file system.
     """
     tree = Tree(root=root)
     top = Path(os.path.realpath(root))
@@ -82,7 +82,7 @@ def walk(root: Path) -> Tree:
         except OSError as error:
             where = f"the folder {printable(place)} in {printable(root)}" if place else printable(root)
             reason = (error.strerror or type(error).__name__).lower()
-            raise RequestError(f"{where} cannot be read: {reason}; make it readable, or move it away") from error
+            raise RequestError(f"{where} cannot be read: {reason}; fix its permissions, or move it away") from error
     found.sort(key=lambda entry: entry[0].split("/"))
     tree.images = [path for path, _ in found]
     tree.sizes = [size for _, size in found]
@@ -91,7 +91,7 @@ def walk(root: Path) -> Tree:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Return the images anywhere under a folder, known by their suffixes, in the order of their paths.
+    """Return the files with the suffix of an image anywhere under a folder, sorted by path.
 
     Raises:
         RequestError: If a folder cannot be read.
@@ -120,19 +120,19 @@ def _scan(tree: Tree, place: str, found: list[tuple[str, int]], folders: list[st
         elif is_image(entry.name):
             found.append((path, _size(entry, is_link)))
         elif is_link and not os.path.exists(entry.path):
-            tree.broken.append(path)
+            tree.dangling.append(path)
         else:
             tree.others.append(path)
 
 
 def is_run_folder(names: Iterable[str]) -> bool:
-    """Return whether these are the names of what a run folder holds."""
+    """Return whether a folder with these entries is a run folder."""
     names = set(names)
     return "config.yaml" in names and bool(_RUN_MARKS & names)
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder is hidden, or was left behind by a program."""
+    """Return whether a file or folder is hidden, or was created by another program."""
     return name.startswith(".") or name.lower() in _JUNK
 
 
@@ -142,11 +142,11 @@ def is_image(name: str) -> bool:
 
 
 def skipped(tree: Tree, used: Iterable[str] = ()) -> str | None:
-    """Describe in a line which files are not read as images, or return None.
+    """Return a line about files that are not images, or None if there are none.
 
     Args:
-        tree: The files.
-        used: Other files that were read.
+        tree: The files of the dataset.
+        used: Other files that are used, such as tables.
     """
     kinds = Counter(suffix_of(path) for path in set(tree.others).difference(used))
     if tree.hidden:
@@ -157,27 +157,27 @@ def skipped(tree: Tree, used: Iterable[str] = ()) -> str | None:
     return f"{total} {'file' if total == 1 else 'files'} skipped ({describe_counts(kinds)})"
 
 
-def ignored(tree: Tree, used: Iterable[str], left_out: Iterable[str] = ()) -> list[str]:
-    """Return log lines about what is not part of the dataset.
+def ignored(tree: Tree, used: Iterable[str], more: Iterable[str] = ()) -> list[str]:
+    """Return log lines about files and folders that are not part of the dataset.
 
     Args:
-        tree: The files.
-        used: Files that were read beside the images.
-        left_out: More to name.
+        tree: The files of the dataset.
+        used: Files other than images that are used.
+        more: Descriptions of more ignored files.
     """
-    used, left_out = list(used), list(left_out)
+    used, found = list(used), list(more)
     for what, places in (
         ("", tree.junk),
         ("run folder ", tree.runs),
         ("link to a folder found elsewhere ", tree.repeated),
-        ("link that leads nowhere ", tree.broken),
+        ("dangling link ", tree.dangling),
     ):
-        left_out += [f"{what}{printable(place)}" for place in sorted(places)[:4]]
-        left_out += [f"{len(places) - 4} more such folders"] if len(places) > 4 else []
-    notes = [f"ignored: {', '.join(left_out)}"] if left_out else []
+        found += [f"{what}{printable(place)}" for place in sorted(places)[:4]]
+        found += [f"{len(places) - 4} more of these"] if len(places) > 4 else []
+    notes = [f"ignored: {', '.join(found)}"] if found else []
     stray = [path for path in tree.others if path.lower().endswith(".parquet") and path not in used]
     if stray:
-        notes.append(f"ignored, as it holds no images: {listing(stray, 4)}")
+        notes.append(f"ignored parquet files without images: {listing(stray, 4)}")
     files = skipped(tree, [*used, *stray])
     return [*notes, files] if files else notes
 
@@ -188,16 +188,16 @@ def suffix_of(path: str) -> str:
 
 
 def describe_counts(counts: Counter[str]) -> str:
-    """List what was counted, the most frequent first, as `.heic: 20, hidden: 3`."""
+    """Return counts as text, the most frequent first, such as `.heic: 20, hidden: 3`."""
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     more = f" and {len(ordered) - 8} more" if len(ordered) > 8 else ""
     return ", ".join(f"{name}: {count}" for name, count in ordered[:8]) + more
 
 
 def stored_path(path: str) -> str:
-    """Return a path as text that is valid in UTF-8; `real_path` is the inverse.
+    """Return a path as valid UTF-8 text; `real_path` is the inverse.
 
-    A byte that is not UTF-8 is kept as a NUL, which no path holds, and two hexadecimal digits.
+    A byte that is not UTF-8 becomes a NUL, which paths cannot contain, and two hexadecimal digits.
     """
     if path.isascii():
         return path
@@ -205,7 +205,7 @@ def stored_path(path: str) -> str:
 
 
 def real_path(stored: str) -> str:
-    """Return the path that `stored_path` made text of."""
+    """Return the path that `stored_path` encoded."""
     return re.sub("\0([89a-f][0-9a-f])", lambda byte: chr(0xDC00 + int(byte[1], 16)), stored)
 
 
@@ -217,7 +217,7 @@ def _identity(path: str) -> tuple[int, int]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself, or into a folder that may not be read
+    except OSError:  # a link to itself, or into an unreadable folder
         return False
 
 

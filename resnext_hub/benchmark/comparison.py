@@ -1,4 +1,4 @@
-"""Contenders that do the same work by turns, and the table of how they did."""
+"""Interleaved measurement of the entries of a benchmark, and the table of results."""
 
 import contextlib
 import dataclasses
@@ -24,16 +24,15 @@ from resnext_hub.models.resnext import VARIANTS
 
 _logger = logging.getLogger(__name__)
 
-PEER_PACKAGES = ("torchvision", "onnxruntime", "openvino", "nncf", "simplejpeg")
-"""Packages beyond those of every run whose version decides a figure."""
-
+BASELINE_PACKAGES = ("torchvision", "onnxruntime", "openvino", "nncf", "simplejpeg")
+"""Packages beyond those of a training run whose versions affect the results."""
 
 STEADY = 1.5
-"""How many times as fast as another a round of the same contender may be before the table warns."""
+"""Ratio of the fastest to the slowest round of an entry above which the table warns."""
 
 
-def equal_in_flops(model: str) -> str | None:
-    """Name a network without groups whose FLOPs are within a tenth of a variant's, if there is one."""
+def equal_flops_model(model: str) -> str | None:
+    """Return a model without grouped convolutions whose FLOPs are within 10 % of a variant's, or None."""
     variant = VARIANTS.get(model)
     if variant is None or variant.small_stem:
         return None
@@ -45,76 +44,77 @@ def equal_in_flops(model: str) -> str | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contender:
-    """One way to do the work."""
+class Entry:
+    """One implementation that a benchmark measures."""
 
     name: str
     run: Callable[[], float]
-    """Does one round of it; gives images per second."""
+    """Runs one round and returns its throughput in images/s."""
     quality: str
-    """What shows that it does the same work: its error, or its accuracy in exact counts."""
+    """Evidence that it does the same work: its error, or its accuracy in exact counts."""
     ours: bool = False
-    """Whether it is this package's; the others are its peers."""
+    """Whether it is from this package; the others are baselines."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """How a contender did."""
+class Result:
+    """The measurements of one entry."""
 
     name: str
     ours: bool
     quality: str
     images_per_second: tuple[float, ...]
-    """One for each round."""
+    """Throughput of each round."""
 
     @property
     def median(self) -> float:
-        """Median images per second."""
+        """Median throughput in images/s."""
         return statistics.median(self.images_per_second)
 
-    def times(self, other: "Row") -> float:
-        """Give how many times as fast as another this is: the median of the ratios of each round."""
-        pairs = zip(self.images_per_second, other.images_per_second, strict=True)
-        return statistics.median(mine / theirs for mine, theirs in pairs)
+    def speedup(self, baseline: "Result") -> float:
+        """Return the speedup over another entry: the median over rounds of the ratio of throughputs."""
+        pairs = zip(self.images_per_second, baseline.images_per_second, strict=True)
+        return statistics.median(own / other for own, other in pairs)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contest:
-    """What a benchmark found, and on what."""
+class Comparison:
+    """The results of a benchmark, with the settings, machine and versions that they hold for."""
 
     kind: str
     settings: dict[str, Any]
     machine: dict[str, Any]
-    rows: tuple[Row, ...]
+    rows: tuple[Result, ...]
     notes: tuple[str, ...] = ()
 
     def table(self) -> str:
-        """Give a Markdown table: speed, how many times as fast each of ours is, and the error."""
+        """Return a Markdown table: throughput, the speedup of each of our entries over each row, and the error."""
         ours = [row for row in self.rows if row.ours]
-        head = ["", "images/s", *(f"{row.name}: times as fast" for row in ours), "quality"]
+        head = ["", "images/s", *(f"speedup of {row.name}" for row in ours), "quality"]
         lines = [head, ["---", *["---:"] * (1 + len(ours)), "---"]]
         for row in self.rows:
-            ratios = ["" if row is mine else f"{mine.times(row):.2f}" for mine in ours]
-            lines.append([row.name, f"{row.median:.1f}", *ratios, row.quality])
+            speedups = ["" if row is own else f"{own.speedup(row):.2f}" for own in ours]
+            lines.append([row.name, f"{row.median:.1f}", *speedups, row.quality])
         text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
         settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
         packages = ", ".join(f"{name} {version}" for name, version in self.machine["versions"].items())
         rounds = len(self.rows[0].images_per_second) if self.rows else 0
         foot = [
             f"{self.machine['processor']}, {self.machine['threads']} threads; {packages}.",
-            f"{settings}. Medians of {rounds} rounds, in each of which all took their turn; ratios are medians of the "
-            "rounds' ratios.",
+            f"Settings: {settings}. Medians of {rounds} interleaved rounds; a speedup is the median over rounds of the "
+            "ratio of throughputs.",
             *self.notes,
         ]
         spread = max((max(row.images_per_second) / min(row.images_per_second) for row in self.rows), default=1.0)
         if spread > STEADY:
             foot.append(
-                f"The rounds of one contender differ by up to {spread:.1f} times: the machine did other work beside."
+                f"Warning: the rounds of one entry differ by up to {spread:.1f}x, so other work was running on this "
+                "machine."
             )
         return text + "\n\n" + "\n".join(foot) + "\n"
 
     def to_json(self) -> str:
-        """Give everything, with every round, as JSON."""
+        """Return everything, with every round, as JSON."""
         rows = [
             {
                 "name": row.name,
@@ -122,7 +122,7 @@ class Contest:
                 "quality": row.quality,
                 "median_images_per_second": row.median,
                 "images_per_second": row.images_per_second,
-                "times_as_fast_as": {other.name: row.times(other) for other in self.rows if other is not row},
+                "speedup_over": {other.name: row.speedup(other) for other in self.rows if other is not row},
             }
             for row in self.rows
         ]
@@ -136,42 +136,51 @@ class Contest:
         return json.dumps(content, indent=2) + "\n"
 
 
-def hold_contest(
+def compare(
     kind: str,
     settings: Mapping[str, Any],
-    contenders: Sequence[Contender],
+    entries: Sequence[Entry],
     rounds: int,
     device: torch.device,
     notes: Sequence[str] = (),
-) -> Contest:
-    """Let all do their work by turns: one round that does not count, then `rounds` that do."""
-    rates: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    for turn in range(rounds + 1):
-        for contender in contenders:
-            rate = contender.run()
-            if turn:
-                rates[contender.name].append(rate)
-                _logger.info("round %d of %d: %s, %.1f images/s", turn, rounds, contender.name, rate)
+) -> Comparison:
+    """Measure all entries in interleaved rounds, after one warmup round.
+
+    Args:
+        kind: Name of the benchmark.
+        settings: Its settings, for the report.
+        entries: What to measure.
+        rounds: Number of measured rounds; every entry runs once in each.
+        device: Device of the work.
+        notes: Sentences for below the table.
+    """
+    rates: dict[str, list[float]] = {entry.name: [] for entry in entries}
+    for number in range(rounds + 1):
+        for entry in entries:
+            rate = entry.run()
+            if number:
+                rates[entry.name].append(rate)
+                _logger.info("round %d/%d: %s, %.1f images/s", number, rounds, entry.name, rate)
     rows = tuple(
-        Row(name=c.name, ours=c.ours, quality=c.quality, images_per_second=tuple(rates[c.name])) for c in contenders
+        Result(name=e.name, ours=e.ours, quality=e.quality, images_per_second=tuple(rates[e.name])) for e in entries
     )
-    return Contest(kind=kind, settings=dict(settings), machine=machine_facts(device), rows=rows, notes=tuple(notes))
+    return Comparison(kind=kind, settings=dict(settings), machine=machine_facts(device), rows=rows, notes=tuple(notes))
 
 
 @contextlib.contextmanager
-def in_its_own_process(title: str, build: Callable[..., Contender], *arguments: object) -> Iterator[Contender]:
-    """Build a contender in a process of its own, so that its memory, caches and threads are nobody else's.
+def in_own_process(title: str, build: Callable[..., Entry], *arguments: object) -> Iterator[Entry]:
+    """Build an entry in a separate process, so entries do not share memory, caches or threads.
 
     Args:
-        title: What an error calls it.
-        build: A function at the top of a module.
-        arguments: Its arguments, which are pickled.
+        title: Name of the entry in errors.
+        build: A function at the top level of a module.
+        arguments: Its arguments, which must be picklable.
 
     Raises:
-        RequestError: If it does.
+        RequestError: If `build` raises it.
         RunError: If the process fails or dies.
     """
-    # a server that has imported what all need, and computed nothing, makes them
+    # the fork server imports the module once and computes nothing, so each process starts clean and fast
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([build.__module__])
     here, there = context.Pipe()
@@ -185,33 +194,33 @@ def in_its_own_process(title: str, build: Callable[..., Contender], *arguments: 
                 here.send(part)
             answer = here.recv()
         except (EOFError, OSError):
-            raise RunError(f"the process of a contender has died: {title}") from None
+            raise RunError(f"the process of a benchmark entry died: {title}") from None
         if isinstance(answer, RunError):
-            raise RunError(f"a contender has failed: {title}: {answer}") from None
+            raise RunError(f"a benchmark entry failed: {title}: {answer}") from None
         if isinstance(answer, Exception):
             raise answer
         return answer
 
     try:
         name, quality, ours = answer_to()
-        yield Contender(name=name, run=lambda: answer_to("a round"), quality=quality, ours=ours)
+        yield Entry(name=name, run=lambda: answer_to("a round"), quality=quality, ours=ours)
     finally:
-        here.close()  # at which it ends, unless it is in the middle of something
+        here.close()  # ends the process unless it is busy
         process.join(timeout=2)
         process.kill()
 
 
-def _serve(pipe: Connection, threads: int, build: Callable[..., Contender], arguments: tuple[object, ...]) -> None:
-    """Build a contender, and do a round whenever asked to, until nobody can ask any more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asks ends at Ctrl-C, and then this does
+def _serve(pipe: Connection, threads: int, build: Callable[..., Entry], arguments: tuple[object, ...]) -> None:
+    """Build an entry, and run a round per request until the other end of the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which closes the pipe
     torch.set_num_threads(threads)
     try:
-        contender = build(*arguments)
-        pipe.send((contender.name, contender.quality, contender.ours))
+        entry = build(*arguments)
+        pipe.send((entry.name, entry.quality, entry.ours))
         with contextlib.suppress(EOFError):
             while True:
                 pipe.recv()
-                pipe.send(contender.run())
+                pipe.send(entry.run())
     except RequestError as error:
         pipe.send(error)
     except (RuntimeError, ValueError, ImportError, OSError) as error:
@@ -219,7 +228,7 @@ def _serve(pipe: Connection, threads: int, build: Callable[..., Contender], argu
 
 
 def images_per_second(work: Callable[[], object], images: int, device: torch.device) -> float:
-    """Do work on a number of images; give how many a second that was, with what the device still had to do."""
+    """Run work on a number of images and return its throughput; pending work of the device is included."""
     _synchronize(device)
     begin = time.perf_counter()
     work()
@@ -228,9 +237,9 @@ def images_per_second(work: Callable[[], object], images: int, device: torch.dev
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:
-    """Give what figures depend on: processor, threads, versions."""
+    """Return what results depend on: processor, cores, threads, and versions of this package and its baselines."""
     packages = dict(versions())
-    for name in PEER_PACKAGES:
+    for name in BASELINE_PACKAGES:
         try:
             packages[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

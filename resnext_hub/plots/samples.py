@@ -1,0 +1,89 @@
+"""Gallery of evaluation images with true and predicted classes."""
+
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from resnext_hub.data.decode import MAX_IMAGE_PIXELS, UnreadableImageError, decode
+from resnext_hub.data.images import IndexedImages
+from resnext_hub.plots.lettering import Lettering
+from resnext_hub.training.evaluation import Evaluation
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+THUMBNAIL = 256
+"""Longest side of an image in the gallery, in pixels."""
+
+COLUMNS = 6
+"""Images per row of the gallery."""
+
+
+def plot_samples(
+    images: IndexedImages,
+    evaluation: Evaluation,
+    label_names: Sequence[str],
+    letters: Lettering,
+    max_pixels: int = MAX_IMAGE_PIXELS,
+    count: int = 24,
+) -> "Figure":
+    """Draw up to `count` evaluation images with true and predicted class, the most confident mistakes first."""
+    from matplotlib.figure import Figure
+
+    wrong = evaluation.labels != evaluation.predictions
+    shown = _chosen(evaluation, wrong, count)
+    columns = min(COLUMNS, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(1.9 * columns, 2.2 * rows + 0.4), layout="constrained")
+    grid = np.ravel(figure.subplots(rows, columns, squeeze=False, subplot_kw={"xticks": (), "yticks": ()}))
+    for axes in grid:
+        axes.axis("off")
+        axes.xaxis.set_visible(False)  # hidden ticks would still be laid out
+        axes.yaxis.set_visible(False)
+    for axes, entry in zip(grid, shown, strict=False):
+        row = images.row(int(evaluation.indices[entry]))
+        axes.imshow(thumbnail(row, max_pixels), interpolation="nearest")
+        label, prediction = (
+            letters.name(label_names, int(index), 22)
+            for index in (evaluation.labels[entry], evaluation.predictions[entry])
+        )
+        confidence = percent(float(evaluation.probabilities[entry]))
+        text = f"{label}\nas {prediction}\n{confidence}" if wrong[entry] else f"{label}\n{confidence}"
+        axes.set_title(text, fontsize=8, color="C3" if wrong[entry] else "black", y=1.0)
+    caption = "red: true class, then predicted class; black: correct; percentage: probability of the prediction"
+    if not wrong.any():
+        caption = "all correct; percentage: probability of the prediction"
+    caption += letters.note(label_names)
+    figure.supxlabel(textwrap.fill(caption, 24 * columns), fontsize=8)
+    return figure
+
+
+def _chosen(evaluation: Evaluation, wrong: np.ndarray, count: int) -> list[int]:
+    """Return entries to show: mistakes for up to half, most confident first, then correct ones spread evenly."""
+    order = np.lexsort((-evaluation.probabilities, ~wrong))
+    mistakes = order[: min(count // 2, int(wrong.sum()))]
+    correct = np.flatnonzero(~wrong)
+    spread = correct[np.linspace(0, len(correct) - 1, min(count - len(mistakes), len(correct))).astype(np.int64)]
+    return [int(entry) for entry in (*mistakes, *spread)]
+
+
+def thumbnail(row: dict[str, Any] | None, max_pixels: int) -> "Image.Image":
+    """Return a stored image shrunk at once, so that the gallery holds one full-size image at a time."""
+    from PIL import Image
+
+    try:
+        image = decode(row, "RGB", max_pixels)
+    except UnreadableImageError:  # readable during evaluation, but changed or removed since
+        return Image.new("RGB", (8, 8), "white")
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    return image
+
+
+def percent(part: float) -> str:
+    """Return a fraction as a whole percentage that is 0 % or 100 % only if exact."""
+    if 0.0 < part < 0.01:
+        return "<1 %"
+    return ">99 %" if 0.99 < part < 1.0 else f"{100 * part:.0f} %"

@@ -1,0 +1,76 @@
+"""Write all plots of a run.
+
+A plot that fails is logged and skipped: it must not make a finished run fail.
+"""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from resnext_hub.data.decode import MAX_IMAGE_PIXELS
+from resnext_hub.data.images import IndexedImages
+from resnext_hub.errors import one_line
+from resnext_hub.plots.confusion import plot_confusion
+from resnext_hub.plots.curves import plot_curves
+from resnext_hub.plots.lettering import Lettering, choose_lettering
+from resnext_hub.plots.samples import plot_samples
+from resnext_hub.record import PLOTS, RunRecord
+from resnext_hub.training.evaluation import Evaluation
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_logger = logging.getLogger(__name__)
+
+_FAILURES = (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, MemoryError, ImportError)
+"""Errors from matplotlib, its fonts, a full disk, or too little memory."""
+
+
+def write_plots(record: RunRecord, folder: Path) -> list[str]:
+    """Write curves.png and confusion_matrix.png; return the names of the files that were written."""
+    names = tuple(record.label_names)
+    written = []
+    for name, draw in zip(PLOTS, (plot_curves, plot_confusion), strict=True):
+        if save_plot(folder / name, names, partial(draw, record)):
+            written.append(name)
+    return written
+
+
+def write_samples(
+    images: IndexedImages,
+    evaluation: Evaluation,
+    label_names: Sequence[str],
+    path: Path,
+    max_pixels: int = MAX_IMAGE_PIXELS,
+) -> bool:
+    """Write a gallery of evaluation images; return whether it was written."""
+    draw = partial(plot_samples, images, evaluation, label_names, max_pixels=max_pixels)
+    return save_plot(path, tuple(label_names), draw)
+
+
+def save_plot(path: Path, names: tuple[str, ...], draw: Callable[[Lettering], "Figure"]) -> bool:
+    """Draw a plot and save it; on failure, log the error, remove the file, and return False.
+
+    Args:
+        path: The image file; its folder is created.
+        names: Class names, for which fonts are chosen.
+        draw: Returns the figure.
+    """
+    try:
+        import matplotlib
+
+        letters = choose_lettering(names)
+        with matplotlib.rc_context({"font.family": list(letters.families)}), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # such as that constrained layout found too little room
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draw(letters).savefig(path, dpi=110, metadata={"Software": None})
+    except _FAILURES as error:
+        _logger.warning("skipping %s, which could not be drawn: %s", path.name, one_line(error))
+        with contextlib.suppress(OSError):
+            path.unlink()
+        return False
+    return True
