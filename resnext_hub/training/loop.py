@@ -322,7 +322,7 @@ def _compiling() -> Iterator[None]:
             yield
     except TorchDynamoException as error:
         raise RunError(
-            f"torch.compile failed ({one_line(error)[:200]}); rerun without {setting('compile', True)}"
+            f"the model cannot be compiled here ({one_line(error)[:200]}); rerun without {setting('compile', True)}"
         ) from error
 
 

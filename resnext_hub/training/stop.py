@@ -1,6 +1,6 @@
 """Stop all processes of a run at the same step after SIGTERM or Ctrl-C.
 
-The signal reaches the processes at different times, and possibly only one of them. So they compare notes after every
+The signal reaches the processes at different times, and possibly only one of them. So they share the flag after every
 step, over a gloo group of their own that does not involve the accelerator.
 """
 

@@ -40,8 +40,8 @@ Command = Callable[..., tuple[int, str, str]]
             ["--image-size", "16"],
             ["16 is smaller than the stride of test_resnet (32); use --image-size 32 or larger"],
         ),
-        (["--batch-size", "1"], ["whose last feature map is a single pixel: batch norm needs more"]),
-        (["--batch-size", "5", "--micro-batch-size", "2"], ["a forward pass with one image of 32 px"]),
+        (["--batch-size", "1"], ["whose last feature map is a single pixel, too few for batch norm"]),
+        (["--batch-size", "5", "--micro-batch-size", "2"], ["a single image of 32 px"]),
         (["--mixed-precision", "fp16"], ["fp16 needs a CUDA GPU, and the device is cpu"]),
         (["--auto-augment", "sparkle"], ["--auto-augment sparkle"]),
         (["--interpolation", "sparkle"], ["--interpolation sparkle"]),
@@ -153,7 +153,7 @@ def test_a_folder_that_cannot_be_made_exits_with_2(command: Command, tmp_path: P
     (tmp_path / "file").write_text("in the way")
     code, _, err = command("train", *TINY, "--output-dir", tmp_path / "file" / "run")
     assert code == 2
-    assert f"cannot be created, as {tmp_path / 'file'} is a file; choose another --output-dir" in err
+    assert f"cannot be created, because {tmp_path / 'file'} is a file; choose another --output-dir" in err
 
 
 def test_a_folder_of_other_things_is_left_alone(command: Command, tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_folder_of_other_things_is_left_alone(command: Command, tmp_path: Path
         (
             2,
             {"batch_size": 66, "mixup": 0.2},
-            "makes 33 images per process, but --mixup and --cutmix need pairs; nearest: 64 or 68",
+            "makes 33 images per process, but mixup and cutmix need pairs; nearest: 64 or 68",
         ),
     ],
     ids=["not divided", "odd part"],
@@ -194,7 +194,7 @@ def test_a_stream_of_unknown_length_needs_a_number_of_steps(command: Command, tm
     flags = ("--dataset", tmp_path / "digits", "--streaming", "--image-size", 32)
     code, _, err = command("train", *TINY, *flags, "--output-dir", tmp_path / "run")
     assert code == 2
-    assert "does not say how many samples it has, so --streaming needs --max-steps" in err
+    assert "does not state its number of samples, so --streaming needs --max-steps" in err
 
 
 @mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])

@@ -114,7 +114,7 @@ def test_changed_settings_or_a_damaged_state_do_not_resume(hub: LoopbackHub, tmp
         changed = ("--lr", 0.02, "--seed", 3, "--output-dir", tmp_path / "other")
         code, _, err = client.command("train", "--resume-from", "hub:me/run", *changed)
         assert code == 2
-        assert "--lr 0.01 there, 0.02 now" in err
+        assert "--lr was 0.01 and is now 0.02" in err
         code, _, err = client.command("train", "--resume-from", "hub:me/none")
         assert code == 2
         assert "no repository with a branch checkpoints that you can read" in err
@@ -168,7 +168,7 @@ def test_a_run_that_cannot_be_published_fails_before_training(
 ) -> None:
     base = ("train", *TINY, "--max-steps", 2, "--output-dir", tmp_path / "run")
     for flags, message in (
-        (("--push-to-hub", "--license", "mit"), "need --repo-id"),
+        (("--push-to-hub", "--license", "mit"), "--push-to-hub needs --repo-id"),
         (("--push-to-hub", "--repo-id", "me/run"), "--push-to-hub needs --license"),
         (("--push-checkpoints", "--repo-id", "me/run/more"), "--repo-id me/run/more"),
         (("--resume-from", "me/run"), "--resume-from me/run: expected hub:owner/name"),
