@@ -60,7 +60,8 @@ def printed(command: str) -> str:
         code = main(shlex.split(command)[1:])
     assert code in (1, 2), f"{command} ended with {code}: {out.getvalue()}"
     (line,) = [line for line in out.getvalue().splitlines() if line.startswith("error: ")]
-    return line.replace(os.getcwd() + "/", "")
+    line = line.replace(os.getcwd() + "/", "")
+    return re.sub(r"--dataset was \S+ and is now photos; ", "", line)  # where RUN was trained
 
 
 def commands(page: str) -> Iterator[tuple[str, str]]:
