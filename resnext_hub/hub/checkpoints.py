@@ -79,7 +79,7 @@ class CheckpointPusher:
             thread.join(seconds)
             if thread.is_alive():
                 _logger.warning(
-                    "the newest checkpoint is not fully uploaded to %s; it is only on this disk", self.repo_id
+                    "the latest checkpoint was not completely uploaded to %s; it is only saved locally", self.repo_id
                 )
 
     def _work(self) -> None:
@@ -196,7 +196,7 @@ def fetched_settings(settings: Mapping[str, Any], asked: Container[str], where: 
     )
     if ignored:
         _logger.warning(
-            "ignoring settings of %s: %s; pass those that you need",
+            "ignoring these settings of %s: %s; pass the ones that you need",
             where,
             ", ".join(f"{name}={printable(settings[name])}" for name in ignored),
         )

@@ -294,7 +294,8 @@ def open_repository(repo_id: str, private: bool) -> None:
     except HUB_ERRORS as error:
         raise RunError(
             f"{repo_id} cannot be written to: {_reason(error)}. Training was not started; without "
-            f"{setting('push_to_hub', True)} and {setting('push_checkpoints', True)} the run stays on this disk, and "
+            f"{setting('push_to_hub', True)} and {setting('push_checkpoints', True)} the run is only saved locally, "
+            "and "
             "scripts/push.py can publish it later"
         ) from error
 

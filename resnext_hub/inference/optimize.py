@@ -385,6 +385,6 @@ def compile_frozen(model: nn.Module, example: torch.Tensor) -> tuple[Callable[[t
         try:
             compiled(example)
         except (BackendCompilerFailed, RuntimeError) as error:
-            _logger.warning("the model stays eager, because compiling it failed: %s", str(error).splitlines()[0])
+            _logger.warning("torch.compile failed, so the model runs in eager mode: %s", str(error).splitlines()[0])
             return model, False
     return compiled, True

@@ -120,7 +120,7 @@ def test_an_evaluation_on_the_training_split_is_called_so() -> None:
     dataset: DatasetFacts = dataclasses.replace(record.dataset, eval_split="train")
     card = render_card(dataclasses.replace(record, dataset=dataset))
     assert "held" not in visible(card)
-    assert "on images that it was trained on" in card
+    assert "on its own training images" in card
     assert "split train, also used for training" in card
 
 

@@ -650,9 +650,9 @@ def test_an_evaluation_split_of_any_name_can_be_requested(tmp_path: Path) -> Non
     [
         (
             "split",
-            "this column of {root}/metadata.csv holds splits; expected a column of classes (other columns: label)",
+            "this column of {root}/metadata.csv contains splits; expected a column of classes (other columns: label)",
         ),
-        ("file_name", "holds file names; expected a column of classes (other columns: label)"),
+        ("file_name", "contains file names; expected a column of classes (other columns: label)"),
         ("nope", "{root}/metadata.csv has no such column; its columns: file_name, label, split"),
     ],
 )
@@ -1689,4 +1689,4 @@ def test_a_run_inside_its_dataset_does_not_change_the_dataset(
     assert code == 0, err
     assert "(held out, 25 %)" in err
     code, out, _ = command(*words)
-    assert (code, "is finished already" in out) == (0, True)
+    assert (code, "is already finished" in out) == (0, True)

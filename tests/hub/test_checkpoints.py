@@ -154,7 +154,7 @@ def test_failed_checkpoint_uploads_do_not_stop_training(hub: LoopbackHub, tmp_pa
         (code, out, err), again = client.command(*words), client.command(*words)
     assert code == 0, err
     assert "a checkpoint could not be uploaded to me/run" in err
-    assert "published and read back: http" in out
+    assert "published and verified: http" in out
     repo = hub.repos["models/me/run"]
     assert len(repo.commits) == 2
     assert (

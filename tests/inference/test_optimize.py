@@ -509,11 +509,11 @@ def test_an_input_that_is_not_a_batch_is_refused_in_one_line(wrong: Any) -> None
 @mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_are_refused_by_name(value: float) -> None:
     model = classifier()
-    with raises(RequestError, match="example holds NaN or infinity"):
+    with raises(RequestError, match="example contains NaN or infinity"):
         quick(model, torch.full((2, 3, 16, 16), value))
     with torch.no_grad():
         model[4].weight[1, 2] = value
-    with raises(RequestError, match=r"the weights of the model are not finite: 4\.weight holds NaN or infinity"):
+    with raises(RequestError, match=r"the weights of the model are not finite: 4\.weight contains NaN or infinity"):
         quick(model, some_images(2, 16))
 
 

@@ -243,8 +243,8 @@ def test_a_model_on_an_unreachable_hub_exits_with_1(command: Command, tmp_path: 
 
 def test_paths_without_images_exit_with_2(vehicles_run: Path, command: Command, tmp_path: Path) -> None:
     for path, part in (
-        (tmp_path, "holds no images; known suffixes: .avif"),
-        (tmp_path / "x.jpg", "there is no such"),
+        (tmp_path, "contains no images; known suffixes: .avif"),
+        (tmp_path / "x.jpg", "no such file or folder"),
     ):
         code, _, err = command("predict", vehicles_run, path)
         assert code == 2
@@ -259,7 +259,7 @@ def test_paths_that_are_not_regular_files_are_refused_and_never_opened(command: 
     for name, reason in (
         ("fifo.jpg", "is not a regular file"),
         ("device.jpg", "is not a regular file"),
-        ("dangling.jpg", "there is no such file or folder"),
+        ("dangling.jpg", "no such file or folder"),
     ):
         code, out, err = command("predict", "any", tmp_path / name)
         assert (code, out, err.count("\n")) == (2, "", 1)
