@@ -109,8 +109,7 @@ class Comparison:
         if spread > STEADY:
             foot.append(
                 f"Warning: the rounds of one entry differ by up to {spread:.1f}x; other processes were probably "
-                "running on this "
-                "machine."
+                "running on this machine."
             )
         return text + "\n\n" + "\n".join(foot) + "\n"
 

@@ -210,8 +210,7 @@ def _limits(record: RunRecord) -> list[str]:
         limits.append(f"Most frequent confusions: {', '.join(confusions)}.")
     limits.append(
         "The results apply to images like those of the evaluation split. Accuracy on other kinds of images and "
-        "behavior "
-        "on images of other classes were not measured."
+        "behavior on images of other classes were not measured."
     )
     return limits
 

@@ -91,6 +91,6 @@ def run(options: argparse.Namespace) -> None:
             columns = (f"\t{printable(guess.label)}\t{guess.probability:.4f}" for guess in result.guesses)
             write(f"{printable(path)}{''.join(columns)}\n")
     if unread == len(paths):
-        raise RunError(f"none of the {unread} images could be decoded")
+        raise RunError(f"0 of {unread} images could be decoded")
     if unread:
         _logger.warning("%d of %d images could not be decoded", unread, len(paths))

@@ -295,8 +295,7 @@ def open_repository(repo_id: str, private: bool) -> None:
         raise RunError(
             f"{repo_id} cannot be written to: {_reason(error)}. Training was not started; without "
             f"{setting('push_to_hub', True)} and {setting('push_checkpoints', True)} the run is only saved locally, "
-            "and "
-            "scripts/push.py can publish it later"
+            "and scripts/push.py can publish it later"
         ) from error
 
 

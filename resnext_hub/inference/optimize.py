@@ -247,7 +247,8 @@ def _warn_if_different(report: OptimizationReport) -> None:
     if not max(report.relative_error, report.second_error) <= TOLERANCES[report.dtype]:  # also true for NaN
         _logger.warning(
             "the relative error of the optimized model's logits is %.1e on the example and %.1e on a second batch, "
-            "more than rounding in %s explains (%.0e): it computes another function, for example because the output "
+            "more than rounding in %s explains (%.0e): it computes a different function, for example because the "
+            "output "
             "for an image depends on the other images of its batch, or on a branch",
             report.relative_error,
             report.second_error,

@@ -37,8 +37,7 @@ def check_batch(config: TrainConfig) -> None:
     if config.transform.mixes and part % 2:
         raise RequestError(
             f"{setting('batch_size', config.batch_size)} gives {part} images per process, but {setting('mixup')} and "
-            f"{setting('cutmix')} need pairs; "
-            f"use {' or '.join(str(n * count) for n in (part - 1, part + 1) if n)}"
+            f"{setting('cutmix')} need pairs; use {' or '.join(str(n * count) for n in (part - 1, part + 1) if n)}"
         )
 
 
@@ -53,8 +52,7 @@ def check_input(config: TrainConfig, input: InputConfig) -> None:
     if height != width:
         raise RequestError(
             f"{model} expects images of {height} x {width} pixels (height x width), but training uses square "
-            "images; add "
-            f"{setting('image_size', max(height, width))}, or choose another model"
+            f"images; add {setting('image_size', max(height, width))}, or choose another model"
         )
     resized = resized_side(input.input_size, input.crop_pct)
     if resized > MAX_RESIZED:
@@ -146,6 +144,5 @@ def check_space(folder: RunFolder, weight_bytes: int) -> None:
     if total and free < need:  # some file systems report a size of 0
         raise RequestError(
             f"the disk of {printable(folder)} has {free / 1e6:.0f} MB of free space, but a checkpoint and the model "
-            "folder "
-            f"need {need / 1e6:.0f} MB; free some space, or choose another {setting('output_dir')}"
+            f"folder need {need / 1e6:.0f} MB; free some space, or choose another {setting('output_dir')}"
         )

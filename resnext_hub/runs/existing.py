@@ -141,8 +141,7 @@ def _compare(
     if differing:
         raise RequestError(
             f"{printable(folder)} contains another run: {'; '.join(differing)}. Choose another "
-            f"{setting('output_dir')}, "
-            "or use the same settings to resume it"
+            f"{setting('output_dir')}, or use the same settings to resume it"
         )
     if existing.steps == schedule.steps and existing.fault is not None:
         if not any(folder.checkpoints.glob("step-*")):

@@ -65,8 +65,7 @@ def check_optimizer(config: OptimConfig, device: str) -> None:
         except (AssertionError, ImportError, RuntimeError, TypeError, ValueError, AttributeError) as error:
             raise RequestError(
                 f"{setting('optimizer', config.optimizer)} does not work on this machine ({one_line(error)[:120]}); "
-                "choose "
-                "another, such as sgd, adamw or lamb"
+                "choose another, such as sgd, adamw or lamb"
             ) from error
     optimizer_state(optimizer)
 

@@ -179,7 +179,7 @@ class TrainingState:
             _logger.info("channels of merged groups: %s", merged)
         elif config.merge_groups not in ("auto", "off"):
             _logger.warning(
-                "no groups are merged, because --merge-groups %s is less than twice the width of any group in the "
+                "no groups are merged, because --merge-groups %s is less than twice the width of every group in the "
                 "model",
                 config.merge_groups,
             )

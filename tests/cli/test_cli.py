@@ -194,7 +194,7 @@ def test_a_stream_of_unknown_length_needs_a_number_of_steps(command: Command, tm
     flags = ("--dataset", tmp_path / "digits", "--streaming", "--image-size", 32)
     code, _, err = command("train", *TINY, *flags, "--output-dir", tmp_path / "run")
     assert code == 2
-    assert "does not state its number of samples, so --streaming needs --max-steps" in err
+    assert "does not provide its number of samples, so --streaming needs --max-steps" in err
 
 
 @mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])

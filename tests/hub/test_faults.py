@@ -256,7 +256,7 @@ def test_only_the_verified_file_is_loaded_from_the_hub(hub: LoopbackHub, client:
         config["pretrained_cfg"]["hf_hub_filename"] = name
         repo.commit("hostile", files | {"config.json": json.dumps(config).encode()})
         error = client.run(FROM_HUB.format(revision=None))["result"]
-        stated = f'me/digits: config.json states pretrained_cfg.hf_hub_filename "{name}": not allowed'
+        stated = f'me/digits: config.json has pretrained_cfg.hf_hub_filename "{name}": not allowed'
         assert error.startswith(f"RequestError: {stated}")
         for words in (
             ("predict", "hf-hub:me/digits", ROOT / "docs" / "quickstart.png"),

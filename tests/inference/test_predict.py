@@ -147,7 +147,7 @@ def test_only_unreadable_images_exit_with_1(vehicles_run: Path, command: Command
     assert err.splitlines() == [
         f"{tmp_path / 'empty.jpg'}: cannot be decoded: zero bytes",
         f"{tmp_path / 'text.jpg'}: cannot be decoded: not an image",
-        "error: none of the 2 images could be decoded",
+        "error: 0 of 2 images could be decoded",
     ]
 
 
@@ -222,7 +222,7 @@ def test_an_invalid_model_exits_with_2_and_one_line(vehicles_run: Path, command:
         (tmp_path, "is not a trained model"),
         (unnamed, "1 names for 1000 classes: expected one per class"),
         (foreign, "model.safetensors does not match config.json, a test_vit"),
-        (unknown, 'config.json states architecture "sparkle": unknown to timm'),
+        (unknown, 'config.json has architecture "sparkle": unknown to timm'),
         (no_json, "config.json is damaged (Input data was truncated)"),
         (damaged, "model.safetensors cannot be read (Error while deserializing header"),
         (without, "there is no model.safetensors in"),

@@ -88,7 +88,7 @@ def refusal(folder: Path) -> str:
 )
 def test_a_key_that_steers_loading_is_refused_by_name(folder: Path, key: str, value: Any) -> None:
     change(folder, **{f"pretrained_cfg__{key}": value})
-    assert f"config.json states pretrained_cfg.{key} {json.dumps(value)}" in refusal(folder)
+    assert f"config.json has pretrained_cfg.{key} {json.dumps(value)}" in refusal(folder)
 
 
 def test_empty_keys_and_unknown_top_level_keys_are_ignored(folder: Path) -> None:
@@ -490,7 +490,9 @@ def test_a_classifier_is_kept_if_the_class_names_match(written: Path) -> None:
     assert torch.equal(build_model(source, [NAMES[n] for n in order]).fc.weight, weight[order])
     assert "in the order of these class names" in source.saved.classifier_for([NAMES[n] for n in order])
     assert not torch.equal(build_model(source, [*NAMES[:9], "other"]).fc.weight, weight)
-    assert "new, because the weights have other class names" in source.saved.classifier_for([*NAMES[:9], "other"])
+    assert "new, because the pretrained model has other class names" in source.saved.classifier_for(
+        [*NAMES[:9], "other"]
+    )
 
 
 def test_a_variant_saved_by_timm_is_recognized(tmp_path: Path) -> None:

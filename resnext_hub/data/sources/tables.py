@@ -207,7 +207,7 @@ def open_tables(tree: Tree, tables: Sequence[Table], label_column: str, eval_spl
     if "train" in roles[1] - roles[0] and "eval" in roles[0]:
         raise RequestError(
             f"{where} labels only an evaluation split, and the training split has no labels; add a metadata.csv for "
-            f"it, or move {printable(tables[0].path)} away"
+            f"it, or move {printable(tables[0].path)} elsewhere"
         )
     if split_column and splits:
         splits = _require_all(tree, splits, labels, f"the column {printable(split_column)} of {where}")
