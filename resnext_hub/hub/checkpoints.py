@@ -146,8 +146,8 @@ def fetch_run(where: str) -> Path:
         }
     except (RevisionNotFoundError, RepositoryNotFoundError) as error:
         raise RequestError(
-            f"{asked}: no repository with a branch {BRANCH} that you can read; train with "
-            f"{setting('push_checkpoints', True)} to create one"
+            f"{asked}: the repository or its branch {BRANCH} does not exist, or is private; train with "
+            f"{setting('push_checkpoints', True)} to create it, or log in with `hf auth login`"
         ) from error
     except HFValidationError as error:
         raise RequestError(f"{asked}: {printable(repo_id)} is not of the form owner/name") from error

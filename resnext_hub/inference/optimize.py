@@ -248,8 +248,7 @@ def _warn_if_different(report: OptimizationReport) -> None:
         _logger.warning(
             "the relative error of the optimized model's logits is %.1e on the example and %.1e on a second batch, "
             "more than rounding in %s explains (%.0e): it computes a different function, for example because the "
-            "output "
-            "for an image depends on the other images of its batch, or on a branch",
+            "output for an image depends on the other images of its batch, or on a branch",
             report.relative_error,
             report.second_error,
             report.dtype,

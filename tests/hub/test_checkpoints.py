@@ -179,6 +179,6 @@ def test_a_run_that_cannot_be_published_fails_before_training(
     with contextlib.closing(Client(hub, tmp_path / "home", "hf_readonlytokenofme")) as client:
         code, _, err = client.command(*base, "--push-to-hub", "--license", "mit", "--repo-id", "me/run")
     assert code == 1
-    assert "me/run cannot be written to: permission denied: the token cannot write there" in err
+    assert "cannot write to me/run: permission denied: the token cannot write there" in err
     assert "Training was not started" in err
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
