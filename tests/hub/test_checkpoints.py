@@ -117,7 +117,7 @@ def test_changed_settings_or_a_damaged_state_do_not_resume(hub: LoopbackHub, tmp
         assert "--lr was 0.01 and is now 0.02" in err
         code, _, err = client.command("train", "--resume-from", "hub:me/none")
         assert code == 2
-        assert "no repository with a branch checkpoints that you can read" in err
+        assert "the repository or its branch checkpoints does not exist, or is private" in err
 
 
 def _refuse_damaged_states(hub: LoopbackHub, client: Client, tmp_path: Path) -> None:

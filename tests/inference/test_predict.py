@@ -307,5 +307,5 @@ def test_plots_of_a_run_are_not_classified(tmp_path: Path) -> None:
     assert find_images([tmp_path]) == [tmp_path / "curves.png"]
     for name in ("config.yaml", "record.json"):
         (tmp_path / name).write_text("{}")
-    with raises(RequestError, match="is a run folder, and its images are plots"):
+    with raises(RequestError, match="is a run folder whose images are plots"):
         find_images([tmp_path])
