@@ -202,7 +202,7 @@ def test_sharded_training_is_refused_in_a_line(variable: str, command: Command, 
     monkeypatch.setenv(variable, "true")
     code, _, err = command("train", *TINY)
     assert code == 2
-    assert "expected plain data parallelism" in err
+    assert "use plain data parallelism" in err
 
 
 @mark.parametrize(
