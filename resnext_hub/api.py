@@ -42,7 +42,7 @@ def train(
         settings: The flags of the command, with underscores; they override recipe and file.
 
     Returns:
-        The run folder; a run that is finished already is not trained again.
+        The run folder; a run that is already finished is not trained again.
 
     Raises:
         RequestError: If the request is wrong; nothing was computed.
@@ -112,7 +112,7 @@ def publish(
     Args:
         run: The run folder.
         repo_id: `owner/name`; created if it does not exist.
-        license: Licence of the weights, an id of the Hub's list.
+        license: License of the weights, an ID from the Hub's list.
         private: Create a new repository as a private one.
         create_pr: Open a pull request instead of committing.
         revision: Branch to commit to.

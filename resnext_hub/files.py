@@ -288,4 +288,4 @@ def _where_possible(what: str, work: Callable[[], None]) -> bool:
 
 @functools.cache
 def _warn_once(what: str, reason: str) -> None:
-    _logger.warning("the file system does not support %s (%s); files are written without", what, reason)
+    _logger.warning("the file system does not support %s (%s); files are written without it", what, reason)

@@ -195,7 +195,7 @@ def _require_text(name: str, value: str) -> None:
     if not value.strip():
         raise RequestError(f"{setting(name)} is empty: expected text, or no {setting(name)} at all")
     if len(value) > TEXT_LENGTH or "\0" in value:
-        reason = "holds a null character" if "\0" in value else f"has {len(value):,} characters"
+        reason = "contains a null character" if "\0" in value else f"has {len(value):,} characters"
         raise RequestError(
             f"{setting(name, shown(value))} {reason}: expected text of at most {TEXT_LENGTH:,} characters"
         )

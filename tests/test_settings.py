@@ -61,7 +61,7 @@ def test_a_file_means_what_the_field_expects(text: str, expected: Any, file: Pat
         ("seed: " + "9" * 5000, "expected a whole number from 0 to 9,223,372,036,854,775,807"),
         ("epochs: null", "epochs=None: expected a number"),
         ("dataset: 1.10", "dataset=1.1: expected text, in quotes"),
-        ('dataset: "a\\0b"', "holds a null character"),
+        ('dataset: "a\\0b"', "contains a null character"),
         ("dataset: ''", "dataset is empty"),
         ("scale: 0.5", "scale=0.5: expected 2 numbers"),
         ("scale: [a, b]", "scale=a: expected a number"),

@@ -108,8 +108,8 @@ class Comparison:
         spread = max((max(row.images_per_second) / min(row.images_per_second) for row in self.rows), default=1.0)
         if spread > STEADY:
             foot.append(
-                f"Warning: the rounds of one entry differ by up to {spread:.1f}x, so other work was running on this "
-                "machine."
+                f"Warning: the rounds of one entry differ by up to {spread:.1f}x; other processes were probably "
+                "running on this machine."
             )
         return text + "\n\n" + "\n".join(foot) + "\n"
 

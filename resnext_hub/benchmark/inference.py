@@ -39,12 +39,13 @@ TWINS = {"resnext_g32": "resnext50_32x4d", "resnext101_g32_w8": "resnext101_32x8
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Settings of the inference benchmark."""
+    """Inference benchmark."""
 
     model: str = "resnext_g32"
-    """timm model name; its weights are seeded and random, since throughput does not depend on them."""
+    """timm model name; it is measured with random weights, since throughput does not depend on them."""
     equal_flops: str | None = None
-    """A model without grouped convolutions to compile and measure too (default: one of about equal FLOPs, if any)."""
+    """A model without grouped convolutions to measure as well, compiled (default: one with about the same FLOPs, if
+    any)."""
     image_size: Annotated[int, Range(1, IMAGE_SIZE)] = 224
     """Height and width of the images, in pixels."""
     batch_size: Annotated[int, Range(1, 1 << 20)] = 16
@@ -54,7 +55,7 @@ class Settings:
         check_fields(self)
         for name in filter(None, (self.model, self.equal_flops)):
             if name.partition(".")[0] not in timm.list_models():
-                raise RequestError(f"{name} is not a model of timm; `timm.list_models()` lists them")
+                raise RequestError(f"{name} is not a timm model; `timm.list_models()` lists all of them")
 
 
 def measure(settings: Settings, rounds: int) -> Comparison:
@@ -96,7 +97,7 @@ def build_entry(settings: Settings, title: str) -> Entry:
             expected = model(images)
         except (RuntimeError, AssertionError) as error:
             raise RequestError(
-                f"{settings.model} does not take {setting('image_size', settings.image_size)}; use a larger size"
+                f"{settings.model} does not accept {setting('image_size', settings.image_size)}; use a larger size"
             ) from error
     reference = None if candidate.other_model else expected
     return _entry(title, candidate.build(model, images), images, reference, candidate.ours)

@@ -46,20 +46,21 @@ DRAWS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Settings of the data-loading benchmark."""
+    """Data-loading benchmark."""
 
     image_size: Annotated[int, Range(1, IMAGE_SIZE)] = 224
     """Height and width of the model's input, in pixels."""
     workers: Annotated[int, Range(0, WORKERS)] = 1
-    """Data-loading workers."""
+    """Data-loading workers, 0 to 256."""
     batch_size: Annotated[int, Range(1, 1 << 20)] = 16
     """Images per batch."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
-    """Interpolation for resizing; resnext_g32 uses bicubic."""
+    """Interpolation for resizing."""
     photo_size: Literal["500x375", "12mp"] = "500x375"
-    """Size of the images, typical of ImageNet or a phone camera; they are crops of scikit-learn's two sample photos."""
+    """Size of the source images: 500x375 as in ImageNet, or 12 megapixels as from a phone; they are crops of two photos
+    from scikit-learn."""
     images: str | None = None
-    """A folder of images to use instead; unreadable images are skipped."""
+    """Folder of images to use instead; unreadable images are skipped."""
 
     def __post_init__(self) -> None:
         check_fields(self)

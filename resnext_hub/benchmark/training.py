@@ -37,29 +37,29 @@ CLASSES = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Settings of the training benchmark."""
+    """Training benchmark."""
 
     model: str = "resnext_g32"
-    """A variant of this package; its weights are seeded and random, since throughput does not depend on them."""
+    """Variant of this package, as listed by `resnext-hub info`; it is trained from random weights."""
     equal_flops: str | None = None
-    """A model without grouped convolutions for another bare loop (default: one of about equal FLOPs, if any)."""
+    """A model without grouped convolutions for another bare loop (default: one with about the same FLOPs, if any)."""
     image_size: Annotated[int, Range(2, IMAGE_SIZE)] = 64
     """Height and width of the images, in pixels."""
     batch_size: Annotated[int, Range(2, 1 << 20)] = 64
     """Images per optimizer step."""
     steps: Annotated[int, Range(4, 1_000_000)] = 16
-    """Steps per round; the first quarter is warmup and is not measured."""
+    """Optimizer steps per round, 4 or more; the first quarter is warmup and is not measured."""
     compile: bool = False
-    """Also measure training with --compile and a compiled bare loop; each takes a minute or more to compile."""
+    """Also measure `train --compile` and a compiled bare loop; each takes a minute or more to compile."""
     timm_checkout: str | None = None
-    """Checkout of pytorch-image-models at the installed version, to measure its train.py as well."""
+    """Checkout of pytorch-image-models at the installed timm version; its train.py is then measured as well."""
 
     def __post_init__(self) -> None:
         check_fields(self)
         if self.model not in VARIANTS:
             raise RequestError(f"{self.model} is not a variant of this package; choose one of {', '.join(VARIANTS)}")
         if self.equal_flops is not None and self.equal_flops.partition(".")[0] not in timm.list_models():
-            raise RequestError(f"{self.equal_flops} is not a model of timm; `timm.list_models()` lists them")
+            raise RequestError(f"{self.equal_flops} is not a timm model; `timm.list_models()` lists all of them")
         if self.timm_checkout is not None and not Path(self.timm_checkout, "train.py").is_file():
             raise RequestError(f"{setting('timm_checkout', self.timm_checkout)} contains no train.py")
 
@@ -96,7 +96,7 @@ def _check_size(model: str, image_size: int) -> None:
             probe(torch.empty(2, 3, image_size, image_size))
         except (AssertionError, RuntimeError) as error:
             raise RequestError(
-                f"{model} does not take {setting('image_size', image_size)}: {one_line(error)}"
+                f"{model} does not accept {setting('image_size', image_size)}: {one_line(error)}"
             ) from error
 
 

@@ -209,8 +209,8 @@ def _limits(record: RunRecord) -> list[str]:
     if confusions:
         limits.append(f"Most frequent confusions: {', '.join(confusions)}.")
     limits.append(
-        "The results hold for images like those of the evaluation split; accuracy on other images, and behavior on "
-        "images of none of the classes, were not measured."
+        "The results apply to images like those of the evaluation split. Accuracy on other kinds of images and "
+        "behavior on images of other classes were not measured."
     )
     return limits
 

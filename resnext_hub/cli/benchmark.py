@@ -11,20 +11,29 @@ from resnext_hub.settings import check_value
 from resnext_hub.training.config import BATCH, fields_of
 
 BENCHMARKS = {
-    "inference": "the forward pass of a model, against timm, torchvision, ONNX Runtime and OpenVINO",
-    "training": "optimizer steps, against a bare loop and timm's train.py",
-    "loader": "encoded images to batches, against datasets, PIL and timm's transform",
+    "inference": "measure the forward pass of a model against timm, torchvision, ONNX Runtime and OpenVINO",
+    "training": "measure training against bare PyTorch loops and timm's train.py",
+    "loader": "measure data loading, from encoded images to batches, against datasets, PIL and timm's transform",
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
-    kinds = parser.add_subparsers(title="what to measure", required=True, dest="kind", metavar="KIND")
+    kinds = parser.add_subparsers(title="benchmarks", required=True, dest="kind", metavar="KIND")
     for kind, text in BENCHMARKS.items():
         own = kinds.add_parser(kind, help=text, description=text)
-        own.add_argument("--rounds", type=count(BATCH), default=5, metavar="N", help="rounds that count (default: 5)")
         own.add_argument(
-            "--json", type=existing_path, metavar="FILE", help="write all rounds, the machine and the ratios there"
+            "--rounds",
+            type=count(BATCH),
+            default=5,
+            metavar="N",
+            help="measured rounds, after one warmup round (default: 5)",
+        )
+        own.add_argument(
+            "--json",
+            type=existing_path,
+            metavar="FILE",
+            help="write the results as JSON: every round, the speedups, and the machine",
         )
         add_threads(own)
         add_config_flags(own, fields_of(importlib.import_module(f"resnext_hub.benchmark.{kind}").Settings))

@@ -1,4 +1,4 @@
-"""`resnext-hub evaluate`: evaluate a run's model again, and compare with its record."""
+"""`resnext-hub evaluate`: re-evaluate the model of a run, and compare the result with its record."""
 
 import argparse
 
@@ -33,5 +33,5 @@ def run(options: argparse.Namespace) -> None:
     if evaluation.confusion(len(record.label_names)) != recorded.confusion:
         raise RunError(f"the counts differ from the record: {text}")
     if sha256_of(RunFolder(options.run).model / WEIGHTS) != record.model.weights_sha256:
-        raise RunError(f"the counts equal the record, but {WEIGHTS} is not the recorded file: {text}")
-    write(f"{text}: equal counts in every class\n")
+        raise RunError(f"the counts match the record, but the SHA-256 of {WEIGHTS} does not: {text}")
+    write(f"{text}: the counts of every class match\n")

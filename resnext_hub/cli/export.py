@@ -14,34 +14,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from resnext_hub.training.config import WIDTHS
 
     parser.add_argument(
-        "model", metavar="RUN_OR_MODEL", help="run folder, model folder, hf-hub:owner/name, or a name of timm"
+        "model", metavar="RUN_OR_MODEL", help="run folder, model folder, hf-hub:owner/name, or timm model name"
     )
-    parser.add_argument("--format", choices=("onnx", "openvino"), default="onnx", help="what to write (default: onnx)")
+    parser.add_argument("--format", choices=("onnx", "openvino"), default="onnx", help="output format (default: onnx)")
     parser.add_argument(
         "--output",
         type=existing_path,
         metavar="FILE",
-        help="the file (default: beside the model: model.onnx or model.xml, in int8 model-int8.onnx or model-int8.xml)",
+        help="output file (default: model.onnx or model.xml next to the model, with --int8 model-int8.onnx or .xml)",
     )
     parser.add_argument(
         "--merge-groups",
         type=choice_or_count(["off", "auto"], WIDTHS, "a number of channels"),
         default="off",
         metavar="off|auto|N",
-        help="merge neighbouring groups of grouped convolutions to a width of N channels or, with OpenVINO, to the "
-        "fastest width on this machine; the function stays the same (default: off)",
+        help="merge adjacent groups of grouped convolutions to a width of N channels; auto, for OpenVINO, measures the "
+        "fastest width on this machine; the outputs stay the same (default: off)",
     )
     parser.add_argument(
-        "--int8", action="store_true", help="compute convolutions in int8, if accuracy drops by at most --max-drop"
+        "--int8",
+        action="store_true",
+        help="compute convolutions in int8; fails if accuracy drops by more than --max-drop",
     )
     parser.add_argument(
-        "--calibration", metavar="DATASET", help="with --int8: a dataset as for training (default: that of the run)"
+        "--calibration",
+        metavar="DATASET",
+        help="with --int8: dataset for calibration, as in train --dataset (default: dataset of the run)",
     )
     parser.add_argument(
         "--max-drop",
         type=value_of("max_drop", Annotated[float, Range(0, 100)]),
         metavar="POINTS",
-        help="with --int8: points of top-1 accuracy that may be lost (default: 0.5)",
+        help="with --int8: maximum drop of top-1 accuracy, in percentage points, 0 to 100 (default: 0.5)",
     )
     add_threads(parser)
 

@@ -14,25 +14,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from resnext_hub.data.transforms import IMAGE_SIZE
     from resnext_hub.training.config import BATCH
 
-    parser.add_argument("name", nargs="*", help="variants; all if none is named")
+    parser.add_argument("name", nargs="*", help="variants to list (default: all)")
     parser.add_argument(
         "--image-size",
         type=count(IMAGE_SIZE),
         metavar="N",
-        help="pixels (default: 224, or 32 for CIFAR variants)",
+        help="image size to compute the cost for, in pixels (default: 224, or 32 for CIFAR variants)",
     )
-    parser.add_argument("--like", metavar="NAME", help="a model whose cost to match, such as resnet50")
     parser.add_argument(
-        "--cardinality", type=count(BATCH), metavar="C", help="with --like: number of groups to find the width for"
+        "--like", metavar="NAME", help="find the width that matches the cost of this model, such as resnet50"
     )
+    parser.add_argument("--cardinality", type=count(BATCH), metavar="C", help="with --like: number of groups")
     parser.add_argument(
         "--preserve",
         choices=("block", "parameters", "macs"),
         default="block",
-        help="with --like: what to match; block is the paper's equation 4 (default)",
+        help="with --like: cost to match; block is equation 4 of the paper (default)",
     )
     parser.add_argument(
-        "--write-cards", type=existing_path, metavar="DIR", help="write facts and cards of the variants there"
+        "--write-cards",
+        type=existing_path,
+        metavar="DIR",
+        help="write a card (.md) and its data (.json) for each variant with released weights to this folder",
     )
 
 
@@ -66,7 +69,7 @@ def _print_variants(options: argparse.Namespace) -> None:
     for name in options.name:
         if name not in VARIANTS:
             close = difflib.get_close_matches(name, VARIANTS, n=4, cutoff=0.0)
-            raise RequestError(f"{name} is not a variant; close: {', '.join(close)}")
+            raise RequestError(f"{name} is not a variant; closest matches: {', '.join(close)}")
     write(table(info_rows([VARIANTS[name] for name in options.name or VARIANTS], options.image_size)))
 
 

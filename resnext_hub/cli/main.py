@@ -19,12 +19,12 @@ MAX_ERROR = 2000
 
 COMMANDS = {
     "train": "train a model",
-    "evaluate": "evaluate a run's model again, and compare with its record",
+    "evaluate": "re-evaluate the model of a run, and compare the result with its record",
     "predict": "classify images",
-    "export": "write a trained model for another runtime",
-    "push": "upload a run's model folder to the Hub, in one commit",
-    "info": "list the variants and their cost",
-    "benchmark": "measure speed against baselines",
+    "export": "export a trained model to ONNX or OpenVINO",
+    "push": "publish the model of a run on the Hub, in one commit",
+    "info": "list the variants with their parameters and FLOPs",
+    "benchmark": "measure throughput against baselines",
 }
 """What each command does; its code is in the file of its name."""
 
@@ -72,7 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         if not is_out_of_memory(error):
             raise
-        return _report(f"out of memory ({one_line(error)[:120]}); use a smaller --batch-size or image", 1, True)
+        return _report(
+            f"out of memory ({one_line(error)[:120]}); use a smaller --batch-size or smaller images", 1, True
+        )
     return 0
 
 

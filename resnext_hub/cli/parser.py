@@ -158,7 +158,9 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
     def parse(text: str) -> str:
         return str(choice_or_count(["auto"], THREADS, "a number of threads")(text))
 
-    parser.add_argument("--threads", type=parse, default="auto", help="computing threads on a CPU (default: auto)")
+    parser.add_argument(
+        "--threads", type=parse, default="auto", metavar="N|auto", help="CPU threads (default: auto, all cores)"
+    )
 
 
 def existing_path(text: str) -> Path:

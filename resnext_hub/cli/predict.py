@@ -18,16 +18,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from resnext_hub.training.config import BATCH
 
     parser.add_argument(
-        "model", metavar="RUN_OR_MODEL", help="run folder, model folder, hf-hub:owner/name, or a name of timm"
+        "model", metavar="RUN_OR_MODEL", help="run folder, model folder, hf-hub:owner/name, or timm model name"
     )
-    parser.add_argument("path", type=existing_path, nargs="+", metavar="PATH", help="images, or folders of images")
+    parser.add_argument("path", type=existing_path, nargs="+", metavar="PATH", help="image, or folder of images")
     parser.add_argument(
-        "--top", type=count(BATCH), default=1, metavar="N", help="number of classes for each image (default: 1)"
+        "--top", type=count(BATCH), default=1, metavar="N", help="number of most likely classes per image (default: 1)"
     )
     parser.add_argument(
         "--json",
         action="store_true",
-        help="print a JSON object for each image, one a line; an unreadable image has an error",
+        help="print one JSON object per line and image; for an unreadable image, it contains an error",
     )
     parser.add_argument(
         "--batch-size", type=count(BATCH), default=32, metavar="N", help="images per forward pass (default: 32)"
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--decoder",
         choices=("pil", "simplejpeg"),
         default="pil",
-        help="pil, as for the figures of a card (default), or simplejpeg: faster, with nearly the same pixels",
+        help="JPEG decoder: pil, as in evaluation, or simplejpeg, faster with nearly equal pixels (default: pil)",
     )
     most = LoaderConfig.max_image_pixels
     parser.add_argument(
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=count(PIXELS),
         default=most,
         metavar="N",
-        help=f"pixels above which an image is unreadable (default: {most:,})",
+        help=f"treat images with more pixels as unreadable (default: {most:,})",
     )
     add_threads(parser)
 
@@ -91,6 +91,6 @@ def run(options: argparse.Namespace) -> None:
             columns = (f"\t{printable(guess.label)}\t{guess.probability:.4f}" for guess in result.guesses)
             write(f"{printable(path)}{''.join(columns)}\n")
     if unread == len(paths):
-        raise RunError(f"none of the {unread} images could be decoded")
+        raise RunError(f"0 of {unread} images could be decoded")
     if unread:
         _logger.warning("%d of %d images could not be decoded", unread, len(paths))

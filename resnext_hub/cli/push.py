@@ -9,17 +9,17 @@ from resnext_hub.cli.parser import existing_path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     parser.add_argument("run", type=existing_path, help="run folder")
-    parser.add_argument("--repo-id", metavar="OWNER/NAME", help="repository; created if it does not exist")
-    parser.add_argument("--license", help="licence of the weights, such as apache-2.0")
-    parser.add_argument("--private", action="store_true", help="create a new repository as a private one")
+    parser.add_argument("--repo-id", metavar="OWNER/NAME", help="Hub repository; created if it does not exist")
+    parser.add_argument("--license", help="license of the weights, such as apache-2.0")
+    parser.add_argument("--private", action="store_true", help="make the repository private if it is created")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
     parser.add_argument("--revision", default="main", metavar="BRANCH", help="branch to commit to (default: main)")
     parser.add_argument(
         "--overwrite-card",
         action="store_true",
-        help="replace the README.md on the Hub, even if somebody edited it",
+        help="replace the README.md on the Hub even if it was edited there",
     )
-    parser.add_argument("--dry-run", action="store_true", help="list what would be uploaded, and send nothing")
+    parser.add_argument("--dry-run", action="store_true", help="list the files without uploading them")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -45,6 +45,6 @@ def run(options: argparse.Namespace) -> None:
         visibility = "private " if options.private else ""
         write(f"would be uploaded to the {visibility}repository {options.repo_id} in one commit:\n{listing}")
     elif done.changed:
-        write(f"published and read back: {done.address}\n{listing}")
+        write(f"published and verified: {done.address}\n{listing}")
     else:
-        write(f"nothing has changed there: {done.address}\n")
+        write(f"already up to date: {done.address}\n")

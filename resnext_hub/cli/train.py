@@ -19,20 +19,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     from resnext_hub.runs.recipes import RECIPES
 
-    group = parser.add_argument_group("Where settings come from (defaults < recipe < file < flags), and the run folder")
-    group.add_argument("--recipe", help=f"a named configuration: {', '.join(RECIPES)}")
+    group = parser.add_argument_group(
+        "Run folder and configuration (flags override --config, which overrides --recipe)"
+    )
+    group.add_argument("--recipe", metavar="NAME", help=f"named configuration: {', '.join(RECIPES)}")
     group.add_argument(
-        "--config", type=existing_path, metavar="FILE", help="settings in YAML, as in a run's config.yaml"
+        "--config", type=existing_path, metavar="FILE", help="YAML file with settings, such as the config.yaml of a run"
     )
     group.add_argument("--output-dir", type=new_path, metavar="DIR", help="run folder (default: runs/DATASET-MODEL)")
     group.add_argument(
         "--resume",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="resume the run in the folder; this is the default if there is one, and --no-resume refuses a used folder",
+        help="resume the run in the run folder (default: if there is one); --no-resume fails if there is one",
     )
     group.add_argument(
-        "--resume-from", metavar="hub:OWNER/NAME", help="resume from the checkpoint that --push-checkpoints left there"
+        "--resume-from", metavar="hub:OWNER/NAME", help="resume from the checkpoint uploaded by --push-checkpoints"
     )
     add_config_flags(parser, flat_fields())
 
@@ -60,9 +62,9 @@ def run(options: argparse.Namespace, peers: Peers) -> None:
         )
     folder, record = done.plan.folder, done.record
     if done.plan.finished:
-        write(f"{folder} is finished already; nothing was computed (--epochs may grow)\n")
+        write(f"the run in {folder} is already finished; nothing was computed (to train longer, increase --epochs)\n")
     if done.publication is not None:
-        write(f"published and read back: {done.publication.address}\n")
+        write(f"published and verified: {done.publication.address}\n")
     evaluation = record.evaluation
     write(
         f"accuracy {100 * evaluation.top1:.2f} % ({evaluation.correct}/{evaluation.count} held-out images)\n"

@@ -63,7 +63,7 @@ class MeteredFile(io.BytesIO):
         """
         self.left -= 1
         if self.left < 0:
-            raise ValueError("too many parts besides the pixels")
+            raise ValueError("too many parts besides the pixel data")
         return super().read(size)
 
 

@@ -299,14 +299,15 @@ def class_names(dataset: str, column: str, train: LabelledTable, evaluation: Lab
     parts = [*train.described(), *evaluation.described()]
     if _shared_kind(dataset, column, parts) != "class label":
         raise RequestError(
-            f"column {printable(column)} of {dataset} does not define its classes, and a stream cannot be searched for "
-            f"them; store it as ClassLabel, or use {setting('streaming', False)}"
+            f"column {printable(column)} of {dataset} does not define its classes, and they cannot be collected from a "
+            f"stream; store it as ClassLabel, or use {setting('streaming', False)}"
         )
     first = list(parts[0].features[column].names)
     for part in parts:
         if part.features[column].names != first:
             raise RequestError(
-                f"column {printable(column)} has other classes, or another order, in {printable(part.name)} "
+                f"column {printable(column)} has different classes, or a different order of them, in "
+                f"{printable(part.name)} "
                 f"({listing(part.features[column].names, 4)}) than in {printable(parts[0].name)} "
                 f"({listing(first, 4)}); use {setting('streaming', False)} to match them by name"
             )

@@ -8,34 +8,41 @@ from resnext_hub.settings import FREE_PER_PROCESS, Range, check_fields
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Source of the images and labels."""
+    """Dataset.
+
+    The images and labels to train and evaluate on.
+    """
 
     dataset: str = "digits"
-    """The bundled `digits`, a folder of class folders, parquet files, or a dataset id on the Hub."""
+    """Bundled `digits`, a folder with one subfolder per class, parquet files, or a dataset ID on the Hub."""
     dataset_config: str | None = None
-    """Configuration (subset) of a Hub dataset, or of a clone of one, that has several."""
+    """Configuration (subset) to use if a Hub dataset, or a local clone of one, has several."""
     dataset_revision: str | None = None
-    """Branch, tag or commit of a Hub dataset; its newest commit if not given."""
+    """Branch, tag or commit of a Hub dataset; the latest commit if not given."""
     layout: Literal["classes", "splits"] | None = None
-    """Whether the top folders of a local dataset are classes or splits; inferred from their names if not given."""
+    """Whether the top-level folders of a local dataset are classes or splits; inferred from their names if not
+    given."""
     train_split: str | None = None
-    """Split to train on; found by its name if not given."""
+    """Split to train on; inferred from the split names if not given."""
     eval_split: str | None = None
-    """Split to evaluate on; found by its name if not given, and held out from the training split if there is none."""
+    """Split to evaluate on; inferred from the split names if not given. Without one, part of the training split is held
+    out."""
     image_column: str | None = None
-    """Column that holds the images; found by its type if not given."""
+    """Column with the images; inferred from the column types if not given."""
     label_column: str | None = None
-    """Column that holds the labels; found by its type if not given."""
+    """Column with the labels; inferred from names and types of the columns if not given."""
     eval_fraction: Annotated[float, Range(0, 0.9, above=True)] = 0.2
-    """Fraction of each class that is held out if there is no evaluation split, 0.9 at most."""
+    """Fraction of each class to hold out if there is no evaluation split, above 0 and at most 0.9."""
     split_seed: Annotated[int, Range(0, 2**32 - 1)] = 0
-    """Seed of the held-out split; separate from `seed`, so runs with different seeds share one evaluation split."""
+    """Random seed of the held-out split; separate from `seed`, so runs with different seeds share one evaluation
+    split."""
     max_bad_fraction: Annotated[float, Range(0, 1)] = field(default=0.01, metadata=FREE_PER_PROCESS)
-    """Fraction of a split that may be unreadable before the run stops; a single image never stops it."""
+    """Stop the run if more than this fraction of a split is unreadable, 0 to 1; one unreadable image is always
+    tolerated."""
     streaming: bool = False
-    """Read a Hub dataset or parquet files in order, without a copy on disk; needs an evaluation split."""
+    """Read a Hub dataset or parquet files sequentially, without a copy on disk; requires an evaluation split."""
     shuffle_block: Annotated[int, Range(1, 10_000_000)] = 1000
-    """With streaming, number of consecutive samples that are kept in memory and shuffled among themselves."""
+    """With --streaming: number of consecutive samples that are held in memory and shuffled together."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -50,7 +50,7 @@ def likely_mistakes(names: Sequence[str], train: np.ndarray, evaluation: np.ndar
     found = []
     untrained = [names[int(i)] for i in np.flatnonzero((in_train == 0) & (in_eval > 0))]
     if untrained:
-        found.append(f"no training images for {listing(untrained)}, although the evaluation split has some")
+        found.append(f"no training images for {listing(untrained)}, but the evaluation split has some")
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault("".join(name.casefold().split()), []).append(name)

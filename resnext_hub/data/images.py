@@ -183,8 +183,8 @@ class StreamedImages:
             ) from error
         except (HTTPError, OSError, ValueError) as error:  # ValueError: damaged parquet
             raise RunError(
-                f"the stream broke off in shard {shard} ({one_line(error)}); rerun the same command to resume from the "
-                "last checkpoint"
+                f"the stream was interrupted in shard {shard} ({one_line(error)}); rerun the same command to resume "
+                "from the last checkpoint"
             ) from error
 
     def image(self, record: Record, mode: str = "RGB") -> Image.Image:

@@ -35,15 +35,16 @@ PIXELS = 10_000_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
-    """How images are loaded."""
+    """Data loading."""
 
     workers: Annotated[int, Range(0, WORKERS)] | None = field(default=None, metadata=FREE_PER_PROCESS)
-    """Data-loading workers per training process; derived from device and CPU cores if not given."""
+    """Data-loading workers per training process, 0 to 256; chosen for the device and CPU cores if not given."""
     decoder: Literal["auto", "simplejpeg", "pil"] = field(default="auto", metadata=FREE)
-    """Decoder of JPEGs in training: simplejpeg is fast, pil is the reference; auto keeps a resumed run's decoder, else
-    uses simplejpeg if it is installed."""
+    """JPEG decoder for training: simplejpeg is fast, pil is the reference; auto uses simplejpeg if it is installed, and
+    a resumed run keeps its decoder."""
     max_image_pixels: Annotated[int, Range(1, PIXELS)] = field(default=MAX_IMAGE_PIXELS, metadata=FREE)
-    """Images whose header states more pixels are unreadable; decoding takes up to 10 bytes of memory per pixel."""
+    """Treat larger images, by the pixel count in their header, as unreadable; decoding takes up to 10 bytes per
+    pixel."""
 
     def __post_init__(self) -> None:
         check_fields(self)

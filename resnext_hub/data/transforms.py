@@ -40,36 +40,41 @@ _Mixing = Annotated[float, Range(0, 100)]
 
 @dataclass(frozen=True, kw_only=True)
 class TransformConfig:
-    """Input size and augmentation; None takes the value from the model's pretrained_cfg."""
+    """Image size and augmentation.
+
+    None takes the value from the model's `pretrained_cfg`.
+    """
 
     image_size: Annotated[int, Range(1, IMAGE_SIZE)] | None = None
-    """Height and width of the model's input in pixels."""
+    """Height and width of the model's input, in pixels; the model's own if not given."""
     crop_pct: Annotated[float, Range(*CROP)] | None = None
-    """In evaluation, fraction of the resized image that the center crop keeps; above 1, the image is padded."""
+    """Evaluation: fraction of the resized image kept by the center crop; above 1, the image is padded. The model's own
+    if not given."""
     interpolation: str | None = None
-    """Interpolation of resizing, such as bilinear or bicubic."""
+    """Interpolation for resizing, such as bilinear or bicubic; the model's own if not given."""
     mean: tuple[_Mean, _Mean, _Mean] | None = None
-    """Per-channel mean for normalization, of pixels from 0 to 1."""
+    """Per-channel mean for normalization, for pixels from 0 to 1; the model's own if not given."""
     std: tuple[_Std, _Std, _Std] | None = None
-    """Per-channel standard deviation for normalization, of pixels from 0 to 1."""
+    """Per-channel standard deviation for normalization, for pixels from 0 to 1; the model's own if not given."""
     scale: tuple[_Area, _Area] = (0.08, 1.0)
-    """In training, range of the area of random crops, as a fraction of the image's area."""
+    """Training: smallest and largest area of random crops, as fractions of the image area."""
     ratio: tuple[_Ratio, _Ratio] = (3 / 4, 4 / 3)
-    """In training, range of the aspect ratio (width / height) of random crops."""
+    """Training: smallest and largest aspect ratio (width / height) of random crops."""
     hflip: _Probability = 0.5
-    """In training, probability of a horizontal flip."""
+    """Training: probability of a horizontal flip, 0 to 1."""
     color_jitter: Annotated[float, Range(0, 10)] = 0.0
-    """In training, greatest relative change in brightness, contrast and saturation."""
+    """Training: maximum relative change of brightness, contrast and saturation, such as 0.4; 0 to disable."""
     auto_augment: str | None = None
-    """In training, augmentation policy in timm's notation, such as rand-m7-mstd0.5, augmix-m3 or 3a."""
+    """Training: augmentation policy in timm's notation, such as rand-m7-mstd0.5, augmix-m3 or 3a."""
     random_erasing: _Probability = 0.0
-    """In training, probability of erasing a random rectangle."""
+    """Training: probability of erasing a random rectangle, 0 to 1."""
     mixup: _Mixing = 0.0
-    """In training, mixup of pairs of images: alpha of the beta distribution of their weights, 0 to disable."""
+    """Training: alpha of mixup, such as 0.2; 0 to disable."""
     cutmix: _Mixing = 0.0
-    """In training, CutMix of pairs of images: alpha, 0 to disable; with mixup, each pair gets one of the two."""
+    """Training: alpha of CutMix, such as 1.0; 0 to disable. With mixup, one of the two is chosen at random for each
+    pair."""
     mix_prob: _Probability = 1.0
-    """In training, probability that a pair is mixed if mixup or cutmix is enabled."""
+    """Training: probability of mixing a pair of images, 0 to 1, if mixup or CutMix is enabled."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -79,7 +79,7 @@ class CheckpointPusher:
             thread.join(seconds)
             if thread.is_alive():
                 _logger.warning(
-                    "the newest checkpoint is not fully uploaded to %s; it is only on this disk", self.repo_id
+                    "the latest checkpoint was not completely uploaded to %s; it is only saved locally", self.repo_id
                 )
 
     def _work(self) -> None:
@@ -146,8 +146,8 @@ def fetch_run(where: str) -> Path:
         }
     except (RevisionNotFoundError, RepositoryNotFoundError) as error:
         raise RequestError(
-            f"{asked}: no repository with a branch {BRANCH} that you can read; train with "
-            f"{setting('push_checkpoints', True)} to create one"
+            f"{asked}: the repository or its branch {BRANCH} does not exist, or is private; train with "
+            f"{setting('push_checkpoints', True)} to create it, or log in with `hf auth login`"
         ) from error
     except HFValidationError as error:
         raise RequestError(f"{asked}: {printable(repo_id)} is not of the form owner/name") from error
@@ -196,7 +196,7 @@ def fetched_settings(settings: Mapping[str, Any], asked: Container[str], where: 
     )
     if ignored:
         _logger.warning(
-            "ignoring settings of %s: %s; pass those that you need",
+            "ignoring these settings of %s: %s; pass the ones that you need",
             where,
             ", ".join(f"{name}={printable(settings[name])}" for name in ignored),
         )

@@ -293,9 +293,9 @@ def open_repository(repo_id: str, private: bool) -> None:
         persist(lambda: api.create_repo(repo_id, private=private, exist_ok=True), repo_id)
     except HUB_ERRORS as error:
         raise RunError(
-            f"{repo_id} cannot be written to: {_reason(error)}. Training was not started; without "
-            f"{setting('push_to_hub', True)} and {setting('push_checkpoints', True)} the run stays on this disk, and "
-            "scripts/push.py can publish it later"
+            f"cannot write to {repo_id}: {_reason(error)}. Training was not started; without "
+            f"{setting('push_to_hub', True)} and {setting('push_checkpoints', True)} the run is only saved locally, "
+            "and `resnext-hub push` can publish it later"
         ) from error
 
 

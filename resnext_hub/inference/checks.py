@@ -40,7 +40,7 @@ def check_request(
             "least 1), or a mapping from layers to factors"
         )
     if engine == "openvino" and example.device.type != "cpu":
-        raise ValueError(f"engine='openvino' runs on a CPU, and the example is on {example.device}")
+        raise ValueError(f"engine='openvino' runs on a CPU, but the example is on {example.device}")
     if calibration is not None and engine != "openvino":
         raise ValueError(f"calibration requires engine='openvino', and engine is {engine!r}")
     if calibration is not None and (calibration.shape[1:] != example.shape[1:] or len(calibration) < len(example)):
@@ -60,7 +60,7 @@ def _check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise RequestError(f"model is a {type(model).__name__}: expected an nn.Module, such as from timm.create_model")
     if isinstance(model, torch.jit.ScriptModule) or getattr(model, "is_optimized", False):
-        raise RequestError(f"model is a {type(model).__name__}, which is already compiled; expected the original model")
+        raise RequestError(f"model is a {type(model).__name__}, which is already compiled: expected the original model")
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, torch.Tensor) or tensor.is_quantized:
             raise RequestError(
@@ -83,7 +83,7 @@ def _check_images(name: str, images: object) -> None:
     if images.ndim != 4 or images.dtype != torch.float32 or images.numel() == 0:
         raise RequestError(f"{name} of shape {tuple(images.shape)} and {images.dtype}: expected (N, C, H, W), float32")
     if not images.isfinite().all():
-        raise RequestError(f"{name} holds NaN or infinity: expected normalized images")
+        raise RequestError(f"{name} contains NaN or infinity: expected normalized images")
 
 
 def _is_count(value: object) -> bool:

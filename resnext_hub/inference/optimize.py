@@ -247,8 +247,8 @@ def _warn_if_different(report: OptimizationReport) -> None:
     if not max(report.relative_error, report.second_error) <= TOLERANCES[report.dtype]:  # also true for NaN
         _logger.warning(
             "the relative error of the optimized model's logits is %.1e on the example and %.1e on a second batch, "
-            "more than rounding in %s explains (%.0e): it computes another function, for example because the output "
-            "for an image depends on the other images of its batch, or on a branch",
+            "more than rounding in %s explains (%.0e): it computes a different function, for example because the "
+            "output for an image depends on the other images of its batch, or on a branch",
             report.relative_error,
             report.second_error,
             report.dtype,
@@ -385,6 +385,6 @@ def compile_frozen(model: nn.Module, example: torch.Tensor) -> tuple[Callable[[t
         try:
             compiled(example)
         except (BackendCompilerFailed, RuntimeError) as error:
-            _logger.warning("the model stays eager, because compiling it failed: %s", str(error).splitlines()[0])
+            _logger.warning("torch.compile failed, so the model runs in eager mode: %s", str(error).splitlines()[0])
             return model, False
     return compiled, True

@@ -70,7 +70,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
         try:
             mode = os.stat(path).st_mode
         except FileNotFoundError as error:
-            raise RequestError(f"{printable(path)}: there is no such file or folder") from error
+            raise RequestError(f"{printable(path)}: no such file or folder") from error
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or one_line(error)
             raise RequestError(f"{printable(path)} cannot be read: {reason}; expected an image or a folder") from error
@@ -78,10 +78,10 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
             inside = list_images(path)
             if is_run_folder(os.listdir(path)):
                 raise RequestError(
-                    f"{printable(path)} is a run folder, and its images are plots; expected a folder of images"
+                    f"{printable(path)} is a run folder whose images are plots; expected a folder of images"
                 )
             if not inside:
-                raise RequestError(f"{printable(path)} holds no images; known suffixes: {' '.join(IMAGE_SUFFIXES)}")
+                raise RequestError(f"{printable(path)} contains no images; known suffixes: {' '.join(IMAGE_SUFFIXES)}")
             found += inside
         elif stat.S_ISREG(mode):
             found.append(path)
@@ -202,7 +202,7 @@ class _Inputs(Dataset[torch.Tensor | str]):
     ) -> None:
         input = classifier.input
         if input.channels not in IMAGE_MODES:
-            raise RequestError(f"the model takes images of {input.channels} channels: expected 1 or 3")
+            raise RequestError(f"the model expects images with {input.channels} channels: expected 1 or 3")
         for index, image in enumerate(images):
             _check_input(index, image)
         self.images = images

@@ -57,22 +57,22 @@ def fetch_file(where: str, repo_id: str, filename: str, revision: str | None, hi
         raise RequestError(f"{where}: {shown} has no {filename} (pickled weights are not loaded)") from error
     except GatedRepoError as error:
         raise RequestError(
-            f"{where}: {shown} is gated: ask for access at its page, and log in with `hf auth login`"
+            f"{where}: {shown} is gated: request access on its page, and log in with `hf auth login`"
         ) from error
     except RepositoryNotFoundError as error:
         raise RequestError(
-            f"{where}: there is no repository {shown} that you may read; a private one needs a login"
+            f"{where}: repository {shown} does not exist, or is private; if it is private, log in with `hf auth login`"
         ) from error
     except HFValidationError as error:
         raise RequestError(f"{where}: {shown} is not a Hub id of the form owner/name") from error
     except HUB_ERRORS as error:
         status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
         kind = RequestError if 400 <= status < 500 and status not in (408, 429) else RunError
-        raise kind(f"{where}: {filename} of {shown} could not be fetched from the Hub: {one_line(error)}") from error
+        raise kind(f"{where}: {filename} of {shown} could not be downloaded from the Hub: {one_line(error)}") from error
     if not _is_announced(path):
         forget(path)
         raise RunError(
-            f"{where}: {filename} of {shown} has other bytes than the Hub lists; it was removed from the cache, so "
+            f"{where}: {filename} of {shown} does not match its hash on the Hub; it was removed from the cache, so "
             "rerun the same command to download it again"
         )
     return path
@@ -88,7 +88,9 @@ def check_revision(where: str, revision: object) -> None:
         revision: The revision to check, of any type.
     """
     if not isinstance(revision, str) or not re.fullmatch(_REVISION, revision):
-        raise RequestError(f"{where} is not a revision: expected a branch, tag or commit, such as main or refs/pr/1")
+        raise RequestError(
+            f"{where} is not a valid revision: expected a branch, tag or commit, such as main or refs/pr/1"
+        )
 
 
 def commit_of(path: Path) -> str:
@@ -141,7 +143,7 @@ class Listing:
         for name, path in paths.items():
             if name in self.hashes and forget_wrong(path, *self.hashes[name]):
                 raise RunError(
-                    f"{name} of {where} has other bytes than the Hub lists; it was removed from the cache, so load the "
+                    f"{name} of {where} does not match its hash on the Hub; it was removed from the cache, so load the "
                     "model again to download it again"
                 )
 
@@ -161,11 +163,13 @@ def list_files(where: str, repo_id: str, revision: str | None) -> Listing:
     try:
         info = HfApi(library_name="resnext-hub").model_info(repo_id, revision=revision, files_metadata=True)
     except GatedRepoError as error:
-        raise RequestError(f"{where} is gated: ask for access at its page, and log in with `hf auth login`") from error
+        raise RequestError(f"{where} is gated: request access on its page, and log in with `hf auth login`") from error
     except RevisionNotFoundError as error:
         raise RequestError(f"{where} has no revision {printable(revision)}") from error
     except RepositoryNotFoundError as error:
-        raise RequestError(f"there is no repository {where} that you may read; a private one needs a login") from error
+        raise RequestError(
+            f"repository {where} does not exist, or is private; if it is private, log in with `hf auth login`"
+        ) from error
     except HFValidationError as error:
         raise RequestError(f"{where} is not a Hub id of the form owner/name") from error
     except (OfflineModeIsEnabled, *HUB_ERRORS) as error:
@@ -173,7 +177,7 @@ def list_files(where: str, repo_id: str, revision: str | None) -> Listing:
             f"{where} could not be loaded from the Hub: {one_line(error)}; use verify=False to load a cached copy"
         ) from error
     if not re.fullmatch(r"[0-9a-f]{40}", info.sha or ""):
-        raise RunError(f"{where}: the Hub's answer names no commit; try again later")
+        raise RunError(f"{where}: the response of the Hub contains no commit; try again later")
     hashes = {
         entry.rfilename: (entry.lfs.sha256 if entry.lfs else None, entry.blob_id) for entry in info.siblings or []
     }

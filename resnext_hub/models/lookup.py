@@ -222,7 +222,7 @@ def _split_kind(requested: str, where: str) -> tuple[str | None, str]:
 def _find_by_name(name: str, pretrained: bool, where: str, to_train: bool) -> ModelSource:
     architecture, tag = split_model_name_tag(name)
     if not timm.is_model(architecture):
-        raise RequestError(f"{where}: there is no such model; close: {', '.join(_close_names(architecture))}")
+        raise RequestError(f"{where}: no such model; closest matches: {', '.join(_close_names(architecture))}")
     try:
         cfg = get_pretrained_cfg(name)
     except RuntimeError as error:
@@ -241,7 +241,7 @@ def _find_by_name(name: str, pretrained: bool, where: str, to_train: bool) -> Mo
         )
     filename = saved.config.pretrained_cfg.get("hf_hub_filename") or WEIGHTS
     if not filename.endswith(".safetensors"):
-        raise RequestError(f"{where}: its weights are in {filename}, and pickled weights are not loaded")
+        raise RequestError(f"{where}: its weights are in {filename}, but only safetensors are loaded")
     repo_id, _, revision = base_id.partition("@")
     weights = fetch_file(where, repo_id, filename, revision or None, _RANDOM if to_train else "")
     return ModelSource(

@@ -131,10 +131,10 @@ class SavedModel:
             differing = (
                 "other class names" if self.config.num_classes == len(label_names) else "another number of classes"
             )
-            return f"new, because the weights have {differing}"
+            return f"new, because the pretrained model has {differing}"
         if old is None:
-            return "kept, because the weights name no classes"
-        return "kept" if old == tuple(label_names) else "kept, with its rows in the order of these class names"
+            return "kept, because the pretrained model has no class names"
+        return "kept" if old == tuple(label_names) else "kept, reordered to match the class names"
 
     def build(self, num_classes: int, drop_rate: float = 0.0, drop_path_rate: float = 0.0) -> nn.Module:
         """Build the model with random weights and a number of classes.
@@ -216,7 +216,7 @@ def _compare(saved: SavedModel, found: _Shapes, expected: _Shapes, head: frozens
         rows = found[name][0][:1]
         if rows not in ((), (config.num_classes,)) and found[name][0][1:] == expected[name][0][1:]:
             raise RequestError(
-                f"{saved.where}: {CONFIG} states num_classes {config.num_classes}: expected {rows[0]}, the rows of "
+                f"{saved.where}: {CONFIG} has num_classes {config.num_classes}: expected {rows[0]}, the rows of "
                 f"{name} in {WEIGHTS}; {WAY_OUT}"
             )
     problems = _differences(found, expected)
@@ -305,7 +305,7 @@ def _bound_arguments(where: str, config: ModelConfig, found: _Shapes) -> None:
         numbers = value if isinstance(value, list) else [value]
         if total > len(found) or any(isinstance(number, int) and number > largest for number in numbers):
             raise RequestError(
-                f"{where}: {CONFIG} states model_args.{printable(key)} {value}: too large for the {len(found)} tensors "
+                f"{where}: {CONFIG} has model_args.{printable(key)} {value}: too large for the {len(found)} tensors "
                 f"of {WEIGHTS}; {WAY_OUT}"
             )
 

@@ -331,7 +331,7 @@ class _Reader:
         """Return an error with a key, its value and the reason."""
         text = printable(json.dumps(value, ensure_ascii=False, default=str))
         stated = f"{printable(key)[:80]} {text if len(text) <= 60 else f'{text[:59]}…'}".strip()
-        return RequestError(f"{self.where}: config.json states {stated}: {reason}; {WAY_OUT}")
+        return RequestError(f"{self.where}: config.json has {stated}: {reason}; {WAY_OUT}")
 
 
 def resized_side(input_size: Sequence[int], crop_pct: float) -> int:

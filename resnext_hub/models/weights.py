@@ -47,10 +47,12 @@ def load_weights(
             state_dict = load_state_dict(str(source), weights_only=True)
         except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:  # timm's versions differ
             raise ValueError(
-                f"{source} is not a weights file, or holds more than tensors, which are never unpickled: {error}"
+                f"{source} is not a weights file, or contains more than tensors, which are never unpickled: {error}"
             ) from error
     if not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state_dict.items()):
-        raise ValueError(f"{source if isinstance(source, (str, Path)) else 'the state dict'} holds more than tensors")
+        raise ValueError(
+            f"{source if isinstance(source, (str, Path)) else 'the state dict'} contains more than tensors"
+        )
     state_dict = {name: state_dict[key] for name, key in strip_wrapper(state_dict).items()}
 
     expected = model.state_dict()
@@ -77,11 +79,11 @@ def problem_of(name: str, tensor: torch.Tensor) -> str | None:
         return None
     low, high = (float(value) for value in torch.aminmax(tensor))
     if math.isnan(low) or math.isnan(high):
-        return "holds NaN: expected finite numbers"
+        return "contains NaN: expected finite numbers"
     if max(-low, high) > LARGEST:
-        return f"holds {high if high > -low else low:.3g}: expected numbers whose square is finite in float32"
+        return f"contains {high if high > -low else low:.3g}: expected numbers whose square is finite in float32"
     if low < 0 and name.endswith(("running_var", "num_batches_tracked")):
-        return f"holds {low:.3g}: expected no negative numbers"
+        return f"contains {low:.3g}: expected no negative numbers"
     return None
 
 
@@ -89,7 +91,7 @@ def require_finite(model: nn.Module) -> None:
     """Raise RequestError if a weight of a model is not finite."""
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise RequestError(f"the weights of the model are not finite: {name} holds NaN or infinity")
+            raise RequestError(f"the weights of the model are not finite: {name} contains NaN or infinity")
 
 
 def _require_fit(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:

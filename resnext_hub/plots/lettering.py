@@ -37,7 +37,11 @@ class Lettering:
     def note(self, names: Sequence[str]) -> str:
         """Return a remark for the plot if some names had to be escaped, else an empty string."""
         covered = all(ord(c) in self.characters for name in names for c in printable(name))
-        return "" if covered else "; characters missing from all installed fonts are escaped, after the class index"
+        return (
+            ""
+            if covered
+            else "; names with characters that no installed font has are escaped and start with the class index"
+        )
 
 
 @lru_cache(maxsize=1)
@@ -58,8 +62,8 @@ def choose_lettering(names: tuple[str, ...]) -> Lettering:
     missing -= set(map(ord, _INVISIBLE))
     if missing:
         _logger.warning(
-            "no installed font has %s (%d characters of class names), so plots show escapes; install a package such "
-            "as fonts-noto-cjk",
+            "no installed font has %s (%d characters in class names), so plots show escape sequences; install a font "
+            "package such as fonts-noto-cjk",
             "".join(map(chr, sorted(missing)[:8])),
             len(missing),
         )

@@ -69,7 +69,7 @@ def save_plot(path: Path, names: tuple[str, ...], draw: Callable[[Lettering], "F
             path.parent.mkdir(parents=True, exist_ok=True)
             draw(letters).savefig(path, dpi=110, metadata={"Software": None})
     except _FAILURES as error:
-        _logger.warning("skipping %s, which could not be drawn: %s", path.name, one_line(error))
+        _logger.warning("cannot draw %s: %s", path.name, one_line(error))
         with contextlib.suppress(OSError):
             path.unlink()
         return False

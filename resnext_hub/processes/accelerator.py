@@ -38,7 +38,9 @@ def build_accelerator(precision: str, deterministic: bool) -> "Accelerator":
         ],
     )
     if accelerator.num_processes != processes():
-        raise RunError(f"the launcher started {processes()} processes, but Accelerate sees {accelerator.num_processes}")
+        raise RunError(
+            f"the launcher started {processes()} processes, but Accelerate found {accelerator.num_processes}"
+        )
     return accelerator
 
 

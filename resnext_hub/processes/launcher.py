@@ -99,7 +99,7 @@ def check_launcher() -> None:
         ("TPU_NAME", "a TPU"),
     ):
         if os.environ.get(variable, "false").lower() not in ("false", "0", ""):
-            raise RequestError(f"{feature} is not supported: a ResNeXt fits one device, so use plain data parallelism")
+            raise RequestError(f"{feature} is not supported: a ResNeXt fits on one device; use plain data parallelism")
     for variable, allowed, remedy in (
         # Accelerate would divide every gradient by it
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("", "1"), f"unset it and use {setting('micro_batch_size')}"),

@@ -219,8 +219,8 @@ def lost_peers(rank: int, size: int) -> Iterator[None]:
         if size == 1 or not lost:
             raise
         raise RunError(
-            f"process {rank} has lost another process of the run ({one_line(error)[:120]}); see that process's output; "
-            "rerun the same command to resume from the last checkpoint"
+            f"process {rank} lost the connection to another process of the run ({one_line(error)[:120]}); see that "
+            "process's output; rerun the same command to resume from the last checkpoint"
         ) from error
 
 
@@ -267,8 +267,8 @@ def open_store(place: Place, *, serves: bool = False) -> distributed.Store:
     except (RuntimeError, ValueError) as error:
         action = "open" if serves else "reach"
         raise RunError(
-            f"rank {place.rank} could not {action} {where} (MASTER_ADDR, MASTER_PORT), where the processes of the run "
-            f"find each other: {one_line(error)[:160]}"
+            f"rank {place.rank} could not {action} {where} (MASTER_ADDR, MASTER_PORT) for the rendezvous of the run's "
+            f"processes: {one_line(error)[:160]}"
         ) from error
 
 

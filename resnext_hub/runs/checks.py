@@ -31,14 +31,13 @@ def check_batch(config: TrainConfig) -> None:
         closest = [str(size) for size in (low, low + count) if size]
         raise RequestError(
             f"{setting('batch_size', config.batch_size)} (the global batch size) is not divisible by {count} "
-            f"processes; nearest: {' or '.join(closest)}"
+            f"processes; use {' or '.join(closest)}"
         )
     part = config.batch_size // count
     if config.transform.mixes and part % 2:
         raise RequestError(
-            f"{setting('batch_size', config.batch_size)} makes {part} images per process, but {setting('mixup')} and "
-            f"{setting('cutmix')} need pairs; "
-            f"nearest: {' or '.join(str(n * count) for n in (part - 1, part + 1) if n)}"
+            f"{setting('batch_size', config.batch_size)} gives {part} images per process, but {setting('mixup')} and "
+            f"{setting('cutmix')} need pairs; use {' or '.join(str(n * count) for n in (part - 1, part + 1) if n)}"
         )
 
 
@@ -47,11 +46,13 @@ def check_input(config: TrainConfig, input: InputConfig) -> None:
     channels, height, width = input.input_size
     model = setting("model", config.model)
     if channels not in IMAGE_MODES:
-        raise RequestError(f"{model} takes {channels} channels; expected 1 or 3")
+        raise RequestError(
+            f"{model} expects images with {channels} channels, but only 1 or 3 are supported; choose another model"
+        )
     if height != width:
         raise RequestError(
-            f"{model} takes images of {height} x {width} pixels (height x width), but training uses square images; add "
-            f"{setting('image_size', max(height, width))}, or choose another model"
+            f"{model} expects images of {height} x {width} pixels (height x width), but training uses square "
+            f"images; add {setting('image_size', max(height, width))}, or choose another model"
         )
     resized = resized_side(input.input_size, input.crop_pct)
     if resized > MAX_RESIZED:
@@ -127,8 +128,8 @@ def _check_smallest_batch(config: TrainConfig, model: torch.nn.Module, size: int
     has_batch_norm = any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
     if smallest == 1 and size <= reduction and has_batch_norm:
         raise RequestError(
-            f"{setting('batch_size', config.batch_size)} leaves one forward pass with a single image of {size} px, "
-            "whose last feature map is a single pixel, too few for batch norm; use at least 2 images per pass, or "
+            f"{setting('batch_size', config.batch_size)} leaves a single image of {size} px for one forward pass, "
+            "and its last feature map is 1 x 1, which is too small for batch norm; use at least 2 images per pass, or "
             f"{setting(name, size + 1)}"
         )
 
@@ -142,6 +143,6 @@ def check_space(folder: RunFolder, weight_bytes: int) -> None:
     need, (total, _, free) = 4 * weight_bytes + MODEL_FOLDER_BYTES, shutil.disk_usage(nearest(folder))
     if total and free < need:  # some file systems report a size of 0
         raise RequestError(
-            f"the disk of {printable(folder)} has {free / 1e6:.0f} MB free, but a checkpoint and the model folder "
-            f"need {need / 1e6:.0f} MB; free some space, or choose another {setting('output_dir')}"
+            f"the disk of {printable(folder)} has {free / 1e6:.0f} MB of free space, but a checkpoint and the model "
+            f"folder need {need / 1e6:.0f} MB; free some space, or choose another {setting('output_dir')}"
         )

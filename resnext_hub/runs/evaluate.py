@@ -36,7 +36,9 @@ def evaluate_run(path: Path, threads: str = "auto") -> tuple[Evaluation, RunReco
     record = RunRecord.load(folder.record)
     settings = read_config(folder)
     if not settings:
-        raise RequestError(f"{printable(folder)} has no config.yaml, which names the dataset to evaluate on")
+        raise RequestError(
+            f"{printable(folder)} has no config.yaml, so the dataset to evaluate on is unknown; restore the file"
+        )
     require_config(folder.model, record)
     config = TrainConfig.from_flat(settings)
     splits = load_splits(config.data)

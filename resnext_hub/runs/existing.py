@@ -88,7 +88,7 @@ def read_config(folder: RunFolder) -> dict[str, Any]:
     except RequestError as error:
         raise RequestError(f"{printable(path)} is damaged ({one_line(error)}); {remedy}") from error
     if _LAST_SETTING not in content:
-        raise RequestError(f"{printable(path)} is truncated (it ends before its last setting); {remedy}")
+        raise RequestError(f"{printable(path)} is truncated (the last settings are missing); {remedy}")
     return content
 
 
@@ -140,8 +140,8 @@ def _compare(
         differing.append(f"the images of {splits.dataset_id} have changed")
     if differing:
         raise RequestError(
-            f"{printable(folder)} holds another run: {'; '.join(differing)}. Choose another {setting('output_dir')}, "
-            "or use the same settings to resume it"
+            f"{printable(folder)} contains another run: {'; '.join(differing)}. Choose another "
+            f"{setting('output_dir')}, or use the same settings to resume it"
         )
     if existing.steps == schedule.steps and existing.fault is not None:
         if not any(folder.checkpoints.glob("step-*")):
@@ -180,6 +180,6 @@ def _require_usable(folder: RunFolder) -> None:
     )
     if others and not folder.is_run:
         raise RequestError(
-            f"{printable(folder)} holds other files ({listing(others, 3)}) and no run; choose an empty or new "
+            f"{printable(folder)} contains other files ({listing(others, 3)}) but no run; choose an empty or new "
             f"{setting('output_dir')}"
         )

@@ -96,7 +96,7 @@ def _claim_folder(plan: Plan, stack: contextlib.ExitStack) -> None:
     stack.enter_context(RunLock(folder))
     remove_leftovers(folder.path)
     if folder.state() != plan.folder_state:
-        raise RequestError(f"another command has changed {printable(folder)} in the meantime; rerun this command")
+        raise RequestError(f"{printable(folder)} was changed by another command; rerun this command")
     if config.publish.repo_id and (config.publish.push_to_hub or config.publish.push_checkpoints):
         open_repository(config.publish.repo_id, config.publish.private)
     # when a finished run is extended, its record no longer describes the folder
@@ -106,7 +106,7 @@ def _claim_folder(plan: Plan, stack: contextlib.ExitStack) -> None:
     if plan.resume_from is not None and latest_checkpoint(folder.checkpoints) is None:
         restore_run(plan.resume_from, folder)
         if latest_checkpoint(folder.checkpoints) is None:
-            raise RunError("the fetched checkpoint is damaged, so the run cannot be resumed from it")
+            raise RunError("the downloaded checkpoint is damaged, so the run cannot be resumed from it")
 
 
 def require_writable_paths(folder: RunFolder) -> None:

@@ -167,10 +167,10 @@ def _continue(config: TrainConfig, folder: RunFolder, before: Mapping[str, Any],
         RequestError: If there is a run, but `resume` is False.
     """
     if resume and not before:
-        _logger.warning("--resume is ignored, because %s holds no run; starting at step 0", printable(folder))
+        _logger.warning("--resume is ignored because %s contains no run; starting at step 0", printable(folder))
     if resume is False and before:
         raise RequestError(
-            f"{setting('resume', False)} but {printable(folder)} already holds a run; choose another "
+            f"{setting('resume', False)} but {printable(folder)} already contains a run; choose another "
             f"{setting('output_dir')}, or remove the run"
         )
     if before and config.data.dataset_revision is None and before.get("dataset") == config.data.dataset:

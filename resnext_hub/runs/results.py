@@ -72,8 +72,8 @@ def write_results(plan: Plan, outcome: Outcome, accelerator: "Accelerator") -> R
         _write_files(plan, outcome, accelerator)
     except (OSError, SafetensorError) as error:
         raise RunError(
-            f"the results could not be written to {printable(plan.folder)}: {one_line(error)}; training is finished "
-            "and saved: rerun the same command to write them"
+            f"the results could not be written to {printable(plan.folder)}: {one_line(error)}; training is complete "
+            "and saved; rerun the same command to write them"
         ) from error
     return RunRecord.load(plan.folder.record)
 
@@ -91,7 +91,7 @@ def _write_files(plan: Plan, outcome: Outcome, accelerator: "Accelerator") -> No
         _write_predictions(evaluation, folder.predictions)
         with new_folder(folder.plots) as aside:
             record = dataclasses.replace(record, plots=write_plots(record, aside))
-            if isinstance(splits.eval, IndexedImages):  # not published: the images may be under another licence
+            if isinstance(splits.eval, IndexedImages):  # not published: the images may be under another license
                 most = plan.config.loader.max_image_pixels
                 write_samples(splits.eval, evaluation, splits.label_names, aside / _SAMPLES, most)
         (model / "plots").mkdir()
@@ -100,7 +100,9 @@ def _write_files(plan: Plan, outcome: Outcome, accelerator: "Accelerator") -> No
         write_atomic(model / "README.md", render_card(record, kept=kept))
     unmeasured = [name for name, count in zip(record.label_names, record.evaluation.measured, strict=True) if not count]
     if unmeasured:
-        _logger.warning("classes without evaluation images, whose accuracy is unknown: %s", listing(unmeasured, 20))
+        _logger.warning(
+            "these classes have no evaluation images, so their accuracy is unknown: %s", listing(unmeasured, 20)
+        )
     record.save(folder.record)
 
 
@@ -225,7 +227,8 @@ def _kept_of_card(folder: RunFolder) -> Kept | None:
         previous = _free_name(folder.path, "README.previous", ".md")
         write_atomic(previous, read_regular(path, CARD_BYTES))
         _logger.warning(
-            "generated parts of %s were edited, or written by another version; it is kept as %s in the run folder",
+            "the generated part of %s was edited, or written by another version; the old file is kept as %s in the "
+            "run folder",
             printable(path),
             previous.name,
         )
@@ -251,7 +254,7 @@ def _move_foreign_files(results: Path, stem: Path, own: set[str]) -> None:
     for path in others:
         os.rename(path, previous / path.name)
     _logger.warning(
-        "%s is replaced; moved other files in it to %s: %s",
+        "%s is replaced; other files in it were moved to %s: %s",
         printable(results),
         previous.name,
         listing(sorted(path.name for path in others)),

@@ -41,7 +41,7 @@ def train_run(
     resume: bool | None = None,
     resume_from: str | None = None,
 ) -> Trained:
-    """Plan, train and, if requested, publish a run; if it is finished already, only read its record.
+    """Plan, train and, if requested, publish a run; if it is already finished, only read its record.
 
     Args:
         asked: Flat settings that the user gave.

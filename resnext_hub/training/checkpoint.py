@@ -30,12 +30,12 @@ STATE = "state.json"
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Checkpoints: how often they are saved and how many are kept."""
+    """Checkpoints."""
 
     checkpoint_every: str = field(default="10m", metadata=FREE)
-    """Interval between checkpoints, in optimizer steps (`500`) or minutes (`10m`); the last step is always saved."""
+    """Interval between checkpoints, in optimizer steps (500) or minutes (10m); the last step is always saved."""
     keep_checkpoints: Annotated[int, Range(1, 1_000_000)] = field(default=2, metadata=FREE_PER_PROCESS)
-    """Number of checkpoints to keep; older ones are deleted."""
+    """Number of checkpoints to keep, 1 or more; older ones are deleted."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -211,7 +211,7 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
         try:
             return read_checkpoint(path)
         except RequestError as error:
-            _logger.warning("checkpoint %s is damaged and skipped: %s", path.name, error)
+            _logger.warning("checkpoint %s is damaged and is skipped: %s", path.name, error)
     return None
 
 
@@ -232,7 +232,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise RequestError(f"{printable(file)} is damaged (its SHA-256 differs); {_REMEDY}")
     contents = convert(state, _Contents, file, _REMEDY)
     if path.name != f"step-{contents.step:08d}":
-        raise RequestError(f"{printable(file)} is damaged (it states step {contents.step}); {_REMEDY}")
+        raise RequestError(f"{printable(file)} is damaged (it belongs to step {contents.step}); {_REMEDY}")
     if not {"model.safetensors", "optimizer.safetensors"} <= contents.sha256.keys() <= _TENSOR_FILES:
         raise RequestError(f"{printable(file)} is damaged (it lists the wrong files); {_REMEDY}")
     for name, digest in contents.sha256.items():

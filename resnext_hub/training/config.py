@@ -108,15 +108,15 @@ class PublishConfig:
     """Publishing to the Hub."""
 
     push_to_hub: bool = field(default=False, metadata=FREE_PER_PROCESS)
-    """Publish the model folder when the run is finished."""
+    """Publish the model folder when the run has finished."""
     push_checkpoints: bool = field(default=False, metadata=FREE_PER_PROCESS)
-    """Upload the newest checkpoint to the branch `checkpoints` of the repository, for --resume-from hub:owner/name."""
+    """Upload the latest checkpoint to the branch `checkpoints` of the repository, for --resume-from hub:owner/name."""
     repo_id: str | None = field(default=None, metadata=FREE_PER_PROCESS)
     """Repository on the Hub, owner/name; created if it does not exist."""
     license: str | None = field(default=None, metadata=FREE_PER_PROCESS)
-    """Licence of the weights, such as apache-2.0; required for publishing, there is no default."""
+    """License of the weights, such as apache-2.0; required to publish."""
     private: bool = field(default=False, metadata=FREE_PER_PROCESS)
-    """Create a new repository as a private one."""
+    """Make the repository private if it is created."""
 
     def __post_init__(self) -> None:
         if (self.push_to_hub or self.push_checkpoints) and not self.repo_id:
@@ -130,53 +130,57 @@ class PublishConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Model and training."""
+    """Training."""
 
     model: str = "resnext_g32"
-    """Model name in timm, `hf-hub:owner/repo`, or `local-dir:folder`."""
+    """timm model name, hf-hub:owner/name, or local-dir:FOLDER."""
     pretrained: bool | None = None
-    """Start from pretrained weights; if not given, yes for `hf-hub:` and `local-dir:`, no for a name (yes in the recipe
-    finetune)."""
+    """Start from pretrained weights; if not given, on for hf-hub: and local-dir: models and in the recipe finetune,
+    else off."""
     drop_rate: Annotated[float, Range(0, 1, below=True)] = 0.0
-    """Dropout probability before the classifier."""
+    """Dropout probability before the classifier, 0 to below 1."""
     drop_path: Annotated[float, Range(0, 1, below=True)] = 0.0
-    """Stochastic depth: probability of dropping the last block's residual branch; it grows linearly with depth."""
+    """Stochastic depth: probability of dropping the residual branch of the last block, 0 to below 1; it increases
+    linearly with depth."""
     epochs: Annotated[float, Range(0, 1_000_000, above=True)] = field(default=30.0, metadata=GROWS)
-    """Number of passes over the training split."""
+    """Passes over the training split; fractions are allowed."""
     max_steps: Annotated[int, Range(1, STEPS)] | None = field(default=None, metadata=GROWS)
-    """Number of optimizer steps; overrides epochs."""
+    """Number of optimizer steps; overrides --epochs."""
     batch_size: Annotated[int, Range(1, BATCH)] = 128
-    """Global batch size: images per optimizer step, over all processes."""
+    """Global batch size: images per optimizer step, summed over all processes."""
     micro_batch_size: Annotated[int, Range(1, BATCH)] | None = None
-    """Images per forward and backward pass of a process (gradient accumulation); its part of a batch if not given."""
+    """Images per forward and backward pass of a process, for gradient accumulation; no accumulation if not given."""
     eval_batch_size: Annotated[int, Range(1, BATCH)] = 32
-    """Images per forward pass in evaluation, on each process."""
+    """Images per forward pass of a process during evaluation."""
     label_smoothing: Annotated[float, Range(0, 1, below=True)] = 0.1
-    """Fraction of the target that is spread evenly over all classes."""
+    """Label smoothing: fraction of the target spread evenly over all classes, 0 to below 1."""
     ema: Annotated[float, Range(0, 1, above=True, below=True)] | None = None
-    """Decay of an exponential moving average of the weights, such as 0.9998; the average is evaluated and published."""
+    """Decay of an exponential moving average (EMA) of the weights, such as 0.9998; the average is evaluated and
+    published. No EMA if not given."""
     seed: Annotated[int, Range(0, SEEDS)] = 0
-    """Seed of weight initialization, sample order and augmentation."""
+    """Random seed for weight initialization, sample order and augmentation."""
     deterministic: bool | None = field(default=None, metadata=FREE)
-    """Use deterministic algorithms only; if not given, yes on a CPU and no on an accelerator."""
+    """Use deterministic algorithms only; if not given, on for a CPU and off for an accelerator."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Precision of the forward pass; auto takes that of the launcher, else bf16 where it is fast on the device."""
+    """Autocast precision; auto uses the launcher's setting if there is one, else bf16 on devices where it is fast, else
+    no."""
     merge_groups: str = field(default="auto", metadata=FREE)
-    """Compute neighbouring groups of a grouped convolution as one wider group, with the same result: `auto` merges
-    where forward and backward pass measure faster, `off` never; a number merges all to that width in channels, or to
-    the largest possible width below it."""
+    """Compute adjacent groups of a grouped convolution as one wider group, with the same result: auto merges layers
+    that measure faster when merged, off merges none, and a number merges all to that width in channels or the largest
+    possible width below it."""
     compile: bool = field(default=False, metadata=FREE)
-    """Compile the model with torch.compile; the first step then takes a minute or more."""
+    """Compile the model with torch.compile; the first step takes a minute or more."""
     progressive_size: Annotated[int, Range(1, IMAGE_SIZE)] | None = None
-    """Initial image size in pixels; it grows to the full image size over the first three quarters of the run."""
+    """Progressive resizing: initial image size, in pixels, increased to --image-size over the first three quarters of
+    the run."""
     threads: str = field(default="auto", metadata=FREE_PER_PROCESS)
-    """CPU threads of each process; auto divides the cores among the processes."""
+    """CPU threads per process; auto divides the cores among the processes."""
     log_every: Annotated[int, Range(1, STEPS)] = field(default=10, metadata=FREE)
-    """Steps between log lines."""
+    """Optimizer steps between log lines."""
     eval_every: Annotated[int, Range(1, STEPS)] = 1
     """Epochs between evaluations; the last step is always evaluated."""
     log_samples: bool = field(default=False, metadata=FREE_PER_PROCESS)
-    """Write samples-P.jsonl for each process P: for each step, the indices of its images and a hash of their pixels."""
+    """Write samples-P.jsonl for each process P, with the image indices and a hash of the pixels of every step."""
     data: DataConfig = field(default_factory=DataConfig)
     transform: TransformConfig = field(default_factory=TransformConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)

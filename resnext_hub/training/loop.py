@@ -246,8 +246,9 @@ class _Run:
             self.raise_stopped()
         if evaluation.correct != state.best.correct:
             _logger.warning(
-                "the best weights had %d correct predictions at step %d but have %d now; recorded is the latter. This "
-                "device is not deterministic; use --deterministic for reproducible results",
+                "the best weights classified %d images correctly at step %d, but %d now, which is recorded. Results "
+                "on this "
+                "device are not deterministic; for reproducible results, use --deterministic",
                 state.best.correct,
                 state.best.step,
                 evaluation.correct,
@@ -322,7 +323,7 @@ def _compiling() -> Iterator[None]:
             yield
     except TorchDynamoException as error:
         raise RunError(
-            f"the model cannot be compiled here ({one_line(error)[:200]}); rerun without {setting('compile', True)}"
+            f"torch.compile failed for this model ({one_line(error)[:200]}); rerun without {setting('compile', True)}"
         ) from error
 
 

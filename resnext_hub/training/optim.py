@@ -23,15 +23,15 @@ class OptimConfig:
     optimizer: str = "sgd"
     """Name of a timm optimizer, such as sgd, adamw or lamb."""
     lr: Annotated[float, Range(0, 1000, above=True)] | None = None
-    """Peak learning rate; derived from optimizer and global batch size if not given."""
+    """Peak learning rate; derived from the optimizer and global batch size if not given."""
     momentum: Annotated[float, Range(0, 1, below=True)] = 0.9
-    """Momentum, for optimizers that use it."""
+    """Momentum, 0 to below 1, for optimizers that use it."""
     weight_decay: Annotated[float, Range(0, 1000)] = 1e-4
     """Weight decay; not applied to biases and norm layers."""
     warmup_epochs: Annotated[float, Range(0, 1_000_000)] = 5.0
-    """Epochs of linear learning rate warmup from near zero; at most half of the run."""
+    """Epochs of linear learning rate warmup, capped at half of the run."""
     clip_grad: Annotated[float, Range(0, 1_000_000_000, above=True)] | None = None
-    """Maximum L2 norm of the gradient; not clipped if not given."""
+    """Clip gradients to this total L2 norm; no clipping if not given."""
 
     def __post_init__(self) -> None:
         from timm.optim import list_optimizers
@@ -40,7 +40,7 @@ class OptimConfig:
         known = list_optimizers()
         if self.optimizer not in known:
             hint = did_you_mean(self.optimizer, known) or "; choose another, such as sgd, adamw or lamb"
-            raise RequestError(f"{setting('optimizer', shown(self.optimizer))} is not an optimizer of timm{hint}")
+            raise RequestError(f"{setting('optimizer', shown(self.optimizer))} is not a timm optimizer{hint}")
 
 
 def check_optimizer(config: OptimConfig, device: str) -> None:
@@ -64,8 +64,8 @@ def check_optimizer(config: OptimConfig, device: str) -> None:
             optimizer.step()
         except (AssertionError, ImportError, RuntimeError, TypeError, ValueError, AttributeError) as error:
             raise RequestError(
-                f"{setting('optimizer', config.optimizer)} does not work here ({one_line(error)[:120]}); choose "
-                "another, such as sgd, adamw or lamb"
+                f"{setting('optimizer', config.optimizer)} does not work on this machine ({one_line(error)[:120]}); "
+                "choose another, such as sgd, adamw or lamb"
             ) from error
     optimizer_state(optimizer)
 

@@ -61,7 +61,7 @@ def plan_schedule(config: TrainConfig, count: int | None) -> Schedule:
     if count is None:
         if config.max_steps is None:
             raise RequestError(
-                f"{config.data.dataset} does not state its number of samples, so {setting('streaming', True)} needs "
+                f"{config.data.dataset} does not provide its number of samples, so {setting('streaming', True)} needs "
                 f"{setting('max_steps')}"
             )
         warmup = config.max_steps // 20 if config.optim.warmup_epochs else 0

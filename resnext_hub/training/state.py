@@ -169,9 +169,7 @@ class TrainingState:
             )
         assert self.merged_groups is not None
         if before is not None and before != self.merged_groups:
-            _logger.warning(
-                "merged groups differ from those before the resume; the weights can differ in their last bits"
-            )
+            _logger.warning("other groups are merged than before the resume, so weights may differ in the last bits")
         if self.merged_groups:
             layers = grouped_convolutions(self.model)
             widths = {name: layers[name].in_channels // layers[name].groups for name in self.merged_groups}
@@ -181,7 +179,8 @@ class TrainingState:
             _logger.info("channels of merged groups: %s", merged)
         elif config.merge_groups not in ("auto", "off"):
             _logger.warning(
-                "no groups are merged: --merge-groups %s is less than twice the width of every group in the model",
+                "no groups are merged, because --merge-groups %s is less than twice the width of every group in the "
+                "model",
                 config.merge_groups,
             )
         return build_training_view(self.model, self.merged_groups)
@@ -214,9 +213,14 @@ class TrainingState:
             raise checkpoint.mismatch("its merged groups belong to another model")
         for name, before in facts.how.items():
             if name in self.how and self.how[name] != before:
-                effect = "in their last bits" if name != "decoder" else "slightly, because pixels of JPEGs differ"
+                effect = (
+                    "in the last bits"
+                    if name != "decoder"
+                    else "slightly, because JPEGs are decoded to different pixels"
+                )
                 _logger.warning(
-                    "%s was %s before the resume and is %s now; data and schedule are the same, weights can differ %s",
+                    "%s was %s before the resume and is %s now; data and schedule are unchanged, but weights may "
+                    "differ %s",
                     name,
                     printable(before),
                     self.how[name],

@@ -89,7 +89,7 @@ def test_an_entry_that_fails_or_dies_is_reported_in_one_line() -> None:
 
 def test_invalid_settings_are_reported_in_one_line(command: Command, tmp_path: Path) -> None:
     for arguments, part in (
-        (("inference", "--model", "resnext_g33"), "resnext_g33 is not a model of timm"),
+        (("inference", "--model", "resnext_g33"), "resnext_g33 is not a timm model"),
         (("inference", "--batch-size", 0), "--batch-size 0: expected a whole number from 1 to"),
         (("speed",), "speed is not one of inference, training, loader"),
         (("loader", "--batch-size", 0), "--batch-size 0: expected a whole number from 1 to"),
@@ -97,8 +97,8 @@ def test_invalid_settings_are_reported_in_one_line(command: Command, tmp_path: P
         (("loader", "--workers", -1), "--workers -1: expected a whole number from 0 to"),
         (("loader", "--images", tmp_path), "expected a folder with images"),
         (("loader", "--json", tmp_path / "no" / "x.json"), "x.json: expected a file in an existing, writable folder"),
-        (("training", "--image-size", 16), "resnext_g32 does not take --image-size 16"),
-        (("training", "--equal-flops", "resnext_g33"), "resnext_g33 is not a model of timm"),
+        (("training", "--image-size", 16), "resnext_g32 does not accept --image-size 16"),
+        (("training", "--equal-flops", "resnext_g33"), "resnext_g33 is not a timm model"),
     ):
         code, _, err = command("benchmark", *arguments)
         assert code == 2
@@ -136,4 +136,4 @@ def test_unsteady_rounds_add_a_warning() -> None:
     for last, warned in ((14.0, False), (16.0, True)):
         row = Result(name="one", ours=True, quality="", images_per_second=(10.0, last))
         table = Comparison(kind="k", settings={}, machine=machine, rows=(row,)).table()
-        assert ("differ by up to 1.6x, so other work was running on this machine" in table) == warned
+        assert ("differ by up to 1.6x; other processes were probably running on this machine" in table) == warned

@@ -89,9 +89,9 @@ def many(recalls: list[tuple[int, int]]) -> str:
 
 def test_the_recall_of_unlisted_classes_is_stated() -> None:
     card = many([(0, 2)] * 498 + [(1, 2)] * 2)
-    assert f"the other {500 - MOST_CLASSES} measured classes have a recall of 0.00 % or higher" in card
+    assert f"The other {500 - MOST_CLASSES} measured classes have a recall of 0.00 % or higher" in card
     card = many([(0, 2)] * MOST_CLASSES + [(1, 2)] * 20)
-    assert "the other 20 measured classes have a recall of 50.00 % or higher" in card
+    assert "The other 20 measured classes have a recall of 50.00 % or higher" in card
     card = many([(1, 2)] * 20 + [(0, 0)] * 30)
     assert "measured classes have" not in card
 
@@ -120,7 +120,7 @@ def test_an_evaluation_on_the_training_split_is_called_so() -> None:
     dataset: DatasetFacts = dataclasses.replace(record.dataset, eval_split="train")
     card = render_card(dataclasses.replace(record, dataset=dataset))
     assert "held" not in visible(card)
-    assert "on images that it was trained on" in card
+    assert "on its own training images" in card
     assert "split train, also used for training" in card
 
 

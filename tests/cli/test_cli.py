@@ -26,7 +26,7 @@ Command = Callable[..., tuple[int, str, str]]
 @mark.parametrize(
     ("flags", "parts"),
     [
-        (["--model", "resnext_g23"], ["--model resnext_g23: there is no such model; close:", "resnext_g2"]),
+        (["--model", "resnext_g23"], ["--model resnext_g23: no such model; closest matches:", "resnext_g2"]),
         (["--model", "resnext_g32.a9_in1k"], ["resnext_g32 has no weights a9_in1k; available: ", "a1h_in1k"]),
         (["--model", "me/repo"], ["hf-hub:me/repo", "local-dir:me/repo"]),
         (["--model", "resnext_g8", "--pretrained"], ["resnext_g8 has no released weights", "resnext_g32"]),
@@ -40,9 +40,9 @@ Command = Callable[..., tuple[int, str, str]]
             ["--image-size", "16"],
             ["16 is smaller than the stride of test_resnet (32); use --image-size 32 or larger"],
         ),
-        (["--batch-size", "1"], ["whose last feature map is a single pixel, too few for batch norm"]),
+        (["--batch-size", "1"], ["and its last feature map is 1 x 1, which is too small for batch norm"]),
         (["--batch-size", "5", "--micro-batch-size", "2"], ["a single image of 32 px"]),
-        (["--mixed-precision", "fp16"], ["fp16 needs a CUDA GPU, and the device is cpu"]),
+        (["--mixed-precision", "fp16"], ["fp16 needs a CUDA GPU, but the device is cpu"]),
         (["--auto-augment", "sparkle"], ["--auto-augment sparkle"]),
         (["--interpolation", "sparkle"], ["--interpolation sparkle"]),
         (["--threads", "none"], ["--threads none: expected auto or a number of threads from 1 to 1,024"]),
@@ -138,7 +138,7 @@ def test_a_finished_run_on_a_disk_that_is_read_only_is_found_finished(
     flags = ("train", *TINY, "--lr", 0.01, "--output-dir", finished, "--max-steps")
     code, out, _ = command(*flags, 30)
     assert code == 0
-    assert "is finished already; nothing was computed" in out
+    assert "is already finished; nothing was computed" in out
     code, _, err = command(*flags, 31)
     assert code == 2
     assert "is not writable: permission denied" in err
@@ -161,18 +161,18 @@ def test_a_folder_of_other_things_is_left_alone(command: Command, tmp_path: Path
     (tmp_path / "model" / "thesis.txt").write_text("years of work")
     code, _, err = command("train", *TINY, "--output-dir", tmp_path)
     assert code == 2
-    assert "holds other files (model) and no run" in err
+    assert "contains other files (model) but no run" in err
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 @mark.parametrize(
     ("processes", "asked", "says"),
     [
-        (3, {"batch_size": 64}, "not divisible by 3 processes; nearest: 63 or 66"),
+        (3, {"batch_size": 64}, "not divisible by 3 processes; use 63 or 66"),
         (
             2,
             {"batch_size": 66, "mixup": 0.2},
-            "makes 33 images per process, but mixup and cutmix need pairs; nearest: 64 or 68",
+            "gives 33 images per process, but mixup and cutmix need pairs; use 64 or 68",
         ),
     ],
     ids=["not divided", "odd part"],
@@ -194,7 +194,7 @@ def test_a_stream_of_unknown_length_needs_a_number_of_steps(command: Command, tm
     flags = ("--dataset", tmp_path / "digits", "--streaming", "--image-size", 32)
     code, _, err = command("train", *TINY, *flags, "--output-dir", tmp_path / "run")
     assert code == 2
-    assert "does not state its number of samples, so --streaming needs --max-steps" in err
+    assert "does not provide its number of samples, so --streaming needs --max-steps" in err
 
 
 @mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
@@ -202,7 +202,7 @@ def test_sharded_training_is_refused_in_a_line(variable: str, command: Command, 
     monkeypatch.setenv(variable, "true")
     code, _, err = command("train", *TINY)
     assert code == 2
-    assert "expected plain data parallelism" in err
+    assert "use plain data parallelism" in err
 
 
 @mark.parametrize(

@@ -414,7 +414,7 @@ def test_the_decoder_is_recorded_kept_on_resume_and_changed_on_request(
     record = RunRecord.load(run / "record.json")
     assert record.decoders == ["simplejpeg", "pil"]
     assert record.config["decoder"] == "pil"
-    assert "were decoded by simplejpeg, then by pil." in (run / "model" / "README.md").read_text()
+    assert "were decoded with simplejpeg, then with pil." in (run / "model" / "README.md").read_text()
 
 
 def test_without_simplejpeg_runs_use_pillow_and_a_simplejpeg_run_explains_how_to_resume(
@@ -425,7 +425,7 @@ def test_without_simplejpeg_runs_use_pillow_and_a_simplejpeg_run_explains_how_to
     assert command(*flags, "--max-steps", 1, "--output-dir", tmp_path / "slow")[0] == 0
     assert RunRecord.load(tmp_path / "slow" / "record.json").decoders == ["pil"]
     code, out, err = command(*flags, "--max-steps", 1, "--output-dir", tmp_path / "fast")
-    assert (code, "is finished already" in out) == (0, True), err
+    assert (code, "is already finished" in out) == (0, True), err
     for words in (("--output-dir", tmp_path / "fast"), ("--output-dir", tmp_path / "new", "--decoder", "simplejpeg")):
         code, _, err = command(*flags, "--max-steps", 2, *words)
         assert code == 2

@@ -650,9 +650,9 @@ def test_an_evaluation_split_of_any_name_can_be_requested(tmp_path: Path) -> Non
     [
         (
             "split",
-            "this column of {root}/metadata.csv holds splits; expected a column of classes (other columns: label)",
+            "this column of {root}/metadata.csv contains splits; expected a column of classes (other columns: label)",
         ),
-        ("file_name", "holds file names; expected a column of classes (other columns: label)"),
+        ("file_name", "contains file names; expected a column of classes (other columns: label)"),
         ("nope", "{root}/metadata.csv has no such column; its columns: file_name, label, split"),
     ],
 )
@@ -1156,7 +1156,7 @@ def test_a_configuration_of_a_cloned_repository_can_be_chosen(tmp_path: Path) ->
         splits = load(tmp_path, dataset_config=name)
         assert splits.label_names == ("common", f"{name}/train-0.parquet", f"{name}/test-0.parquet")
         assert splits.found.dataset_config == name
-    assert "are for datasets on the Hub" in refused(tmp_path / "full", dataset_config="full")
+    assert "are only for datasets on the Hub" in refused(tmp_path / "full", dataset_config="full")
 
 
 @mark.parametrize(
@@ -1213,7 +1213,7 @@ def test_files_that_readme_does_not_list_are_noted(tmp_path: Path) -> None:
 def test_invalid_configs_in_readme_raise_an_error(tmp_path: Path, configs: str, words: str) -> None:
     message = refused(configured(tmp_path, configs, "data/a-0.parquet", "data/b-0.parquet"))
     assert words in message
-    assert "move it away" in message
+    assert "move it out of the dataset" in message
 
 
 @mark.parametrize(
@@ -1242,7 +1242,9 @@ def test_labels_of_shards_and_splits_are_matched_by_name(tmp_path: Path) -> None
     assert splits.label_names == ("dark", "light", "grey")
     assert splits.train.labels.tolist() == [0, 0, 1, 1, 0, 0]
     assert splits.eval.labels.tolist() == [2, 1, 0]
-    assert "column label has other classes, or another order, in train-1.parquet" in refused(tmp_path, streaming=True)
+    assert "column label has different classes, or a different order of them, in train-1.parquet" in refused(
+        tmp_path, streaming=True
+    )
 
 
 @mark.parametrize(
@@ -1391,7 +1393,7 @@ def test_invalid_dataset_ids_are_not_requested_from_the_hub(name: str) -> None:
 def test_class_folders_beside_parquet_files_of_images_raise_an_error(tmp_path: Path) -> None:
     fill(tmp_path, classes())
     write(tmp_path / "extra.parquet", [0, 1], named("a", "b"))
-    assert "(extra.parquet); move one of them away" in refused(tmp_path)
+    assert "(extra.parquet); move one of them elsewhere" in refused(tmp_path)
 
 
 def test_saved_datasets_keep_their_splits(tmp_path: Path) -> None:
@@ -1657,7 +1659,7 @@ def test_an_unwritable_cache_raises_an_error(tmp_path: Path, monkeypatch: Monkey
 def test_a_local_folder_called_digits_requires_a_decision(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     fill(tmp_path, classes("digits/"))
-    assert "use dataset=./digits for that, or dataset=bundled:digits" in refused("digits")
+    assert "use dataset=./digits for the local one, or dataset=bundled:digits" in refused("digits")
     assert load("./digits").label_names == ("cat", "dog")
     assert load("bundled:digits").dataset_id == "digits"
     assert "no such bundled dataset; the only one is bundled:digits" in refused("bundled:mnist")
@@ -1689,4 +1691,4 @@ def test_a_run_inside_its_dataset_does_not_change_the_dataset(
     assert code == 0, err
     assert "(held out, 25 %)" in err
     code, out, _ = command(*words)
-    assert (code, "is finished already" in out) == (0, True)
+    assert (code, "is already finished" in out) == (0, True)

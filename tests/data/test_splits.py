@@ -213,7 +213,7 @@ def test_unknown_datasets_splits_and_files_raise_an_error(tmp_path: Path, folder
     assert "nowhere does not exist and is not a valid dataset id on the Hub" in refused(tmp_path / "nowhere")
     assert "has images (.png: 12) but no class folders" in refused(folder_of_classes / "bus")
     assert "eval_split=test: no such split; choose one of train" in refused(folder_of_classes, eval_split="test")
-    assert "are for datasets on the Hub" in refused(folder_of_classes, dataset_revision="main")
+    assert "are only for datasets on the Hub" in refused(folder_of_classes, dataset_revision="main")
     (tmp_path / "table.csv").write_text("a,b")
     assert "not a parquet file" in refused(tmp_path / "table.csv")
 

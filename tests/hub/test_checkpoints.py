@@ -117,7 +117,7 @@ def test_changed_settings_or_a_damaged_state_do_not_resume(hub: LoopbackHub, tmp
         assert "--lr was 0.01 and is now 0.02" in err
         code, _, err = client.command("train", "--resume-from", "hub:me/none")
         assert code == 2
-        assert "no repository with a branch checkpoints that you can read" in err
+        assert "the repository or its branch checkpoints does not exist, or is private" in err
 
 
 def _refuse_damaged_states(hub: LoopbackHub, client: Client, tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_failed_checkpoint_uploads_do_not_stop_training(hub: LoopbackHub, tmp_pa
         (code, out, err), again = client.command(*words), client.command(*words)
     assert code == 0, err
     assert "a checkpoint could not be uploaded to me/run" in err
-    assert "published and read back: http" in out
+    assert "published and verified: http" in out
     repo = hub.repos["models/me/run"]
     assert len(repo.commits) == 2
     assert (
@@ -179,6 +179,6 @@ def test_a_run_that_cannot_be_published_fails_before_training(
     with contextlib.closing(Client(hub, tmp_path / "home", "hf_readonlytokenofme")) as client:
         code, _, err = client.command(*base, "--push-to-hub", "--license", "mit", "--repo-id", "me/run")
     assert code == 1
-    assert "me/run cannot be written to: permission denied: the token cannot write there" in err
+    assert "cannot write to me/run: permission denied: the token cannot write there" in err
     assert "Training was not started" in err
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

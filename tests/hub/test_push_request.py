@@ -143,7 +143,7 @@ def test_a_foreign_local_card_is_replaced_only_with_overwrite_card(run: Path, co
 def test_an_invalid_revision_is_rejected_without_a_request(run: Path, command: Command, revision: str) -> None:
     code, _, err = dry_run(command, run, "--revision", revision)
     assert code == 2
-    assert "is not a revision: expected a branch" in err
+    assert "is not a valid revision: expected a branch" in err
 
 
 def test_a_missing_card_is_regenerated(run: Path, command: Command) -> None:

@@ -68,7 +68,7 @@ def over_xet(hub: LoopbackHub, *requests: str) -> None:
 def test_a_push_over_xet_is_one_commit_and_is_read_back(hub: LoopbackHub, client: Client, vehicles_run: Path) -> None:
     code, out, err = client.command("push", vehicles_run, *PUSH)
     assert code == 0, err
-    assert "published and read back: http" in out
+    assert "published and verified: http" in out
     holds(hub, vehicles_run)
     over_xet(hub, "GET /api/models/me/cars/xet-write-token", "POST /cas/v1/xorb-grants", "PUT /xorb-uploads")
     listed = client.run(
@@ -89,7 +89,7 @@ def test_a_push_works_with_version_1_of_the_xet_api(hub: LoopbackHub, client: Cl
 
 
 def test_a_repeated_push_creates_no_second_commit(hub: LoopbackHub, client: Client, vehicles_run: Path) -> None:
-    for message in ("published and read back", "nothing has changed there"):
+    for message in ("published and verified", "already up to date"):
         code, out, err = client.command("push", vehicles_run, *PUSH)
         assert code == 0, err
         assert message in out
@@ -146,9 +146,9 @@ def test_a_model_downloaded_over_xet_has_the_same_logits_in_timm_and_here(
 @mark.parametrize(
     ("position", "message"),
     [
-        (-1000, "has other bytes than the Hub lists; it was removed from the cache"),
+        (-1000, "does not match its hash on the Hub; it was removed from the cache"),
         # the length of a chunk, which the client itself verifies
-        (6, "me/cars: model.safetensors of me/cars could not be fetched from the Hub: "),
+        (6, "me/cars: model.safetensors of me/cars could not be downloaded from the Hub: "),
     ],
 )
 def test_from_hub_rejects_a_corrupted_file_and_downloads_it_again(
@@ -186,7 +186,7 @@ def test_a_transient_fault_leaves_one_complete_commit(
     code, out, err = client.command("push", vehicles_run, *PUSH)
     assert code == 0, err
     assert hub.faults[0].times == 0, "the fault was not triggered"
-    assert "published and read back: http" in out
+    assert "published and verified: http" in out
     holds(hub, vehicles_run)
 
 
@@ -229,7 +229,7 @@ def test_a_commit_with_a_lost_reply_is_made_once(
     hub.faults.append(Fault("POST .*/commit/", "lost reply", times))
     code, out, err = client.command("push", vehicles_run, *PUSH)
     assert code == 0, err
-    assert "published and read back: http" in out
+    assert "published and verified: http" in out
     holds(hub, vehicles_run)
 
 
@@ -259,7 +259,7 @@ def test_a_failed_download_is_reported_in_one_line(
     hub.faults.append(Fault(route, kind, 1000))
     answer = client.run(FROM_HUB)
     assert answer["code"] == 0, answer["err"]
-    assert answer["result"].startswith("me/cars: model.safetensors of me/cars could not be fetched from the Hub: ")
+    assert answer["result"].startswith("me/cars: model.safetensors of me/cars could not be downloaded from the Hub: ")
     hub.faults[0] = Fault(route, kind, 1)
     assert client.run(FROM_HUB)["result"][0] == hub.repos["models/me/cars"].commits[-1].oid
     assert hub.faults[0].times == 0
@@ -293,7 +293,7 @@ def test_a_failed_download_of_the_base_model_is_reported_in_one_line(
     words = ("train", "--model", "hf-hub:me/cars", "--max-steps", 1, "--output-dir", tmp_path / "run")
     code, _, err = client.command(*words)
     assert code == 1, err
-    assert "model.safetensors of me/cars could not be fetched from the Hub: " in err
+    assert "model.safetensors of me/cars could not be downloaded from the Hub: " in err
     assert not (tmp_path / "run").exists()
 
 

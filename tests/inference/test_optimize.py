@@ -509,11 +509,11 @@ def test_an_input_that_is_not_a_batch_is_refused_in_one_line(wrong: Any) -> None
 @mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_are_refused_by_name(value: float) -> None:
     model = classifier()
-    with raises(RequestError, match="example holds NaN or infinity"):
+    with raises(RequestError, match="example contains NaN or infinity"):
         quick(model, torch.full((2, 3, 16, 16), value))
     with torch.no_grad():
         model[4].weight[1, 2] = value
-    with raises(RequestError, match=r"the weights of the model are not finite: 4\.weight holds NaN or infinity"):
+    with raises(RequestError, match=r"the weights of the model are not finite: 4\.weight contains NaN or infinity"):
         quick(model, some_images(2, 16))
 
 
@@ -556,7 +556,7 @@ def test_a_model_whose_output_depends_on_the_batch_causes_a_warning(
     fast = quick(OfTheBatch(), some_images(4, 16), dtype=dtype)
     assert fast.report is not None
     assert f"{fast.report.second_error:.1e} on a second batch, more than rounding in" in caplog.text
-    assert "it computes another function" in caplog.text
+    assert "it computes a different function" in caplog.text
 
 
 def test_a_traced_branch_on_data_causes_a_warning(caplog: LogCaptureFixture, monkeypatch: MonkeyPatch) -> None:
@@ -565,7 +565,7 @@ def test_a_traced_branch_on_data_causes_a_warning(caplog: LogCaptureFixture, mon
     fast = quick(OfABranch(), some_images(4, 16).abs(), engine="openvino")
     assert fast.report is not None
     assert fast.report.relative_error < 1e-3 < fast.report.second_error
-    assert "it computes another function" in caplog.text
+    assert "it computes a different function" in caplog.text
 
 
 def test_a_hook_on_a_grouped_convolution_keeps_its_effect() -> None:
@@ -625,7 +625,7 @@ def quantized() -> nn.Module:
 @mark.parametrize(
     ("make", "part"),
     [
-        (traced, "which is already compiled; expected the original model"),
+        (traced, "which is already compiled: expected the original model"),
         (lambda: quick(classifier(), some_images(2, 16)), "which is already compiled"),
         (quantized, "is not a plain tensor, as in a quantized model; expected the original model"),
         (lambda: classifier().to("meta"), r"the weights of the model have no values \(0\.weight\)"),

@@ -147,7 +147,7 @@ def test_only_unreadable_images_exit_with_1(vehicles_run: Path, command: Command
     assert err.splitlines() == [
         f"{tmp_path / 'empty.jpg'}: cannot be decoded: zero bytes",
         f"{tmp_path / 'text.jpg'}: cannot be decoded: not an image",
-        "error: none of the 2 images could be decoded",
+        "error: 0 of 2 images could be decoded",
     ]
 
 
@@ -222,7 +222,7 @@ def test_an_invalid_model_exits_with_2_and_one_line(vehicles_run: Path, command:
         (tmp_path, "is not a trained model"),
         (unnamed, "1 names for 1000 classes: expected one per class"),
         (foreign, "model.safetensors does not match config.json, a test_vit"),
-        (unknown, 'config.json states architecture "sparkle": unknown to timm'),
+        (unknown, 'config.json has architecture "sparkle": unknown to timm'),
         (no_json, "config.json is damaged (Input data was truncated)"),
         (damaged, "model.safetensors cannot be read (Error while deserializing header"),
         (without, "there is no model.safetensors in"),
@@ -243,8 +243,8 @@ def test_a_model_on_an_unreachable_hub_exits_with_1(command: Command, tmp_path: 
 
 def test_paths_without_images_exit_with_2(vehicles_run: Path, command: Command, tmp_path: Path) -> None:
     for path, part in (
-        (tmp_path, "holds no images; known suffixes: .avif"),
-        (tmp_path / "x.jpg", "there is no such"),
+        (tmp_path, "contains no images; known suffixes: .avif"),
+        (tmp_path / "x.jpg", "no such file or folder"),
     ):
         code, _, err = command("predict", vehicles_run, path)
         assert code == 2
@@ -259,7 +259,7 @@ def test_paths_that_are_not_regular_files_are_refused_and_never_opened(command: 
     for name, reason in (
         ("fifo.jpg", "is not a regular file"),
         ("device.jpg", "is not a regular file"),
-        ("dangling.jpg", "there is no such file or folder"),
+        ("dangling.jpg", "no such file or folder"),
     ):
         code, out, err = command("predict", "any", tmp_path / name)
         assert (code, out, err.count("\n")) == (2, "", 1)
@@ -307,5 +307,5 @@ def test_plots_of_a_run_are_not_classified(tmp_path: Path) -> None:
     assert find_images([tmp_path]) == [tmp_path / "curves.png"]
     for name in ("config.yaml", "record.json"):
         (tmp_path / name).write_text("{}")
-    with raises(RequestError, match="is a run folder, and its images are plots"):
+    with raises(RequestError, match="is a run folder whose images are plots"):
         find_images([tmp_path])

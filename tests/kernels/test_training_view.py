@@ -95,7 +95,7 @@ def test_a_resumed_run_keeps_its_widths_even_if_others_are_faster_now(
     assert not list((tmp_path / "cache").iterdir())  # nothing was measured
     code, _, err = command(*flags, tmp_path / "run", "--max-steps", 5, "--merge-groups", "off")
     assert code == 0
-    assert "the weights can differ in their last bits" in err
+    assert "weights may differ in the last bits" in err
     assert RunRecord.load(tmp_path / "run" / "record.json").merged_groups == {}
 
 
@@ -194,6 +194,6 @@ def test_a_model_that_cannot_be_compiled_is_reported_in_one_line(tmp_path: Path)
         "scripts/train.py", *TINY, "--max-steps", 2, "--compile", "--output-dir", tmp_path / "run", **empty
     )
     assert done.returncode == 1
-    assert "error: the model cannot be compiled here" in done.stderr
+    assert "error: torch.compile failed for this model" in done.stderr
     assert "rerun without --compile" in done.stderr
     assert "Traceback" not in done.stderr

@@ -154,4 +154,4 @@ def test_info_finds_the_width_with_the_same_cost(command: Callable[..., tuple[in
     assert "--like vgg16" in err
     code, _, err = command("info", "resnext_g9")
     assert code == 2
-    assert "resnext_g9 is not a variant; close: resnext_g" in err
+    assert "resnext_g9 is not a variant; closest matches: resnext_g" in err

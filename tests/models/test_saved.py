@@ -88,7 +88,7 @@ def refusal(folder: Path) -> str:
 )
 def test_a_key_that_steers_loading_is_refused_by_name(folder: Path, key: str, value: Any) -> None:
     change(folder, **{f"pretrained_cfg__{key}": value})
-    assert f"config.json states pretrained_cfg.{key} {json.dumps(value)}" in refusal(folder)
+    assert f"config.json has pretrained_cfg.{key} {json.dumps(value)}" in refusal(folder)
 
 
 def test_empty_keys_and_unknown_top_level_keys_are_ignored(folder: Path) -> None:
@@ -280,13 +280,13 @@ def with_value(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
         ("fc.weight", lambda t: t.long(), "fc.weight is not of a floating-point type"),
         ("bn1.num_batches_tracked", lambda t: t.float(), "bn1.num_batches_tracked is of a floating-point type"),
         ("bn1.num_batches_tracked", lambda t: t - 10**6, "expected no negative numbers"),
-        ("fc.weight", with_value(float("nan")), "fc.weight in model.safetensors holds NaN"),
-        ("fc.bias", with_value(float("inf")), "fc.bias in model.safetensors holds inf"),
-        ("conv1.0.weight", with_value(float("-inf")), "holds -inf"),
-        ("fc.weight", with_value(1e38), "fc.weight in model.safetensors holds 1e+38"),
-        ("bn1.running_mean", with_value(-1e25), "bn1.running_mean in model.safetensors holds -1e+25"),
-        ("bn1.running_var", with_value(-0.5), "bn1.running_var in model.safetensors holds -0.5"),
-        ("fc.weight", lambda t: with_value(1e300)(t.double()), "fc.weight in model.safetensors holds inf"),
+        ("fc.weight", with_value(float("nan")), "fc.weight in model.safetensors contains NaN"),
+        ("fc.bias", with_value(float("inf")), "fc.bias in model.safetensors contains inf"),
+        ("conv1.0.weight", with_value(float("-inf")), "contains -inf"),
+        ("fc.weight", with_value(1e38), "fc.weight in model.safetensors contains 1e+38"),
+        ("bn1.running_mean", with_value(-1e25), "bn1.running_mean in model.safetensors contains -1e+25"),
+        ("bn1.running_var", with_value(-0.5), "bn1.running_var in model.safetensors contains -0.5"),
+        ("fc.weight", lambda t: with_value(1e300)(t.double()), "fc.weight in model.safetensors contains inf"),
     ],
 )  # fmt: skip
 def test_invalid_weights_are_refused_with_tensor_and_reason(
@@ -490,7 +490,9 @@ def test_a_classifier_is_kept_if_the_class_names_match(written: Path) -> None:
     assert torch.equal(build_model(source, [NAMES[n] for n in order]).fc.weight, weight[order])
     assert "in the order of these class names" in source.saved.classifier_for([NAMES[n] for n in order])
     assert not torch.equal(build_model(source, [*NAMES[:9], "other"]).fc.weight, weight)
-    assert "new, because the weights have other class names" in source.saved.classifier_for([*NAMES[:9], "other"])
+    assert "new, because the pretrained model has other class names" in source.saved.classifier_for(
+        [*NAMES[:9], "other"]
+    )
 
 
 def test_a_variant_saved_by_timm_is_recognized(tmp_path: Path) -> None:
@@ -560,7 +562,7 @@ INVALID_REVISIONS = ["", "../../x", "a//b", "refs/", "-x", "a b", "\x1b[31m", "\
 
 @mark.parametrize("revision", INVALID_REVISIONS)
 def test_an_invalid_revision_is_refused_without_contacting_the_hub(revision: str) -> None:
-    with raises(RequestError, match="after @ is not a revision: expected a branch, tag or commit") as caught:
+    with raises(RequestError, match="after @ is not a valid revision: expected a branch, tag or commit") as caught:
         find_model(f"hf-hub:me/model@{revision}")
     assert str(caught.value).isprintable()
 
@@ -569,7 +571,7 @@ def test_an_invalid_revision_is_refused_without_contacting_the_hub(revision: str
 @mark.parametrize("revision", [*INVALID_REVISIONS, "../../../../tmp/zz", 5, b"main", ["main"]])
 def test_from_hub_refuses_an_invalid_revision(revision: Any, verify: bool) -> None:
     with raises(
-        RequestError, match=r"me/model: revision=.* is not a revision: expected a branch, tag or commit"
+        RequestError, match=r"me/model: revision=.* is not a valid revision: expected a branch, tag or commit"
     ) as caught:
         from_hub("me/model", revision=revision, verify=verify)
     assert str(caught.value).isprintable()
@@ -608,7 +610,7 @@ def test_an_invalid_path_is_refused_like_a_missing_one(name: str) -> None:
     ],
 )
 def test_variants_are_suggested_first_for_unknown_names(name: str, close: str) -> None:
-    with raises(RequestError, match=f"there is no such model; close: {close}"):
+    with raises(RequestError, match=f"no such model; closest matches: {close}"):
         find_model(name)
 
 

@@ -188,7 +188,7 @@ def test_a_run_with_odd_names_and_damaged_logs_finishes(tmp_path: Path, command:
     exec("\n".join(line.strip() for line in out.splitlines() if line.startswith("    ")), {})
     assert is_printable((run / "config.yaml").read_text().replace("\n", ""))
     assert "Traceback" not in err
-    assert "2 damaged lines are ignored" in err
+    assert "ignored 2 damaged lines" in err
     record = RunRecord.load(run / "record.json")
     assert [line["step"] for line in record.history if "eval_loss" in line][-1] == 2
     assert record.plots == ["curves.png", "confusion_matrix.png"]

@@ -243,7 +243,7 @@ def test_hosts_without_a_shared_disk_resume_bit_for_bit(tmp_path: Path, vehicles
     started[1].kill()
     main, _ = wait(started)
     assert main.code == 1, main.err
-    assert "process 0 has lost another process of the run" in main.errors[0]
+    assert "process 0 lost the connection to another process of the run" in main.errors[0]
     shutil.rmtree(killed.folders[1] / "run")
     main, other = killed.train(flags, flags)
     assert (main.code, other.code) == (0, 0), main.err + other.err
@@ -262,7 +262,7 @@ def test_hosts_without_a_shared_disk_resume_bit_for_bit(tmp_path: Path, vehicles
     before = (killed.folders[0] / "run" / "record.json").read_bytes()
     main, other = killed.train(flags, flags)  # the second host has no files of the finished run
     assert (main.code, other.code) == (0, 0), main.err + other.err
-    assert "finished already; nothing was computed" in main.out
+    assert "already finished; nothing was computed" in main.out
     assert (killed.folders[0] / "run" / "record.json").read_bytes() == before
 
 

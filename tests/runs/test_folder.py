@@ -44,7 +44,7 @@ def test_a_folder_that_another_command_changed_after_planning_is_refused(finishe
     plan = plan_of(tmp_path / "run", seed=7)
     shutil.copytree(finished, tmp_path / "run")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    with raises(RequestError, match=r"another command has changed .*run in the meantime"):
+    with raises(RequestError, match=r"run was changed by another command"):
         execute(plan, Peers())
     assert all(path.read_bytes() == content for path, content in before.items() if path.name != ".lock")
 
@@ -82,7 +82,7 @@ def test_an_extended_run_is_unfinished_until_it_is_finished_again(
         code, _, err = command(*words)
     assert code == 1
     assert len(re.findall("^error: ", err, re.MULTILINE)) == 1
-    assert "training is finished and saved: rerun the same command to write them" in err
+    assert "training is complete and saved; rerun the same command to write them" in err
     for other in (("evaluate", run), ("push", run, "--repo-id", "me/x", "--license", "mit", "--dry-run")):
         code, _, err = command(*other)
         assert code == 2
@@ -122,7 +122,7 @@ def test_files_of_the_owner_are_moved_and_every_edited_card_is_kept(run: Path, c
         card.write_text(card.read_text().replace("# ", f"# Mine of {step}: ", 1))
         code, _, err = command(*GROWN[:-1], step, "--output-dir", run)
         assert code == 0, err
-        assert "moved other files in it to model.previous" in err
+        assert "other files in it were moved to model.previous" in err
         assert ": notes.txt" in err
     assert (run / "model.previous" / "notes.txt").read_text() == "notes of 31"
     assert (run / "model.previous-2" / "notes.txt").read_text() == "notes of 32"
@@ -240,7 +240,7 @@ def test_resume_without_a_run_logs_a_warning(tmp_path: Path, command: Command) -
     messages: list[str] = []
     request._logger.addFilter(lambda entry: bool(messages.append(entry.getMessage())) or True)
     prepare(settings, asked={}, recipe=recipe, output_dir=tmp_path / "run", resume=True)
-    assert messages == [f"--resume is ignored, because {tmp_path / 'run'} holds no run; starting at step 0"]
+    assert messages == [f"--resume is ignored because {tmp_path / 'run'} contains no run; starting at step 0"]
     request._logger.filters.clear()
 
 

@@ -111,7 +111,7 @@ def test_repeating_a_finished_run_computes_nothing(finished: Path, command: Comm
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
     code, out, _ = command("train", *TINY, "--max-steps", 60, "--lr", 0.01, "--output-dir", finished)
     assert code == 0
-    assert "finished already" in out
+    assert "already finished" in out
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()} == before
 
 
@@ -136,7 +136,7 @@ def test_other_settings_in_a_used_folder_are_refused_with_the_difference(finishe
     assert "it has 60 steps and this one 30 (--epochs and --max-steps may only grow)" in err
     code, _, err = command("train", *TINY, "--max-steps", 60, "--lr", 0.01, "--no-resume", "--output-dir", finished)
     assert code == 2
-    assert "already holds a run" in err
+    assert "already contains a run" in err
 
 
 def test_evaluate_repeats_the_recorded_counts(finished: Path, command: Command) -> None:
@@ -144,7 +144,7 @@ def test_evaluate_repeats_the_recorded_counts(finished: Path, command: Command) 
     assert code == 0
     record = RunRecord.load(finished / "record.json").evaluation
     assert f"({record.correct}/360)" in out
-    assert "equal counts in every class" in out
+    assert "the counts of every class match" in out
 
 
 def test_evaluate_detects_changed_weights(finished: Path, tmp_path: Path, command: Command) -> None:

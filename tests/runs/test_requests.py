@@ -113,7 +113,7 @@ def test_a_base_model_of_non_square_images_needs_an_image_size(
 ) -> None:
     settings = {"model": base_model(tmp_path / "base", input_size=[3, *size]), "dataset": str(folder_of_classes)}
     with raises(
-        RequestError, match=rf"base takes images of {size[0]} x {size[1]} pixels .*; add image_size={max(size)}"
+        RequestError, match=rf"base expects images of {size[0]} x {size[1]} pixels .*; add image_size={max(size)}"
     ):
         prepare(settings, asked=settings, output_dir=tmp_path / "run")
     plan = prepare(settings | {"image_size": 48}, asked=settings, output_dir=tmp_path / "run")
@@ -145,7 +145,9 @@ def test_crop_pct_and_the_size_of_the_base_model_are_checked_together(tmp_path: 
 
 def test_a_disk_without_space_for_a_checkpoint_is_refused(tmp_path: Path) -> None:
     check_space(RunFolder(tmp_path / "run"), 1000)
-    with raises(RequestError, match=r"the disk of .*run has \d+ MB free, but a checkpoint and the model folder"):
+    with raises(
+        RequestError, match=r"the disk of .*run has \d+ MB of free space, but a checkpoint and the model folder"
+    ):
         check_space(RunFolder(tmp_path / "run"), 10**18)
 
 

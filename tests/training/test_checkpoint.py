@@ -83,7 +83,7 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_used(
         found = latest_checkpoint(tmp_path)
     assert found is not None
     assert found.step == 1
-    assert "step-00000002 is damaged and skipped" in caplog.text
+    assert "step-00000002 is damaged and is skipped" in caplog.text
 
 
 def flipped(content: bytes, bit: int) -> bytes:

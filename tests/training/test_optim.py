@@ -106,5 +106,5 @@ def test_a_fused_step_equals_that_of_timm_and_is_not_used_with_scaled_gradients(
 
 
 def test_an_unknown_optimizer_is_refused_with_similar_names() -> None:
-    with raises(RequestError, match=r"optimizer=adamv is not an optimizer of timm; did you mean .*adam"):
+    with raises(RequestError, match=r"optimizer=adamv is not a timm optimizer; did you mean .*adam"):
         OptimConfig(optimizer="adamv")

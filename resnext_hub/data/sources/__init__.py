@@ -60,9 +60,9 @@ def check_source(config: DataConfig) -> None:
     request = Request(config)
     if config.dataset == BUNDLED and os.path.lexists(BUNDLED):
         raise RequestError(
-            f"{setting('dataset', BUNDLED)} is ambiguous: there is a local {BUNDLED}, too; use "
-            f"{setting('dataset', f'./{BUNDLED}')} for that, or {setting('dataset', f'bundled:{BUNDLED}')} for the "
-            "bundled dataset"
+            f"{setting('dataset', BUNDLED)} is ambiguous, because there is also a local {BUNDLED}; use "
+            f"{setting('dataset', f'./{BUNDLED}')} for the local one, or {setting('dataset', f'bundled:{BUNDLED}')} "
+            "for the bundled dataset"
         )
     if config.dataset.startswith("bundled:") and not request.is_bundled:
         raise RequestError(
@@ -87,8 +87,8 @@ def open_source(config: DataConfig) -> OpenDataset:
     found = next(source for source in SOURCES if source.matches(request)).open(request)
     if found.revision is None and (config.dataset_revision or config.dataset_config not in (None, found.configuration)):
         raise RequestError(
-            f"{setting('dataset_config')} and {setting('dataset_revision')} are for datasets on the Hub; the former "
-            "also for a folder of parquet files with configs in its README.md"
+            f"{setting('dataset_config')} and {setting('dataset_revision')} are only for datasets on the Hub "
+            f"({setting('dataset_config')} also for a folder of parquet files with configs in its README.md)"
         )
     if config.layout and found.roots is not None:
         raise RequestError(

@@ -290,7 +290,7 @@ def _reject_ambiguous(tree: Tree, names: Sequence[str], splits: Sequence[str]) -
     raise RequestError(
         f"{printable(tree.root)} has folders named like splits ({listing(names)}), {why}; if all folders are "
         f"classes, use {setting('layout', 'classes')}; if they are splits, add class folders or a metadata.csv "
-        "(columns file_name,label) to each, and move other folders away"
+        "(columns file_name,label) to each, and move the other folders elsewhere"
     )
 
 
@@ -310,7 +310,7 @@ def _reject_lost_classes(tree: Tree, places: Iterable[str], notes: list[str]) ->
                 raise RequestError(
                     f"the class folder {printable(start + name)} has no images with a known suffix (found "
                     f"{describe_counts(counts)}); convert them to one of {' '.join(IMAGE_SUFFIXES)}, or move the "
-                    "folder away"
+                    "folder elsewhere"
                 )
         empty += [start + name for name in _folders_in(tree, Folder(place, ())) if name not in filled]
     if empty:

@@ -87,7 +87,7 @@ def open_parquet(root: Path, shards: Shards, streaming: bool) -> OpenDataset:
         if not any(parts[file].rows for file in members):
             raise RequestError(
                 f"the split {printable(split)} has no rows ({listing((root / file for file in members), 3)}); "
-                "add some, or move it away"
+                "add some, or move it elsewhere"
             )
     # datasets fails on files without rows
     splits = {split: [file for file in members if parts[file].rows] for split, members in splits.items()}
@@ -272,7 +272,7 @@ def _check_columns(parts: Sequence[Part]) -> None:
         if part.features.keys() != parts[0].features.keys():
             raise RequestError(
                 f"{printable(part.name)} has the columns {listing(part.features)}, but {printable(parts[0].name)} has "
-                f"{listing(parts[0].features)}; store the same columns in all files, or move one file away"
+                f"{listing(parts[0].features)}; store the same columns in all files, or move one of the files elsewhere"
             )
 
 

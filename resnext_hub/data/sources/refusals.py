@@ -35,7 +35,7 @@ def reject_linked_splits(tree: Tree) -> None:
         if depth and not within:
             raise RequestError(
                 f"{printable(tree.root / path)} is a link to {printable(target.rstrip('/'))}, which is already part of "
-                "the dataset; move that folder out of the dataset, replace the link by images, or ignore it with "
+                "the dataset; move that folder out of the dataset, replace the link with images, or ignore it with "
                 f"{setting('layout', 'classes')}"
             )
 

@@ -105,7 +105,7 @@ class Request:
             if found:
                 raise RequestError(
                     f"{printable(tree.root)} has both image folders ({listing(sorted(folders), 4)}) and a parquet file "
-                    f"with images ({printable(path)}); move one of them away, or use "
+                    f"with images ({printable(path)}); move one of them elsewhere, or use "
                     f"{setting('dataset', tree.root / path)}"
                 )
         return []

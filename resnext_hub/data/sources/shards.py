@@ -85,7 +85,7 @@ def splits_of(root: Path, files: Iterable[str]) -> dict[str, list[str]]:
     if without and len(without) < len(found):
         raise RequestError(
             f"{printable(without[0])} has no split in its name, unlike other files ({named}); rename it, for example "
-            f"to train-{posixpath.basename(printable(without[0]))}, or move it away"
+            f"to train-{posixpath.basename(printable(without[0]))}, or move it elsewhere"
         )
     splits: dict[str, list[str]] = {}
     for file, place in found.items():
@@ -119,8 +119,8 @@ def folder_columns(files: Iterable[str], own: Collection[str]) -> dict[str, dict
         outside = [file for file in files if file not in values]
         if outside:
             raise RequestError(
-                f"{printable(outside[0])} is not in a folder {printable(key)}=…, unlike other files; move it into one, "
-                "or away"
+                f"{printable(outside[0])} is not in a folder {printable(key)}=…, unlike other files; move it into one "
+                "or elsewhere"
             )
         is_number = all(value and re.fullmatch(r"0|-?[1-9]\d{0,8}", value, re.ASCII) for value in values.values())
         columns[key] = {file: int(value) if is_number and value else value for file, value in values.items()}
@@ -204,7 +204,7 @@ def _configurations_of(root: Path) -> list[_Configuration]:
     path = root / "README.md"
     if not path.is_file():
         return []
-    remedy = "fix it, or move it away to split files by their names"
+    remedy = "fix it, or move it elsewhere to split files by their names"
     try:
         text = read_regular(path, _README_BYTES).decode("utf-8-sig", "replace").replace("\r\n", "\n")
         block = _configs_block(text)
@@ -263,7 +263,7 @@ def _listed(root: Path, files: Sequence[str], configuration: _Configuration) -> 
     if twice:
         raise RequestError(
             f"README.md of {printable(root)} lists {printable(twice[0])} in several splits of the configuration "
-            f"{printable(configuration.name)}; fix it, or move it away"
+            f"{printable(configuration.name)}; fix it, or move it elsewhere"
         )
     return {split: of_split for split, of_split in splits.items() if of_split}
 

@@ -52,7 +52,9 @@ def read_table(tree: Tree, path: str, wanted: Collection[str]) -> tuple[Columns,
         reason = f"it is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}"
     except (ValueError, OverflowError, csv.Error, RecursionError) as error:
         reason = one_line(error)
-    raise RequestError(f"{printable(tree.root / path)} cannot be read as {kind} ({reason}); fix it or move it away")
+    raise RequestError(
+        f"{printable(tree.root / path)} cannot be read as {kind} ({reason}); fix it, or move it out of the dataset"
+    )
 
 
 class _Kept:

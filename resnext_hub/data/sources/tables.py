@@ -96,7 +96,7 @@ def label_column_of(tree: Tree, tables: Sequence[Table], requested: str | None) 
         what = "file names" if requested == FILE_NAME else "splits"
         others = [name for name in columns if name not in (FILE_NAME, *splits)]
         raise RequestError(
-            f"{setting('label_column', requested)}: this column of {printable(tree.root / tables[0].path)} holds "
+            f"{setting('label_column', requested)}: this column of {printable(tree.root / tables[0].path)} contains "
             f"{what}; expected a column of classes (other columns: {listing(others) or 'none'})"
         )
     if requested in columns:
@@ -207,7 +207,7 @@ def open_tables(tree: Tree, tables: Sequence[Table], label_column: str, eval_spl
     if "train" in roles[1] - roles[0] and "eval" in roles[0]:
         raise RequestError(
             f"{where} labels only an evaluation split, and the training split has no labels; add a metadata.csv for "
-            f"it, or move {printable(tables[0].path)} away"
+            f"it, or move {printable(tables[0].path)} elsewhere"
         )
     if split_column and splits:
         splits = _require_all(tree, splits, labels, f"the column {printable(split_column)} of {where}")
@@ -249,7 +249,7 @@ def _split_column_of(tree: Tree, tables: Sequence[Table], label_column: str) -> 
     named = next((name for name in columns if re.match(rf"is[_ -]?({names})", name, re.IGNORECASE)), None)
     if named:
         raise RequestError(
-            f"{where} has a column {printable(named)}, which is not supported; replace it by a column split (train, "
+            f"{where} has a column {printable(named)}, which is not supported; replace it with a column split (train, "
             "val or test), or remove it"
         )
     return None
@@ -372,7 +372,7 @@ def _image_table(tree: Tree, images: Sequence[int], column: str, labels: dict[in
         feature = datasets.features.features.generate_from_arrow_type(values.type)
     except (pyarrow.ArrowException, ValueError, TypeError, OverflowError) as error:
         raise RequestError(
-            f"column {printable(column)} of {where} holds values of several types ({one_line(error)}); expected "
+            f"column {printable(column)} of {where} contains values of several types ({one_line(error)}); expected "
             "either names or numbers of classes"
         ) from error
     return image_table(tree, images, column, values, feature)

@@ -82,7 +82,9 @@ def walk(root: Path) -> Tree:
         except OSError as error:
             where = f"the folder {printable(place)} in {printable(root)}" if place else printable(root)
             reason = (error.strerror or type(error).__name__).lower()
-            raise RequestError(f"{where} cannot be read: {reason}; fix its permissions, or move it away") from error
+            raise RequestError(
+                f"{where} cannot be read: {reason}; fix its permissions, or move it out of the dataset"
+            ) from error
     found.sort(key=lambda entry: entry[0].split("/"))
     tree.images = [path for path, _ in found]
     tree.sizes = [size for _, size in found]
