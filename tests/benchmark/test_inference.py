@@ -36,7 +36,7 @@ def test_all_entries_compute_the_same_and_the_json_has_every_round(command: Comm
         error = re.match(r"error (\S+)", row["quality"])
         if error:  # the model of equal FLOPs has none
             assert float(error[1]) < (0.3 if "int8" in name else 0.05), name
-    assert "Medians of 2 rounds" in out
+    assert "Medians of 2 interleaved rounds" in out
 
 
 def test_a_speedup_is_the_median_over_rounds_of_the_ratio() -> None:

@@ -251,7 +251,7 @@ def test_a_file_with_wrong_settings_is_refused(tmp_path: Path) -> None:
     with raises(RequestError, match=r"epochs=nan: expected a number above 0"):
         TrainConfig.from_flat({"epochs": float("nan")})
     (tmp_path / "bytes.yaml").write_bytes(b"\x94\xff")
-    with raises(RequestError, match=r"--config .*bytes.yaml cannot be read"):
+    with raises(RequestError, match=r"config .*bytes.yaml cannot be read"):
         merge_settings({}, None, tmp_path / "bytes.yaml")
     with raises(RequestError, match=r"epochs=ten: expected a number"):
         TrainConfig.from_flat({"epochs": "ten"})

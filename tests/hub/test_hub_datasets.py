@@ -137,7 +137,7 @@ def test_an_unreachable_hub_is_reported(running: tuple[LoopbackHub, Client], par
     dataset(hub, "me/away", {"data/train-0.parquet": parquet})
     hub.faults.append(Fault("me/away", "507", 1000))
     error = error_of(client, tmp_path, "--dataset", "me/away", code=1)
-    assert "me/away is no local folder, and the Hub could not be reached for it" in error
+    assert "me/away is not a local folder, and the Hub could not be reached" in error
     hub.faults.clear()
 
 
@@ -200,7 +200,7 @@ def test_a_dataset_of_the_hub_cannot_read_local_files(running: tuple[LoopbackHub
         "        except UnreadableImageError as error:\n"
         "            result.append(str(error))\n"
     )
-    assert answer["result"] == ["its path leads out of the dataset's folder"] * 8, answer["err"]
+    assert answer["result"] == ["its path leads outside the dataset's folder"] * 8, answer["err"]
 
 
 def test_class_folders_on_the_hub_are_loaded_and_streamed(running: tuple[LoopbackHub, Client]) -> None:

@@ -488,7 +488,7 @@ def test_a_classifier_is_kept_if_the_class_names_match(written: Path) -> None:
     assert source.saved.classifier_for(NAMES) == "kept"
     order = [3, 1, 0, 2, 9, 8, 7, 6, 5, 4]
     assert torch.equal(build_model(source, [NAMES[n] for n in order]).fc.weight, weight[order])
-    assert "in the order of these class names" in source.saved.classifier_for([NAMES[n] for n in order])
+    assert "reordered to match the class names" in source.saved.classifier_for([NAMES[n] for n in order])
     assert not torch.equal(build_model(source, [*NAMES[:9], "other"]).fc.weight, weight)
     assert "new, because the pretrained model has other class names" in source.saved.classifier_for(
         [*NAMES[:9], "other"]

@@ -156,7 +156,7 @@ def test_a_damaged_model_folder_is_detected_and_restored(run: Path, command: Com
     assert out == ""
     code, out, err = command("train", *TINY, "--lr", 0.01, "--max-steps", 30, "--output-dir", run)
     assert code == 0, err
-    assert "the command that trained the run writes the model folder anew" in err
+    assert "rerun the training command to write the model folder again" in err
     assert sha256_of(run / "model" / "model.safetensors") == weights
     assert command("evaluate", run)[0] == 0
     damage(run / "model", how)

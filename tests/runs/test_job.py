@@ -264,7 +264,7 @@ def test_unreadable_images_are_listed_and_do_not_stop_a_run(
         assert reason in listed[image]
     excluded = [entry for entry in record.unreadable_images if entry.split == "evaluation"]
     assert record.evaluation.count == record.dataset.eval_count - len(excluded)
-    assert "4 images could not be read" in (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "4 unreadable images were replaced in training" in (tmp_path / "run" / "model" / "README.md").read_text()
     assert command("evaluate", tmp_path / "run")[0] == 0
 
 
