@@ -18,7 +18,7 @@ from resnext_hub.training.config import FlatField, flat_fields
 WIDTH = 76
 """Columns of the printed help."""
 
-RESUME = {"fixed": "", "grows": "may grow", "free": "may change"}
+RESUME = {"fixed": "", "grows": "may be increased", "free": "may change"}
 """What may happen to a setting when a run is resumed."""
 
 

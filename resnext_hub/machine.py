@@ -35,7 +35,8 @@ def resolve_precision(asked: str, device: str) -> str:
     """Return the precision for `auto`; an explicit one is checked against the device."""
     if asked == "fp16" and device != "cuda":
         raise RequestError(
-            f"{setting('mixed_precision', 'fp16')} needs a CUDA GPU, but the device is {device}; use bf16 or no"
+            f"{setting('mixed_precision', 'fp16')} needs a CUDA GPU, but the device is {device}; use "
+            f"{setting('mixed_precision', 'bf16')} or {setting('mixed_precision', 'no')}"
         )
     if asked != "auto":
         return asked

@@ -184,7 +184,7 @@ class RunRecord:
     plots: list[str] = field(default_factory=lambda: list(PLOTS))
     """Plots in the model folder."""
     merged_groups: dict[str, _Some] = field(default_factory=dict)
-    """Number of neighbouring groups that were computed as one in training, by layer name."""
+    """Number of neighboring groups that were computed as one in training, by layer name."""
 
     def __post_init__(self) -> None:
         """Refuse a record that contradicts itself, as a damaged file does.

@@ -25,7 +25,7 @@ SEEDS = 2**63 - 1
 
 
 GROWS: Mapping[str, Any] = {"resume": "grows"}
-"""Metadata of a field that may only grow when a run is resumed."""
+"""Metadata of a field that may only be increased when a run is resumed."""
 
 FREE: Mapping[str, Any] = {"resume": "free"}
 """Metadata of a field that may change when a run is resumed: it sets how the work is done, not what work it is."""

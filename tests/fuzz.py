@@ -191,7 +191,7 @@ def model_folder() -> Path:
 
 
 def judge_model_config(folder: Path, content: bytes) -> None:
-    """Where a config.json is accepted, weights, class names and normalisation are those of the files."""
+    """Where a config.json is accepted, weights, class names and normalization are those of the files."""
     (folder / "config.json").write_bytes(content)
     weights = folder / "model.safetensors"
     if not weights.exists():

@@ -57,8 +57,8 @@ class Settings:
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     """Interpolation for resizing."""
     photo_size: Literal["500x375", "12mp"] = "500x375"
-    """Size of the source images: 500x375 as in ImageNet, or 12 megapixels as from a phone; they are crops of two photos
-    from scikit-learn."""
+    """Size of the source images: 500x375, typical of ImageNet, or 12mp (12 megapixels), typical of a phone; the images
+    are crops of two photos from scikit-learn."""
     images: str | None = None
     """Folder of images to use instead; unreadable images are skipped."""
 

@@ -42,7 +42,8 @@ class Settings:
     model: str = "resnext_g32"
     """Variant of this package, as listed by `resnext-hub info`; it is trained from random weights."""
     equal_flops: str | None = None
-    """A model without grouped convolutions for another bare loop (default: one with about the same FLOPs, if any)."""
+    """A model without grouped convolutions, to measure in an additional bare loop (default: one with about the same
+    FLOPs, if any)."""
     image_size: Annotated[int, Range(2, IMAGE_SIZE)] = 64
     """Height and width of the images, in pixels."""
     batch_size: Annotated[int, Range(2, 1 << 20)] = 64

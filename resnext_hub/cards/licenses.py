@@ -1,4 +1,4 @@
-"""License ids of the Hub (https://huggingface.co/docs/hub/repositories-licenses)."""
+"""License IDs of the Hub (https://huggingface.co/docs/hub/repositories-licenses)."""
 
 import difflib
 
@@ -19,10 +19,10 @@ LICENSES = tuple(
 
 
 def check_license(license: str) -> None:
-    """Raise RequestError, with the closest ids, unless the Hub knows a license.
+    """Raise RequestError, with the closest IDs, unless the Hub knows a license.
 
     Raises:
-        RequestError: If the id is not in the Hub's list.
+        RequestError: If the ID is not in the Hub's list.
     """
     if license in LICENSES:
         return
@@ -30,6 +30,6 @@ def check_license(license: str) -> None:
     close += [name for name in difflib.get_close_matches(license.lower(), LICENSES, cutoff=0.5) if name not in close]
     shown = setting("license", hide_tokens(printable(license))[:80])
     raise RequestError(
-        f"{shown}: expected an id from the Hub's list, such as {', '.join(close[:4] or ['apache-2.0', 'mit'])}; "
-        "use other for a license that is not listed"
+        f"{shown}: expected an ID from the Hub's list, such as {', '.join(close[:4] or ['apache-2.0', 'mit'])}; "
+        "use 'other' for a license that is not listed"
     )

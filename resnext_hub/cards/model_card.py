@@ -36,7 +36,7 @@ def render_card(
     Args:
         record: The record of the run.
         repo_id: Repository of the card; without one, the snippets load the local folder.
-        license: License of the weights, an id from the Hub's list.
+        license: License of the weights, an ID from the Hub's list.
         kept: The parts that the owner of the card wrote.
     """
     return put_together(*card_parts(record, repo_id, license), kept or Kept())

@@ -21,15 +21,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=existing_path,
         metavar="FILE",
-        help="output file (default: model.onnx or model.xml next to the model, with --int8 model-int8.onnx or .xml)",
+        help="output file (default: model.onnx or model.xml next to the model; with --int8, model-int8.onnx or "
+        "model-int8.xml)",
     )
     parser.add_argument(
         "--merge-groups",
         type=choice_or_count(["off", "auto"], WIDTHS, "a number of channels"),
         default="off",
         metavar="off|auto|N",
-        help="merge adjacent groups of grouped convolutions to a width of N channels; auto, for OpenVINO, measures the "
-        "fastest width on this machine; the outputs stay the same (default: off)",
+        help="merge adjacent groups of grouped convolutions to a width of N channels; auto, only for OpenVINO, uses "
+        "the width that is fastest on this machine; the outputs stay the same (default: off)",
     )
     parser.add_argument(
         "--int8",

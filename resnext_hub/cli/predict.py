@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json",
         action="store_true",
-        help="print one JSON object per line and image; for an unreadable image, it contains an error",
+        help="print one JSON object per image, one per line; for an unreadable image, the object contains an error",
     )
     parser.add_argument(
         "--batch-size", type=count(BATCH), default=32, metavar="N", help="images per forward pass (default: 32)"

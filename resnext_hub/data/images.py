@@ -1,4 +1,4 @@
-"""Labelled, encoded images, by index or as a stream."""
+"""Labeled, encoded images, by index or as a stream."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class IndexedImages:
-    """Labelled images by index.
+    """Labeled images by index.
 
     `rows` is the whole table as it was loaded, without a selection of its own; it holds encoded images (bytes or a
     path). `indices` are the rows that belong to this split, `labels` `(N,)` int64 their labels.
@@ -138,7 +138,7 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class StreamedImages:
-    """Labelled images that are read in order, shard by shard."""
+    """Labeled images that are read in order, shard by shard."""
 
     rows: "datasets.IterableDataset"
     image_column: str

@@ -33,7 +33,7 @@ class Splits:
     eval: IndexedImages | StreamedImages
     label_names: tuple[str, ...]
     dataset_id: str
-    """Hub id, `digits`, or the last part of a local path."""
+    """Hub ID, `digits`, or the last part of a local path."""
     hub_id: str | None
     revision: str | None
     """Commit of a Hub dataset."""
@@ -207,7 +207,7 @@ def _find_splits(config: DataConfig, tables: Mapping[str, Any]) -> tuple[str, st
         if loose_role(only) == "eval":
             raise RequestError(
                 f"{printable(config.dataset)} has no training split, only {printable(only)}; use "
-                f"{setting('train_split', only)} to train on it and hold out a part"
+                f"{setting('train_split', only)} to train on it and hold out part of it for evaluation"
             )
         train = only
     if train is None:
@@ -218,8 +218,8 @@ def _find_splits(config: DataConfig, tables: Mapping[str, Any]) -> tuple[str, st
     evaluation = _pick_split(tables, config.eval_split, "eval")
     if evaluation == train and config.eval_split is not None:
         raise RequestError(
-            f"{setting('eval_split', evaluation)} is also the training split; choose another, or omit it to hold out a "
-            "part"
+            f"{setting('eval_split', evaluation)} is also the training split; choose another, or omit it to hold out "
+            "part of the training split"
         )
     return train, None if evaluation == train else evaluation
 

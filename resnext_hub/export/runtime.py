@@ -287,7 +287,7 @@ def _example_and_facts(model: LoadedModel) -> tuple[torch.Tensor, dict[str, str]
 
 @torch.inference_mode()
 def _errors(model: LoadedModel, run: Run) -> tuple[float, float]:
-    """Return the largest absolute and relative error of a runtime's logits on seeded normal noise."""
+    """Return the largest absolute and relative error of a runtime's logits on seeded Gaussian noise."""
     generator = torch.Generator().manual_seed(0)
     absolute, relative = [], []
     for batch_size in BATCH_SIZES:
@@ -295,7 +295,7 @@ def _errors(model: LoadedModel, run: Run) -> tuple[float, float]:
         expected = model.model(images)
         if not expected.isfinite().all():
             raise RunError(
-                "the model's logits on normal noise are not finite, so they cannot be compared with another runtime's"
+                "the model's logits on Gaussian noise are not finite, so they cannot be compared with another runtime's"
             )
         differences = (run(images) - expected).abs().amax(dim=1)
         absolute.append(differences)

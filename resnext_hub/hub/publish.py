@@ -48,11 +48,11 @@ def check_request(record: RunRecord | None, repo_id: str | None, license: str | 
     """Check a request to publish; return the repository and the license.
 
     Raises:
-        RequestError: If the repository id is missing or invalid, or the license is missing or unknown; there is no
+        RequestError: If the repository ID is missing or invalid, or the license is missing or unknown; there is no
             default license.
     """
     if not repo_id:
-        raise RequestError(f"{setting('repo_id')} is required, such as me/name")
+        raise RequestError(f"{setting('repo_id')} is required; for example, me/name")
     shown = setting("repo_id", hide_tokens(printable(repo_id))[:120])
     if "hf_" in repo_id and "/" not in repo_id:
         raise RequestError(f"{shown} is a token; expected owner/name (log in with `hf auth login`)")
@@ -69,7 +69,7 @@ def check_request(record: RunRecord | None, repo_id: str | None, license: str | 
             if base
             else ""
         )
-        raise RequestError(f"{setting('license')} is required, such as apache-2.0, mit or cc-by-nc-4.0{hint}")
+        raise RequestError(f"{setting('license')} is required; for example, apache-2.0, mit or cc-by-nc-4.0{hint}")
     check_license(license)
     return repo_id, license
 
@@ -95,7 +95,7 @@ def publish(
         folder: The model folder of a run.
         record: The record of the run.
         repo_id: `owner/name`; created if it does not exist.
-        license: License of the weights, an id from the Hub's list.
+        license: License of the weights, an ID from the Hub's list.
         private: Whether to create a new repository as private.
         create_pr: Whether to open a pull request instead of committing.
         revision: Branch to commit to; created if it does not exist.

@@ -194,7 +194,7 @@ def from_hub(repo_id: str, *, revision: str | None = None, verify: bool = True) 
         RunError: If the Hub cannot be reached, or the files differ from those that it lists.
     """
     if not isinstance(repo_id, str) or not repo_id.strip():
-        raise RequestError(f"repo_id={shown(repr(repo_id))} is not a Hub id of the form owner/name")
+        raise RequestError(f"repo_id={shown(repr(repo_id))} is not a Hub ID of the form owner/name")
     where = shown(repo_id)
     if revision is not None:
         check_revision(f"{where}: revision={shown(repr(revision))}", revision)

@@ -1,6 +1,6 @@
 """Optimize a trained model for inference on this machine, by measurement.
 
-The function is preserved: batch norms are folded into the preceding convolutions, neighbouring groups are merged to the
+The function is preserved: batch norms are folded into the preceding convolutions, neighboring groups are merged to the
 fastest width for each layer's shape, weights and activations get the requested type and memory format, the model is
 compiled with frozen weights, and the fastest batch size is chosen. The numerical error is measured in the same call,
 against the original model in float32.
@@ -187,7 +187,7 @@ def optimize(
         calibration: With OpenVINO, normalized images `(M, C, H, W)` float32, M at least N: convolutions are computed
             in int8, with the ranges of activations on these images. The error is larger, so check the accuracy.
         keep_memory: On a CPU with glibc, keep freed memory in this process from now on, instead of returning it to the
-            operating system: getting it back, cleared, for each batch can take a fifth of the time.
+            operating system: getting it back, zeroed, for each batch can take a fifth of the time.
 
     Returns:
         The optimized model, with its `report`.

@@ -1,4 +1,4 @@
-"""Grouped convolutions with neighbouring groups merged into wider ones, which hardware computes faster.
+"""Grouped convolutions with neighboring groups merged into wider ones, which hardware computes faster.
 
 A convolution with g groups computes d outputs from d inputs in each group. Merging k neighbours yields g/k groups with
 block-diagonal weights: each output still depends on its own d inputs, with zero weights for the others. The result is
@@ -22,7 +22,7 @@ def merge_weight(weight: torch.Tensor, groups: int, factor: int) -> torch.Tensor
     Args:
         weight: `(out_channels, in_channels / groups, kH, kW)`.
         groups: Number of groups of the weight.
-        factor: Number of neighbouring groups to merge into one.
+        factor: Number of neighboring groups to merge into one.
 
     Returns:
         `(out_channels, factor * in_channels / groups, kH, kW)`, for `groups / factor` groups.
@@ -46,7 +46,7 @@ class MergedConv2d(nn.Conv2d):
 
     Args:
         conv: The grouped convolution.
-        factor: Number of neighbouring groups to merge into one.
+        factor: Number of neighboring groups to merge into one.
     """
 
     def __init__(self, conv: nn.Conv2d, factor: int) -> None:
@@ -67,7 +67,7 @@ def merge_conv(conv: nn.Conv2d, factor: int) -> nn.Conv2d:
 
     Args:
         conv: The grouped convolution; it is not changed.
-        factor: Number of neighbouring groups to merge into one.
+        factor: Number of neighboring groups to merge into one.
     """
     weight = merge_weight(conv.weight.detach(), conv.groups, factor)
     merged = nn.Conv2d(**conv_arguments(conv) | {"groups": conv.groups // factor})
@@ -106,7 +106,7 @@ def merge_groups(model: nn.Module, factors: Mapping[str, int]) -> nn.Module:
 
     Args:
         model: Any model.
-        factors: Number of neighbouring groups to merge into one, by the name of a grouped convolution.
+        factors: Number of neighboring groups to merge into one, by the name of a grouped convolution.
 
     Returns:
         The same model.

@@ -129,7 +129,7 @@ class TrainingTiming:
 def median_seconds(
     work: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = ROUNDS, *, warm: bool = False
 ) -> dict[str, float]:
-    """Time functions in interleaved rounds, after a warm-up round; return the median seconds of each.
+    """Time functions in interleaved rounds, after a warmup round; return the median seconds of each.
 
     Args:
         work: Functions to time, by name.

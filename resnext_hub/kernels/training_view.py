@@ -25,7 +25,7 @@ AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_factors(model: nn.Module, example: torch.Tensor, merge: str, precision: str) -> dict[str, int]:
-    """Return the number of neighbouring groups to merge, by layer, for each convolution where it is more than one.
+    """Return the number of neighboring groups to merge, by layer, for each convolution where it is more than one.
 
     Args:
         model: The model, on its device and in its memory format.
@@ -60,7 +60,7 @@ def build_training_view(model: nn.Module, factors: Mapping[str, int]) -> nn.Modu
 
     Args:
         model: The model; it is not changed.
-        factors: Number of neighbouring groups to merge into one, by the name of a grouped convolution.
+        factors: Number of neighboring groups to merge into one, by the name of a grouped convolution.
     """
     tensors = itertools.chain(model.parameters(), model.buffers())
     view = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

@@ -64,7 +64,7 @@ def fetch_file(where: str, repo_id: str, filename: str, revision: str | None, hi
             f"{where}: repository {shown} does not exist, or is private; if it is private, log in with `hf auth login`"
         ) from error
     except HFValidationError as error:
-        raise RequestError(f"{where}: {shown} is not a Hub id of the form owner/name") from error
+        raise RequestError(f"{where}: {shown} is not a Hub ID of the form owner/name") from error
     except HUB_ERRORS as error:
         status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
         kind = RequestError if 400 <= status < 500 and status not in (408, 429) else RunError
@@ -171,7 +171,7 @@ def list_files(where: str, repo_id: str, revision: str | None) -> Listing:
             f"repository {where} does not exist, or is private; if it is private, log in with `hf auth login`"
         ) from error
     except HFValidationError as error:
-        raise RequestError(f"{where} is not a Hub id of the form owner/name") from error
+        raise RequestError(f"{where} is not a Hub ID of the form owner/name") from error
     except (OfflineModeIsEnabled, *HUB_ERRORS) as error:
         raise RunError(
             f"{where} could not be loaded from the Hub: {one_line(error)}; use verify=False to load a cached copy"

@@ -29,7 +29,7 @@ class ModelSource:
     """The model as the user requested it; a local folder with its absolute path."""
     saved: SavedModel
     base_id: str | None
-    """Hub id or folder name of the weights to start from; None for random weights."""
+    """Hub ID or folder name of the weights to start from; None for random weights."""
     base_license: str | None
     revision: str | None = None
     """Commit of the repository on the Hub."""

@@ -187,7 +187,7 @@ class ResNeXt(nn.Module):
             )
         for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
             if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0.0 <= rate < 1.0:
-                raise ValueError(f"{name}={rate!r}: expected a number from 0 to below 1")
+                raise ValueError(f"{name}={rate!r}: expected a number of at least 0 and below 1")
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate

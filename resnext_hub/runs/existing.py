@@ -133,8 +133,8 @@ def _compare(
     old_steps = plan_schedule(TrainConfig.from_flat(before), splits.train.count).steps
     if schedule.steps < old_steps:
         differing.append(
-            f"it has {old_steps} steps and this one {schedule.steps} ({setting('epochs')} and {setting('max_steps')} "
-            "may only grow)"
+            f"it has {old_steps} steps, but this command asks for {schedule.steps} ({setting('epochs')} and "
+            f"{setting('max_steps')} may only be increased)"
         )
     if existing.fingerprint not in (None, splits.fingerprint):
         differing.append(f"the images of {splits.dataset_id} have changed")

@@ -170,7 +170,7 @@ def _continue(config: TrainConfig, folder: RunFolder, before: Mapping[str, Any],
         _logger.warning("--resume is ignored because %s contains no run; starting at step 0", printable(folder))
     if resume is False and before:
         raise RequestError(
-            f"{setting('resume', False)} but {printable(folder)} already contains a run; choose another "
+            f"{setting('resume', False)} was given, but {printable(folder)} already contains a run; choose another "
             f"{setting('output_dir')}, or remove the run"
         )
     if before and config.data.dataset_revision is None and before.get("dataset") == config.data.dataset:
@@ -193,8 +193,8 @@ def _choose_decoder(
         decoder = old or ("simplejpeg" if is_installed() else "pil")
     if old not in (None, decoder) and "decoder" not in asked:
         raise RequestError(
-            f"{printable(folder)} was decoded with {old} and would be resumed with {decoder}, whose pixels differ "
-            f"slightly; if that is intended, add {setting('decoder', decoder)}"
+            f"the images of the run in {printable(folder)} were decoded with {old}, and it would be resumed with "
+            f"{decoder}, whose pixels differ slightly; if that is intended, add {setting('decoder', decoder)}"
         )
     return dataclasses.replace(config, loader=dataclasses.replace(config.loader, decoder=decoder))
 

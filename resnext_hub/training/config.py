@@ -121,10 +121,11 @@ class PublishConfig:
     def __post_init__(self) -> None:
         if (self.push_to_hub or self.push_checkpoints) and not self.repo_id:
             needing = setting("push_to_hub" if self.push_to_hub else "push_checkpoints", True)
-            raise RequestError(f"{needing} needs {setting('repo_id')}, such as me/name")
+            raise RequestError(f"{needing} needs {setting('repo_id')}; for example, me/name")
         if self.push_to_hub and not self.license:
             raise RequestError(
-                f"{setting('push_to_hub', True)} needs {setting('license')}, such as apache-2.0, mit or cc-by-nc-4.0"
+                f"{setting('push_to_hub', True)} needs {setting('license')}; for example, apache-2.0, mit or "
+                "cc-by-nc-4.0"
             )
 
 
@@ -138,10 +139,10 @@ class TrainConfig:
     """Start from pretrained weights; if not given, on for hf-hub: and local-dir: models and in the recipe finetune,
     else off."""
     drop_rate: Annotated[float, Range(0, 1, below=True)] = 0.0
-    """Dropout probability before the classifier, 0 to below 1."""
+    """Dropout probability before the classifier, at least 0 and below 1."""
     drop_path: Annotated[float, Range(0, 1, below=True)] = 0.0
-    """Stochastic depth: probability of dropping the residual branch of the last block, 0 to below 1; it increases
-    linearly with depth."""
+    """Stochastic depth: probability of dropping the residual branch of the last block, at least 0 and below 1; it
+    increases linearly with depth."""
     epochs: Annotated[float, Range(0, 1_000_000, above=True)] = field(default=30.0, metadata=GROWS)
     """Passes over the training split; fractions are allowed."""
     max_steps: Annotated[int, Range(1, STEPS)] | None = field(default=None, metadata=GROWS)
@@ -153,7 +154,7 @@ class TrainConfig:
     eval_batch_size: Annotated[int, Range(1, BATCH)] = 32
     """Images per forward pass of a process during evaluation."""
     label_smoothing: Annotated[float, Range(0, 1, below=True)] = 0.1
-    """Label smoothing: fraction of the target spread evenly over all classes, 0 to below 1."""
+    """Label smoothing: fraction of the target spread evenly over all classes, at least 0 and below 1."""
     ema: Annotated[float, Range(0, 1, above=True, below=True)] | None = None
     """Decay of an exponential moving average (EMA) of the weights, such as 0.9998; the average is evaluated and
     published. No EMA if not given."""
@@ -243,7 +244,7 @@ def resumable_fields() -> frozenset[str]:
 
 
 def growing_fields() -> frozenset[str]:
-    """Return the settings that may only grow when a run is resumed."""
+    """Return the settings that may only be increased when a run is resumed."""
     return frozenset(name for name, field in flat_fields().items() if field.resume == "grows")
 
 

@@ -63,7 +63,7 @@ class Outcome:
     """Decoders of the training images, in order of use."""
     unreadable: list[UnreadableImage]
     merged_groups: dict[str, int]
-    """Number of neighbouring groups that were computed as one in training, by layer name."""
+    """Number of neighboring groups that were computed as one in training, by layer name."""
 
 
 def train(
@@ -246,9 +246,8 @@ class _Run:
             self.raise_stopped()
         if evaluation.correct != state.best.correct:
             _logger.warning(
-                "the best weights classified %d images correctly at step %d, but %d now, which is recorded. Results "
-                "on this "
-                "device are not deterministic; for reproducible results, use --deterministic",
+                "the best weights classified %d images correctly at step %d, but %d now; the current count is "
+                "recorded. Results on this device are not deterministic; for reproducible results, use --deterministic",
                 state.best.correct,
                 state.best.step,
                 evaluation.correct,

@@ -25,7 +25,7 @@ class OptimConfig:
     lr: Annotated[float, Range(0, 1000, above=True)] | None = None
     """Peak learning rate; derived from the optimizer and global batch size if not given."""
     momentum: Annotated[float, Range(0, 1, below=True)] = 0.9
-    """Momentum, 0 to below 1, for optimizers that use it."""
+    """Momentum, at least 0 and below 1, for optimizers that use it."""
     weight_decay: Annotated[float, Range(0, 1000)] = 1e-4
     """Weight decay; not applied to biases and norm layers."""
     warmup_epochs: Annotated[float, Range(0, 1_000_000)] = 5.0

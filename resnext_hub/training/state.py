@@ -80,7 +80,7 @@ class TrainingState:
         """What the exact weights depend on besides the settings."""
         self.decoders: list[str] = [config.loader.decoder]
         self.merged_groups: dict[str, int] | None = None
-        """Number of neighbouring groups that are computed as one, by layer name; None until chosen."""
+        """Number of neighboring groups that are computed as one, by layer name; None until chosen."""
         self.step = self.resumes = self.skipped_steps = 0
         self.position = Position(0, 0)
         """Position in a stream; for other data it follows from the step."""
@@ -169,7 +169,9 @@ class TrainingState:
             )
         assert self.merged_groups is not None
         if before is not None and before != self.merged_groups:
-            _logger.warning("other groups are merged than before the resume, so weights may differ in the last bits")
+            _logger.warning(
+                "different groups are merged than before the resume, so weights may differ in the last bits"
+            )
         if self.merged_groups:
             layers = grouped_convolutions(self.model)
             widths = {name: layers[name].in_channels // layers[name].groups for name in self.merged_groups}

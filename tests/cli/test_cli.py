@@ -30,7 +30,7 @@ Command = Callable[..., tuple[int, str, str]]
         (["--model", "resnext_g32.a9_in1k"], ["resnext_g32 has no weights a9_in1k; available: ", "a1h_in1k"]),
         (["--model", "me/repo"], ["hf-hub:me/repo", "local-dir:me/repo"]),
         (["--model", "resnext_g8", "--pretrained"], ["resnext_g8 has no released weights", "resnext_g32"]),
-        (["--dataset", "./nowhere"], ["--dataset ./nowhere does not exist and is not a valid dataset id on the Hub"]),
+        (["--dataset", "./nowhere"], ["--dataset ./nowhere does not exist and is not a valid dataset ID on the Hub"]),
         (["--recipe", "slow"], ["--recipe slow does not exist; available: quickstart"]),
         (["--config", "nowhere.yaml"], ["--config nowhere.yaml cannot be read"]),
         (["--batch-size", "0"], ["--batch-size 0: expected a whole number from 1 to 1,048,576"]),

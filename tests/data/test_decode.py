@@ -50,7 +50,7 @@ def sixteen_bits() -> dict[str, object]:
 
 
 KINDS: dict[str, tuple[Callable[[], dict[str, object]], list[object]]] = {
-    "grey": (lambda: encoded(Image.new("L", (2, 1), 77), "PNG"), [[[77] * 3] * 2]),
+    "gray": (lambda: encoded(Image.new("L", (2, 1), 77), "PNG"), [[[77] * 3] * 2]),
     "one pixel": (lambda: encoded(Image.new("RGB", (1, 1), (1, 2, 3)), "PNG"), [[[1, 2, 3]]]),
     "sixteen bits are scaled": (sixteen_bits, [[[0] * 3, [1] * 3, [128] * 3, [255] * 3]]),
     "sixteen bits in a tiff": (
@@ -61,7 +61,7 @@ KINDS: dict[str, tuple[Callable[[], dict[str, object]], list[object]]] = {
         lambda: encoded(Image.new("RGBA", (1, 1), (9, 8, 7, 0)), "PNG"),
         [[[9, 8, 7]]],
     ),
-    "grey with transparency": (lambda: encoded(Image.new("LA", (1, 1), (60, 5)), "PNG"), [[[60] * 3]]),
+    "gray with transparency": (lambda: encoded(Image.new("LA", (1, 1), (60, 5)), "PNG"), [[[60] * 3]]),
     "palette with transparency": (transparent_palette, [[[10, 20, 30], [200, 100, 50]]]),
     "exif orientation": (rotated, [[[255, 0, 0]], [[0, 0, 0]]]),
     "the first frame of an animation": (animated, [[[0, 0, 255]]]),

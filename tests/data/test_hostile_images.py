@@ -463,13 +463,13 @@ def test_a_netpbm_header_with_excessive_comments_is_rejected_quickly(header: byt
 
 NETPBM: dict[str, tuple[bytes, list[object]]] = {
     "plain bits without whitespace": (b"P1\n# made by hand\n3 2\n010\n1 1 1", [[255, 0, 255], [0, 0, 0]]),
-    "plain grey with comments": (b"P2 3 1 15\n0 # black\n7 15", [[0, 119, 255]]),
-    "plain colour of sixteen bits": (b"P3 1 1 65535 65535 32768 0", [[[255, 128, 0]]]),
+    "plain gray with comments": (b"P2 3 1 15\n0 # black\n7 15", [[0, 119, 255]]),
+    "plain color of sixteen bits": (b"P3 1 1 65535 65535 32768 0", [[[255, 128, 0]]]),
     "bits": (b"P4 10 2\n\x80\x40\0\0", [[0, *[255] * 8, 0], [255] * 10]),
-    "grey of twelve bits": (b"P5 3 1 4095\n\0\0\x08\0\x0f\xff", [[0, 128, 255]]),
-    "dark grey of sixteen bits": (b"P5 2 1 65535\n\0\0\0\xff", [[0, 1]]),
-    "grey of five bits": (b"P5 2 1 31\n\x1f\x10", [[255, 132]]),
-    "colour of ten bits": (b"P6 1 1 1023\n\3\xff\2\0\0\0", [[[255, 128, 0]]]),
+    "gray of twelve bits": (b"P5 3 1 4095\n\0\0\x08\0\x0f\xff", [[0, 128, 255]]),
+    "dark gray of sixteen bits": (b"P5 2 1 65535\n\0\0\0\xff", [[0, 1]]),
+    "gray of five bits": (b"P5 2 1 31\n\x1f\x10", [[255, 132]]),
+    "color of ten bits": (b"P6 1 1 1023\n\3\xff\2\0\0\0", [[[255, 128, 0]]]),
     "a second image is ignored": (b"P5 1 1 255\n\x07P5 1 1 255\n\x08", [[7]]),
 }
 

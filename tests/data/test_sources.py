@@ -297,7 +297,7 @@ def test_a_split_column_defines_the_splits(tmp_path: Path) -> None:
         (
             "file_name,width,height",
             ["0.png,1,2"],
-            "has no column label; its columns: file_name, width, height; choose one with",
+            "has no column named label; its columns: file_name, width, height; choose one with",
         ),
     ],
 )
@@ -420,7 +420,7 @@ def test_tables_need_the_same_label_column(tmp_path: Path, names: tuple[str, str
     for split, name in zip(("train", "test"), names, strict=True):
         fill(tmp_path, [f"{split}/{i}.png" for i in range(6)])
         (tmp_path / split / "metadata.csv").write_text(f"file_name,{name}\n{labelled()}")
-    assert "has labels in class, but another table in label" in refused(tmp_path)
+    assert "has its labels in column class, but another table has them in label" in refused(tmp_path)
 
 
 @mark.parametrize("kind", ["csv", "jsonl", "parquet"])
@@ -545,7 +545,7 @@ def test_a_list_of_images_named_like_a_split_raises_an_error(tmp_path: Path, nam
     rows = "cat/1.png 0\ncat/2.png 0\n".replace(" ", "," if name.endswith("csv") else " ")
     (tmp_path / name).write_text(json.dumps(classes()[1:3]) if name.endswith("json") else rows)
     message = refused(tmp_path)
-    assert f"{name} lists 2 of 6 images, like a split, but such lists are not supported" in message
+    assert f"{name} lists 2 of 6 images and looks like a split list, which is not supported" in message
     assert len(opened(tmp_path, layout="classes").tables["train"]) == 6
 
 
@@ -617,7 +617,7 @@ def test_splits_are_found_across_all_tables(tmp_path: Path) -> None:
         (
             "split",
             lambda i: f",{('TRAIN', 'te')[i > 3]}",
-            "has the splits TRAIN, te, but no usual name of an evaluation split",
+            "has the splits TRAIN, te, but none of them has a usual name for an evaluation split",
         ),
         ("split", lambda i: f",train\n{i}.png,{'ab'[i % 2]},test", "0.png has two splits in"),
         ("is_valid", lambda i: f",{i > 3}", "has a column is_valid, which is not supported"),
@@ -1268,10 +1268,14 @@ def test_labels_of_shards_and_splits_are_matched_by_name(tmp_path: Path) -> None
         (
             ([0, 1, 2**62], datasets.Value("int64")),
             None,
-            "has the label 4611686018427387904, which is not a class like 0, 1",
+            "has the label 4611686018427387904, which does not look like a class (the others: 0, 1)",
         ),
         (([0, 1, 2**32 - 1], datasets.Value("uint32")), None, "has the label 4294967295"),
-        (([0, 1, -1], datasets.Value("int64")), None, "has the label -1, which is not a class like 0, 1"),
+        (
+            ([0, 1, -1], datasets.Value("int64")),
+            None,
+            "has the label -1, which does not look like a class (the others: 0, 1)",
+        ),
         (([0.0, 1.0], datasets.Value("float32")), None, "does not hold classes in train.parquet: it has type float32"),
         (([[0], [1]], datasets.List(datasets.Value("int64"))), None, "does not hold classes in train.parquet"),
         ((["a", "b", None], datasets.Value("string")), None, "has 1 empty labels out of 3"),
@@ -1387,7 +1391,7 @@ def test_an_evaluation_split_is_used_for_training_only_on_request(tmp_path: Path
 
 @mark.parametrize("name", ["-", "-x/y", "a" * 5000])
 def test_invalid_dataset_ids_are_not_requested_from_the_hub(name: str) -> None:
-    assert "does not exist and is not a valid dataset id on the Hub" in refused(name)
+    assert "does not exist and is not a valid dataset ID on the Hub" in refused(name)
 
 
 def test_class_folders_beside_parquet_files_of_images_raise_an_error(tmp_path: Path) -> None:
@@ -1625,7 +1629,10 @@ def test_integer_labels_get_the_widest_type_of_all_shards(
 )
 def test_numbers_that_cannot_be_classes_raise_an_error(tmp_path: Path, kind: str, labels: list[int]) -> None:
     write(tmp_path / "train.parquet", labels * 4, datasets.Value(kind))
-    assert f"has the label {labels[0]}, which is not a class: expected -2147483648 to 2147483647" in refused(tmp_path)
+    assert (
+        f"has the label {labels[0]}, which does not look like a class: expected -2147483648 to 2147483647"
+        in refused(tmp_path)
+    )
 
 
 def test_shards_with_incompatible_integers_raise_an_error(tmp_path: Path) -> None:

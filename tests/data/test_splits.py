@@ -210,7 +210,7 @@ def test_a_label_out_of_range_raises_an_error_with_its_index(tmp_path: Path) -> 
 
 
 def test_unknown_datasets_splits_and_files_raise_an_error(tmp_path: Path, folder_of_classes: Path) -> None:
-    assert "nowhere does not exist and is not a valid dataset id on the Hub" in refused(tmp_path / "nowhere")
+    assert "nowhere does not exist and is not a valid dataset ID on the Hub" in refused(tmp_path / "nowhere")
     assert "has images (.png: 12) but no class folders" in refused(folder_of_classes / "bus")
     assert "eval_split=test: no such split; choose one of train" in refused(folder_of_classes, eval_split="test")
     assert "are only for datasets on the Hub" in refused(folder_of_classes, dataset_revision="main")

@@ -158,7 +158,7 @@ def test_a_missing_card_is_regenerated(run: Path, command: Command) -> None:
     [("apache", "apache-2.0"), ("Apache-2.0", "apache-2.0"), ("MIT", "mit"), ("cc-by", "cc-by-4.0"), ("gpl3", "gpl")],
 )
 def test_an_unknown_license_is_reported_with_close_ids(asked: str, close: str) -> None:
-    with raises(RequestError, match=f"license={asked}: expected an id from the Hub's list, such as .*{close}"):
+    with raises(RequestError, match=f"license={asked}: expected an ID from the Hub's list, such as .*{close}"):
         check_license(asked)
 
 

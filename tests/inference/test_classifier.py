@@ -205,7 +205,7 @@ def test_an_unknown_export_format_is_refused(classifier: Classifier) -> None:
         (lambda path: resnext_hub.load(path), "is not a trained model: expected the folder of a finished run"),
         (lambda path: resnext_hub.load(None), "where=None: expected a folder, hf-hub:owner/name or a model name"),
         (lambda path: resnext_hub.load("resnext_g8"), "resnext_g8 has no released weights"),
-        (lambda path: resnext_hub.load("hf-hub:a/b/c"), "is not a Hub id of the form owner/name"),
+        (lambda path: resnext_hub.load("hf-hub:a/b/c"), "is not a Hub ID of the form owner/name"),
         (lambda path: resnext_hub.from_hub("model"), "model"),
     ],
 )

@@ -582,7 +582,7 @@ def test_from_hub_refuses_an_invalid_revision(revision: Any, verify: bool) -> No
     "repo_id", ["", " ", None, 5, Path("me/model"), "a/b/c", "../x", "me/x@main", "me/" + "x" * 500, "\0"]
 )
 def test_from_hub_refuses_an_invalid_repository_id(repo_id: Any, verify: bool) -> None:
-    with raises(RequestError, match="is not a Hub id of the form owner/name") as caught:
+    with raises(RequestError, match="is not a Hub ID of the form owner/name") as caught:
         from_hub(repo_id, verify=verify)
     assert str(caught.value).isprintable()
 

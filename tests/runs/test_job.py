@@ -133,7 +133,7 @@ def test_other_settings_in_a_used_folder_are_refused_with_the_difference(finishe
     assert "--seed was 0 and is now 4" in err
     code, _, err = command("train", *TINY, "--max-steps", 30, "--lr", 0.01, "--output-dir", finished)
     assert code == 2
-    assert "it has 60 steps and this one 30 (--epochs and --max-steps may only grow)" in err
+    assert "it has 60 steps, but this command asks for 30 (--epochs and --max-steps may only be increased)" in err
     code, _, err = command("train", *TINY, "--max-steps", 60, "--lr", 0.01, "--no-resume", "--output-dir", finished)
     assert code == 2
     assert "already contains a run" in err

@@ -57,7 +57,7 @@ class Repo:
         return history[-1]
 
     def at(self, revision: str) -> Commit | None:
-        """Give the commit of a branch, a pull request, or an id."""
+        """Return the commit of a branch, a pull request, or an ID."""
         if self.branches.get(revision):
             return self.branches[revision][-1]
         return next((c for history in self.branches.values() for c in history if c.oid == revision), None)
@@ -474,7 +474,7 @@ def _card_errors(content: str) -> list[dict[str, str]]:
     data = yaml.safe_load(match[1]) if match else {}
     errors = []
     if "license" in data and not re.fullmatch(r"[a-z0-9.-]+", str(data["license"])):
-        errors.append({"message": f'"license" must be an id: {data["license"]}'})
+        errors.append({"message": f'"license" must be an ID: {data["license"]}'})
     for model in data.get("model-index", []):
         for result in model["results"]:
             if not {"type"} <= result["task"].keys() or not {"type", "name"} <= result["dataset"].keys():

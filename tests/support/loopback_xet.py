@@ -59,7 +59,7 @@ class XetStorage:
         self.hashes: dict[str, str] = {}
         """The Xet hash of a content by its SHA-256."""
         self.grants: dict[str, int] = {}
-        """How long what may be uploaded is, by the grant's id."""
+        """How long what may be uploaded is, by the grant's ID."""
         self.uploads: dict[str, bytes] = {}
         """What has come by a grant, and is kept when the client commits it."""
         self.address = ""

@@ -29,9 +29,11 @@ def write_mistakes(folder: Path, run: Path) -> None:
     for number, place in enumerate(
         (
             *(f"photos/{name}/{index:03}" for name in ("bird", "cat", "dog") for index in range(8)),
-            *("bare/1", "bare/2", "one/cat/1", "one/cat/2", "two/train/a/1", "two/train/b/1", "two/cat/a/1"),
-            *("testonly/test/a/1", "testonly/test/b/1", *(f"tab/{name}/{name}{i}" for name in "ab" for i in range(3))),
-            *(f"unreadable/{name}/{index:03}" for name in "ab" for index in range(4)),
+            *("data/no-classes/1", "data/no-classes/2", "data/one-class/cat/1", "data/one-class/cat/2"),
+            *("data/mixed/train/a/1", "data/mixed/train/b/1", "data/mixed/cat/a/1"),
+            *("data/test-only/test/a/1", "data/test-only/test/b/1"),
+            *(f"data/table/{name}/{name}{i}" for name in "ab" for i in range(3)),
+            *(f"data/unreadable/{name}/{index:03}" for name in "ab" for index in range(4)),
         )
     ):
         path = folder / f"{place}.jpg"
@@ -39,12 +41,12 @@ def write_mistakes(folder: Path, run: Path) -> None:
         Image.fromarray(np.full((40, 48, 3), number, np.uint8)).save(path)
     for name in "ab":
         for index in range(4, 6):
-            (folder / f"unreadable/{name}/{index:03}.jpg").write_bytes(b"text")
+            (folder / f"data/unreadable/{name}/{index:03}.jpg").write_bytes(b"text")
     rows = [f"{name}/{name}{i}.jpg,x{i % 2}\n" for name in "ab" for i in range(3)]
-    (folder / "tab/Data.csv").write_text("image,finding\n" + "".join(rows))
-    for name in ("empty", "plain", "used"):
-        (folder / name).mkdir()
-    (folder / "used/notes.txt").write_text("notes")
+    (folder / "data/table/Data.csv").write_text("image,finding\n" + "".join(rows))
+    for name in ("data/empty", "data/plain", "runs/used"):
+        (folder / name).mkdir(parents=True)
+    (folder / "runs/used/notes.txt").write_text("notes")
     (folder / "bad.yaml").write_text("epochs: 3\nbatch_sise: 4\n")
     (folder / "text.jpg").write_text("text")
     (folder / "pointer.jpg").write_text(

@@ -40,7 +40,7 @@ def run_interpreter(*arguments: object, timeout: float = 300, **environment: str
 
 
 def write_images(folder: Path, count: int, shade: int, size: int = 40) -> None:
-    """Write small seeded images around a grey level, which a network can learn to tell."""
+    """Write small seeded images around a gray level, which a model can learn to tell."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(shade)
     for index in range(count):

@@ -130,7 +130,7 @@ class Server:
         """The variables under which it imported its modules."""
 
     def fork(self, request: Mapping[str, Any], files: Sequence[int]) -> int:
-        """Fork a process, which becomes a child of this one; return its id."""
+        """Fork a process, which becomes a child of this one; return its PID."""
         content = json.dumps({**request, "parent": os.getpid()}).encode()
         with _adopting():
             socket.send_fds(self._connection, [struct.pack("<I", len(content))], list(files))

@@ -70,8 +70,8 @@ def check_source(config: DataConfig) -> None:
         )
     if not request.is_bundled and request.path is None and not is_hub_id(config.dataset):
         raise RequestError(
-            f"{setting('dataset', config.dataset)} does not exist and is not a valid dataset id on the Hub; expected a "
-            f"folder, a parquet file, or an id such as owner/name"
+            f"{setting('dataset', config.dataset)} does not exist and is not a valid dataset ID on the Hub; expected a "
+            f"folder, a parquet file, or an ID such as owner/name"
         )
 
 

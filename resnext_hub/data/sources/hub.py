@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from resnext_hub.data.sources.request import Request
 
 _ID_LENGTH = 96 * 2 + 1
-"""Most characters of an id: owner and name may have 96 each."""
+"""Most characters of an ID: owner and name may have 96 each."""
 
 _FOOTERS_AT_ONCE = 16
 """Number of parquet footers that are fetched concurrently."""
@@ -36,7 +36,7 @@ class HubDataset:
 
 
 def is_hub_id(name: str) -> bool:
-    """Return whether a name is a valid dataset id: `owner/name` or just `name`."""
+    """Return whether a name is a valid dataset ID: `owner/name` or just `name`."""
     return len(name) <= _ID_LENGTH and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is not None
 
 

@@ -54,6 +54,6 @@ class Source(Protocol):
         """Open the dataset.
 
         Raises:
-            RequestError: If it cannot be opened as labelled images.
+            RequestError: If it cannot be opened as labeled images.
             RunError: If the Hub cannot be reached.
         """

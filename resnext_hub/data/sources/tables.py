@@ -117,7 +117,7 @@ def label_column_of(tree: Tree, tables: Sequence[Table], requested: str | None) 
     what = (
         f"{setting('label_column', requested)}: {where} has no such column"
         if requested
-        else f"{where} has no column label"
+        else f"{where} has no column named label"
     )
     remedy = "" if classless else f", or use the folders as classes with {setting('layout', 'classes')}"
     raise RequestError(f"{what}; its columns: {listing(columns)}; choose one with {setting('label_column')}{remedy}")
@@ -249,8 +249,8 @@ def _split_column_of(tree: Tree, tables: Sequence[Table], label_column: str) -> 
     named = next((name for name in columns if re.match(rf"is[_ -]?({names})", name, re.IGNORECASE)), None)
     if named:
         raise RequestError(
-            f"{where} has a column {printable(named)}, which is not supported; replace it with a column split (train, "
-            "val or test), or remove it"
+            f"{where} has a column {printable(named)}, which is not supported; replace it with a column named split "
+            "(values: train, val or test), or remove it"
         )
     return None
 
@@ -260,8 +260,8 @@ def _require_evaluation(names: Sequence[str], where: str, requested: str | None)
     others = [name for name in names if name not in likely_splits(names, "train")]
     if requested is None and 0 < len(others) < len(names) and not likely_splits(names, "eval"):
         raise RequestError(
-            f"{where} has the splits {listing(names)}, but no usual name of an evaluation split (val, test …); choose "
-            f"one, such as {setting('eval_split', others[0])}"
+            f"{where} has the splits {listing(names)}, but none of them has a usual name for an evaluation split "
+            f"(val, test …); choose one, such as {setting('eval_split', others[0])}"
         )
 
 
@@ -271,8 +271,8 @@ def _require_one_label_column(tree: Tree, tables: Sequence[Table], label_column:
         other = next(iter(_called_like_labels(table.columns)), None)
         if label_column not in table.columns and other:
             raise RequestError(
-                f"{printable(tree.root / table.path)} has labels in {printable(other)}, but another table in "
-                f"{printable(label_column)}; use the same column name in all tables"
+                f"{printable(tree.root / table.path)} has its labels in column {printable(other)}, but another table "
+                f"has them in {printable(label_column)}; use the same column name in all tables"
             )
 
 
@@ -348,7 +348,7 @@ def _splits_of(tree: Tree, labels: dict[int, Any], where: str) -> dict[int, str]
     if outside:
         raise RequestError(
             f"{where} labels images of the splits {listing(sorted(names))} and {len(outside)} images outside them, "
-            f"such as {printable(outside[0])}; add a column split"
+            f"such as {printable(outside[0])}; add a column named split"
         )
     return {i: str(split) for i, split in found.items()}
 

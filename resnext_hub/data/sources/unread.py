@@ -85,9 +85,9 @@ def reject_unread_tables(tree: Tree, splits: Sequence[Mapping[str, Sequence[int]
         where = printable(tree.root / path)
         if len(splits) == 1 and _is_split(path) and 0 < len(found.named) < len(class_of):
             raise RequestError(
-                f"{where} lists {len(found.named)} of {len(class_of)} images, like a split, but such lists are not "
-                "supported; add a metadata.csv with the columns file_name, label and split, or, to hold out a random "
-                f"part instead, use {setting('layout', layout)}"
+                f"{where} lists {len(found.named)} of {len(class_of)} images and looks like a split list, which is "
+                "not supported; add a metadata.csv with the columns file_name, label and split, or, to hold out a "
+                f"random part instead, use {setting('layout', layout)}"
             )
         most = len(found.named) >= _MANY or any(2 * named[folder] >= folders[folder] for folder in named)
         if path.lower().endswith(_LISTS) or not most:
@@ -96,7 +96,7 @@ def reject_unread_tables(tree: Tree, splits: Sequence[Mapping[str, Sequence[int]
             notes.append(f"ignored {printable(path)}, which lists the images with the names of their class folders")
         elif found.groups and _is_metadata(path, rows):
             raise RequestError(
-                f"{where} has no column label; choose its label column with {setting('label_column')}; {remedy}"
+                f"{where} has no column named label; choose its label column with {setting('label_column')}; {remedy}"
             )
         elif found.groups:
             raise RequestError(
