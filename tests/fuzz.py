@@ -36,6 +36,7 @@ from resnext_hub.data.splits import load_splits
 from resnext_hub.errors import RequestError, RunError
 from resnext_hub.inference.classifier import load
 from resnext_hub.record import RunRecord
+from resnext_hub.run_folder import RunFolder
 from resnext_hub.text import printable
 from resnext_hub.training.checkpoint import BestFacts, StateFacts, latest_checkpoint, save_checkpoint
 from resnext_hub.training.metrics import METRICS, LineLog, read_lines
@@ -304,7 +305,7 @@ def judge_metrics(folder: Path, content: bytes) -> None:
     read_lines(path, *METRICS)
     written = content.split(b"\n")
     (folder / "unreadable-0.jsonl").write_bytes(content)
-    read_unreadable(folder)
+    read_unreadable(RunFolder(folder))
     with LineLog(path, 2) as log:
         log.write(step=3, loss=1.0)
     *kept, last = map(json.loads, path.read_text().splitlines())

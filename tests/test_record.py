@@ -157,7 +157,7 @@ def test_damaged_settings_are_refused_with_the_name_of_their_file(folder: Path, 
     else:
         path.write_bytes(DAMAGES[damage](path.read_bytes()))
     said = refusal(lambda: read_config(RunFolder(folder)), str(path))
-    assert said.endswith("restore the file, or choose another --output-dir")
+    assert said.endswith("restore the file, or choose another output_dir")
 
 
 def test_settings_cut_off_anywhere_are_refused(folder: Path) -> None:

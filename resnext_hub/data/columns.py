@@ -275,8 +275,8 @@ def _check_numbers(dataset: str, column: str, labels: Sequence[int]) -> None:
         others = listing((label for label in labels if label not in odd), 4)
         raise RequestError(
             f"column {printable(column)} of {dataset} has the label {odd[0]}, which does not look like a class"
-            f"{f' (the others: {others})' if others else ': expected -2147483648 to 2147483647'}; remove those rows, or "
-            "store the classes as strings"
+            f"{f' (the others: {others})' if others else ': expected -2147483648 to 2147483647'}; remove those rows, "
+            "or store the classes as strings"
         )
 
 

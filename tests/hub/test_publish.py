@@ -21,7 +21,7 @@ from resnext_hub.cards.model_card import render_card, wilson_interval
 from resnext_hub.export.model_folder import export_model
 from resnext_hub.models.input_config import InputConfig
 from resnext_hub.models.lookup import build_model, find_model, portable_architecture
-from resnext_hub.record import BaseModelFacts, RunRecord
+from resnext_hub.record import BaseModelFacts, RunRecord, UnreadableImage
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -260,7 +260,7 @@ def test_a_dataset_is_streamed_from_the_hub_without_a_copy_on_disk(
     done = run_process(*words, **hub.environment() | {"HF_HOME": str(tmp_path / "home")})
     assert done.returncode == 0, done.stderr
     assert (
-        "me/digits: 160 streamed images to train on, 40 streamed to evaluate on (split test), 10 classes" in done.stderr
+        "me/digits: 160 streamed training images, 40 streamed evaluation images (split test), 10 classes" in done.stderr
     )
     record = RunRecord.load(tmp_path / "run" / "record.json")
     assert (record.steps, record.epochs, record.dataset.revision) == (10, 2.0, repo.commits[-1].oid)
@@ -320,7 +320,7 @@ def test_image_files_of_a_repository_are_streamed(hub: LoopbackHub, tmp_path: Pa
     assert record.label_names == ["bus", "car", "train"]
     assert record.evaluation.count == 30
     assert record.unreadable_images == [
-        {"split": "training", "image": "bus/000.png (shard 0, record 8)", "reason": "not an image"}
+        UnreadableImage(split="training", image="bus/000.png (shard 0, record 8)", reason="not an image")
     ]
 
 

@@ -337,9 +337,10 @@ pusher.finish()
 FETCH_RUN = """
 from resnext_hub.errors import RunError
 from resnext_hub.hub.checkpoints import fetch_run, restore_run
+from resnext_hub.run_folder import RunFolder
 try:
-    restore_run(fetch_run("hub:me/run"), Path({folder!r}))
-    result = None
+    restore_run(fetch_run("hub:me/run"), RunFolder(Path({folder!r})))
+    result = "restored"
 except RunError as error:
     result = str(error)
 """
@@ -366,7 +367,7 @@ def test_a_checkpoint_round_trips_over_xet_or_the_failure_is_reported(
     hub.faults[0] = Fault("GET /xorbs/", "reset", 1000)
     assert client.run(fetch)["result"].startswith("resume_from=hub:me/run: the Hub could not be reached: ")
     hub.faults.clear()
-    assert client.run(fetch)["result"] is None
+    assert client.run(fetch)["result"] == "restored"
     found = tmp_path / "found" / "checkpoints" / "step-00000020" / "model.safetensors"
     assert found.read_bytes() == (checkpoint / "model.safetensors").read_bytes()
     over_xet(hub, "GET /xorbs/")
@@ -387,4 +388,4 @@ def test_a_corrupted_checkpoint_is_rejected_and_downloaded_again(
         "resume_from=hub:me/run: step-00000020/model.safetensors does not match its hash on the Hub; it was removed "
         "from the cache, so rerun the same command to download it again"
     )
-    assert client.run(fetch)["result"] is None
+    assert client.run(fetch)["result"] == "restored"

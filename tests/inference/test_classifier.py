@@ -106,7 +106,7 @@ def test_an_unreadable_image_is_reported_in_its_place(classifier: Classifier, pn
     images = [png, tmp_path / "nowhere.png", b"text", Image.open(io.BytesIO(cut_off)), png]
     found = classifier.predict(images)
     assert [type(entry) for entry in found] == [Prediction, Unread, Unread, Unread, Prediction]
-    assert [entry.reason for entry in found[1:3]] == ["the file is gone", "not an image"]
+    assert [entry.reason for entry in found[1:3]] == ["the file does not exist", "not an image"]
     assert "truncated" in found[3].reason
     for index in (1, 2, 3):
         with raises(RequestError, match=r"^image 1 is unreadable: [^\n]+$"):
@@ -172,7 +172,7 @@ def test_an_optimized_classifier_is_neither_optimized_again_nor_exported(
     classifier: Classifier, pixels: np.ndarray, tmp_path: Path
 ) -> None:
     fast = classifier.optimize(pixels, dtype=torch.float32, merge="off", compile=False)
-    with raises(RequestError, match="already compiled; expected the original model"):
+    with raises(RequestError, match="already compiled: expected the original model"):
         fast.optimize(pixels)
     with raises(RequestError, match="an optimized model cannot be exported; export the original classifier"):
         fast.export("onnx", tmp_path / "model.onnx")

@@ -257,7 +257,7 @@ def test_hosts_without_a_shared_disk_resume_bit_for_bit(tmp_path: Path, vehicles
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     record = RunRecord.load(killed.folders[0] / "run" / "record.json")
     assert (record.processes, record.resumes) == (2, 1)
-    assert [line["split"] for line in record.unreadable_images] == ["evaluation", "training"]
+    assert [image.split for image in record.unreadable_images] == ["evaluation", "training"]
 
     before = (killed.folders[0] / "run" / "record.json").read_bytes()
     main, other = killed.train(flags, flags)  # the second host has no files of the finished run

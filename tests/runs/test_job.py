@@ -303,7 +303,7 @@ def test_the_card_of_a_cifar_model_states_that_it_needs_the_plugin(tmp_path: Pat
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
     assert config["architecture"] == "resnext29_g32_w4"
     card = (tmp_path / "run" / "model" / "README.md").read_text()
-    assert "**This model needs `pip install resnext-hub` and `import resnext_hub` before it is loaded.**" in card
+    assert "**Loading this model needs `pip install resnext-hub` and `import resnext_hub`.**" in card
     code = "\n".join(line.strip() for line in out.splitlines() if line.startswith("    "))
     assert "import resnext_hub" in code
     done = run_process("-c", code)
