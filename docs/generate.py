@@ -1,17 +1,20 @@
 """Fill in the reference from the code when the site is built, so that it cannot differ from the package.
 
-A page holds markers such as `<!-- generate: commands -->`; MkDocs calls `on_page_markdown` for each page.
+A page holds markers such as `<!-- generate: commands -->`; MkDocs calls `on_page_markdown` for each page. Run as a
+script, it redraws `docs/block.png`, which is checked in so that GitHub shows it.
 """
 
 import argparse
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from resnext_hub.cli.main import COMMANDS, build_parser
 from resnext_hub.models.complexity import info_rows
 from resnext_hub.models.resnext import VARIANTS
+from resnext_hub.plots.block import plot_block
 from resnext_hub.runs.recipes import RECIPES
 from resnext_hub.training.config import FlatField, flat_fields
 
@@ -69,6 +72,11 @@ def variants() -> str:
     return _table(head, [(f"`{row[0]}`", *row[1:]) for row in rows])
 
 
+def write_block(path: Path) -> None:
+    """Write the figure of docs/cardinality.md, at twice the size at which a page shows it."""
+    plot_block().savefig(path, dpi=200, metadata={"Software": None})
+
+
 def _parsers(
     parser: argparse.ArgumentParser, words: tuple[str, ...]
 ) -> Iterable[tuple[tuple[str, ...], argparse.ArgumentParser]]:
@@ -99,3 +107,6 @@ GENERATORS: Mapping[str, Callable[[], str]] = {
     function.__name__: function for function in (commands, settings, recipes, variants)
 }
 """What a marker may name."""
+
+if __name__ == "__main__":
+    write_block(Path(__file__).with_name("block.png"))

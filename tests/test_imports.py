@@ -28,7 +28,7 @@ ORDER = (
     {"hub"},
     {"runs"},
     {"api"},
-    {"benchmark"},
+    {"benchmark", "study"},
     {"cli"},
     {"__main__"},
 )

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-drop",
         type=value_of("max_drop", Annotated[float, Range(0, 100)]),
         metavar="POINTS",
-        help="with --int8: maximum drop of top-1 accuracy, in percentage points, 0 to 100 (default: 0.5)",
+        help="with --int8: maximum drop in top-1 accuracy, in percentage points, 0 to 100 (default: 0.5)",
     )
     add_threads(parser)
 

@@ -22,9 +22,10 @@ COMMANDS = {
     "evaluate": "re-evaluate the model of a run, and compare the result with its record",
     "predict": "classify images",
     "export": "export a trained model to ONNX or OpenVINO",
-    "push": "publish the model of a run on the Hub, in one commit",
-    "info": "list the variants with their parameters and FLOPs",
+    "push": "publish the model of a run, or a study, on the Hub, in one commit",
+    "info": "list the variants with their parameters and multiply-adds (MACs)",
     "benchmark": "measure throughput against baselines",
+    "study": "compare cardinality, width and depth at equal cost",
 }
 """What each command does; its code is in the file of its name."""
 

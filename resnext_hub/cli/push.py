@@ -1,16 +1,20 @@
-"""`resnext-hub push`: upload a run's model folder to the Hub, in one commit."""
+"""`resnext-hub push`: upload a run's model folder, or a study, to the Hub, in one commit."""
 
 import argparse
+from typing import TYPE_CHECKING, Any
 
 from resnext_hub.cli.output import write
 from resnext_hub.cli.parser import existing_path
 
+if TYPE_CHECKING:
+    from resnext_hub.hub.publish import Publication
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
-    parser.add_argument("run", type=existing_path, help="run folder")
+    parser.add_argument("run", type=existing_path, help="run folder, or study folder")
     parser.add_argument("--repo-id", metavar="OWNER/NAME", help="Hub repository; created if it does not exist")
-    parser.add_argument("--license", help="license of the weights, such as apache-2.0")
+    parser.add_argument("--license", help="license of the weights or the report, such as apache-2.0")
     parser.add_argument("--private", action="store_true", help="make the repository private if it is created")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
     parser.add_argument("--revision", default="main", metavar="BRANCH", help="branch to commit to (default: main)")
@@ -24,22 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Publish, and print the address and the files."""
-    from resnext_hub.hub.publish import publish
-    from resnext_hub.record import RunRecord
-    from resnext_hub.run_folder import RunFolder
-
-    folder = RunFolder(options.run)
-    done = publish(
-        folder.model,
-        RunRecord.load(folder.record),
-        options.repo_id,
-        options.license,
-        private=options.private,
-        create_pr=options.create_pr,
-        revision=options.revision,
-        dry_run=options.dry_run,
-        overwrite_card=options.overwrite_card,
-    )
+    done = _publish(options)
     listing = "".join(f"    {size:>12,}  {name}\n" for name, size in done.files)
     if done.address is None:
         visibility = "private " if options.private else ""
@@ -48,3 +37,24 @@ def run(options: argparse.Namespace) -> None:
         write(f"published and verified: {done.address}\n{listing}")
     else:
         write(f"already up to date: {done.address}\n")
+
+
+def _publish(options: argparse.Namespace) -> "Publication":
+    from resnext_hub.hub.publish import publish
+    from resnext_hub.record import RunRecord
+    from resnext_hub.run_folder import RunFolder
+    from resnext_hub.study.plan import StudyFolder
+    from resnext_hub.study.publish import publish_study
+
+    how: dict[str, Any] = {
+        "private": options.private,
+        "create_pr": options.create_pr,
+        "revision": options.revision,
+        "dry_run": options.dry_run,
+    }
+    study = StudyFolder(options.run)
+    if study.config.is_file():
+        return publish_study(study, options.repo_id, options.license, **how)
+    folder = RunFolder(options.run)
+    record = RunRecord.load(folder.record)
+    return publish(folder.model, record, options.repo_id, options.license, **how, overwrite_card=options.overwrite_card)

@@ -23,8 +23,8 @@ def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np
     classes = np.count_nonzero(counts > 1)
     if not classes:
         raise RequestError(
-            f"no images can be held out: each of {np.count_nonzero(counts)} classes has a single image; add images to "
-            "at least one class, or an evaluation split to the dataset"
+            f"no images can be held out: each of the {np.count_nonzero(counts)} classes has only one image; add images "
+            "to at least one class, or an evaluation split to the dataset"
         )
     held_out = np.zeros(len(labels), dtype=bool)
     held = int(np.ceil(fraction * len(divisible)))

@@ -137,8 +137,8 @@ def publish(
             wrong = persist(lambda: differing_files(api, repo_id, where, staged.files, read_back=True), repo_id)
         except HUB_ERRORS as error:
             raise RunError(
-                f"{repo_id} could not be published: {_reason(error)}. The model is kept in {folder}; rerun the same "
-                "command to publish it"
+                f"{repo_id} could not be published: {failure_reason(error)}. The model is kept in {folder}; rerun the "
+                "same command to publish it"
             ) from error
         sizes = [(name, path.stat().st_size) for name, path in sorted(staged.files.items())]
     if wrong:
@@ -293,7 +293,7 @@ def open_repository(repo_id: str, private: bool) -> None:
         persist(lambda: api.create_repo(repo_id, private=private, exist_ok=True), repo_id)
     except HUB_ERRORS as error:
         raise RunError(
-            f"cannot write to {repo_id}: {_reason(error)}. Training was not started; without "
+            f"cannot write to {repo_id}: {failure_reason(error)}. Training was not started; without "
             f"{setting('push_to_hub', True)} and {setting('push_checkpoints', True)} the run is only saved locally, "
             "and `resnext-hub push` can publish it later"
         ) from error
@@ -358,7 +358,8 @@ def _log_difference(old: str, new: str, most: int = 40) -> None:
     _logger.warning("%s", "\n".join(printable(line)[:200] for line in [*lines[:most], *more]))
 
 
-def _reason(error: Exception) -> str:
+def failure_reason(error: Exception) -> str:
+    """Return why the Hub refused, with what to do about it."""
     status = status_of(error)
     if status == 401:
         return "the token is missing or invalid; log in with `hf auth login`"

@@ -81,7 +81,9 @@ def _check_images(name: str, images: object) -> None:
             "normalized images (N, C, H, W), float32, with values"
         )
     if images.ndim != 4 or images.dtype != torch.float32 or images.numel() == 0:
-        raise RequestError(f"{name} of shape {tuple(images.shape)} and {images.dtype}: expected (N, C, H, W), float32")
+        raise RequestError(
+            f"{name} of shape {tuple(images.shape)} and dtype {images.dtype}: expected (N, C, H, W), float32"
+        )
     if not images.isfinite().all():
         raise RequestError(f"{name} contains NaN or infinity: expected normalized images")
 

@@ -131,8 +131,8 @@ class OptimizedModel(nn.Module):
         if images.shape[1:] != self._image_shape or images.dtype != torch.float32:
             expected = ", ".join(map(str, self._image_shape))
             raise RequestError(
-                f"images of shape {tuple(images.shape)} and {images.dtype}: expected (N, {expected}), float32, as in "
-                "the example"
+                f"images of shape {tuple(images.shape)} and dtype {images.dtype}: expected (N, {expected}), float32, "
+                "as in the example"
             )
         # inference mode would compile the model again, and without frozen weights
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(images.device.type, enabled=False):

@@ -202,7 +202,9 @@ class _Inputs(Dataset[torch.Tensor | str]):
     ) -> None:
         input = classifier.input
         if input.channels not in IMAGE_MODES:
-            raise RequestError(f"the model expects images with {input.channels} channels: expected 1 or 3")
+            raise RequestError(
+                f"the model expects images with {input.channels} channels, but only 1 or 3 are supported"
+            )
         for index, image in enumerate(images):
             _check_input(index, image)
         self.images = images
@@ -243,8 +245,8 @@ def _check_input(index: int, image: object) -> None:
         of_an_image = len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3, 4))
         if image.dtype != np.uint8 or not of_an_image or image.size == 0:
             raise RequestError(
-                f"image {index} is an array of shape {shape} and {image.dtype}: expected (H, W) or (H, W, C), uint8, "
-                "with 1, 3 or 4 channels"
+                f"image {index} is an array of shape {shape} and dtype {image.dtype}: expected (H, W) or (H, W, C), "
+                "uint8, with 1, 3 or 4 channels"
             )
 
 

@@ -5,10 +5,10 @@ the outputs of convolutions and of the classifier (Radosavovic et al. 2020).
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from resnext_hub.models.resnext import STAGE_WIDTHS, VARIANTS, Bottleneck, Variant
+from resnext_hub.models.resnext import VARIANTS, Bottleneck, Variant
 
 Preserved = Literal["block", "parameters", "macs"]
 """What a width preserves: the parameters of one block (as in the paper), those of the model, or its multiply-adds."""
@@ -75,7 +75,7 @@ def complexity_of(
     size = image_size or (32 if variant.small_stem else 224)
     classes = (10 if variant.small_stem else 1000) if num_classes is None else num_classes
     convs = list(_convolutions(variant, size, in_chans))
-    features = STAGE_WIDTHS[len(variant.layers) - 1] * Bottleneck.expansion
+    features = variant.channels[len(variant.layers) - 1] * Bottleneck.expansion
     weights = [grouped_conv_parameters(c.kernel, c.in_chs, c.out_chs, c.groups) for c in convs]
     outputs = [c.out_chs * c.size**2 for c in convs]
     pooled = 0 if variant.small_stem else 64 * _halved(convs[0].size) ** 2
@@ -97,16 +97,18 @@ def _convolutions(variant: Variant, image_size: int, in_chans: int) -> Iterator[
     yield _Conv(3 if variant.small_stem else 7, in_chans, 64, 1, size, kept=2)
     size = size if variant.small_stem else _halved(size)
     in_chs = 64
-    for stage, (depth, stage_width) in enumerate(zip(variant.layers, STAGE_WIDTHS, strict=False)):
-        width = stage_width * variant.base_width // 64 * variant.cardinality
+    stages = zip(variant.layers, variant.channels, variant.stage_group_widths, strict=False)
+    for stage, (depth, stage_width, group_width) in enumerate(stages):
+        width = group_width * variant.cardinality
         out_chs = stage_width * Bottleneck.expansion
         for block in range(depth):
             before = size
             size = _halved(size) if block == 0 and stage > 0 else size
             yield _Conv(1, in_chs, width, 1, before, kept=2)
             yield _Conv(3, width, width, variant.cardinality, size, kept=2)
-            yield _Conv(1, width, out_chs, 1, size, kept=2)  # its own output, and the block's
-            if block == 0:
+            # its own output, and the block's; without a shortcut the block's is that of batch norm
+            yield _Conv(1, width, out_chs, 1, size, kept=2)
+            if block == 0 and variant.shortcuts and (before != size or in_chs != out_chs):
                 yield _Conv(1, in_chs, out_chs, 1, size, kept=1)
             in_chs = out_chs
 
@@ -138,13 +140,7 @@ def preserving_width(
     def cost(base_width: int, groups: int = cardinality) -> int:
         if preserve == "block":
             return block_parameters(groups, base_width)
-        candidate = Variant(
-            name="",
-            layers=reference.layers,
-            cardinality=groups,
-            base_width=base_width,
-            small_stem=reference.small_stem,
-        )
+        candidate = replace(reference, name="", cardinality=groups, base_width=base_width)
         found = complexity_of(candidate, image_size)
         return found.parameters if preserve == "parameters" else found.macs
 

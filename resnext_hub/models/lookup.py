@@ -14,7 +14,7 @@ from torch import nn
 from resnext_hub.errors import RequestError, setting
 from resnext_hub.models.fetch import check_revision, commit_of, fetch_file, list_files
 from resnext_hub.models.input_config import InputConfig
-from resnext_hub.models.resnext import VARIANTS, Variant, stock_architecture
+from resnext_hub.models.resnext import OWN_ARGUMENTS, VARIANTS, Variant, stock_architecture
 from resnext_hub.models.saved import CONFIG, WEIGHTS, SavedModel, check_fit, named_config, read_model
 from resnext_hub.text import printable
 
@@ -294,7 +294,7 @@ def variant_of(source: ModelSource) -> Variant | None:
 
 def portable_architecture(source: ModelSource) -> tuple[str, dict[str, Any]]:
     """Return the architecture and arguments to publish: in terms of stock timm wherever possible."""
-    if source.architecture in VARIANTS:
+    if source.architecture in VARIANTS and not OWN_ARGUMENTS & source.model_args.keys():
         stock = stock_architecture(VARIANTS[source.architecture])
         if stock is not None:
             return stock.name, {**stock.model_args, **source.model_args}

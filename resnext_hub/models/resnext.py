@@ -61,7 +61,9 @@ class Bottleneck(nn.Module):
         dilation: Dilation of the 3x3 convolution.
         cardinality: Number of groups C.
         base_width: Channels d per group in the first stage; doubles with each stage.
+        group_width: Channels per group; `stage_width * base_width / 64`, rounded down, if not given.
         project: Use a 1x1 convolution as the shortcut (type B) instead of the identity.
+        shortcut: Add the shortcut; without it the block is plain (paper, section 5.1, "Residual connections").
         drop_path_rate: Probability of dropping the residual branch per sample in training (stochastic depth).
     """
 
@@ -75,13 +77,17 @@ class Bottleneck(nn.Module):
         dilation: int = 1,
         cardinality: int = 1,
         base_width: int = 64,
+        group_width: int | None = None,
         project: bool = False,
+        shortcut: bool = True,
         drop_path_rate: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        width = math.floor(stage_width * (base_width / 64)) * cardinality
+        if group_width is None:
+            group_width = math.floor(stage_width * (base_width / 64))
+        width = group_width * cardinality
         out_chs = stage_width * self.expansion
         if width < 1:
             raise ValueError(
@@ -114,9 +120,10 @@ class Bottleneck(nn.Module):
                 nn.Conv2d(in_chs, out_chs, 1, stride=stride, bias=False, device=device, dtype=dtype),
                 nn.BatchNorm2d(out_chs, device=device, dtype=dtype),
             )
-            if project
+            if project and shortcut
             else None
         )
+        self.shortcut = shortcut
         self.act3 = nn.ReLU(inplace=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -127,7 +134,8 @@ class Bottleneck(nn.Module):
         x = self.drop_path(self.bn3(self.conv3(x)))
         if self.downsample is not None:
             shortcut = self.downsample(shortcut)
-        x += shortcut
+        if self.shortcut:
+            x += shortcut
         return self.act3(x)
 
 
@@ -141,7 +149,11 @@ class ResNeXt(nn.Module):
         num_classes: Number of classes; 0 for no classifier.
         in_chans: Number of input image channels.
         cardinality: Number of groups C of every 3x3 convolution.
-        base_width: Channels d per group in the first stage.
+        base_width: Channels d per group in the first stage, where that has 64 channels.
+        channels: Channels of the 3x3 convolution of each stage at cardinality 1 and base width 64; a block returns four
+            times as many.
+        group_widths: Channels per group of each stage, instead of `base_width`, to match a cost closely.
+        shortcuts: Add residual connections; without them the model is plain (paper, section 5.1).
         small_stem: Use a 3x3 stem at full resolution, for 32 px images, instead of a 7x7 convolution and max pooling
             with a total stride of 4.
         output_stride: Total stride of the last feature map: 32, or 16 or 8 with dilated last stages.
@@ -162,6 +174,9 @@ class ResNeXt(nn.Module):
         in_chans: int = 3,
         cardinality: int = 32,
         base_width: int = 4,
+        channels: Sequence[int] = STAGE_WIDTHS,
+        group_widths: Sequence[int] | None = None,
+        shortcuts: bool = True,
         small_stem: bool = False,
         output_stride: int = 32,
         global_pool: str = "avg",
@@ -177,12 +192,19 @@ class ResNeXt(nn.Module):
         _check_count("in_chans", in_chans, 1, CHANNELS)
         _check_count("cardinality", cardinality, 1, CHANNELS)
         _check_count("base_width", base_width, 1, CHANNELS)
+        channels = channels[: len(layers)] if channels is STAGE_WIDTHS else channels
+        _check_widths("channels", channels, len(layers))
+        if group_widths is not None:
+            _check_widths("group_widths", group_widths, len(layers))
+        if not isinstance(shortcuts, bool):
+            raise ValueError(f"shortcuts={shortcuts!r}: expected True or False")
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride={output_stride!r} is not one of 8, 16, 32")
-        widest = math.floor(STAGE_WIDTHS[len(layers) - 1] * (base_width / 64)) * cardinality
+        widest = max(group_widths or [math.floor(width * (base_width / 64)) for width in channels]) * cardinality
         if widest > CHANNELS:
+            width = f"base_width={base_width}" if group_widths is None else f"group_widths={group_widths!r}"
             raise ValueError(
-                f"cardinality={cardinality} with base_width={base_width} gives {widest:,} channels in the 3x3 "
+                f"cardinality={cardinality} with {width} gives {widest:,} channels in the 3x3 "
                 f"convolutions of the last stage; expected at most {CHANNELS:,}"
             )
         for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
@@ -207,7 +229,7 @@ class ResNeXt(nn.Module):
         stages = []
         num_blocks = sum(layers)
         drop_path_rates = [drop_path_rate * i / max(num_blocks - 1, 1) for i in range(num_blocks)]
-        for stage, (depth, stage_width) in enumerate(zip(layers, STAGE_WIDTHS, strict=False), start=1):
+        for stage, (depth, stage_width) in enumerate(zip(layers, channels, strict=True), start=1):
             stride = 1 if stage == 1 else 2
             first_dilation = dilation
             if reduction * stride > output_stride:  # keep the resolution and dilate instead
@@ -223,7 +245,9 @@ class ResNeXt(nn.Module):
                         dilation=first_dilation if index == 0 else dilation,
                         cardinality=cardinality,
                         base_width=base_width,
-                        project=index == 0,
+                        group_width=group_widths[stage - 1] if group_widths is not None else None,
+                        project=index == 0 and (stride != 1 or in_chs != stage_width * Bottleneck.expansion),
+                        shortcut=shortcuts,
                         drop_path_rate=drop_path_rates.pop(0),
                         device=device,
                         dtype=dtype,
@@ -243,7 +267,7 @@ class ResNeXt(nn.Module):
             in_chs, num_classes, pool_type=global_pool, device=device, dtype=dtype
         )
         self.head_hidden_size = in_chs * self.global_pool.feat_mult()
-        self.init_weights(zero_init_last)
+        self.init_weights(zero_init_last and shortcuts)  # zero without a shortcut would block the signal
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = True) -> None:
@@ -379,6 +403,13 @@ def _check_count(name: str, value: object, low: int, high: int) -> None:
         raise ValueError(f"{name}={value!r}: expected a whole number from {low} to {high:,}")
 
 
+def _check_widths(name: str, widths: object, stages: int) -> None:
+    if not isinstance(widths, (list, tuple)) or len(widths) != stages:
+        raise ValueError(f"{name}={widths!r}: expected a number of channels for each of the {stages} stages")
+    for width in widths:
+        _check_count(name, width, 1, CHANNELS // Bottleneck.expansion)
+
+
 def _check_layers(layers: object) -> None:
     if not isinstance(layers, (list, tuple)) or not 3 <= len(layers) <= 4:
         raise ValueError(f"layers={layers!r}: expected the numbers of blocks of three or four stages")
@@ -397,11 +428,35 @@ class Variant:
     base_width: int
     small_stem: bool = False
     """Whether it has a 3x3 stem, for 32 px images."""
+    channels: tuple[int, ...] = STAGE_WIDTHS
+    """Channels of each stage at C=1, d=64; surplus entries are ignored."""
+    group_widths: tuple[int, ...] | None = None
+    """Channels per group of each stage, if they do not follow from `base_width`."""
+    shortcuts: bool = True
+    """Whether it has residual connections."""
 
     @property
     def depth(self) -> int:
         """Number of weighted layers: three per block, the stem and the classifier."""
         return 3 * sum(self.layers) + 2
+
+    @property
+    def stage_group_widths(self) -> tuple[int, ...]:
+        """Channels per group of each stage."""
+        channels = self.channels[: len(self.layers)]
+        return self.group_widths or tuple(width * self.base_width // 64 for width in channels)
+
+    @property
+    def model_args(self) -> dict[str, Any]:
+        """The arguments that build it, except the stem, which only a name selects."""
+        args: dict[str, Any] = {"layers": list(self.layers), "cardinality": self.cardinality}
+        if self.group_widths is None:
+            args["base_width"] = self.base_width
+        else:
+            args["group_widths"] = list(self.group_widths)
+        if self.channels != STAGE_WIDTHS:
+            args["channels"] = list(self.channels[: len(self.layers)])
+        return args if self.shortcuts else args | {"shortcuts": False}
 
     @property
     def template(self) -> str:
@@ -552,8 +607,11 @@ def _released_cfgs(variant: Variant) -> dict[str, PretrainedCfg | dict[str, Any]
     return cfgs or {f"{variant.name}.untrained": _cifar_cfg() if variant.small_stem else _cfg()}
 
 
-_FIXED_ARGUMENTS = {"layers", "small_stem"}
+_FIXED_ARGUMENTS = {"small_stem"}
 """Arguments that are fixed by the name of a variant."""
+
+OWN_ARGUMENTS = frozenset({"group_widths", "shortcuts"})
+"""Arguments that timm's ResNet does not have."""
 
 _ARGUMENTS = tuple(name for name in inspect.signature(ResNeXt).parameters if name not in _FIXED_ARGUMENTS)
 
@@ -571,13 +629,17 @@ def _create_resnext(variant: Variant, pretrained: bool = False, **kwargs: Any) -
             f"{variant.name} does not accept {', '.join(unknown)}; expected {', '.join(_ARGUMENTS)}. timm's own ResNet "
             "accepts more, as in timm.create_model('resnext50_32x4d', act_layer='silu')"
         )
-    setting = {"cardinality": variant.cardinality, "base_width": variant.base_width} | kwargs
+    setting: dict[str, Any] = {
+        "layers": variant.layers,
+        "cardinality": variant.cardinality,
+        "base_width": variant.base_width,
+    } | kwargs
+    _check_layers(setting["layers"])
     model: nn.Module = build_model_with_cfg(
         ResNeXt,
         variant.name,
         pretrained,
-        feature_cfg={"out_indices": tuple(range(len(variant.layers) + 1))},
-        layers=variant.layers,
+        feature_cfg={"out_indices": tuple(range(len(setting["layers"]) + 1))},
         small_stem=variant.small_stem,
         **setting,
     )

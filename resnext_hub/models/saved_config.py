@@ -95,6 +95,13 @@ class _CommonArgs(Struct):
     zero_init_last: bool | None = None
 
 
+class _VariantArgs(_CommonArgs):
+    layers: Annotated[list[_Blocks], Meta(min_length=3, max_length=4)] | None = None
+    channels: Annotated[list[Annotated[int, Meta(ge=1, le=8192)]], Meta(min_length=3, max_length=4)] | None = None
+    group_widths: Annotated[list[_Width], Meta(min_length=3, max_length=4)] | None = None
+    shortcuts: bool | None = None
+
+
 class _ResNetArgs(_CommonArgs):
     layers: Annotated[list[_Blocks], Meta(min_length=4, max_length=4)] | None = None
     channels: Annotated[list[Annotated[int, Meta(ge=1, le=8192)]], Meta(min_length=4, max_length=4)] | None = None
@@ -236,7 +243,7 @@ class _Reader:
             if key in _RESERVED:
                 raise self.error(f"model_args.{key}", value, "not allowed in a saved model")
         if architecture in VARIANTS:
-            kind: type[_CommonArgs] | None = _CommonArgs
+            kind: type[_CommonArgs] | None = _VariantArgs
         else:
             kind = _ResNetArgs if model_entrypoint(architecture).__module__ == "timm.models.resnet" else None
         if kind is None:

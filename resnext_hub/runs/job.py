@@ -14,7 +14,9 @@ from resnext_hub.files import remove_leftovers, write_atomic
 from resnext_hub.hub.checkpoints import CheckpointPusher, restore_run
 from resnext_hub.hub.publish import Publication, open_repository, publish
 from resnext_hub.machine import keep_memory
+from resnext_hub.models.initialize import initialize
 from resnext_hub.models.lookup import build_model
+from resnext_hub.models.resnext import ResNeXt
 from resnext_hub.processes.accelerator import build_accelerator, set_threads
 from resnext_hub.processes.heartbeat import heartbeat
 from resnext_hub.processes.peers import Peers, lost_peers
@@ -59,6 +61,8 @@ def execute(plan: Plan, peers: Peers) -> RunRecord:
         model = peers.together(
             lambda: build_model(plan.source, plan.splits.label_names, config.drop_rate, config.drop_path)
         )
+        if isinstance(model, ResNeXt) and not plan.source.pretrained:
+            initialize(model, config.seed)
         if peers.size > 1:  # pretrained weights may differ between hosts
             model.load_state_dict(peers.share_tensors(model.state_dict))
         with heartbeat(peers), lost_peers(peers.rank, peers.size), _pushed_checkpoints(plan) as on_checkpoint:

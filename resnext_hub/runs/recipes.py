@@ -34,6 +34,24 @@ RECIPES: dict[str, dict[str, Any]] = {
         "weight_decay": 0.05,
         "warmup_epochs": 1.0,
     },
+    # Members of a study: SGD as in the paper (section 5.3), for small images and a few minutes a run.
+    "study": {
+        "dataset": "digits",
+        "image_size": 8,
+        "crop_pct": 1.0,
+        "interpolation": "bilinear",
+        "scale": [0.7, 1.0],
+        "hflip": 0.0,
+        "epochs": 12.0,
+        "batch_size": 64,
+        "eval_batch_size": 64,
+        "optimizer": "sgd",
+        "lr": 0.1,
+        "weight_decay": 5e-4,
+        "warmup_epochs": 1.0,
+        "label_smoothing": 0.0,
+        "log_every": 5,
+    },
     # The paper's settings for ImageNet (section 4), with a cosine schedule in place of its three steps.
     "imagenet": {
         "color_jitter": 0.4,

@@ -120,8 +120,8 @@ def train(
             _seed_step(config.seed, state.step, accelerator.process_index)
             images, targets = inputs(batch, state.step)
             with _compiling() if config.compile else contextlib.nullcontext():
-                loss = _optimizer_step(objective, optimizer, images, targets, config, accelerator)
-            state.advance(batch, loss, optimizer.step_was_skipped)
+                metrics = _optimizer_step(objective, optimizer, images, targets, config, accelerator)
+            state.advance(batch, metrics[0], optimizer.step_was_skipped)
             unreadable.note("training", plan.splits.train.count or state.step * config.batch_size, batch.unreadable)
             if compiling:
                 recorder.log_compiled()
@@ -132,9 +132,9 @@ def train(
             stopping = stop.agreed()
             save_now = stopping or run.checkpoint_due()
             if recorder.log_due() or save_now:
-                value = run.mean_loss(loss)
+                loss, top1 = run.mean_metrics(metrics)
                 if recorder.log_due():
-                    bar.set_postfix(recorder.log_step(lr, value))
+                    bar.set_postfix(recorder.log_step(lr, loss, top1))
             if not state.evaluated:
                 stopping = stopping or not run.evaluate_step()
             if save_now or stopping:
@@ -173,16 +173,16 @@ class _Run:
         hidden = None if self.recorder.is_main else True
         return tqdm(total=self.plan.schedule.steps, initial=self.state.step, unit="step", disable=hidden)
 
-    def mean_loss(self, loss: torch.Tensor) -> float:
-        """Return the mean loss over the global batch.
+    def mean_metrics(self, metrics: torch.Tensor) -> tuple[float, float]:
+        """Return the mean loss and the top-1 accuracy of the global batch.
 
         Raises:
             RunError: If the loss of this or an earlier step is not finite.
         """
-        mean = float(self.state.accelerator.reduce(loss, "mean"))
-        if not math.isfinite(mean):
-            self._raise_not_finite(f"loss is {mean}", self.state.first_bad_step())
-        return mean
+        loss, top1 = self.state.accelerator.reduce(metrics, "mean").tolist()
+        if not math.isfinite(loss):
+            self._raise_not_finite(f"loss is {loss}", self.state.first_bad_step())
+        return loss, top1
 
     def evaluate_step(self) -> bool:
         """Evaluate, and keep the weights if they are the best so far.
@@ -293,19 +293,21 @@ def _optimizer_step(
     config: TrainConfig,
     accelerator: "Accelerator",
 ) -> torch.Tensor:
-    """Take an optimizer step on this process's part of the global batch; return its mean loss, a scalar."""
+    """Take an optimizer step on this process's part of the global batch; return its mean loss and accuracy, `(2,)`."""
     optimizer.zero_grad()
     size = len(images)
     micro = config.micro_batch_size or size
-    total = torch.zeros((), device=accelerator.device)
+    total = torch.zeros(2, device=accelerator.device)
     for start in range(0, size, micro):
         part = slice(start, min(start + micro, size))
         last = part.stop == size
         with contextlib.nullcontext() if last else accelerator.no_sync(objective):
             # weighted by size, because the last micro-batch may be smaller
-            loss = objective(images[part], targets[part]) * ((part.stop - start) / size)
+            loss, top1 = objective(images[part], targets[part])
+            share = (part.stop - start) / size
+            loss = loss * share
             accelerator.backward(loss)
-        total += loss.detach()
+        total += torch.stack((loss.detach(), top1 * share))
     if config.optim.clip_grad is not None:
         accelerator.clip_grad_norm_(objective.parameters(), config.optim.clip_grad)
     optimizer.step()

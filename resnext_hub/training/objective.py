@@ -1,4 +1,4 @@
-"""The training loss."""
+"""The training loss and accuracy."""
 
 import torch
 from torch import nn
@@ -18,6 +18,14 @@ class Objective(nn.Module):
         self.model = model
         self.label_smoothing = label_smoothing
 
-    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the mean cross entropy for images `(N, C, H, W)` and labels `(N,)` or soft targets `(N, classes)`."""
-        return F.cross_entropy(self.model(images).float(), labels, label_smoothing=self.label_smoothing)
+    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the mean cross entropy and the top-1 accuracy, both scalars.
+
+        Args:
+            images: Images `(N, C, H, W)`.
+            labels: Labels `(N,)`, or soft targets `(N, classes)`, of which the largest one is the label.
+        """
+        logits = self.model(images).float()
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        classes = labels if labels.ndim == 1 else labels.argmax(dim=1)
+        return loss, (logits.detach().argmax(dim=1) == classes).float().mean()

@@ -54,11 +54,14 @@ class Recorder:
         step, steps = self._state.step, self._plan.schedule.steps
         return step % self._plan.config.log_every == 0 or step == steps
 
-    def log_step(self, lr: float, loss: float) -> dict[str, str]:
-        """Write the metrics of a step; return the ones to show on the progress bar."""
+    def log_step(self, lr: float, loss: float, top1: float) -> dict[str, str]:
+        """Write the metrics of a step; return the ones to show on the progress bar.
+
+        Loss and accuracy are those of this step's batch, as it was augmented.
+        """
         speed, wait = self.timer.lap(self._state.step, self._plan.config.batch_size)
         if self._metrics:
-            facts = {"lr": lr, "loss": loss, "images_per_second": speed, "data_wait": wait}
+            facts = {"lr": lr, "loss": loss, "top1": top1, "images_per_second": speed, "data_wait": wait}
             self._metrics.write(step=self._state.step, epoch=self._state.epoch, **facts)
         return {"loss": f"{loss:.3f}", "images/s": f"{speed:.0f}", "data_wait": f"{wait:.0%}"}
 

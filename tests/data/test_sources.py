@@ -946,7 +946,9 @@ def test_classes_with_two_images_are_in_both_splits(counts: list[int], fraction:
 
 
 def test_classes_with_a_single_image_each_raise_an_error() -> None:
-    with raises(RequestError, match=r"no images can be held out: each of 5000 classes has a single image; add images"):
+    with raises(
+        RequestError, match=r"no images can be held out: each of the 5000 classes has only one image; add images"
+    ):
         stratified_split(np.arange(5000), 0.2, 0)
 
 

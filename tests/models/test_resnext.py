@@ -130,10 +130,12 @@ def test_feature_maps_have_the_stated_channels_and_reductions() -> None:
 
 
 @mark.parametrize(
-    "name", ["act_layer", "norm_layer", "aa_layer", "stem_width", "drop_block_rate", "layers", "nonsense"]
+    "name", ["act_layer", "norm_layer", "aa_layer", "stem_width", "drop_block_rate", "small_stem", "nonsense"]
 )
 def test_an_argument_of_other_models_is_refused_by_name(name: str) -> None:
-    with raises(TypeError, match=f"resnext_g32 does not accept {name}; expected num_classes, in_chans, cardinality"):
+    with raises(
+        TypeError, match=f"resnext_g32 does not accept {name}; expected layers, num_classes, in_chans, cardinality"
+    ):
         timm.create_model("resnext_g32", **{name: "silu"})
 
 
