@@ -6,6 +6,7 @@ from resnext_hub.data.config import DataConfig
 from resnext_hub.data.sources.digits import BUNDLED, BundledDigits, load_digits_table
 from resnext_hub.data.sources.folders import ClassFolders
 from resnext_hub.data.sources.hub import HubDataset, is_hub_id, load_from_hub
+from resnext_hub.data.sources.idx import IdxFiles
 from resnext_hub.data.sources.parquet import ParquetFiles
 from resnext_hub.data.sources.refusals import LAYOUTS
 from resnext_hub.data.sources.request import Request
@@ -38,6 +39,7 @@ SOURCES: tuple[Source, ...] = (
     BundledDigits(),
     HubDataset(),
     SingleFile(),
+    IdxFiles(),
     SavedDataset(),
     MetadataTables(),
     ParquetFiles(),

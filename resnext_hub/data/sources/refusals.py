@@ -11,7 +11,7 @@ from resnext_hub.text import listing, printable
 
 LAYOUTS = (
     "one of these layouts: one folder per class, such as cat/ and dog/; train/ and val/ with class folders in each; "
-    "images with a metadata.csv (columns file_name,label); parquet files"
+    "images with a metadata.csv (columns file_name,label); parquet files; IDX files, as of MNIST"
 )
 """The supported layouts of a local folder, for messages."""
 
