@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.processes import TINY, run_interpreter, run_process, write_images
+from support.processes import TINY, run_process, write_images
 
 import resnext_hub  # noqa: F401 - registers the variants
 from resnext_hub.cli.main import main
@@ -75,7 +75,7 @@ def vehicles_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "vehicles" / "validation" / "car" / "005-broken.png").write_bytes(b"no image")
     flags = (*TINY, "--dataset", root / "vehicles", "--image-size", 32, "--max-steps", 24, "--lr", 0.01, "--threads", 1)
     flags += ("--batch-size", 20, "--max-bad-fraction", 0.5, "--output-dir", root / "run")
-    done = run_interpreter("scripts/train.py", *flags)
+    done = run_process("scripts/train.py", *flags)
     assert done.returncode == 0, done.stderr
     return root / "run"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 from PIL import Image
-from pytest import MonkeyPatch, mark
+from pytest import MonkeyPatch, mark, param
 from support import mistakes
 from support.processes import ROOT
 
@@ -91,7 +91,7 @@ def test_the_reference_is_generated_from_the_package(monkeypatch: MonkeyPatch) -
 @mark.parametrize(
     ("page", "words"),
     [
-        ("how-to/optimize.md", ("resnext_hub.optimize",)),
+        param("how-to/optimize.md", ("resnext_hub.optimize",), marks=mark.slow),
         ("how-to/backbone.md", ("features_only=True)\nprint",)),
         (
             "how-to/python.md",

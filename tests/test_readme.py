@@ -65,6 +65,7 @@ def test_the_number_of_variants_is_that_of_the_table() -> None:
     assert f"registers {len(VARIANTS)} variants" in README
 
 
+@mark.slow
 def test_what_the_page_on_speed_shows_runs() -> None:
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "speed.md").read_text(), re.DOTALL)
     # smaller images, and eager: the same lines in less time

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pytest import mark
 from support.processes import ROOT, TINY
 
 from resnext_hub.record import RunRecord
@@ -18,6 +19,7 @@ def run(*words: object, cwd: Path, **options: object) -> str:
     return done.stdout
 
 
+@mark.slow
 def test_the_wheel_trains_two_steps_outside_the_checkout(tmp_path: Path) -> None:
     run("-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path / "dist", ROOT, cwd=tmp_path)
     (wheel,) = (tmp_path / "dist").glob("*.whl")

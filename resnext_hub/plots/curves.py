@@ -26,8 +26,9 @@ def plot_curves(record: RunRecord, letters: Lettering) -> "Figure":
     at = [line["epoch"] for line in evaluations]
     if not record.history:
         raise ValueError("the run logged no metrics")
-    figure = Figure(figsize=(7.8, 3.1), layout="constrained")  # legible where a page shows it 600 pixels wide
-    loss, accuracy, rate = figure.subplots(1, 3)
+    figure = Figure(figsize=(7.8, 3.1))  # legible where a page shows it 600 pixels wide
+    margins = dict(left=0.06, right=0.98, bottom=0.24, top=0.9, wspace=0.28)
+    loss, accuracy, rate = figure.subplots(1, 3, gridspec_kw=margins)
 
     marker = "." if len(steps) < FEW_POINTS else ""  # a single point draws no line
     epochs = [s["epoch"] for s in steps]
@@ -36,7 +37,7 @@ def plot_curves(record: RunRecord, letters: Lettering) -> "Figure":
     _line(loss, at, [e["eval_loss"] for e in evaluations], label="evaluation", **points)
     loss.set(title="Cross-entropy loss", xlabel="epoch")
     loss.set_ylim(bottom=0.0)
-    figure.legend(frameon=False, loc="outside lower left", fontsize=8, ncols=2)
+    figure.legend(frameon=False, loc="lower left", fontsize=8, ncols=2)
 
     best = record.evaluation
     _line(accuracy, at, [100 * e["eval_top1"] for e in evaluations], **points)

@@ -21,6 +21,15 @@ THUMBNAIL = 256
 COLUMNS = 6
 """Images per row of the gallery."""
 
+CELL = (1.9, 2.2)
+"""Width and height of an image with its text, in inches."""
+
+IMAGE = 1.6
+"""Longest side of an image, in inches."""
+
+CAPTION = 0.6
+"""Height of the caption, in inches."""
+
 
 def plot_samples(
     images: IndexedImages,
@@ -37,27 +46,31 @@ def plot_samples(
     shown = _chosen(evaluation, wrong, count)
     columns = min(COLUMNS, len(shown))
     rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(1.9 * columns, 2.2 * rows + 0.4), layout="constrained")
-    grid = np.ravel(figure.subplots(rows, columns, squeeze=False, subplot_kw={"xticks": (), "yticks": ()}))
-    for axes in grid:
-        axes.axis("off")
-        axes.xaxis.set_visible(False)  # hidden ticks would still be laid out
-        axes.yaxis.set_visible(False)
-    for axes, entry in zip(grid, shown, strict=False):
-        row = images.row(int(evaluation.indices[entry]))
-        axes.imshow(thumbnail(row, max_pixels), interpolation="nearest")
+    width, height = CELL[0] * columns, CELL[1] * rows + CAPTION
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0), autoscale_on=False)  # one unit is an inch
+    axes.axis("off")
+    for place, entry in enumerate(shown):
+        image = thumbnail(images.row(int(evaluation.indices[entry])), max_pixels)
+        center, bottom = CELL[0] * (place % columns + 0.5), CELL[1] * (place // columns + 1)
+        scale = IMAGE / max(image.size)
+        half, high = image.width * scale / 2, image.height * scale
+        below = (IMAGE - high) / 2
+        extent = (center - half, center + half, bottom - below, bottom - below - high)
+        axes.imshow(image, extent=extent, aspect="auto", interpolation="nearest")
         label, prediction = (
             letters.name(label_names, int(index), 22)
             for index in (evaluation.labels[entry], evaluation.predictions[entry])
         )
         confidence = percent(float(evaluation.probabilities[entry]))
         text = f"{label}\nas {prediction}\n{confidence}" if wrong[entry] else f"{label}\n{confidence}"
-        axes.set_title(text, fontsize=8, color="C3" if wrong[entry] else "black", y=1.0)
+        color = "C3" if wrong[entry] else "black"
+        axes.text(center, bottom - IMAGE - 0.05, text, fontsize=8, color=color, ha="center", va="bottom")
     caption = "red: true class, then predicted class; black: correct; percentage: probability of the prediction"
     if not wrong.any():
         caption = "all correct; percentage: probability of the prediction"
-    caption += letters.note(label_names)
-    figure.supxlabel(textwrap.fill(caption, 24 * columns), fontsize=8)
+    caption = textwrap.fill(caption + letters.note(label_names), 24 * columns)
+    axes.text(width / 2, height - CAPTION / 2, caption, fontsize=8, ha="center", va="center")
     return figure
 
 

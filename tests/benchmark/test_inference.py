@@ -18,6 +18,7 @@ Command = Callable[..., tuple[int, str, str]]
 TINY = ("--model", "test_resnet", "--equal-flops", "test_resnet", "--image-size", 64, "--batch-size", 2)
 
 
+@mark.slow
 def test_all_entries_compute_the_same_and_the_json_has_every_round(command: Command, tmp_path: Path) -> None:
     file = tmp_path / "inference.json"
     code, out, err = command("benchmark", "inference", *TINY, "--rounds", 2, "--json", file, "--threads", 1)

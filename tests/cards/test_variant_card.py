@@ -46,6 +46,7 @@ def test_info_writes_the_cards(command: Callable[..., tuple[int, str, str]], tmp
     assert "resnext_g32.md" in out
 
 
+@mark.slow
 def test_the_snippets_of_a_card_run(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     name = "resnext_g32"
     text = (CARDS / f"{name}.md").read_text()

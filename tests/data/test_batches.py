@@ -129,6 +129,7 @@ ALONE = ("unshare", "--map-root-user", "--mount")
     not which("unshare") or subprocess.run([*ALONE, "true"], capture_output=True, check=False).returncode != 0,
     reason="needs permission to create a mount namespace",
 )
+@mark.slow
 def test_too_little_shared_memory_is_reported_in_one_line(tmp_path: Path) -> None:
     words = [*ALONE, "sh", "-c", SHORT, sys.executable, str(tmp_path / "run")]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)

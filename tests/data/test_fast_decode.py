@@ -384,6 +384,7 @@ def flags(photographs: Path) -> tuple[object, ...]:
     )  # fmt: skip
 
 
+@mark.slow
 def test_the_decoder_is_recorded_kept_on_resume_and_changed_on_request(
     flags: tuple[object, ...], tmp_path: Path, command: Command
 ) -> None:

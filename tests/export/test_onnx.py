@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from pytest import MonkeyPatch, fixture, importorskip, mark, raises
+from pytest import MonkeyPatch, fixture, importorskip, mark, param, raises
 from support.processes import ROOT, run_process, save_with_timm
 from torch import nn
 
@@ -106,7 +106,14 @@ def test_the_file_is_valid_and_contains_no_local_path(exported: Path) -> None:
         assert word.encode() not in content, word
 
 
-@mark.parametrize(("name", "size"), [("resnext_g32", 64), ("resnext29_g32_w4", 32), ("test_vit_relpos", 160)])
+@mark.parametrize(
+    ("name", "size"),
+    [
+        ("resnext29_g32_w4", 32),
+        param("resnext_g32", 64, marks=mark.slow),
+        param("test_vit_relpos", 160, marks=mark.slow),
+    ],
+)
 def test_onnx_runtime_reproduces_the_logits_at_any_batch_size(name: str, size: int, tmp_path: Path) -> None:
     model = load(str(save_with_timm(tmp_path / "model", name, size)))
     done = export(model, "onnx")
@@ -125,11 +132,13 @@ def test_onnx_runtime_reproduces_the_logits_at_any_batch_size(name: str, size: i
         np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
 
 
+@mark.slow
 def test_export_is_deterministic(exported: Path, vehicles_run: Path, tmp_path: Path) -> None:
     done = export(load(str(vehicles_run)), "onnx", tmp_path / "deep" / "again.onnx")
     assert done.path.read_bytes() == exported.read_bytes()
 
 
+@mark.slow
 def test_an_error_above_the_tolerance_raises_and_leaves_no_file(vehicles_run: Path, tmp_path: Path) -> None:
     path = tmp_path / "new" / "model.onnx"
     with raises(RunError, match=r"logits of ONNX Runtime differ from torch's by \S+, or \S+ of the largest logit"):

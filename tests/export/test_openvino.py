@@ -83,6 +83,7 @@ def test_a_merged_file_computes_the_same_in_wider_groups(format: str, grouped: C
     assert {conv.groups for conv in grouped_convolutions(grouped.model).values()} == {32}
 
 
+@mark.slow
 def test_measured_widths_need_openvino(grouped: Classifier, tmp_path: Path) -> None:
     assert export(grouped, "openvino", tmp_path / "model.xml", merge="measure").relative_error < 1e-5
     with raises(RequestError, match="merge_groups=auto needs format=openvino"):
@@ -141,6 +142,7 @@ def test_invalid_requests_are_reported_in_one_line(vehicles_run: Path, command: 
         assert err.count("\n") == 1
 
 
+@mark.slow
 def test_openvino_sends_no_telemetry_and_writes_no_file_to_home(tmp_path: Path) -> None:
     code = """
 import os, sys

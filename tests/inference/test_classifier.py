@@ -119,8 +119,8 @@ def test_an_unreadable_image_is_reported_in_its_place(classifier: Classifier, pn
         (None, "image 1 is a NoneType: expected a path, encoded bytes, a PIL image or a uint8 array"),
         (5, "image 1 is a int: expected"),
         (torch.zeros(3, 32, 32), "image 1 is a Tensor: expected"),
-        (np.zeros((3, 32, 32), np.uint8), r"an array of shape \(3, 32, 32\) and uint8: expected \(H, W\)"),
-        (np.zeros((32, 32, 3), np.float32), r"an array of shape \(32, 32, 3\) and float32: expected"),
+        (np.zeros((3, 32, 32), np.uint8), r"an array of shape \(3, 32, 32\) and dtype uint8: expected \(H, W\)"),
+        (np.zeros((32, 32, 3), np.float32), r"an array of shape \(32, 32, 3\) and dtype float32: expected"),
         (np.zeros((0, 32, 3), np.uint8), r"an array of shape \(0, 32, 3\)"),
     ],
 )

@@ -89,6 +89,7 @@ def test_the_report_has_the_widths_and_the_measured_error(compiled: tuple[nn.Mod
     assert report.dtype == "float32"
 
 
+@mark.slow
 def test_the_fastest_batch_size_is_chosen_by_measurement() -> None:
     model, images = small_model("test_resnet"), some_images(12, 32)
     with torch.no_grad():
@@ -142,6 +143,7 @@ def test_merging_and_folding_leave_the_original_model_unchanged(name: str) -> No
     assert fast.report.folded_batch_norms > 10
 
 
+@mark.slow
 def test_merged_groups_do_not_increase_the_error_of_bfloat16() -> None:
     model = small_model()
     errors = [
@@ -208,6 +210,7 @@ def test_the_table_replaces_measuring() -> None:
     assert not any(choice.milliseconds for choice in choices)
 
 
+@mark.slow
 def test_choosing_widths_changes_neither_the_model_nor_random_numbers() -> None:
     model = small_model().train()
     model.bn1.eval()  # frozen
@@ -257,6 +260,7 @@ def test_openvino_times_each_layer_within_the_model(openvino_model: tuple[nn.Mod
         assert layer.milliseconds[layer.merged_width] <= layer.milliseconds[layer.width]
 
 
+@mark.slow
 def test_int8_is_calibrated_and_its_error_reported() -> None:
     importorskip("openvino")
     model = small_model()
@@ -291,6 +295,7 @@ def test_arguments_of_the_other_engine_are_refused() -> None:
         optimize(small_model(), some_images(), engine="openvino", calibration=some_images(2))
 
 
+@mark.slow
 def test_the_tenth_model_is_compiled_like_the_first() -> None:
     torch.manual_seed(0)
     for classes in range(2, 12):  # the compiler silently stops after eight models with the same code object
@@ -418,6 +423,7 @@ for keep in (False, True):
 
 
 @mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc supports it")
+@mark.slow
 def test_kept_memory_causes_no_page_faults() -> None:
     done = run_process("-c", FAULTS)
     assert done.returncode == 0, done.stderr
@@ -656,10 +662,10 @@ def test_a_model_of_any_floating_point_type_is_computed_in_the_requested_type(dt
         (lambda images: images[:, :1], r"the model does not accept an example of shape \(2, 1, 16, 16\)"),
         (lambda images: torch.cat([images, images], 1), r"example of shape \(2, 6, 16, 16\)"),
         (lambda images: images[..., :1, :1], r"example of shape \(2, 3, 1, 1\)"),
-        (lambda images: images[..., :0], r"example of shape \(2, 3, 16, 0\) and torch.float32: expected \(N, C"),
+        (lambda images: images[..., :0], r"example of shape \(2, 3, 16, 0\) and dtype torch.float32: expected \(N, C"),
         (lambda images: images.to("meta"), "example is a tensor on device meta"),
         (lambda images: images.to_sparse(), "with layout torch.sparse_coo: expected a dense tensor"),
-        (lambda images: images.byte(), r"and torch.uint8: expected \(N, C, H, W\), float32"),
+        (lambda images: images.byte(), r"and dtype torch.uint8: expected \(N, C, H, W\), float32"),
     ],
 )  # fmt: skip
 def test_an_example_that_a_model_does_not_accept_is_refused_in_one_line(change: Callable[..., Any], part: str) -> None:

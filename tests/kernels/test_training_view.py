@@ -75,6 +75,7 @@ def set_fastest(cache: Path, fastest: int) -> None:
     path.write_text(json.dumps({k: {w: 1.0 if w == str(fastest) else 9.0 for w in t} for k, t in kinds.items()}))
 
 
+@mark.slow
 def test_a_resumed_run_keeps_its_widths_even_if_others_are_faster_now(
     tmp_path: Path, monkeypatch: MonkeyPatch, command: Command
 ) -> None:
@@ -121,6 +122,7 @@ found = {name: m.merge_factor for name, m in state.build_view().named_modules() 
 """
 
 
+@mark.slow
 def test_all_processes_use_the_widths_of_the_main_process_despite_different_caches(
     tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
@@ -188,6 +190,7 @@ def test_a_wrong_request_gets_one_line(flags: tuple[str, str], part: str, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+@mark.slow
 def test_a_model_that_cannot_be_compiled_is_reported_in_one_line(tmp_path: Path) -> None:
     empty = {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     done = run_process(

@@ -146,6 +146,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_an_error_in_one_process_is_raised_in_all_with_its_host(tmp_path: Path) -> None:
     main, other = wait(Hosts(tmp_path).start(["-c", PAIR], ["-c", PAIR]))
     assert (main.code, other.code) == (0, 0), main.err + other.err
@@ -222,6 +223,7 @@ def vehicles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_hosts_without_a_shared_disk_resume_bit_for_bit(tmp_path: Path, vehicles: Path) -> None:
     """One host is killed and loses its disk; the run resumes from the disk of the main process."""
     flags = (
@@ -291,6 +293,7 @@ def namespaces() -> Iterator[list[str]]:
                 subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 
 
+@pytest.mark.slow
 def test_torchrun_on_two_hosts_refuses_different_settings(tmp_path: Path, namespaces: list[str]) -> None:
     started = []
     for rank, (name, lr) in enumerate(zip(namespaces, (0.1, 0.5), strict=True)):
@@ -388,6 +391,7 @@ def test_inconsistent_launcher_variables_are_refused(
     assert message in str(refused.value)
 
 
+@pytest.mark.slow
 def test_accelerate_launch_with_several_cpu_processes_is_refused(tmp_path: Path) -> None:
     words = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, ROOT / "scripts" / "train.py"]
     done = run_process(*words, *TINY, "--max-steps", 2, "--output-dir", tmp_path / "run")

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pytest import fixture
+from pytest import fixture, mark
 from support import warm_start
 from support.processes import ROOT, TINY, run_interpreter, run_process
 
@@ -131,6 +131,7 @@ def test_a_run_of_two_processes_resumes_with_one(tmp_path: Path) -> None:
     assert sorted(seen[:1437]) == sorted(seen[1437:2874]) == list(range(1437))
 
 
+@mark.slow
 def test_a_streamed_run_of_two_processes_resumes_with_one(tmp_path: Path) -> None:
     import datasets
 

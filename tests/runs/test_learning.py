@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from pytest import fixture, mark, raises
 from safetensors.torch import load_file
-from support.processes import TINY, run_interpreter, run_process
+from support.processes import TINY, run_process
 
 from resnext_hub.data.config import DataConfig
 from resnext_hub.data.images import IndexedImages
@@ -95,7 +95,7 @@ def runs(tmp_path_factory) -> Path:
     launch(2, run("2-grouped", *grouped), run("2-resumed", "--max-steps", STEPS // 2), run("2-resumed"))
     launch(3, run("3-stream", *stream))
     words = ["-m", "accelerate.commands.launch", "scripts/train.py", *run("accelerate", "--threads", "auto")]
-    done = run_interpreter(*words)
+    done = run_process(*words)
     assert done.returncode == 0, done.stderr
     return folder
 

@@ -17,6 +17,7 @@ from PIL import Image
 from pytest import approx, fixture, mark, raises
 from safetensors.torch import load_file
 from scipy import stats
+from support import warm_start
 from support.client import Client
 from support.loopback_hub import Fault, serve
 from support.processes import ROOT
@@ -38,7 +39,7 @@ TINY = ("study", "cardinality", *SMALL, *SHORT, "--seeds", "2", "--warmup-epochs
 
 
 def study_process(folder: Path, *more: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+    return warm_start.Popen(
         [sys.executable, "-m", "resnext_hub", *TINY, "--study-dir", str(folder), *more],
         cwd=ROOT,
         env=dict(os.environ),

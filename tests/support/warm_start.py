@@ -75,8 +75,8 @@ READ_LATE = (
 READ_BY_HUB_CLIENTS = ("HF_", "NO_PROXY")
 """Beginnings of variables that the Hub's clients read when they are imported."""
 
-LAUNCHERS = ("torch.distributed.run", "accelerate.commands.launch")
-"""Modules that start processes themselves, which a server of their own forks for them."""
+LAUNCHERS = (["torch.distributed.run"], ["accelerate.commands.launch"], ["resnext_hub", "study"])
+"""Modules, or commands of one, that start processes themselves, which a server of their own forks for them."""
 
 NAME = "warm_start"
 """What servers are called in lists of processes; it has to be far from what a test looks for."""
@@ -376,7 +376,7 @@ def main() -> None:
         for name in HUB_CLIENTS:
             importlib.import_module(name)
         request = serve(everything)
-    while request["words"][0] == "-m" and request["words"][1] in LAUNCHERS:
+    while request["words"][0] == "-m" and any(request["words"][1:][: len(words)] == words for words in LAUNCHERS):
         forked = _serve_launcher(request)
         if forked is None:
             break
