@@ -1,12 +1,14 @@
-"""Take over finished runs from other folders of the same study, such as those of other machines."""
+"""Take over finished runs from other study folders: shards of the same study, or studies that share members."""
 
+import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from resnext_hub.errors import RequestError, setting
-from resnext_hub.files import new_folder
+from resnext_hub.files import new_folder, read_json
 from resnext_hub.study.plan import Study, StudyFolder, read_study
 from resnext_hub.study.runner import finished_record
 from resnext_hub.text import printable
@@ -18,14 +20,14 @@ def take_over(study: Study, folders: Sequence[Path]) -> None:
     """Copy the finished runs that this study does not have.
 
     Args:
-        study: The study.
-        folders: Folders of the same study.
+        study: The study; its folder has the architectures of its members.
+        folders: Folders of the same study, or of another kind with the same base, dataset and settings.
 
     Raises:
-        RequestError: If a folder contains another study.
+        RequestError: If the base, the dataset or a setting of a folder differs, or it cannot be read.
     """
     others = [StudyFolder(folder) for folder in folders]
-    identity = study.identity()
+    identity = {name: value for name, value in study.identity().items() if name != "kind"}
     for other in others:
         content = read_study(other)
         differing = [name for name, value in identity.items() if content.get(name) != value]
@@ -35,10 +37,26 @@ def take_over(study: Study, folders: Sequence[Path]) -> None:
             )
     for other in others:
         copied = 0
+        theirs = {architecture: path.name for path, architecture in _architectures(other)}
+        names = {path.name: theirs.get(architecture) for path, architecture in _architectures(study.folder)}
         for member, seed in study.runs:
-            source, target = other.run(member, seed), study.folder.run(member, seed)
-            if finished_record(target) is None and finished_record(source) is not None:
+            name, target = names[member.slug], study.folder.run(member.slug, seed)
+            if name is None or finished_record(target) is not None:
+                continue
+            source = other.run(name, seed)
+            if finished_record(source) is not None:
                 with new_folder(target.path) as aside:
                     shutil.copytree(source.path, aside, dirs_exist_ok=True)
                 copied += 1
         _logger.info("%s: took over %d runs", printable(other), copied)
+
+
+def _architectures(folder: StudyFolder) -> Iterator[tuple[Path, str]]:
+    """Yield the folder of each member with its architecture; members of two kinds can differ in name only."""
+    try:
+        paths = sorted(folder.members.iterdir())
+    except OSError as error:
+        raise RequestError(f"{printable(folder.members)} cannot be read: {(error.strerror or '').lower()}") from error
+    for path in paths:
+        content = read_json(path / "config.json", dict[str, Any], f"choose another {setting('merge')}")
+        yield path, json.dumps(content, sort_keys=True)

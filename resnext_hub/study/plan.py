@@ -99,13 +99,18 @@ class StudyFolder:
         """File that a process locks while it runs a shard."""
         return self.path / f".lock-{shard.index}-of-{shard.count}"
 
+    @property
+    def members(self) -> Path:
+        """Folder of a folder with config.json for the architecture of each member."""
+        return self.path / "members"
+
     def member(self, member: Member) -> Path:
         """Folder with the config.json of a member's architecture."""
-        return self.path / "members" / member.slug
+        return self.members / member.slug
 
-    def run(self, member: Member, seed: int) -> RunFolder:
-        """Run folder of a member and seed."""
-        return RunFolder(self.runs / f"{member.slug}-seed{seed}")
+    def run(self, slug: str, seed: int) -> RunFolder:
+        """Run folder of a member, by its slug, and a seed."""
+        return RunFolder(self.runs / f"{slug}-seed{seed}")
 
     def log(self, member: Member, seed: int) -> Path:
         """Output of the run's process."""
@@ -258,7 +263,7 @@ def claim_folder(study: Study) -> None:
             f"{printable(folder)} cannot be written: {error.strerror}; choose another {setting('study_dir')}"
         ) from error
     for member, seed in study.runs:  # all have the same settings, so one is enough
-        run = folder.run(member, seed)
+        run = folder.run(member.slug, seed)
         if not os.path.lexists(run.record):
             settings = study.run_settings(member, seed)
             prepare(settings, asked=settings, output_dir=run.path)

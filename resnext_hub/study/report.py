@@ -156,7 +156,7 @@ def _runs(result: StudyResult) -> str:
     lines = [["run", "accuracy %", "wall time, s"], ["---", "---:", "---:"]]
     for found in result.members:
         for seed, record in sorted(found.records.items()):
-            name = result.study.folder.run(found.member, seed).path.name
+            name = result.study.folder.run(found.member.slug, seed).path.name
             link = f"[{name}](runs/{name}/model/README.md)"
             lines.append([link, f"{final_accuracy(record):.2f}", f"{record.wall_seconds:.0f}"])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -95,7 +95,7 @@ def collect(
     for member in study.design.members:
         found = {}
         for seed in range(study.config.seeds):
-            folder = study.folder.run(member, seed)
+            folder = study.folder.run(member.slug, seed)
             record = finished_record(folder)
             if record is None:
                 missing.append(folder.path.name)
@@ -126,7 +126,7 @@ def _require_comparable(study: Study, members: list[MemberResult]) -> None:
     identity = study.identity()
     for result in members:
         for seed, record in result.records.items():
-            where = printable(study.folder.run(result.member, seed))
+            where = printable(study.folder.run(result.member.slug, seed))
             if record.dataset.fingerprint != study.splits.fingerprint:
                 raise RunError(f"{where} was trained on other images than the study; remove it, and rerun the study")
             if record.config["seed"] != seed or record.model.parameters != result.member.cost.parameters:
@@ -174,7 +174,7 @@ def _member_json(study: Study, result: MemberResult) -> dict[str, Any]:
         "runs": [
             {
                 "seed": seed,
-                "folder": f"runs/{study.folder.run(member, seed).path.name}",
+                "folder": f"runs/{study.folder.run(member.slug, seed).path.name}",
                 "accuracy": final_accuracy(record),
                 "weights_sha256": record.model.weights_sha256,
                 "wall_seconds": record.wall_seconds,

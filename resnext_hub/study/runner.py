@@ -126,10 +126,10 @@ class _Runner:
             self._close_output(job)
 
     def _finished(self, member: Member, seed: int) -> bool:
-        return finished_record(self._study.folder.run(member, seed)) is not None
+        return finished_record(self._study.folder.run(member.slug, seed)) is not None
 
     def _start(self, job: _Job) -> None:
-        folder = self._study.folder.run(job.member, job.seed)
+        folder = self._study.folder.run(job.member.slug, job.seed)
         self._await_orphan(folder)
         settings = folder.path.with_suffix(".yaml")
         write_atomic(
@@ -165,7 +165,7 @@ class _Runner:
     def _finish(self, job: _Job) -> None:
         assert job.process is not None
         self._close_output(job)
-        folder = self._study.folder.run(job.member, job.seed)
+        folder = self._study.folder.run(job.member.slug, job.seed)
         code = job.process.returncode
         record = finished_record(folder) if code == 0 else None
         if record is not None:

@@ -163,6 +163,26 @@ def test_shards_are_merged_to_the_study_of_one_machine(alone: Path, tmp_path: Pa
     assert results(tmp_path / "part1") == results(alone)
 
 
+def test_runs_of_another_kind_of_study_are_taken_over_where_architecture_and_settings_agree(
+    alone: Path, tmp_path: Path, command: Command
+) -> None:
+    words = [word for word in TINY if word not in ("--cardinalities", "1", "4")]
+    words[1] = "resnet"
+    code, out, err = command(*words, "--study-dir", tmp_path / "resnet", "--merge", alone)
+    assert code == 0, err
+    assert "took over 2 runs" in err
+    assert "2 runs are not finished" in out
+    report = json.loads((tmp_path / "resnet" / "report.json").read_text())
+    assert report["missing"] == ["resnext-32x5d-seed0", "resnext-32x5d-seed1"]
+    grid = json.loads((alone / "report.json").read_text())["members"][0]
+    assert [run["weights_sha256"] for run in report["members"][0]["runs"]] == [
+        run["weights_sha256"] for run in grid["runs"]
+    ]
+    code, _, err = command(*words, "--study-dir", tmp_path / "other", "--merge", alone, "--lr", "0.01")
+    assert code == 2
+    assert "it differs in lr" in err
+
+
 def _order(run: Path) -> tuple[str, str]:
     name, _, seed = run.name.rpartition("-seed")
     return seed, name
@@ -262,7 +282,7 @@ def synthetic(tmp_path: Path, accuracy: dict[str, dict[int, int]]) -> Study:
             content["dataset"] = record.dataset.__class__(
                 **record.dataset.__dict__ | {"fingerprint": study.splits.fingerprint}
             )
-            folder = study.folder.run(member, seed)
+            folder = study.folder.run(member.slug, seed)
             folder.path.mkdir()
             RunRecord(**content).save(folder.record)
     return study
@@ -290,7 +310,7 @@ def test_the_verdict_follows_from_the_records(tmp_path: Path, ours: dict, theirs
 
 def test_runs_of_other_data_or_settings_are_not_compared(tmp_path: Path) -> None:
     study = synthetic(tmp_path, {"1x64d": {0: 300}, "4x25d": {0: 310}})
-    path = study.folder.run(study.design.members[0], 0).record
+    path = study.folder.run(study.design.members[0].slug, 0).record
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"dataset": content["dataset"] | {"fingerprint": "0" * 64}}))
     with raises(RunError, match="was trained on other images than the study"):
