@@ -238,6 +238,7 @@ def openvino_model() -> tuple[nn.Module, OptimizedModel]:
     return model, optimize(model, some_images(), engine="openvino", dtype=torch.float32)
 
 
+@mark.slow
 def test_openvino_computes_the_same_logits_for_any_number_of_images(
     openvino_model: tuple[nn.Module, OptimizedModel],
 ) -> None:
@@ -250,6 +251,7 @@ def test_openvino_computes_the_same_logits_for_any_number_of_images(
             )  # other kernels, another order of sums
 
 
+@mark.slow
 def test_openvino_times_each_layer_within_the_model(openvino_model: tuple[nn.Module, OptimizedModel]) -> None:
     model, fast = openvino_model
     assert fast.report is not None
@@ -270,6 +272,7 @@ def test_int8_is_calibrated_and_its_error_reported() -> None:
     assert 1e-4 < report.relative_error < 0.3
 
 
+@mark.slow
 def test_openvino_can_be_called_from_several_threads(openvino_model: tuple[nn.Module, OptimizedModel]) -> None:
     model, fast = openvino_model
     batches = [some_images(4) + number for number in range(4)]

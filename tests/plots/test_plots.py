@@ -9,7 +9,7 @@ import datasets
 import matplotlib
 import numpy as np
 from PIL import Image
-from pytest import mark, raises
+from pytest import approx, mark, raises
 from support.processes import TINY, write_images
 from support.records import a_record
 
@@ -101,10 +101,15 @@ def test_a_percentage_is_0_or_100_only_if_exact() -> None:
 def test_a_gallery_is_as_wide_as_its_images(count: int) -> None:
     images, evaluation = gallery(count)
     figure = plot_samples(images, evaluation, ["a", "b", "c"], choose_lettering(("a", "b", "c")))
-    shown = [axes for axes in figure.axes if axes.images]
+    shown = [image.get_extent() for axes in figure.axes for image in axes.images]
     assert len(shown) == min(count, 24)
-    assert len(figure.axes) - len(shown) < 6
-    assert figure.get_figwidth() == 1.9 * min(count, 6)
+    assert figure.get_figwidth() == approx(1.9 * min(count, 6))
+    for number, (left, right, bottom, top) in enumerate(shown):
+        assert 0 <= left < right <= figure.get_figwidth()
+        assert 0 <= top < bottom <= figure.get_figheight()
+        assert (right - left) / (bottom - top) == approx(40 / 30)
+        for other in shown[:number]:
+            assert right <= other[0] or other[1] <= left or bottom <= other[3] or other[2] <= top
 
 
 def test_gallery_images_are_thumbnails_and_a_missing_image_is_white() -> None:

@@ -34,7 +34,20 @@ from resnext_hub.study.statistics import sentence
 Command = Callable[..., tuple[int, str, str]]
 
 SMALL = ("--cardinalities", "1", "4", "--depth", "11", "--width-scale", "0.25", "--image-size", "8")
-SHORT = ("--max-steps", "6", "--batch-size", "16", "--eval-every", "1", "--log-every", "1", "--workers", "0")
+SHORT = (
+    "--max-steps",
+    "6",
+    "--batch-size",
+    "16",
+    "--eval-every",
+    "1",
+    "--log-every",
+    "1",
+    "--workers",
+    "0",
+    "--merge-groups",
+    "off",
+)
 TINY = ("study", "cardinality", *SMALL, *SHORT, "--seeds", "2", "--warmup-epochs", "0", "--checkpoint-every", "2")
 
 
