@@ -26,7 +26,7 @@ def train(
     resume_from: str | None = None,
     **settings: Unpack[TrainSettings],
 ) -> RunFolder:
-    """Train a model and leave a run folder, as the command `train` does.
+    """Train a model and return its run folder; the Python form of the command `train`.
 
         run = resnext_hub.train(recipe="finetune", dataset="photos", model="resnext_g32", epochs=10)
         classifier = resnext_hub.load(run.path)
@@ -34,7 +34,7 @@ def train(
     Under `torchrun` or `accelerate launch`, call it in every process.
 
     Args:
-        recipe: A named configuration: `quickstart`, `finetune` or `imagenet`; `quickstart` if no dataset is named.
+        recipe: A recipe: `quickstart`, `finetune`, `study` or `imagenet`; `quickstart` if no dataset is named.
         config: A YAML file of settings, such as a run's config.yaml; it overrides the recipe.
         output_dir: The run folder; `runs/DATASET-MODEL` if not given.
         resume: Whether to resume a run in the folder: None resumes one if there is one, False refuses a used folder.
@@ -45,7 +45,7 @@ def train(
         The run folder; a run that is already finished is not trained again.
 
     Raises:
-        RequestError: If the request is wrong; nothing was computed.
+        RequestError: If the request is invalid; nothing was computed.
         RunError: If training fails; the last checkpoint is kept.
         StoppedRun: After SIGTERM or Ctrl-C; the state was saved.
     """
@@ -113,7 +113,7 @@ def publish(
         run: The run folder.
         repo_id: `owner/name`; created if it does not exist.
         license: License of the weights, an ID from the Hub's list.
-        private: Create a new repository as a private one.
+        private: If the repository does not exist, create it as private.
         create_pr: Open a pull request instead of committing.
         revision: Branch to commit to.
         dry_run: List the files, and send nothing.
@@ -121,7 +121,7 @@ def publish(
 
     Raises:
         RequestError: If the request is incomplete, or the folder does not hold the recorded model.
-        RunError: If the Hub refuses, cannot be reached, or returns other bytes.
+        RunError: If the Hub rejects the request, cannot be reached, or returns different bytes.
     """
     from resnext_hub.hub.publish import publish as upload
 

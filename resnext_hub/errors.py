@@ -52,7 +52,7 @@ def _flag(name: str, value: str | None) -> str:
 
 
 class RequestError(_ReportedError, ValueError):
-    """A request that is wrong; nothing was computed. The command exits with 2.
+    """An invalid request; nothing was computed. The command exits with code 2.
 
     Args:
         message: One or two lines: the value at fault, what was expected, and what works.
@@ -60,7 +60,7 @@ class RequestError(_ReportedError, ValueError):
 
 
 class RunError(_ReportedError, RuntimeError):
-    """A request that was right, but failed. The command exits with 1.
+    """A valid request that failed. The command exits with code 1.
 
     Args:
         message: One or two lines.

@@ -53,7 +53,7 @@ def parse_yaml(text: str) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise ValueError("expected settings, one `name: value` a line")
+        raise ValueError("expected settings, one `name: value` per line")
     return content
 
 
@@ -72,7 +72,7 @@ def yaml_fields(text: str) -> dict[str, str]:
     starts = [0, *(key.start_mark.index for key, _ in node.value[1:]), len(text)]
     fields = {key.value: text[a:b] for (key, _), a, b in zip(node.value, starts, starts[1:], strict=False)}
     if node.flow_style or not all(part.endswith("\n") for part in fields.values()):
-        raise ValueError("expected one `name: value` a line")
+        raise ValueError("expected one `name: value` per line")
     return fields
 
 

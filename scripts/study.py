@@ -1,4 +1,4 @@
-"""Compare cardinality, width and depth at equal cost; see --help."""
+"""Compare cardinality, width and depth at controlled cost; see --help."""
 
 import sys
 

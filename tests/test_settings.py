@@ -83,7 +83,7 @@ def test_a_wrong_value_in_a_file_is_refused_by_name(text: str, reason: str, file
         (b"a: &a [1]\nb: [*a, *a]", "line 2: aliases are not supported"),
         (b"lr: !!python/object/apply:os.system ['x']", "line 1: the tag .* is not supported"),
         (b"lr: !!int ten", "the tag .* is not supported"),
-        (b"- 1", "expected settings, one `name: value` a line"),
+        (b"- 1", "expected settings, one `name: value` per line"),
         (b"5", "expected settings"),
         (b"1: 2", "expected settings"),
         (b"? [a]\n: 2", "unhashable key"),

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="off",
         metavar="off|auto|N",
         help="merge adjacent groups of grouped convolutions to a width of N channels; auto, only for OpenVINO, uses "
-        "the width that is fastest on this machine; the outputs stay the same (default: off)",
+        "the width that is fastest on this machine; the result is the same up to rounding (default: off)",
     )
     parser.add_argument(
         "--int8",

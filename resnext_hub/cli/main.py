@@ -22,10 +22,10 @@ COMMANDS = {
     "evaluate": "re-evaluate the model of a run, and compare the result with its record",
     "predict": "classify images",
     "export": "export a trained model to ONNX or OpenVINO",
-    "push": "publish the model of a run, or a study, on the Hub, in one commit",
+    "push": "publish a run's model or a study to the Hub in one commit",
     "info": "list the variants with their parameters and multiply-adds (MACs)",
     "benchmark": "measure throughput against baselines",
-    "study": "compare cardinality, width and depth at equal cost",
+    "study": "compare cardinality, width and depth at controlled cost",
 }
 """What each command does; its code is in the file of its name."""
 
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Its words; those of the process if not given.
 
     Returns:
-        The exit code: 2 for a wrong request, 1 for a failed run, above 128 for a stopped one.
+        The exit code: 2 for an invalid request, 1 for a failed run, above 128 for a stopped one.
     """
     _occupy_standard_files()
     words = list(sys.argv[1:] if arguments is None else arguments)

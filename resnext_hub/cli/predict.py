@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=count(PIXELS),
         default=most,
         metavar="N",
-        help=f"treat images with more pixels as unreadable (default: {most:,})",
+        help=f"treat images with more pixels than this (according to their header) as unreadable (default: {most:,})",
     )
     add_threads(parser)
 

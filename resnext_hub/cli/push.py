@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=existing_path, help="run folder, or study folder")
     parser.add_argument("--repo-id", metavar="OWNER/NAME", help="Hub repository; created if it does not exist")
     parser.add_argument("--license", help="license of the weights or the report, such as apache-2.0")
-    parser.add_argument("--private", action="store_true", help="make the repository private if it is created")
+    parser.add_argument("--private", action="store_true", help="if the repository does not exist, create it as private")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
     parser.add_argument("--revision", default="main", metavar="BRANCH", help="branch to commit to (default: main)")
     parser.add_argument(
@@ -31,8 +31,8 @@ def run(options: argparse.Namespace) -> None:
     done = _publish(options)
     listing = "".join(f"    {size:>12,}  {name}\n" for name, size in done.files)
     if done.address is None:
-        visibility = "private " if options.private else ""
-        write(f"would be uploaded to the {visibility}repository {options.repo_id} in one commit:\n{listing}")
+        where = f"the private repository {options.repo_id}" if options.private else options.repo_id
+        write(f"would upload to {where} in one commit:\n{listing}")
     elif done.changed:
         write(f"published and verified: {done.address}\n{listing}")
     else:

@@ -1,4 +1,4 @@
-"""`resnext-hub study`: compare cardinality, width and depth at equal cost."""
+"""`resnext-hub study`: compare cardinality, width and depth at controlled cost."""
 
 import argparse
 from typing import Any
@@ -19,7 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     kinds = parser.add_subparsers(title="what to compare", required=True, dest="kind", metavar="KIND")
     for kind, text in KINDS.items():
-        own = kinds.add_parser(kind, help=text, description=text)
+        about = (
+            f"{text[0].upper()}{text[1:]}. From the group Training on, the defaults are those of `train`; the recipe "
+            f"(default: {RECIPE}) overrides them."
+        )
+        own = kinds.add_parser(kind, help=text, description=about)
         group = own.add_argument_group("Study")
         group.add_argument("--study-dir", type=new_path, metavar="DIR", help="folder (default: studies/KIND-DATASET)")
         group.add_argument(
@@ -27,7 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
         group.add_argument("--shard", type=_shard, metavar="I/N", help="train the I-th of N parts of the runs")
         group.add_argument(
-            "--merge", nargs="+", type=existing_path, metavar="DIR", help="take over finished runs of other shards"
+            "--merge",
+            nargs="+",
+            type=existing_path,
+            metavar="DIR",
+            help="copy finished runs from other study folders (shards, or studies that share members)",
         )
         group.add_argument("--recipe", help=f"settings of the runs: {', '.join(RECIPES)} (default: {RECIPE})")
         group.add_argument("--config", type=existing_path, metavar="FILE", help="settings of the runs, in YAML")
@@ -38,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 type=count(BATCH),
                 metavar="C",
                 default=[1, 2, 4, 8, 32],
-                help="numbers of groups, the baseline first (default: 1 2 4 8 32); an existing study may grow",
+                help="numbers of groups, the baseline first (default: 1 2 4 8 32); rerun with more to extend an "
+                "existing study",
             )
         training = {name: field for name, field in flat_fields().items() if name not in OWN}
         add_config_flags(own, fields_of(StudyConfig) | fields_of(BaseConfig) | training)
@@ -86,13 +95,12 @@ def run(options: argparse.Namespace) -> None:
     if failures:
         failed = listing([f"{failure.run} ({failure.reason})" for failure in failures], 3)
         raise RunError(
-            f"{len(failures)} of {len(study.part(options.shard or Shard()))} runs failed: {failed}; the report shows "
-            "the others, and the same command tries them again"
+            f"{len(failures)} of {len(study.part(options.shard or Shard()))} runs failed: {failed}; the report "
+            "covers the rest; rerun the same command to retry the failed runs"
         )
     if result.missing:
-        write(
-            f"{len(result.missing)} runs are not finished; train other shards, or rerun without --shard and --merge\n"
-        )
+        unfinished = "1 run is" if len(result.missing) == 1 else f"{len(result.missing)} runs are"
+        write(f"{unfinished} not finished; train other shards, or rerun without --shard and --merge\n")
 
 
 def _values(kind: type, given: dict[str, Any]) -> dict[str, Any]:
@@ -114,7 +122,9 @@ def _print_plan(study: Any) -> None:
     from resnext_hub.study.speed import training_seconds
 
     seconds = training_seconds(study)
-    rows = [("member", "groups x widths", "M parameters", "M MACs", "M activations", "deviation", "minutes a run")]
+    rows = [
+        ("member", "groups x widths", "M parameters", "M MACs", "M activations", "cost vs. target", "minutes per run")
+    ]
     for member in study.design.members:
         rows.append(
             (
@@ -128,8 +138,9 @@ def _print_plan(study: Any) -> None:
             )
         )
     write(table(rows))
-    total = study.config.seeds * sum(seconds.values()) / study.config.jobs / 60
+    count = study.config.seeds
+    total = count * sum(seconds.values()) / study.config.jobs / 60
     write(
-        f"\n{len(study.runs)} runs ({study.config.seeds} seeds), about {total:.0f} minutes of training on this "
-        "machine, without start-up and evaluation\n"
+        f"\n{len(study.runs)} runs ({count} {'seed' if count == 1 else 'seeds'}), about {total:.0f} minutes of "
+        "training on this machine, excluding startup and evaluation\n"
     )

@@ -34,8 +34,8 @@ class DataConfig:
     eval_fraction: Annotated[float, Range(0, 0.9, above=True)] = 0.2
     """Fraction of each class to hold out if there is no evaluation split, above 0 and at most 0.9."""
     split_seed: Annotated[int, Range(0, 2**32 - 1)] = 0
-    """Random seed of the held-out split; separate from `seed`, so runs with different seeds share one evaluation
-    split."""
+    """Random seed of the held-out split; separate from the seed of training, so runs with different seeds share one
+    evaluation split."""
     max_bad_fraction: Annotated[float, Range(0, 1)] = field(default=0.01, metadata=FREE_PER_PROCESS)
     """Stop the run if more than this fraction of a split is unreadable, 0 to 1; one unreadable image is always
     tolerated."""

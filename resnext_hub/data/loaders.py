@@ -43,8 +43,8 @@ class LoaderConfig:
     """JPEG decoder for training: simplejpeg is fast, pil is the reference; auto uses simplejpeg if it is installed, and
     a resumed run keeps its decoder."""
     max_image_pixels: Annotated[int, Range(1, PIXELS)] = field(default=MAX_IMAGE_PIXELS, metadata=FREE)
-    """Treat larger images, by the pixel count in their header, as unreadable; decoding takes up to 10 bytes per
-    pixel."""
+    """Treat images with more pixels than this (according to their header) as unreadable; decoding takes up to 10 bytes
+    per pixel."""
 
     def __post_init__(self) -> None:
         check_fields(self)

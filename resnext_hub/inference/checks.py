@@ -67,7 +67,8 @@ def _check_model(model: object) -> None:
                 f"{name} of the model is not a plain tensor, as in a quantized model; expected the original model"
             )
         if is_lazy(tensor) or tensor.is_meta:
-            raise RequestError(f"the weights of the model have no values ({name}): expected a trained model")
+            why = "is uninitialized" if is_lazy(tensor) else "is on the meta device"
+            raise RequestError(f"the model's weights are not materialized ({name} {why}): expected a trained model")
 
 
 def _check_images(name: str, images: object) -> None:

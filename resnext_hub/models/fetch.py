@@ -143,8 +143,8 @@ class Listing:
         for name, path in paths.items():
             if name in self.hashes and forget_wrong(path, *self.hashes[name]):
                 raise RunError(
-                    f"{name} of {where} does not match its hash on the Hub; it was removed from the cache, so load the "
-                    "model again to download it again"
+                    f"{name} of {where} does not match its hash on the Hub; it was removed from the cache, so "
+                    "loading the model again will re-download it"
                 )
 
 

@@ -228,7 +228,8 @@ def _find_by_name(name: str, pretrained: bool, where: str, to_train: bool) -> Mo
     except RuntimeError as error:
         tags = [known.partition(".")[2] for known in list_pretrained(f"{architecture}.*")]
         raise RequestError(
-            f"{where}: {architecture} has no weights {printable(tag)}; available: {', '.join(tags) or 'none'}"
+            f"{where}: {architecture} has no weights tagged {printable(tag)}; available tags: "
+            f"{', '.join(tags) or 'none'}"
         ) from error
     saved = SavedModel(where=where, config=named_config(architecture, cfg))
     base_id: str | None = saved.config.pretrained_cfg.get("hf_hub_id")

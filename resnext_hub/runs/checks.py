@@ -143,6 +143,6 @@ def check_space(folder: RunFolder, weight_bytes: int) -> None:
     need, (total, _, free) = 4 * weight_bytes + MODEL_FOLDER_BYTES, shutil.disk_usage(nearest(folder))
     if total and free < need:  # some file systems report a size of 0
         raise RequestError(
-            f"the disk of {printable(folder)} has {free / 1e6:.0f} MB of free space, but a checkpoint and the model "
-            f"folder need {need / 1e6:.0f} MB; free some space, or choose another {setting('output_dir')}"
+            f"the disk that holds {printable(folder)} has only {free / 1e6:.0f} MB free, but a checkpoint and the "
+            f"model folder need {need / 1e6:.0f} MB; free up some space, or choose another {setting('output_dir')}"
         )

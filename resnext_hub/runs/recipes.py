@@ -34,7 +34,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "weight_decay": 0.05,
         "warmup_epochs": 1.0,
     },
-    # Members of a study: SGD as in the paper (section 5.3), for small images and a few minutes a run.
+    # Members of a study: SGD as in the paper (section 5.3), for small images and a few minutes per run.
     "study": {
         "dataset": "digits",
         "image_size": 8,

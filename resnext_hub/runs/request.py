@@ -102,7 +102,7 @@ def prepare(
         peers: The processes of the run; only the main process reads the run folder. A single process if not given.
 
     Raises:
-        RequestError: If the request is wrong.
+        RequestError: If the request is invalid.
         RunError: If the Hub is needed and cannot be reached.
     """
     check_launcher()

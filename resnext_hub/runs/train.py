@@ -53,7 +53,7 @@ def train_run(
         resume_from: `hub:owner/name`, to resume from a checkpoint on the Hub.
 
     Raises:
-        RequestError: If the request is wrong; nothing was computed.
+        RequestError: If the request is invalid; nothing was computed.
         RunError: If training or publishing fails.
         StoppedRun: After SIGTERM or Ctrl-C; the state was saved.
     """

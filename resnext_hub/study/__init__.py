@@ -1,1 +1,1 @@
-"""Compare cardinality, width and depth at equal cost, as the paper does, on any dataset."""
+"""Compare cardinality, width and depth at controlled cost, as the paper does, on any dataset."""

@@ -1,4 +1,4 @@
-"""The members of a study: architectures of equal cost, solved from a base (paper, Tables 2 to 4)."""
+"""The members of a study: architectures of equal cost, derived from a base (paper, Tables 2 to 4)."""
 
 import itertools
 import re
@@ -15,10 +15,10 @@ TOLERANCE = 0.02
 """Largest relative deviation of a member's counted cost from its target."""
 
 KINDS = {
-    "cardinality": "1x64d to 32x4d at equal cost (paper, Table 3)",
+    "cardinality": "several cardinalities, with widths solved for equal cost (paper, Table 3: 1x64d to 32x4d)",
     "doubling": "twice the cost by depth, by width and by cardinality (paper, Table 4)",
     "shortcuts": "ResNet and ResNeXt with and without residual connections, at equal cost (paper, section 5.1)",
-    "resnet": "ResNet against ResNeXt at equal cost, with training curves (paper, Figure 5)",
+    "resnet": "ResNet vs. ResNeXt at equal cost, with training curves (paper, Figure 5)",
 }
 """The studies, and what each compares."""
 
@@ -32,9 +32,10 @@ class BaseConfig:
     depth: Annotated[int, Range(11, 1000)] = 29
     """Layers of the base: 9n + 2 with the cifar stem, such as 20 or 29; 26, 50, 101 or 152 with the imagenet stem."""
     stem: Literal["cifar", "imagenet"] = "cifar"
-    """First layers: a 3x3 convolution at full resolution before three stages, or a 7x7 one and pooling before four."""
+    """cifar: 3x3 convolution at full resolution, three stages; imagenet: 7x7 convolution and pooling, four stages."""
     width_scale: Annotated[float, Range(1 / 64, 8)] = 0.5
-    """Factor on the channels of all stages; 1 is the width of the paper."""
+    """Multiplier for the channels of all stages; 1 is the width of the paper. Names of members, such as 32x4d, give the
+    width before it is applied."""
     match: Literal["parameters", "macs"] = "parameters"
     """Cost that members have in common: parameters, or multiply-adds."""
 
@@ -201,10 +202,12 @@ class _Solver:
         if off(solved) > TOLERANCE:
             close = [v for center in doubling for v in _around(center) if off(v) <= TOLERANCE]
             if not close:
+                what = "parameters" if self.base.match == "parameters" else "multiply-adds"
+                twice = "" if target == self.counted(self.base.variant()) else "twice "
                 raise RequestError(
-                    f"no model with {wanted.cardinality} groups has the {self.base.match} of the base within "
-                    f"{TOLERANCE:.0%} at {setting('width_scale', f'{self.base.width_scale:g}')}: the closest is "
-                    f"{off(solved):.1%} off; use a larger {setting('width_scale')} or fewer groups"
+                    f"no model with {wanted.cardinality} groups matches {twice}the base's number of {what} to within "
+                    f"{100 * TOLERANCE:.0f} % at {setting('width_scale', f'{self.base.width_scale:g}')}; the closest "
+                    f"is off by {100 * off(solved):.1f} %; use a larger {setting('width_scale')} or fewer groups"
                 )
             solved = min(close, key=lambda v: (_skew(v), off(v)))
         name = name.format(C=solved.cardinality, d=solved.base_width)

@@ -1,4 +1,4 @@
-"""Take over finished runs from other study folders: shards of the same study, or studies that share members."""
+"""Copy finished runs from other study folders: shards of the same study, or studies that share members."""
 
 import json
 import logging
@@ -48,7 +48,7 @@ def take_over(study: Study, folders: Sequence[Path]) -> None:
                 with new_folder(target.path) as aside:
                     shutil.copytree(source.path, aside, dirs_exist_ok=True)
                 copied += 1
-        _logger.info("%s: took over %d runs", printable(other), copied)
+        _logger.info("%s: copied %d finished %s", printable(other), copied, "run" if copied == 1 else "runs")
 
 
 def _architectures(folder: StudyFolder) -> Iterator[tuple[Path, str]]:

@@ -38,7 +38,7 @@ RECIPE = "study"
 OWN = frozenset(
     {"model", "pretrained", "seed", "threads", "push_to_hub", "push_checkpoints", "repo_id", "license", "private"}
 )
-"""Settings of training that a study decides by itself."""
+"""Settings of training that a study chooses itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +46,9 @@ class StudyConfig:
     """Runs of the study."""
 
     seeds: Annotated[int, Range(1, 1000)] = 5
-    """Runs of each member, with the seeds 0, 1, 2 and so on; an existing study may grow."""
+    """Runs of each member, with the seeds 0, 1, 2 and so on; rerun with more to extend an existing study."""
     jobs: Annotated[int, Range(1, 256)] = 1
-    """Runs side by side; they share the cores of the machine."""
+    """Runs to train in parallel; they share the machine's cores."""
     retries: Annotated[int, Range(0, 100)] = 1
     """Further attempts for a run that fails; it resumes from its last checkpoint."""
 
@@ -207,15 +207,15 @@ def plan_study(
         study_dir: The study folder; `studies/{kind}-{dataset}` if not given.
 
     Raises:
-        RequestError: If the request is wrong, or the folder contains another study.
+        RequestError: If the request is invalid, or the folder contains another study.
     """
     if processes() > 1:
-        raise RequestError("a study starts its runs by itself; run it without torchrun or accelerate launch")
+        raise RequestError("a study launches its own runs; run it without torchrun or accelerate launch")
     if len(set(cardinalities)) < 2 and kind == "cardinality":
         raise RequestError(f"{setting('cardinalities')}: expected at least two different numbers of groups")
     settings, _ = merge_settings(asked, recipe or RECIPE, file)
     if taken := sorted(OWN & settings.keys() - {"model", "pretrained"}):
-        raise RequestError(f"a study sets {listing(taken)} by itself; remove it")
+        raise RequestError(f"a study chooses {listing(taken)} itself; omit {'it' if len(taken) == 1 else 'them'}")
     settings = {name: value for name, value in settings.items() if name not in OWN}
     training = TrainConfig.from_flat(settings)
     splits = load_splits(training.data)

@@ -26,7 +26,7 @@ PAPER = {
     ),
     "resnet": (
         "The paper's Figure 5 (ImageNet): ResNeXt-50 has a lower training error than ResNet-50 of equal cost "
-        "throughout training, and a lower validation error at the end (22.2 % against 23.9 %)."
+        "throughout training, and a lower validation error at the end (22.2 % vs. 23.9 %)."
     ),
 }
 """What the paper reports for each kind of study (arXiv 1611.05431)."""
@@ -35,7 +35,7 @@ TITLES = {
     "cardinality": "Cardinality at equal cost",
     "doubling": "Twice the cost: depth, width or cardinality",
     "shortcuts": "Residual connections",
-    "resnet": "ResNet against ResNeXt",
+    "resnet": "ResNet vs. ResNeXt",
 }
 """Headings of the reports."""
 
@@ -78,33 +78,35 @@ def _conditions(result: StudyResult, record: RunRecord) -> str:
         f"{f'the split {data.eval_split}' if data.eval_split else 'a held-out split'}; {study.input.image_size} px. "
         f"{config['epochs']:g} epochs, batch {config['batch_size']}, {config['optimizer']}, learning rate "
         f"{config['lr']:g}. Base: {study.base.depth} layers, {study.base.stem} stem, width scale "
-        f"{study.base.width_scale:g}; {match} of each member solved to within 2 % of the target. Runs of one seed have "
-        "the same data order, the same augmentation, and the same initial values wherever shapes agree."
+        f"{study.base.width_scale:g}; {match} of each member matched to within 2 % of the target. Runs of one seed "
+        "have the same data order, the same augmentation, and the same initial values wherever shapes agree."
     )
 
 
 def _meaning(result: StudyResult) -> str:
     count = len(result.differences)
-    widened = f", widened for {count} comparisons (Bonferroni)" if count > 1 else ""
+    level = f"{100 * CONFIDENCE:.0f} % confidence intervals"
+    intervals = f"{level} (paired t)"
+    if count > 1:
+        intervals = f"simultaneous {level} (paired t, Bonferroni-corrected for {count} comparisons)"
     return (
-        "Differences are in percentage points of the accuracy at the last step, paired by seed; intervals are paired "
-        f"t intervals that hold together with {CONFIDENCE:.0%} confidence{widened}. They cover what varies from seed "
-        "to seed with this dataset, split and recipe, and nothing beyond."
+        "Differences are in percentage points of the accuracy at the last step, paired by seed; intervals are "
+        f"{intervals}. They reflect only seed-to-seed variation on this dataset, split and recipe."
     )
 
 
 def _missing(result: StudyResult) -> list[str]:
     failed = {failure.run: failure for failure in result.failures}
     return [
-        f"- `{name}`: {failed[name].reason} ({failed[name].attempts} attempts)" if name in failed else f"- `{name}`"
+        f"- `{name}`: {failed[name].reason} ({failed[name].tries})" if name in failed else f"- `{name}`"
         for name in result.missing
     ]
 
 
 def _table(result: StudyResult) -> str:
     head = (
-        "member|groups x widths|M parameters|M MACs|M activations|deviation|training images/s|inference images/s"
-        "|accuracy %|seeds|difference to the baseline"
+        "member|groups x widths|M parameters|M MACs|M activations|cost vs. target|training images/s|inference images/s"
+        "|accuracy %|seeds|difference from the baseline"
     )
     names = head.split("|")
     lines = [names, ["---", "---", *["---:"] * 8, "---"]]
@@ -143,10 +145,10 @@ def _row(result: StudyResult, found: MemberResult, difference: Difference | None
 def _table_notes(result: StudyResult, machine: dict[str, Any]) -> str:
     study = result.study
     packages = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    beside = f", {study.config.jobs} runs side by side" if study.config.jobs > 1 else ""
+    beside = f", {study.config.jobs} runs in parallel" if study.config.jobs > 1 else ""
     return (
         f"Accuracy: mean ± sample standard deviation over the seeds. Multiply-adds and activations are per image at "
-        f"{study.input.image_size} px. Training: median throughput of the runs, with merged groups where they measured "
+        f"{study.input.image_size} px. Training: median throughput of the runs, with groups merged where that was "
         f"faster{beside}. Inference: eager float32, batch {study.train_config.eval_batch_size}. "
         f"{machine['processor']}, {study.threads} threads; resnext-hub {resnext_hub.__version__}, {packages}."
     )

@@ -124,20 +124,21 @@ def collect(
 def _require_comparable(study: Study, members: list[MemberResult]) -> None:
     """Raise RunError if runs differ in more than architecture and seed."""
     identity = study.identity()
+    remedy = "remove it, and rerun the study"
     for result in members:
         for seed, record in result.records.items():
             where = printable(study.folder.run(result.member.slug, seed))
             if record.dataset.fingerprint != study.splits.fingerprint:
-                raise RunError(f"{where} was trained on other images than the study; remove it, and rerun the study")
+                raise RunError(f"{where} was trained on different images from the rest of the study; {remedy}")
             if record.config["seed"] != seed or record.model.parameters != result.member.cost.parameters:
-                raise RunError(f"{where} is not the run of its name; remove it, and rerun the study")
+                raise RunError(f"{where} does not match its folder name (seed or architecture differs); {remedy}")
             differing = [
                 name
                 for name, value in record.config.items()
                 if name in identity and name not in _RESOLVED and identity[name] not in (None, value)
             ]
             if differing:
-                raise RunError(f"{where} has other settings ({', '.join(differing)}); remove it, and rerun the study")
+                raise RunError(f"{where} was trained with different settings ({', '.join(differing)}); {remedy}")
 
 
 _RESOLVED = frozenset({"dataset", "lr", "decoder"})

@@ -42,6 +42,11 @@ class Failure:
     reason: str
     """The last line of its output."""
 
+    @property
+    def tries(self) -> str:
+        """Number of attempts, in words."""
+        return "1 attempt" if self.attempts == 1 else f"{self.attempts} attempts"
+
 
 @dataclass
 class _Job:
@@ -186,8 +191,9 @@ class _Runner:
             _logger.warning("%s: %s; trying again", folder.path.name, reason)
             self._waiting.insert(0, job)
             return
-        _logger.error("%s: %s; %d attempts", folder.path.name, reason, job.attempts)
-        self._failures.append(Failure(run=folder.path.name, attempts=job.attempts, reason=reason))
+        failure = Failure(run=folder.path.name, attempts=job.attempts, reason=reason)
+        _logger.error("%s: %s; %s", failure.run, reason, failure.tries)
+        self._failures.append(failure)
 
     def _close_output(self, job: _Job) -> None:
         if job.output is not None:

@@ -142,7 +142,10 @@ def sentence(difference: Difference) -> str:
     if difference.verdict == "loss":
         return f"**{difference.member} is less accurate than {difference.baseline}** ({interval})."
     if difference.seeds_needed is None:
-        more = f"more than {MOST_SEEDS:,} seeds would be needed to decide a difference this small"
+        more = f"more than {MOST_SEEDS:,} seeds would be needed to resolve a difference this small"
     else:
-        more = f"about {difference.seeds_needed - count} more would decide a difference of this size"
-    return f"**Undecided**: these data do not separate {pair} ({interval}); {more}."
+        missing = difference.seeds_needed - count
+        seeds = "1 more seed" if missing == 1 else f"{missing} more seeds"
+        more = f"about {seeds} would be needed to resolve a difference of this size"
+    versus = f"{difference.member} from {difference.baseline}"
+    return f"**Undecided**: the data do not distinguish {versus} ({interval}); {more}."

@@ -116,7 +116,7 @@ class PublishConfig:
     license: str | None = field(default=None, metadata=FREE_PER_PROCESS)
     """License of the weights, such as apache-2.0; required to publish."""
     private: bool = field(default=False, metadata=FREE_PER_PROCESS)
-    """Make the repository private if it is created."""
+    """If the repository does not exist, create it as private."""
 
     def __post_init__(self) -> None:
         if (self.push_to_hub or self.push_checkpoints) and not self.repo_id:
@@ -166,9 +166,9 @@ class TrainConfig:
     """Autocast precision; auto uses the launcher's setting if there is one, else bf16 on devices where it is fast, else
     no."""
     merge_groups: str = field(default="auto", metadata=FREE)
-    """Compute adjacent groups of a grouped convolution as one wider group, with the same result: auto merges layers
-    that measure faster when merged, off merges none, and a number merges all to that width in channels or the largest
-    possible width below it."""
+    """Compute adjacent groups of a grouped convolution as one wider group, with the same result up to rounding: auto
+    merges layers that measure faster when merged, off merges none, and a number merges all to that width in channels or
+    the largest possible width below it."""
     compile: bool = field(default=False, metadata=FREE)
     """Compile the model with torch.compile; the first step takes a minute or more."""
     progressive_size: Annotated[int, Range(1, IMAGE_SIZE)] | None = None

@@ -27,7 +27,10 @@ Command = Callable[..., tuple[int, str, str]]
     ("flags", "parts"),
     [
         (["--model", "resnext_g23"], ["--model resnext_g23: no such model; closest matches:", "resnext_g2"]),
-        (["--model", "resnext_g32.a9_in1k"], ["resnext_g32 has no weights a9_in1k; available: ", "a1h_in1k"]),
+        (
+            ["--model", "resnext_g32.a9_in1k"],
+            ["resnext_g32 has no weights tagged a9_in1k; available tags: ", "a1h_in1k"],
+        ),
         (["--model", "me/repo"], ["hf-hub:me/repo", "local-dir:me/repo"]),
         (["--model", "resnext_g8", "--pretrained"], ["resnext_g8 has no released weights", "resnext_g32"]),
         (["--dataset", "./nowhere"], ["--dataset ./nowhere does not exist and is not a valid dataset ID on the Hub"]),

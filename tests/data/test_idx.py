@@ -88,8 +88,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         replace(LABEL, idx(LABELS["train"][1:])),
         "has 12 images, but train-labels-idx1-ubyte.gz has 11",
     ),
-    "truncated": (replace(TRAIN, idx(IMAGES["train"])[:-1]), "its header states 420 bytes, and it has 419"),
-    "trailing bytes": (replace(LABEL, idx(LABELS["train"]) + b"\0"), "its header states 12 bytes, and it has more"),
+    "truncated": (replace(TRAIN, idx(IMAGES["train"])[:-1]), "its header declares 420 bytes, but it contains only 419"),
+    "trailing bytes": (
+        replace(LABEL, idx(LABELS["train"]) + b"\0"),
+        "its header declares 12 bytes, but it contains more",
+    ),
     "empty": (replace(TRAIN, b""), "is not an IDX file of 3 dimensions"),
     "a web page": (replace(TRAIN, b"<html>404 Not Found</html>"), "is not an IDX file of 3 dimensions"),
     "labels as images": (replace(TRAIN, idx(LABELS["train"])), "is not an IDX file of 3 dimensions"),

@@ -138,7 +138,7 @@ def test_a_dry_run_lists_the_files_and_sends_no_request(finished: Path, hub: Loo
     words = ("scripts/push.py", finished, "--repo-id", "me/digits", "--license", "mit", "--dry-run", "--private")
     done = run_process(*words, **hub.environment())
     assert done.returncode == 0, done.stderr
-    assert "would be uploaded to the private repository me/digits in one commit" in done.stdout
+    assert "would upload to the private repository me/digits in one commit" in done.stdout
     assert "model.safetensors" in done.stdout
     assert hub.requests == []
     assert hub.repos == {}

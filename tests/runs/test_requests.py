@@ -146,7 +146,7 @@ def test_crop_pct_and_the_size_of_the_base_model_are_checked_together(tmp_path: 
 def test_a_disk_without_space_for_a_checkpoint_is_refused(tmp_path: Path) -> None:
     check_space(RunFolder(tmp_path / "run"), 1000)
     with raises(
-        RequestError, match=r"the disk of .*run has \d+ MB of free space, but a checkpoint and the model folder"
+        RequestError, match=r"the disk that holds .*run has only \d+ MB free, but a checkpoint and the model folder"
     ):
         check_space(RunFolder(tmp_path / "run"), 10**18)
 

@@ -70,7 +70,7 @@ def test_plain_members_have_no_shortcut() -> None:
 
 
 def test_a_cost_that_no_width_has_is_refused_with_the_setting_to_change() -> None:
-    with raises(RequestError, match=r"no model with 32 groups has the parameters of the base within 2%.*width_scale"):
+    with raises(RequestError, match=r"no model with 32 groups matches the base's number of parameters.*width_scale"):
         design("cardinality", BaseConfig(width_scale=0.125), (1, 32), 32, 10)
 
 

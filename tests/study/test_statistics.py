@@ -32,7 +32,7 @@ def test_several_comparisons_widen_the_interval() -> None:
     [
         (by_seed(92.0, 93.1, 92.2), by_seed(90.0, 91.0, 90.1), "gain", "a is more accurate than b"),
         (by_seed(90.0, 91.0, 90.1), by_seed(92.0, 93.1, 92.2), "loss", "a is less accurate than b"),
-        (by_seed(90.0, 93.0, 90.1), by_seed(91.0, 91.0, 90.2), "undecided", "do not separate a and b"),
+        (by_seed(90.0, 93.0, 90.1), by_seed(91.0, 91.0, 90.2), "undecided", "do not distinguish a from b"),
         (by_seed(90.0), by_seed(91.0), "undecided", "one finished seed in common"),
         ({0: 90.0}, {1: 91.0}, "undecided", "no finished seed in common"),
         ({}, {}, "undecided", "no finished seed in common"),
@@ -60,7 +60,7 @@ def test_the_number_of_seeds_that_would_decide_is_the_smallest_whose_interval_ex
     sd, mean = statistics.stdev(differences), statistics.fmean(differences)
     assert found.seeds_needed is not None
     assert half_width(sd, found.seeds_needed, 3) < mean <= half_width(sd, found.seeds_needed - 1, 3)
-    assert f"about {found.seeds_needed - 4} more would decide" in sentence(found)
+    assert f"about {found.seeds_needed - 4} more seeds would be needed" in sentence(found)
 
 
 def test_a_vanishing_difference_is_said_to_need_too_many_seeds() -> None:

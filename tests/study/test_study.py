@@ -183,7 +183,7 @@ def test_runs_of_another_kind_of_study_are_taken_over_where_architecture_and_set
     words[1] = "resnet"
     code, out, err = command(*words, "--study-dir", tmp_path / "resnet", "--merge", alone)
     assert code == 0, err
-    assert "took over 2 runs" in err
+    assert "copied 2 finished runs" in err
     assert "2 runs are not finished" in out
     report = json.loads((tmp_path / "resnet" / "report.json").read_text())
     assert report["missing"] == ["resnext-32x5d-seed0", "resnext-32x5d-seed1"]
@@ -306,7 +306,7 @@ def synthetic(tmp_path: Path, accuracy: dict[str, dict[int, int]]) -> Study:
     [
         ({0: 340, 1: 345, 2: 342}, {0: 300, 1: 304, 2: 303}, "**4x25d is more accurate than 1x64d**"),
         ({0: 300, 1: 304, 2: 303}, {0: 340, 1: 345, 2: 342}, "**4x25d is less accurate than 1x64d**"),
-        ({0: 300, 1: 344, 2: 303}, {0: 310, 1: 305, 2: 312}, "do not separate 4x25d and 1x64d"),
+        ({0: 300, 1: 344, 2: 303}, {0: 310, 1: 305, 2: 312}, "do not distinguish 4x25d from 1x64d"),
         ({0: 340, 1: 345, 2: 342, 3: 1}, {0: 300, 1: 304, 2: 303}, "over 3 paired seeds"),
     ],
     ids=["gain", "loss", "undecided", "unequal seeds"],
@@ -326,10 +326,10 @@ def test_runs_of_other_data_or_settings_are_not_compared(tmp_path: Path) -> None
     path = study.folder.run(study.design.members[0].slug, 0).record
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"dataset": content["dataset"] | {"fingerprint": "0" * 64}}))
-    with raises(RunError, match="was trained on other images than the study"):
+    with raises(RunError, match="was trained on different images from the rest of the study"):
         collect(study)
     path.write_text(json.dumps(content | {"config": content["config"] | {"seed": 5}}))
-    with raises(RunError, match="is not the run of its name"):
+    with raises(RunError, match="does not match its folder name"):
         collect(study)
 
 

@@ -121,9 +121,9 @@ def _read(path: Path, dimensions: int) -> np.ndarray:
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
         raise RequestError(f"{printable(path)} cannot be read: {reason[:1].lower()}{reason[1:]}") from error
     if len(data) < count or more:
-        found = "more" if more else f"{len(data)}"
+        found = "more" if more else f"only {len(data)}"
         raise RequestError(
-            f"{printable(path)} is damaged: its header states {count} bytes, and it has {found}; {_REMEDY}"
+            f"{printable(path)} is damaged: its header declares {count} bytes, but it contains {found}; {_REMEDY}"
         )
     return np.frombuffer(data, np.uint8).reshape(shape)
 

@@ -333,7 +333,9 @@ def require_space(error: BaseException) -> None:
 
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         cache = printable(datasets.config.HF_DATASETS_CACHE)
-        raise RunError(f"the disk of the cache {cache} is full; free space, or set HF_HOME to another disk") from error
+        raise RunError(
+            f"the disk that holds the cache {cache} is full; free up space, or set HF_HOME to another disk"
+        ) from error
 
 
 def check_cache() -> None:

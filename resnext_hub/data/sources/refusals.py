@@ -11,7 +11,7 @@ from resnext_hub.text import listing, printable
 
 LAYOUTS = (
     "one of these layouts: one folder per class, such as cat/ and dog/; train/ and val/ with class folders in each; "
-    "images with a metadata.csv (columns file_name,label); parquet files; IDX files, as of MNIST"
+    "images with a metadata.csv (columns file_name,label); parquet files; IDX files, such as MNIST's"
 )
 """The supported layouts of a local folder, for messages."""
 
@@ -57,9 +57,9 @@ def reject_tables(tree: Tree, folder: str) -> None:
         )
     if tables:
         raise RequestError(
-            f"{printable(tree.root)} has no class folders, but a table {printable(tables[0])}; rename it to "
-            "metadata.csv with the columns file_name (relative to the table) and label, or sort the images into one "
-            "folder per class"
+            f"{printable(tree.root)} has no class folders, but it contains the table {printable(tables[0])}; "
+            "rename it to metadata.csv with the columns file_name (relative to the table) and label, or sort the "
+            "images into one folder per class"
         )
 
 
@@ -69,8 +69,8 @@ def reject_no_images(tree: Tree) -> NoReturn:
     packed = [path for path in tree.others if path.lower().endswith(ARCHIVES)]
     if packed:
         raise RequestError(
-            f"{where} has no images, but archives ({listing(packed, 3)}); unpack them and use the resulting folder "
-            "(WebDataset shards are not supported)"
+            f"{where} contains no images, only archives ({listing(packed, 3)}); unpack them and use the resulting "
+            "folder (WebDataset shards are not supported)"
         )
     found = describe_counts(Counter(suffix_of(path) for path in tree.others)) or "nothing"
     raise RequestError(

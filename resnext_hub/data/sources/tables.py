@@ -373,6 +373,6 @@ def _image_table(tree: Tree, images: Sequence[int], column: str, labels: dict[in
     except (pyarrow.ArrowException, ValueError, TypeError, OverflowError) as error:
         raise RequestError(
             f"column {printable(column)} of {where} contains values of several types ({one_line(error)}); expected "
-            "either names or numbers of classes"
+            "either class names or class numbers"
         ) from error
     return image_table(tree, images, column, values, feature)
