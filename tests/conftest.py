@@ -9,6 +9,7 @@ os.environ |= {
     "RESNEXT_HUB_CACHE": tempfile.mkdtemp(prefix="resnext-hub-tests-"),
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "ACCELERATE_USE_CPU": "true",
+    "OMP_WAIT_POLICY": "passive",  # threads that wait for others would otherwise take the cores from other tests
 }
 for _variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION", "HF_TOKEN", "HF_ENDPOINT"):
     os.environ.pop(_variable, None)
@@ -24,6 +25,9 @@ from support.processes import TINY, run_process, write_images
 
 import resnext_hub  # noqa: F401 - registers the variants
 from resnext_hub.cli.main import main
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the tests of another worker take the other cores
 
 for _variable in ("HF_HOME", "RESNEXT_HUB_CACHE"):
     atexit.register(shutil.rmtree, os.environ[_variable], ignore_errors=True)

@@ -179,8 +179,7 @@ def test_shards_are_merged_to_the_study_of_one_machine(alone: Path, tmp_path: Pa
 def test_runs_of_another_kind_of_study_are_taken_over_where_architecture_and_settings_agree(
     alone: Path, tmp_path: Path, command: Command
 ) -> None:
-    words = [word for word in TINY if word not in ("--cardinalities", "1", "4")]
-    words[1] = "resnet"
+    words = ["study", "resnet", *TINY[5:]]  # without --cardinalities
     code, out, err = command(*words, "--study-dir", tmp_path / "resnet", "--merge", alone)
     assert code == 0, err
     assert "copied 2 finished runs" in err
