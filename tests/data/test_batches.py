@@ -107,6 +107,8 @@ class KillsWorker(Samples):
         return super().__getitem__(index)
 
 
+# torch raises the same error again in whatever runs when the signal arrives, which may be a finalizer
+@mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_killed_worker_is_reported_in_one_line() -> None:
     places = [[place] for place in range(40)]
     batches = read_batches(build_loader(KillsWorker(torch.uint8), places, 1, False))

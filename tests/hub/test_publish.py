@@ -40,7 +40,8 @@ LOAD = """
 import sys
 import timm, torch
 from safetensors.torch import load_file
-source, expected, published = sys.argv[1:]
+source, expected, published, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))  # sums are the same bits only with the same number of threads
 case, weights = load_file(expected), load_file(published)
 model = timm.create_model(source, pretrained=True).eval()
 assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items()), "timm"
@@ -91,7 +92,7 @@ def test_an_exported_variant_loads_with_equal_weights_in_stock_timm_and_transfor
     done = warm_start.run(
         [
             sys.executable, "-c", LOAD, f"local-dir:{tmp_path / 'model'}", str(tmp_path / "case.safetensors"),
-            str(tmp_path / "model" / "model.safetensors"),
+            str(tmp_path / "model" / "model.safetensors"), str(torch.get_num_threads()),
         ],
         cwd=tmp_path,
     )  # fmt: skip
@@ -127,7 +128,7 @@ def test_push_uploads_the_folder_in_one_commit_that_timm_loads(
     loaded = subprocess.run(
         [
             sys.executable, "-c", LOAD, "hf-hub:me/digits", str(tmp_path / "case.safetensors"),
-            str(finished / "model" / "model.safetensors"),
+            str(finished / "model" / "model.safetensors"), str(torch.get_num_threads()),
         ],
         env=environment, capture_output=True, text=True, check=False, cwd=tmp_path,
     )  # fmt: skip
