@@ -58,7 +58,7 @@ def _write_cards(options: argparse.Namespace) -> None:
         written = write_variant_cards(options.write_cards)
     except OSError as error:
         where, reason = printable(options.write_cards), error.strerror or one_line(error)
-        raise RequestError(f"--write-cards {where} cannot be written: {reason}; choose another folder") from error
+        raise RequestError(f"--write-cards {where} cannot be written to: {reason}; choose another folder") from error
     write("".join(f"{path}\n" for path in written))
 
 

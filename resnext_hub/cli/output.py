@@ -29,7 +29,7 @@ def write(text: str) -> None:
         raise
     except OSError as error:
         discard_output()
-        raise RunError(f"standard output cannot be written: {error.strerror or error}") from error
+        raise RunError(f"cannot write to standard output: {error.strerror or error}") from error
 
 
 def discard_output() -> None:

@@ -169,7 +169,7 @@ def existing_path(text: str) -> Path:
     A shell leaves the tilde of `--output-dir=~/runs` to the program.
     """
     if not text or "\0" in text:
-        raise argparse.ArgumentTypeError(f"{shown(text) or 'an empty text'}: expected a path")
+        raise argparse.ArgumentTypeError(f"{shown(text) or 'an empty string'}: expected a path")
     try:
         os.lstat(text)
     except OSError as error:

@@ -20,8 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(title="what to compare", required=True, dest="kind", metavar="KIND")
     for kind, text in KINDS.items():
         about = (
-            f"{text[0].upper()}{text[1:]}. From the group Training on, the defaults are those of `train`; the recipe "
-            f"(default: {RECIPE}) overrides them."
+            f"{text[0].upper()}{text[1:]}. From the Training group onward, the defaults are those of `train`; the "
+            f"recipe (default: {RECIPE}) overrides them."
         )
         own = kinds.add_parser(kind, help=text, description=about)
         group = own.add_argument_group("Study")

@@ -69,7 +69,7 @@ def publish_files(
         ) from error
     if wrong:
         raise RunError(
-            f"{repo_id}: the uploaded {', '.join(wrong)} differs from the local file; rerun the same command to upload "
-            "it again"
+            f"{repo_id}: the upload differs from the local files ({', '.join(wrong)}); rerun the same command to "
+            "upload it again"
         )
     return Publication(address=address, changed=sent, files=sizes)

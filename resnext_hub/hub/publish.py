@@ -143,7 +143,7 @@ def publish(
         sizes = [(name, path.stat().st_size) for name, path in sorted(staged.files.items())]
     if wrong:
         raise RunError(
-            f"{repo_id}: the uploaded {', '.join(wrong)} differs from the local file. The model is kept in {folder}; "
+            f"{repo_id}: the upload differs from the local files ({', '.join(wrong)}). The model is kept in {folder}; "
             "rerun the same command to upload it again"
         )
     return Publication(address=address, changed=upload.sent, files=sizes)

@@ -260,7 +260,7 @@ def claim_folder(study: Study) -> None:
         write_atomic(folder.config, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
     except OSError as error:
         raise RequestError(
-            f"{printable(folder)} cannot be written: {error.strerror}; choose another {setting('study_dir')}"
+            f"{printable(folder)} cannot be written to: {error.strerror}; choose another {setting('study_dir')}"
         ) from error
     for member, seed in study.runs:  # all have the same settings, so one is enough
         run = folder.run(member.slug, seed)

@@ -66,7 +66,7 @@ Command = Callable[..., tuple[int, str, str]]
         (["--eval-fraction", "nan"], ["--eval-fraction nan: expected a number above 0 and"]),
         (["--workers", "10000"], ["--workers 10000: expected a whole number from 0 to 256"]),
         (["--dataset", ""], ["--dataset is empty"]),
-        (["--output-dir", ""], ["--output-dir: an empty text: expected a path"]),
+        (["--output-dir", ""], ["--output-dir: an empty string: expected a path"]),
         (["--output-dir", "x" * 300], ["File name too long"]),
         (["--eval-split", "test"], ["--eval-split test: no such split; choose one of train"]),
     ],

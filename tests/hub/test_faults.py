@@ -169,7 +169,7 @@ def test_corrupted_uploads_are_detected(hub: LoopbackHub, client: Client, finish
     hub.faults.append(Fault("GET .*/resolve/.*/config.json", "wrong bytes", 1000))
     code, _, err = client.command("push", finished, "--repo-id", "me/digits", *WORDS)
     assert code == 1
-    assert "me/digits: the uploaded config.json differs from the local file" in err
+    assert "me/digits: the upload differs from the local files (config.json)" in err
 
 
 FROM_HUB = """

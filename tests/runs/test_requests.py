@@ -251,7 +251,7 @@ def test_only_the_first_process_of_a_run_reports(
 def test_paths_that_cannot_be_written_are_refused_by_name(command: Command) -> None:
     code, _, err = command("info", "--write-cards", "/dev/full")
     assert (code, err) == (
-        2, "error: --write-cards /dev/full cannot be written: File exists; choose another folder\n"
+        2, "error: --write-cards /dev/full cannot be written to: File exists; choose another folder\n"
     )  # fmt: skip
     code, _, err = command("train", "--output-dir", "caf\udce9")
     assert code == 2
@@ -264,7 +264,7 @@ def test_output_that_cannot_be_written_is_reported_in_one_line(
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         assert cli.main(["info", "resnext_g32"]) == 1
-    assert capsys.readouterr().err == "error: standard output cannot be written: No space left on device\n"
+    assert capsys.readouterr().err == "error: cannot write to standard output: No space left on device\n"
 
 
 def test_standard_output_may_be_closed(monkeypatch: MonkeyPatch) -> None:
