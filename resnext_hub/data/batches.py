@@ -206,6 +206,6 @@ def lost_worker(error: Exception) -> RunError | None:
     if not broken_off and not text.startswith("DataLoader worker"):
         return None
     return RunError(
-        f"a data-loading worker exited unexpectedly ({one_line(error)[:100]}); if memory ran out, such as /dev/shm in "
-        f"a container, reduce {setting('workers')} or {setting('batch_size')}"
+        f"a data-loading worker exited unexpectedly ({one_line(error)[:100]}); if memory ran out (in a container, "
+        f"possibly /dev/shm), reduce {setting('workers')} or {setting('batch_size')}"
     )

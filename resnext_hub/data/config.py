@@ -30,11 +30,11 @@ class DataConfig:
     image_column: str | None = None
     """Column with the images; inferred from the column types if not given."""
     label_column: str | None = None
-    """Column with the labels; inferred from names and types of the columns if not given."""
+    """Column with the labels; inferred from the column names and types if not given."""
     eval_fraction: Annotated[float, Range(0, 0.9, above=True)] = 0.2
     """Fraction of each class to hold out if there is no evaluation split, above 0 and at most 0.9."""
     split_seed: Annotated[int, Range(0, 2**32 - 1)] = 0
-    """Random seed of the held-out split; separate from the seed of training, so runs with different seeds share one
+    """Random seed of the held-out split; separate from the training seed, so runs with different seeds share one
     evaluation split."""
     max_bad_fraction: Annotated[float, Range(0, 1)] = field(default=0.01, metadata=FREE_PER_PROCESS)
     """Stop the run if more than this fraction of a split is unreadable, 0 to 1; one unreadable image is always

@@ -48,8 +48,8 @@ class TransformConfig:
     image_size: Annotated[int, Range(1, IMAGE_SIZE)] | None = None
     """Height and width of the model's input, in pixels; the model's own if not given."""
     crop_pct: Annotated[float, Range(*CROP)] | None = None
-    """Evaluation: fraction of the resized image kept by the center crop; above 1, the image is padded. The model's own
-    if not given."""
+    """Evaluation: fraction of the resized image's side kept by the center crop; above 1, the image is padded. The
+    model's own if not given."""
     interpolation: str | None = None
     """Interpolation for resizing, such as bilinear or bicubic; the model's own if not given."""
     mean: tuple[_Mean, _Mean, _Mean] | None = None
@@ -63,7 +63,7 @@ class TransformConfig:
     hflip: _Probability = 0.5
     """Training: probability of a horizontal flip, 0 to 1."""
     color_jitter: Annotated[float, Range(0, 10)] = 0.0
-    """Training: maximum relative change of brightness, contrast and saturation, such as 0.4; 0 to disable."""
+    """Training: maximum relative change in brightness, contrast and saturation, such as 0.4; 0 to disable."""
     auto_augment: str | None = None
     """Training: augmentation policy in timm's notation, such as rand-m7-mstd0.5, augmix-m3 or 3a."""
     random_erasing: _Probability = 0.0

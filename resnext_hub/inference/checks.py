@@ -50,15 +50,17 @@ def check_request(
         )
     if at_once != "measure" and not (_is_count(at_once) and at_once <= len(example)):
         raise RequestError(
-            f"at_once={shown(repr(at_once))}: expected an int from 1 to {len(example)}, the example's images, or "
-            "'measure'"
+            f"at_once={shown(repr(at_once))}: expected an int from 1 to {len(example)} (the number of example "
+            "images), or 'measure'"
         )
 
 
 def _check_model(model: object) -> None:
     """Raise RequestError unless this is an eager model with floating-point weights, not compiled or quantized."""
     if not isinstance(model, nn.Module):
-        raise RequestError(f"model is a {type(model).__name__}: expected an nn.Module, such as from timm.create_model")
+        raise RequestError(
+            f"model is a {type(model).__name__}: expected an nn.Module, such as one from timm.create_model"
+        )
     if isinstance(model, torch.jit.ScriptModule) or getattr(model, "is_optimized", False):
         raise RequestError(f"model is a {type(model).__name__}, which is already compiled: expected the original model")
     for name, tensor in model.state_dict().items():
@@ -74,7 +76,7 @@ def _check_model(model: object) -> None:
 def _check_images(name: str, images: object) -> None:
     if not isinstance(images, torch.Tensor):
         raise RequestError(
-            f"{name} is a {type(images).__name__}: expected a float32 tensor (N, C, H, W), as from torch.stack"
+            f"{name} is a {type(images).__name__}: expected a float32 tensor (N, C, H, W), such as one from torch.stack"
         )
     if images.is_meta or images.layout != torch.strided:
         raise RequestError(

@@ -124,7 +124,7 @@ class OptimizedModel(nn.Module):
         """
         if not isinstance(images, torch.Tensor):
             raise RequestError(
-                f"images are a {type(images).__name__}: expected a tensor (N, C, H, W), as from torch.stack"
+                f"images are a {type(images).__name__}: expected a tensor (N, C, H, W), such as one from torch.stack"
             )
         if images.device != self._device:
             raise RequestError(f"images are on {images.device}: expected {self._device}, the device of the example")
@@ -277,7 +277,7 @@ def _logits_of(model: nn.Module, example: torch.Tensor) -> torch.Tensor:
             raise
         raise RequestError(
             f"the model does not accept an example of shape {tuple(example.shape)} ({one_line(error)}): expected "
-            "the channels, size and device of its images"
+            "images with the channels, size and device that the model needs"
         ) from error
     if not isinstance(logits, torch.Tensor):
         raise RequestError(f"the model returns a {type(logits).__name__}: expected one tensor, such as logits")

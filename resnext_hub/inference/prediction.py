@@ -273,6 +273,6 @@ def _probabilities(
     found = F.log_softmax(logits / temperature, dim=1).cpu().double().exp()
     if not found.isfinite().all():
         raise RunError(
-            "the probabilities are not finite: check the model's weights, and the mean and std of its config.json"
+            "the probabilities are not finite: check the model's weights, and the mean and std in its config.json"
         )
     return found

@@ -48,8 +48,8 @@ def fetch_file(where: str, repo_id: str, filename: str, revision: str | None, hi
         path = Path(hf_hub_download(repo_id, filename, revision=revision))
     except LocalEntryNotFoundError as error:
         raise RunError(
-            f"{where}: the Hub could not be reached for {filename} of {shown}, and it is not in the cache; try again "
-            f"later{hint}"
+            f"{where}: {filename} of {shown} is not in the cache, and the Hub could not be reached; try again later"
+            f"{hint}"
         ) from error
     except RevisionNotFoundError as error:
         raise RequestError(f"{where}: {shown} has no revision {printable(revision)}") from error

@@ -213,8 +213,8 @@ def _split_kind(requested: str, where: str) -> tuple[str | None, str]:
         return prefix.replace("_", "-"), rest
     if colon or "/" in requested or os.sep in requested:
         raise RequestError(
-            f"{where} is not the name of a model; for a repository on the Hub use "
-            f"hf-hub:{printable(rest or prefix)}, for a folder local-dir:{printable(rest or prefix)}"
+            f"{where} is not the name of a model; use hf-hub:{printable(rest or prefix)} for a "
+            f"repository on the Hub, or local-dir:{printable(rest or prefix)} for a folder"
         )
     return None, requested
 

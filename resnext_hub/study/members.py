@@ -15,7 +15,7 @@ TOLERANCE = 0.02
 """Largest relative deviation of a member's counted cost from its target."""
 
 KINDS = {
-    "cardinality": "several cardinalities, with widths solved for equal cost (paper, Table 3: 1x64d to 32x4d)",
+    "cardinality": "several cardinalities, with widths chosen for equal cost (paper, Table 3: 1x64d to 32x4d)",
     "doubling": "twice the cost by depth, by width and by cardinality (paper, Table 4)",
     "shortcuts": "ResNet and ResNeXt with and without residual connections, at equal cost (paper, section 5.1)",
     "resnet": "ResNet vs. ResNeXt at equal cost, with training curves (paper, Figure 5)",
@@ -68,7 +68,7 @@ class Member:
     name: str
     """Name in the report, such as `32x4d`."""
     variant: Variant
-    """The architecture; its name is the one that `timm.create_model` builds with `variant.model_args`."""
+    """The architecture; `timm.create_model` builds it from its name and `variant.model_args`."""
     target: int
     """Parameters or multiply-adds that it should have."""
     cost: Complexity

@@ -141,7 +141,7 @@ class Study:
     design: Design
     folder: StudyFolder
     threads: int
-    """Computing threads of each run."""
+    """CPU threads of each run."""
 
     @property
     def train_config(self) -> TrainConfig:

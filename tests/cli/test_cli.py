@@ -108,7 +108,10 @@ def test_released_weights_without_the_hub_say_what_would_work(command: Command, 
     flags = ("--model", "resnext_g32", "--pretrained", "--output-dir", tmp_path / "run")
     code, _, err = command("train", *TINY, *flags)
     assert code == 1
-    assert "the Hub could not be reached for model.safetensors of timm/resnext50_32x4d.a1h_in1k" in err
+    assert (
+        "model.safetensors of timm/resnext50_32x4d.a1h_in1k is not in the cache, and the Hub could not be reached"
+        in err
+    )
 
 
 def _train_without_rights(folder: Path, errors: Path) -> None:

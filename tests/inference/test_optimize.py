@@ -602,7 +602,7 @@ def test_an_invalid_width_or_factor_is_refused(merge: Any) -> None:
 
 @mark.parametrize("at_once", [0, -1, 3, 1.5, 2.0, True, None, "all", "2", [1]])
 def test_an_invalid_batch_size_is_refused(at_once: Any) -> None:
-    with raises(RequestError, match=r"^at_once=[^\n]*: expected an int from 1 to 2, the example's images"):
+    with raises(RequestError, match=r"^at_once=[^\n]*: expected an int from 1 to 2 \(the number of example images\)"):
         quick(classifier(), some_images(2, 16), at_once=at_once)
 
 

@@ -238,7 +238,7 @@ def test_a_model_on_an_unreachable_hub_exits_with_1(command: Command, tmp_path: 
     write_images(tmp_path / "images", 1, 100)
     code, _, err = command("predict", "hf-hub:me/vehicles", tmp_path / "images")
     assert code == 1
-    assert "hf-hub:me/vehicles: the Hub could not be reached for config.json of me/vehicles" in err
+    assert "hf-hub:me/vehicles: config.json of me/vehicles is not in the cache, and the Hub could not be reached" in err
 
 
 def test_paths_without_images_exit_with_2(vehicles_run: Path, command: Command, tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def _read(path: Path, dimensions: int) -> np.ndarray:
                 raise RequestError(f"{printable(path)} is not an IDX file of {dimensions} dimensions; {_REMEDY}")
             count = int(np.prod(shape, dtype=object))
             if count + shape[0] * len(_header(shape)) > _MOST_BYTES:
-                raise RequestError(f"{printable(path)} has {' x '.join(map(str, shape))} bytes, which is too large")
+                raise RequestError(f"{printable(path)} declares {' x '.join(map(str, shape))} bytes, which is too many")
             data = file.read(count)
             more = file.read(1)
     except (OSError, EOFError, zlib.error) as error:
