@@ -87,7 +87,7 @@ def _plain_loader() -> type:
 
         def compose_node(self, parent: Any, index: Any) -> Any:
             """Refuse aliases and tags: a short file could fill the memory with them, or name code."""
-            event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+            event: Any = self.peek_event()  # type: ignore[no-untyped-call] # not in the stubs
             start: Any = event.start_mark
             if event.__class__ is yaml.AliasEvent:
                 raise MarkedYAMLError(problem="aliases are not supported", problem_mark=start)

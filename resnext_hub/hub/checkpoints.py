@@ -92,6 +92,7 @@ class CheckpointPusher:
             with snapshot as folder:
                 try:
                     with no_bars():  # the run draws its own
+                        # mypy cannot infer the type of a lambda with a default
                         persist(lambda folder=folder: self._upload(Path(folder)), self.repo_id)  # type: ignore[misc]
                 except HUB_ERRORS as error:
                     _logger.warning(

@@ -231,7 +231,7 @@ def _compare(saved: SavedModel, found: _Shapes, expected: _Shapes, head: frozens
 
 def classifier_names(model: nn.Module) -> frozenset[str]:
     """Return the names of the classifier's tensors."""
-    head: Any = model.get_classifier()  # type: ignore[operator]
+    head: Any = model.get_classifier()  # type: ignore[operator] # a method of every timm model
     heads = head if isinstance(head, (tuple, list, nn.ModuleList)) else [head]
     prefixes = [name for name, module in model.named_modules() if any(module is part for part in heads)]
     return frozenset(

@@ -82,7 +82,7 @@ def _start_accelerator(plan: Plan) -> "Accelerator":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS for deterministic algorithms
     torch.use_deterministic_algorithms(deterministic)
     # filling uninitialized memory costs time, and no code here reads it
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # a property
     torch.backends.cudnn.benchmark = not deterministic
     return accelerator
 

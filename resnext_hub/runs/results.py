@@ -149,7 +149,7 @@ def _record_of(plan: Plan, outcome: Outcome, accelerator: "Accelerator", weights
             device=accelerator.device.type,
             name=processor_name(accelerator.device),
             threads=torch.get_num_threads(),
-            mixed_precision=plan.precision,  # type: ignore[arg-type]
+            mixed_precision=plan.precision,  # type: ignore[arg-type] # resolved, so it is one of the allowed values
         ),
         processes=accelerator.num_processes,
         git_commit=git_commit(),

@@ -34,8 +34,8 @@ class BaseConfig:
     stem: Literal["cifar", "imagenet"] = "cifar"
     """cifar: 3x3 convolution at full resolution, three stages; imagenet: 7x7 convolution and pooling, four stages."""
     width_scale: Annotated[float, Range(1 / 64, 8)] = 0.5
-    """Multiplier for the channels of all stages; 1 is the width of the paper. Names of members, such as 32x4d, give the
-    width before it is applied."""
+    """Multiplier for the channels of all stages; 1 is the width of the paper. The d in a member's name, such as
+    32x4d, is its width before scaling."""
     match: Literal["parameters", "macs"] = "parameters"
     """Cost that members have in common: parameters, or multiply-adds."""
 
@@ -174,7 +174,7 @@ def _doubling(solver: "_Solver", plain: Variant, cost: int) -> Design:
 
 @dataclass(frozen=True, kw_only=True)
 class _Solver:
-    """Finds group widths that give an architecture a certain cost."""
+    """Finds the group widths at which an architecture has a certain cost."""
 
     base: BaseConfig
     image_size: int
@@ -182,9 +182,11 @@ class _Solver:
     in_chans: int
 
     def cost(self, variant: Variant) -> Complexity:
+        """Return the cost of an architecture with this study's images and classes."""
         return complexity_of(variant, self.image_size, self.num_classes, self.in_chans)
 
     def counted(self, variant: Variant) -> int:
+        """Return the cost that members have in common: parameters or multiply-adds."""
         found: int = getattr(self.cost(variant), self.base.match)
         return found
 

@@ -94,6 +94,11 @@ class _Runner:
         self._signal: signal.Signals | None = None
 
     def run(self) -> list[Failure]:
+        """Train all waiting runs; return those that failed in spite of retries.
+
+        Raises:
+            StoppedRun: After SIGTERM or Ctrl-C.
+        """
         done = len(self._all) - len(self._waiting)
         if done:
             _logger.info("%d of %d runs are finished already", done, len(self._all))
