@@ -82,11 +82,11 @@ def run(options: argparse.Namespace) -> None:
     if options.dry_run:
         _print_plan(study)
         return
-    claim_folder(study)
     failures = []
     if options.merge:
         take_over(study, options.merge)
     else:
+        claim_folder(study)
         failures = train_runs(study, options.shard or Shard())
     result = collect(study, tuple(failures), inference_speed(study))
     write_report(result)

@@ -9,7 +9,7 @@ from typing import Any
 
 from resnext_hub.errors import RequestError, setting
 from resnext_hub.files import new_folder, read_json
-from resnext_hub.study.plan import Study, StudyFolder, read_study
+from resnext_hub.study.plan import Study, StudyFolder, claim_folder, read_study
 from resnext_hub.study.runner import finished_record
 from resnext_hub.text import printable
 
@@ -17,10 +17,10 @@ _logger = logging.getLogger(__name__)
 
 
 def take_over(study: Study, folders: Sequence[Path]) -> None:
-    """Copy the finished runs that this study does not have.
+    """Claim the folder of a study, and copy the finished runs that it does not have.
 
     Args:
-        study: The study; its folder has the architectures of its members.
+        study: The study; nothing is written if one of the folders is refused.
         folders: Folders of the same study, or of another kind with the same base, dataset and settings.
 
     Raises:
@@ -29,12 +29,13 @@ def take_over(study: Study, folders: Sequence[Path]) -> None:
     others = [StudyFolder(folder) for folder in folders]
     identity = {name: value for name, value in study.identity().items() if name != "kind"}
     for other in others:
-        content = read_study(other)
+        content = read_study(other, "merge")
         differing = [name for name, value in identity.items() if content.get(name) != value]
         if differing:
             raise RequestError(
                 f"{setting('merge', other)} contains another study: it differs in {', '.join(differing)}"
             )
+    claim_folder(study)
     for other in others:
         copied = 0
         theirs = {architecture: path.name for path, architecture in _architectures(other)}

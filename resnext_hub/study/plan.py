@@ -305,18 +305,22 @@ def _require_same(study: Study) -> None:
         raise RequestError(f"{printable(folder)} contains another study: {'; '.join(differing)}; {way_out}")
 
 
-def read_study(folder: StudyFolder) -> dict[str, Any]:
+def read_study(folder: StudyFolder, flag: str = "study_dir") -> dict[str, Any]:
     """Return the content of study.yaml.
+
+    Args:
+        folder: The study folder.
+        flag: The setting that named the folder, for errors.
 
     Raises:
         RequestError: If it cannot be read, or has another format version.
     """
-    content = read_yaml(folder.config, f"restore the file, or choose another {setting('study_dir')}")
+    content = read_yaml(folder.config, f"restore the file, or choose another {setting(flag)}")
     version = content.get("format_version")
     if version != STUDY_VERSION or isinstance(version, bool):
         raise RequestError(
             f"{printable(folder.config)} has format version {printable(version)[:40]}; this version of resnext-hub "
-            f"reads version {STUDY_VERSION}; update resnext-hub, or choose another {setting('study_dir')}"
+            f"reads version {STUDY_VERSION}; update resnext-hub, or choose another {setting(flag)}"
         )
     if content.get("kind") not in KINDS:
         raise RequestError(f"{printable(folder.config)} is damaged: its kind is {printable(content.get('kind'))[:40]}")

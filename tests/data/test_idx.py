@@ -123,3 +123,9 @@ def test_damaged_idx_files_are_refused_by_name(mnist: Path, damage: str) -> None
 def test_streaming_idx_files_is_refused(mnist: Path) -> None:
     with raises(RequestError, match="streaming"):
         load_splits(DataConfig(dataset=str(mnist), streaming=True))
+
+
+@mark.parametrize("name", [TRAIN, LABEL])
+def test_a_single_idx_file_is_refused_with_the_way_out(mnist: Path, name: str) -> None:
+    with raises(RequestError, match="is one of several IDX files; use its folder as dataset"):
+        load_splits(DataConfig(dataset=str(mnist / name)))

@@ -191,6 +191,11 @@ def test_runs_of_another_kind_of_study_are_taken_over_where_architecture_and_set
     assert [run["weights_sha256"] for run in report["members"][0]["runs"]] == [
         run["weights_sha256"] for run in grid["runs"]
     ]
+    code, _, err = command(*words, "--study-dir", tmp_path / "other", "--merge", tmp_path)
+    assert code == 2
+    assert "study.yaml cannot be read" in err
+    assert "choose another --merge" in err
+    assert not (tmp_path / "other").exists()
     code, _, err = command(*words, "--study-dir", tmp_path / "other", "--merge", alone, "--lr", "0.01")
     assert code == 2
     assert "it differs in lr" in err

@@ -43,6 +43,11 @@ class _Pair:
     labels: Path | None = None
 
 
+def is_idx(name: str) -> bool:
+    """Return whether a file has the name of an IDX file with images or labels."""
+    return _NAME.fullmatch(name) is not None
+
+
 class IdxFiles:
     """A folder with files such as `train-images-idx3-ubyte.gz` and `train-labels-idx1-ubyte.gz`."""
 

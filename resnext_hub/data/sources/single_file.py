@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from resnext_hub.data.sources.idx import is_idx
 from resnext_hub.data.sources.parquet import open_parquet
 from resnext_hub.data.sources.refusals import LAYOUTS, TABLE_SUFFIXES
 from resnext_hub.data.sources.shards import Shards, splits_of
@@ -39,6 +40,8 @@ class SingleFile:
                 f"{name} is a table, but not a parquet file; rename it to metadata.csv with the columns file_name and "
                 f"label, and use its folder as {setting('dataset')}"
             )
+        if is_idx(path.name):
+            raise RequestError(f"{name} is one of several IDX files; use its folder as {setting('dataset')}")
         if not path.is_file():
             raise RequestError(f"{name} is neither a folder nor a regular file; expected a folder with {LAYOUTS}")
         what = "an image" if is_image(path.name) else "a file"
