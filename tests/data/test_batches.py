@@ -114,7 +114,7 @@ def test_a_killed_worker_is_reported_in_one_line() -> None:
     batches = read_batches(build_loader(KillsWorker(torch.uint8), places, 1, False))
     with raises(
         RunError,
-        match=r"^a data-loading worker exited unexpectedly \(.*\); if memory ran out, .* reduce workers or batch_size$",
+        match=r"^a data-loading worker exited unexpectedly \(.*\); if memory ran out \(.*\), reduce workers or batch_size$",
     ):
         list(batches)
 
