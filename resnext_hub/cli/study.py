@@ -139,7 +139,7 @@ def _print_plan(study: Any) -> None:
         )
     write(table(rows))
     count = study.config.seeds
-    total = count * sum(seconds.values()) / study.config.jobs / 60
+    total = count * sum(seconds.values()) / study.jobs / 60
     write(
         f"\n{len(study.runs)} runs ({count} {'seed' if count == 1 else 'seeds'}), about {total:.0f} minutes of "
         "training on this machine, excluding startup and evaluation\n"

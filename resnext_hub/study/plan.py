@@ -15,6 +15,7 @@ from resnext_hub.data.splits import Splits, load_splits
 from resnext_hub.data.transforms import resolve_input
 from resnext_hub.errors import RequestError, setting
 from resnext_hub.files import write_atomic, write_json
+from resnext_hub.machine import cores, device_type
 from resnext_hub.models.input_config import InputConfig
 from resnext_hub.models.lookup import find_model
 from resnext_hub.processes.launcher import processes
@@ -35,6 +36,9 @@ STUDIES = Path("studies")
 RECIPE = "study"
 """The recipe of members, unless another one is named."""
 
+_MOST_JOBS = 4
+"""Most runs in parallel by default; each takes about a gigabyte of memory."""
+
 OWN = frozenset(
     {"model", "pretrained", "seed", "threads", "push_to_hub", "push_checkpoints", "repo_id", "license", "private"}
 )
@@ -47,8 +51,9 @@ class StudyConfig:
 
     seeds: Annotated[int, Range(1, 1000)] = 5
     """Runs of each member, with the seeds 0, 1, 2 and so on; rerun with more to extend an existing study."""
-    jobs: Annotated[int, Range(1, 256)] = 1
-    """Runs to train in parallel; they share the machine's cores."""
+    jobs: Annotated[int, Range(1, 256)] | None = None
+    """Runs to train in parallel, which share the CPU cores; if not given, 1 with an accelerator, else one per core, up
+    to 4."""
     retries: Annotated[int, Range(0, 100)] = 1
     """Further attempts for a run that fails; it resumes from its last checkpoint."""
 
@@ -140,8 +145,13 @@ class Study:
     input: InputConfig
     design: Design
     folder: StudyFolder
-    threads: int
-    """CPU threads of each run."""
+    jobs: int
+    """Runs to train in parallel."""
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of each run."""
+        return max(1, cores() // self.jobs)
 
     @property
     def train_config(self) -> TrainConfig:
@@ -234,10 +244,15 @@ def plan_study(
         input=input,
         design=design(kind, base, cardinalities, input.image_size, len(splits.label_names), input.channels),
         folder=StudyFolder(study_dir or STUDIES / f"{kind}-{slug}"),
-        threads=max(1, (os.cpu_count() or 1) // config.jobs),
+        jobs=config.jobs or _jobs(),
     )
     _require_same(study)
     return study
+
+
+def _jobs() -> int:
+    """Return how many runs train in parallel by default: on a CPU, small models gain little from more threads."""
+    return min(_MOST_JOBS, cores()) if device_type() == "cpu" else 1
 
 
 def claim_folder(study: Study) -> None:

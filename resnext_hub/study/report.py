@@ -145,7 +145,7 @@ def _row(result: StudyResult, found: MemberResult, difference: Difference | None
 def _table_notes(result: StudyResult, machine: dict[str, Any]) -> str:
     study = result.study
     packages = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    beside = f", {study.config.jobs} runs in parallel" if study.config.jobs > 1 else ""
+    beside = f", {study.jobs} runs in parallel" if study.jobs > 1 else ""
     return (
         f"Accuracy: mean ± sample standard deviation over the seeds. Multiply-adds and activations are per image at "
         f"{study.input.image_size} px. Training: median throughput of the runs, with groups merged where that was "

@@ -104,7 +104,7 @@ class _Runner:
             _logger.info("%d of %d runs are finished already", done, len(self._all))
         with self._stop_on_signals():
             while (self._waiting or self._running) and self._signal is None:
-                while self._waiting and len(self._running) < self._study.config.jobs:
+                while self._waiting and len(self._running) < self._study.jobs:
                     self._start(self._waiting.pop(0))
                 time.sleep(POLL)
                 for job in [job for job in self._running if job.process is not None and job.process.poll() is not None]:

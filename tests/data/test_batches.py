@@ -112,10 +112,8 @@ class KillsWorker(Samples):
 def test_a_killed_worker_is_reported_in_one_line() -> None:
     places = [[place] for place in range(40)]
     batches = read_batches(build_loader(KillsWorker(torch.uint8), places, 1, False))
-    with raises(
-        RunError,
-        match=r"^a data-loading worker exited unexpectedly \(.*\); if memory ran out \(.*\), reduce workers or batch_size$",
-    ):
+    advice = r"if memory ran out \(in a container, possibly /dev/shm\), reduce workers or batch_size"
+    with raises(RunError, match=rf"^a data-loading worker exited unexpectedly \(.*\); {advice}$"):
         list(batches)
 
 

@@ -24,6 +24,7 @@ from support.processes import ROOT
 from support.records import a_record
 
 from resnext_hub.errors import RunError
+from resnext_hub.machine import cores
 from resnext_hub.record import RunRecord
 from resnext_hub.study.members import BaseConfig
 from resnext_hub.study.plan import Study, StudyConfig, claim_folder, plan_study
@@ -273,6 +274,14 @@ def test_a_wrong_request_is_refused_before_anything_runs(
     assert code == 2
     assert message in err
     assert not list(tmp_path.glob("study/runs/*"))
+
+
+def test_on_a_cpu_runs_train_in_parallel_by_default_and_share_the_cores(tmp_path: Path) -> None:
+    base, folder = BaseConfig(depth=11, width_scale=0.25), tmp_path / "study"
+    study = plan_study("shortcuts", base, StudyConfig(), {"image_size": 8}, study_dir=folder)
+    assert (study.jobs, study.threads) == (min(4, cores()), max(1, cores() // 4))
+    alone = plan_study("shortcuts", base, StudyConfig(jobs=1), {"image_size": 8}, study_dir=folder)
+    assert (alone.jobs, alone.threads) == (1, cores())
 
 
 SURE = ([(0, 120)], [(1, 120)], [(2, 120)])
