@@ -13,8 +13,10 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     parser.add_argument("run", type=existing_path, help="run folder, or study folder")
-    parser.add_argument("--repo-id", metavar="OWNER/NAME", help="Hub repository; created if it does not exist")
-    parser.add_argument("--license", help="license of the weights or the report, such as apache-2.0")
+    parser.add_argument(
+        "--repo-id", metavar="OWNER/NAME", help="Hub repository (required); created if it does not exist"
+    )
+    parser.add_argument("--license", help="license of the weights or the report (required), such as apache-2.0")
     parser.add_argument("--private", action="store_true", help="if the repository does not exist, create it as private")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
     parser.add_argument("--revision", default="main", metavar="BRANCH", help="branch to commit to (default: main)")

@@ -285,8 +285,8 @@ def _check_named(dataset: str, column: str, names: Sequence[Any]) -> None:
     blank = [i for i, name in enumerate(names) if name is None or not str(name).strip()]
     if blank:
         raise RequestError(
-            f"column {printable(column)} of {dataset} has a class without a name (number {blank[0]} of "
-            f"{listing(names, 4)}); name it in the ClassLabel"
+            f"column {printable(column)} of {dataset} has a class without a name (index {blank[0]} in "
+            f"{listing(names, 4)}); give it a name in the ClassLabel"
         )
 
 

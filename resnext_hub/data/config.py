@@ -14,7 +14,8 @@ class DataConfig:
     """
 
     dataset: str = "digits"
-    """Bundled `digits`, a folder with one subfolder per class, parquet files, or a dataset ID on the Hub."""
+    """Bundled `digits`, a folder with one subfolder per class, a table of file names and labels, parquet files, or a
+    dataset ID on the Hub."""
     dataset_config: str | None = None
     """Configuration (subset) to use if a Hub dataset, or a local clone of one, has several."""
     dataset_revision: str | None = None

@@ -101,7 +101,7 @@ def _values(data: bytes, header: Header, count: int, kind: np.dtype) -> np.ndarr
 
 def _plain(data: bytes, header: Header) -> np.ndarray:
     if len(data) > _PLAIN_BYTES:
-        raise ValueError(f"a plain Netpbm file of more than {_PLAIN_BYTES} bytes; store it binary, or as PNG")
+        raise ValueError(f"a plain Netpbm file of more than {_PLAIN_BYTES} bytes; store it as binary Netpbm or as PNG")
     if data.count(b"#", header.end) > _COMMENTS:
         raise ValueError(f"more than {_COMMENTS} comments")
     count = header.width * header.height * header.channels

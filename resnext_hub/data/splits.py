@@ -154,7 +154,8 @@ def _streamed(source: OpenDataset, found: _Found, train: LabelledTable, evaluati
     if evaluation is None:
         raise RequestError(
             f"{setting('streaming', True)} needs an evaluation split, because none can be held out from a stream; "
-            f"{name} has {listing(source.tables)}: choose one with {setting('eval_split')}"
+            f"{name} has {'the split' if len(source.tables) == 1 else 'the splits'} {listing(source.tables)}; choose "
+            f"one with {setting('eval_split')}"
         )
     label_names = class_names(name, found.label_column, train, evaluation)
     streams = [

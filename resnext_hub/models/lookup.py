@@ -1,4 +1,4 @@
-"""Look up models by name, `hf-hub:owner/repo` or `local-dir:folder`, and build them."""
+"""Look up models by name, `hf-hub:owner/name` or `local-dir:folder`, and build them."""
 
 import difflib
 import os
@@ -112,11 +112,11 @@ def find_classifier(where: str, *, verify: bool = False) -> ModelSource:
     if folder.suffix in (".onnx", ".xml", ".bin") and os.path.isfile(folder):
         raise RequestError(
             f"{printable(where)} is a file for another runtime: expected the folder that it was exported from; "
-            "docs/how-to/export.md shows how to use it"
+            "load it with that runtime"
         )
     raise RequestError(
         f"{printable(where)} is not a trained model: expected the folder of a finished run, a folder with {CONFIG} and "
-        f"{WEIGHTS}, or hf-hub:owner/repo"
+        f"{WEIGHTS}, or hf-hub:owner/name"
     )
 
 
@@ -126,7 +126,7 @@ def find_model(
     """Look up a model, and its weights if requested, without building it.
 
     Args:
-        requested: A timm name, with or without a tag; `hf-hub:owner/repo[@revision]`; or `local-dir:folder`.
+        requested: A timm name, with or without a tag; `hf-hub:owner/name[@revision]`; or `local-dir:folder`.
         pretrained: Whether to start from its weights; None means no for a name and yes otherwise.
         where: How messages name it; as the setting `model` if not given.
         verify: Verify the files of a repository on the Hub against the hashes that the Hub lists.
@@ -204,7 +204,7 @@ def _absolute(folder: str) -> Path:
 
 
 def _split_kind(requested: str, where: str) -> tuple[str | None, str]:
-    """Split `hf-hub:owner/repo` and `local-dir:folder`; a plain name has no kind.
+    """Split `hf-hub:owner/name` and `local-dir:folder`; a plain name has no kind.
 
     A path without a prefix is refused here because older versions of timm take its last part as a name.
     """

@@ -412,7 +412,7 @@ def _check_widths(name: str, widths: object, stages: int) -> None:
 
 def _check_layers(layers: object) -> None:
     if not isinstance(layers, (list, tuple)) or not 3 <= len(layers) <= 4:
-        raise ValueError(f"layers={layers!r}: expected the numbers of blocks of three or four stages")
+        raise ValueError(f"layers={layers!r}: expected a number of blocks for each of three or four stages")
     for depth in layers:
         _check_count("layers", depth, 1, BLOCKS)
 

@@ -216,15 +216,15 @@ def _compare(saved: SavedModel, found: _Shapes, expected: _Shapes, head: frozens
         rows = found[name][0][:1]
         if rows not in ((), (config.num_classes,)) and found[name][0][1:] == expected[name][0][1:]:
             raise RequestError(
-                f"{saved.where}: {CONFIG} has num_classes {config.num_classes}: expected {rows[0]}, the rows of "
-                f"{name} in {WEIGHTS}; {WAY_OUT}"
+                f"{saved.where}: {CONFIG} has num_classes {config.num_classes}: expected {rows[0]}, the number of rows "
+                f"of {name} in {WEIGHTS}; {WAY_OUT}"
             )
     problems = _differences(found, expected)
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         stated = f" with {_shown(config.model_args)}" if config.model_args else ""
         raise RequestError(
-            f"{saved.where}: {WEIGHTS} does not match {CONFIG}, a {config.architecture}{stated}: "
+            f"{saved.where}: {WEIGHTS} does not match the architecture in {CONFIG} ({config.architecture}{stated}): "
             f"{'; '.join(problems[:3])}{more}"
         )
 
@@ -286,7 +286,7 @@ def _bound_header(weights: Path) -> None:
         start = file.read(8)
     length = int.from_bytes(start, "little")
     if len(start) == 8 and length > HEADER_BYTES:  # safetensors reports a shorter file itself
-        raise SafetensorError(f"its header states {length:,} bytes; expected at most {HEADER_BYTES:,}")
+        raise SafetensorError(f"it declares a header of {length:,} bytes; expected at most {HEADER_BYTES:,}")
 
 
 def _damaged(where: str, weights: Path, error: Exception) -> RequestError:

@@ -47,11 +47,12 @@ def load_weights(
             state_dict = load_state_dict(str(source), weights_only=True)
         except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:  # timm's versions differ
             raise ValueError(
-                f"{source} is not a weights file, or contains more than tensors, which are never unpickled: {error}"
+                f"{source} is not a weights file, or contains objects other than tensors, which are never unpickled: "
+                f"{error}"
             ) from error
     if not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state_dict.items()):
         raise ValueError(
-            f"{source if isinstance(source, (str, Path)) else 'the state dict'} contains more than tensors"
+            f"{source if isinstance(source, (str, Path)) else 'the state dict'} contains objects other than tensors"
         )
     state_dict = {name: state_dict[key] for name, key in strip_wrapper(state_dict).items()}
 

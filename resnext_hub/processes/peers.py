@@ -285,7 +285,7 @@ def _check_in(store: distributed.Store, place: Place) -> None:
             if processes != place.processes:
                 _wait_until_read(store, place, waited_for)
                 raise RequestError(
-                    f"host {printable(host)} (rank {waited_for}) was started with WORLD_SIZE {processes}, rank "
+                    f"rank {waited_for} (host {printable(host)}) was started with WORLD_SIZE {processes}, but rank "
                     f"{place.rank} with {place.processes}; start every process with the same WORLD_SIZE"
                 )
     except RuntimeError as error:

@@ -136,8 +136,8 @@ class TrainConfig:
     model: str = "resnext_g32"
     """timm model name, hf-hub:owner/name, or local-dir:FOLDER."""
     pretrained: bool | None = None
-    """Start from pretrained weights; if not given, on for hf-hub: and local-dir: models and in the recipe finetune,
-    else off."""
+    """Start from pretrained weights; by default, on for models given as hf-hub:... or local-dir:... and in the recipe
+    finetune, otherwise off."""
     drop_rate: Annotated[float, Range(0, 1, below=True)] = 0.0
     """Dropout probability before the classifier, at least 0 and below 1."""
     drop_path: Annotated[float, Range(0, 1, below=True)] = 0.0

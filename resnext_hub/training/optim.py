@@ -23,8 +23,8 @@ class OptimConfig:
     optimizer: str = "sgd"
     """Name of a timm optimizer, such as sgd, adamw or lamb."""
     lr: Annotated[float, Range(0, 1000, above=True)] | None = None
-    """Peak learning rate; derived from the optimizer, the global batch size and, for SGD, whether the weights are
-    pretrained, if not given."""
+    """Peak learning rate; if not given, derived from the optimizer, the global batch size and, for SGD, whether the
+    weights are pretrained."""
     momentum: Annotated[float, Range(0, 1, below=True)] = 0.9
     """Momentum, at least 0 and below 1, for optimizers that use it."""
     weight_decay: Annotated[float, Range(0, 1000)] = 1e-4

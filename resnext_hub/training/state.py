@@ -199,7 +199,9 @@ class TrainingState:
         facts = checkpoint.facts
         checkpoint.require_settings(fixed_settings(self.plan.config))
         if checkpoint.step > self.plan.schedule.steps:
-            raise checkpoint.mismatch(f"it is at step {checkpoint.step} of a run of {self.plan.schedule.steps} steps")
+            raise checkpoint.mismatch(
+                f"it was written at step {checkpoint.step}, but this run has only {self.plan.schedule.steps} steps"
+            )
         self._restore_tensors(checkpoint)
         self.step, self.resumes = checkpoint.step, facts.resumes + 1
         self.skipped_steps = facts.skipped_steps

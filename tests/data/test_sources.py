@@ -163,9 +163,9 @@ def test_class_folders_may_have_any_name(tmp_path: Path, files: list[str], names
         ),
         ([*classes("train/"), *flat("unlabelled")], ["(train), and other folders beside them", "layout=classes"]),
         ([*flat("train"), *classes("val/")], ["but no class folders in train"]),
-        ([*flat("images"), "labels.csv"], ["labels.csv", "metadata.csv", "file_name"]),
-        ([*flat("images", "masks"), "train.csv"], ["train.csv", "metadata.csv"]),
-        (["0.png", "1.png", "classes.jsonl"], ["classes.jsonl", "metadata.csv"]),
+        ([*flat("images"), "labels.csv"], ["its table labels.csv does not list its images; expected a CSV, TSV"]),
+        ([*flat("images", "masks"), "train.csv"], ["its table train.csv does not list its images"]),
+        (["0.png", "1.png", "classes.jsonl"], ["classes.jsonl cannot be read as jsonl"]),
         (["0.png", "1.png"], ["has images (.png: 2) but no class folders", "one folder per class"]),
         (flat("images"), ["a single class, images (.png: 3)", "one folder per class"]),
         (["a.zip", "b.zip"], ["archives (a.zip, b.zip)", "unpack"]),
@@ -224,7 +224,8 @@ def test_the_layout_setting_decides_whether_folders_are_classes_or_splits(tmp_pa
     [
         ("a.zip", "is an archive; unpack it"),
         ("a.tar.gz", "is an archive; unpack it"),
-        ("labels.csv", "is a table, but not a parquet file; rename it to metadata.csv"),
+        ("labels.json", "is a table in a format that is not supported; convert it to CSV, TSV, JSON lines or parquet"),
+        ("labels.csv", "has no column of images, or of the names of images in"),
         ("cat.png", "is an image, but not a parquet file; expected a folder"),
         ("notes.txt", "is a file, but not a parquet file; expected a folder"),
     ],
@@ -553,12 +554,14 @@ def test_a_table_of_splits_beside_class_folders_raises_an_error(tmp_path: Path) 
     rows = [f"{path},{path[:3]},{('train', 'test')[path[4] == '2']}" for path in classes()]
     fill(tmp_path, classes())
     write_csv(tmp_path / "birds.csv", "filepath,name,data set", *rows)
-    assert "birds.csv lists images of the dataset, but is not used; if it defines classes or splits" in refused(
-        tmp_path
-    )
+    message = refused(tmp_path)
+    assert "birds.csv lists images of the dataset, but is not used; if it defines the classes or splits" in message
+    assert f"use dataset={tmp_path / 'birds.csv'}" in message
+    assert (len(load(tmp_path / "birds.csv").train), len(load(tmp_path / "birds.csv").eval)) == (4, 2)
     (tmp_path / "birds.csv").unlink()
     (tmp_path / "parts.json").write_text(json.dumps({"train": classes()[:4], "test": classes()[4:]}))
     assert "parts.json lists images of the dataset, but is not used" in refused(tmp_path)
+    assert "convert it to CSV, and use that file" in refused(tmp_path)
 
 
 def test_only_the_beginning_of_a_huge_table_is_searched(tmp_path: Path) -> None:
@@ -747,7 +750,7 @@ def test_a_table_with_far_more_rows_than_images_raises_an_error(
     fill(tmp_path, ["0.png", "1.png"])
     table = datasets.Dataset.from_dict({"file_name": ["0.png", "1.png"] * 100, "label": ["a", "b"] * 100})
     {"csv": table.to_csv, "jsonl": table.to_json, "parquet": table.to_parquet}[kind](tmp_path / f"metadata.{kind}")
-    assert "(more than 120 rows for 2 images; keep only rows of existing images)" in refused(tmp_path)
+    assert "(more than 120 rows; keep only rows of existing images)" in refused(tmp_path)
 
 
 # Links, special files, names
@@ -1526,7 +1529,7 @@ def test_a_stream_with_text_that_is_not_utf8_raises_an_error(tmp_path: Path) -> 
 def test_a_class_without_a_name_raises_an_error(tmp_path: Path, blank: str, streaming: bool) -> None:
     for split in ("train", "test"):
         write(tmp_path / f"{split}.parquet", [0, 1] * 4, named("a", blank))
-    assert "has a class without a name (number 1 of a, " in refused(tmp_path, streaming=streaming)
+    assert "has a class without a name (index 1 in a, " in refused(tmp_path, streaming=streaming)
 
 
 def write_at(path: Path, labels: Sequence[object], time: int = 315532800, kind: object = None) -> Path:
@@ -1668,7 +1671,7 @@ def test_an_unwritable_cache_raises_an_error(tmp_path: Path, monkeypatch: Monkey
 def test_a_local_folder_called_digits_requires_a_decision(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     fill(tmp_path, classes("digits/"))
-    assert "use dataset=./digits for the local one, or dataset=bundled:digits" in refused("digits")
+    assert "use dataset=./digits for that one, or dataset=bundled:digits" in refused("digits")
     assert load("./digits").label_names == ("cat", "dog")
     assert load("bundled:digits").dataset_id == "digits"
     assert "no such bundled dataset; the only one is bundled:digits" in refused("bundled:mnist")

@@ -207,7 +207,8 @@ def test_datasets_that_cannot_be_streamed_raise_an_error(tmp_path: Path) -> None
         load_splits(DataConfig(streaming=True))
     write_shard(tmp_path / "train-0.parquet", [png(1)] * 4)
     with raises(
-        RequestError, match=r"^streaming=True needs an evaluation split, .* has train: choose one with eval_split$"
+        RequestError,
+        match=r"^streaming=True needs an evaluation split, .* has the split train; choose one with eval_split$",
     ):
         load_splits(DataConfig(dataset=str(tmp_path), streaming=True))
     write_shard(tmp_path / "train-0.parquet", [png(1)] * 4, datasets.Value("int64"))

@@ -221,7 +221,7 @@ def test_an_invalid_model_exits_with_2_and_one_line(vehicles_run: Path, command:
         ("resnext_g8", "resnext_g8 has no released weights; use one of resnext101_g1"),
         (tmp_path, "is not a trained model"),
         (unnamed, "1 names for 1000 classes: expected one per class"),
-        (foreign, "model.safetensors does not match config.json, a test_vit"),
+        (foreign, "model.safetensors does not match the architecture in config.json (test_vit"),
         (unknown, 'config.json has architecture "sparkle": unknown to timm'),
         (no_json, "config.json is damaged (Input data was truncated)"),
         (damaged, "model.safetensors cannot be read (Error while deserializing header"),

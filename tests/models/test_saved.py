@@ -111,8 +111,8 @@ def test_no_other_file_of_the_folder_is_ever_opened(folder: Path) -> None:
         ("architecture", None, "architecture null: expected str"),
         ("architecture", ["test_resnet"], "expected str, got array"),
         ("architecture", "sparkle", "unknown to timm"),
-        ("architecture", "test_vit", "does not match config.json, a test_vit"),
-        ("architecture", "resnet18", "does not match config.json, a resnet18"),
+        ("architecture", "test_vit", "does not match the architecture in config.json (test_vit"),
+        ("architecture", "resnet18", "does not match the architecture in config.json (resnet18"),
         ("architecture", "hf-hub:you/model", "unknown to timm"),
         ("num_classes", 10**9, "num_classes 1000000000: expected int <= "),
         ("num_classes", 1000, "model_args.num_classes 10: expected 1000, the value of num_classes"),
@@ -269,7 +269,7 @@ def with_value(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
     [
         ("fc.weight", lambda t: None, "fc.weight is missing"),
         ("layer1.0.bn1.running_mean", lambda t: None, "layer1.0.bn1.running_mean is missing"),
-        ("fc.weight", lambda t: t[:9], "num_classes 10: expected 9, the rows of fc.weight"),
+        ("fc.weight", lambda t: t[:9], "num_classes 10: expected 9, the number of rows of fc.weight"),
         ("fc.weight", lambda t: t[:, :5], "fc.weight is [10, 5], expected [10, 96]"),
         ("fc.weight", lambda t: t[0, 0], "fc.weight is [], expected [10, 96]"),
         ("conv1.0.weight", lambda t: t[..., 0], "conv1.0.weight is"),
@@ -346,7 +346,7 @@ def test_a_header_longer_than_that_of_any_model_is_refused_without_parsing(folde
     text = json.dumps(header).encode()
     write_header(folder, text + b" " * (HEADER_BYTES + 1 - len(text)), b"")
     begin = time.process_time()
-    assert "model.safetensors cannot be read (its header states" in refusal(folder)
+    assert "model.safetensors cannot be read (it declares a header of" in refusal(folder)
     assert time.process_time() - begin < 0.5  # parsing alone takes longer
 
 

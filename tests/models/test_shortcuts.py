@@ -55,7 +55,7 @@ def test_a_model_without_shortcuts_is_scripted_like_one_with_them(shortcuts: boo
         ({"shortcuts": "no"}, "shortcuts='no': expected True or False"),
         ({"group_widths": [1, 2]}, "expected a number of channels for each of the 3 stages"),
         ({"channels": [16, 32, 64, 128]}, "expected a number of channels for each of the 3 stages"),
-        ({"layers": [1, 1]}, "expected the numbers of blocks of three or four stages"),
+        ({"layers": [1, 1]}, "expected a number of blocks for each of three or four stages"),
         ({"group_widths": [1, 2, 0]}, "group_widths=0"),
         ({"group_widths": [1, 2, 9000], "cardinality": 32}, "group_widths=.* gives 288,000 channels"),
     ],

@@ -7,6 +7,7 @@ from resnext_hub.data.sources.digits import BUNDLED, BundledDigits, load_digits_
 from resnext_hub.data.sources.folders import ClassFolders
 from resnext_hub.data.sources.hub import HubDataset, is_hub_id, load_from_hub
 from resnext_hub.data.sources.idx import IdxFiles
+from resnext_hub.data.sources.listed import ListedImages, TableFile
 from resnext_hub.data.sources.parquet import ParquetFiles
 from resnext_hub.data.sources.refusals import LAYOUTS
 from resnext_hub.data.sources.request import Request
@@ -38,11 +39,13 @@ __all__ = [
 SOURCES: tuple[Source, ...] = (
     BundledDigits(),
     HubDataset(),
+    TableFile(),
     SingleFile(),
     IdxFiles(),
     SavedDataset(),
     MetadataTables(),
     ParquetFiles(),
+    ListedImages(),
     ClassFolders(),
 )
 """All layouts; the first one that matches a request opens it."""
@@ -62,8 +65,8 @@ def check_source(config: DataConfig) -> None:
     request = Request(config)
     if config.dataset == BUNDLED and os.path.lexists(BUNDLED):
         raise RequestError(
-            f"{setting('dataset', BUNDLED)} is ambiguous, because there is also a local {BUNDLED}; use "
-            f"{setting('dataset', f'./{BUNDLED}')} for the local one, or {setting('dataset', f'bundled:{BUNDLED}')} "
+            f"{setting('dataset', BUNDLED)} is ambiguous, because there is also a local file or folder {BUNDLED}; "
+            f"use {setting('dataset', f'./{BUNDLED}')} for that one, or {setting('dataset', f'bundled:{BUNDLED}')} "
             "for the bundled dataset"
         )
     if config.dataset.startswith("bundled:") and not request.is_bundled:
@@ -73,7 +76,7 @@ def check_source(config: DataConfig) -> None:
     if not request.is_bundled and request.path is None and not is_hub_id(config.dataset):
         raise RequestError(
             f"{setting('dataset', config.dataset)} does not exist and is not a valid dataset ID on the Hub; expected a "
-            f"folder, a parquet file, or an ID such as owner/name"
+            f"folder, a table, a parquet file, or an ID such as owner/name"
         )
 
 

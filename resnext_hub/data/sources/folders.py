@@ -37,7 +37,7 @@ _DOCUMENTS = frozenset(
 )  # fmt: skip
 """Suffixes of files that are certainly not images; a folder with only these is not a class."""
 
-_HOLDERS = frozenset({"image", "images", "img", "imgs", "jpegimages", "masks", "photos", "pics"})
+IMAGE_FOLDERS = frozenset({"image", "images", "img", "imgs", "jpegimages", "masks", "photos", "pics"})
 """Names of folders that contain images of all classes."""
 
 
@@ -176,7 +176,7 @@ def _find_splits(
     inside, _ = _below(tree, top)
     names = list(inside) if layout == "splits" else [] if layout == "classes" else _split_names(tree, inside, notes)
     if not names:
-        if layout is None and any(name.lower() in _HOLDERS for name in inside):
+        if layout is None and any(name.lower() in IMAGE_FOLDERS for name in inside):
             reject_tables(tree, top.path)
         return {"train": (top, {name: folder.images for name, folder in inside.items()})}
     others = [name for name in _folders_in(tree, top) if name not in names]

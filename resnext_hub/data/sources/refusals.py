@@ -11,7 +11,7 @@ from resnext_hub.text import listing, printable
 
 LAYOUTS = (
     "one of these layouts: one folder per class, such as cat/ and dog/; train/ and val/ with class folders in each; "
-    "images with a metadata.csv (columns file_name,label); parquet files; IDX files, such as MNIST's"
+    "images with a table of file names and labels, such as labels.csv; parquet files; IDX files, such as MNIST's"
 )
 """The supported layouts of a local folder, for messages."""
 
@@ -49,17 +49,11 @@ def reject_tables(tree: Tree, folder: str) -> None:
     """
     start = f"{folder}/" if folder else ""
     tables = [path for path in tree.others if path.startswith(start) and path.lower().endswith(TABLE_SUFFIXES)]
-    metadata = [path for path in tables if path.rpartition("/")[2].lower().startswith("metadata.")]
-    if metadata:
-        raise RequestError(
-            f"{printable(tree.root / metadata[0])} has no column file_name; expected the columns file_name (relative "
-            "to the table) and label"
-        )
     if tables:
         raise RequestError(
-            f"{printable(tree.root)} has no class folders, but it contains the table {printable(tables[0])}; "
-            "rename it to metadata.csv with the columns file_name (relative to the table) and label, or sort the "
-            "images into one folder per class"
+            f"{printable(tree.root)} has no class folders, and its table {printable(tables[0])} does not list its "
+            "images; expected a CSV, TSV, JSON lines or parquet file with a column of file names (relative to the "
+            "table) and one of labels, or one folder per class"
         )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from resnext_hub.data.config import DataConfig
 from resnext_hub.data.sources.digits import BUNDLED
+from resnext_hub.data.sources.listed import find_listed
 from resnext_hub.data.sources.parquet import has_images, parquet_files, read_part
 from resnext_hub.data.sources.refusals import LAYOUTS, reject_linked_splits
 from resnext_hub.data.sources.tables import Table, find_tables, label_column_of
@@ -82,6 +83,17 @@ class Request:
     def label_column(self) -> str | None:
         """The label column of the metadata files, or None if folders define the classes."""
         return label_column_of(self.tree, self.tables, self.config.label_column) if self.tables else None
+
+    @cached_property
+    def listed(self) -> list[Table]:
+        """Tables of any other name that list the images of a folder without class folders.
+
+        Raises:
+            RequestError: If it is ambiguous which one defines the labels.
+        """
+        if self.tables or self.config.layout is not None:
+            return []
+        return find_listed(self.tree, self.config.label_column)
 
     @cached_property
     def parquet(self) -> list[str]:

@@ -37,8 +37,7 @@ class SingleFile:
             raise RequestError(f"{name} is an archive; unpack it and use the folder; expected {LAYOUTS}")
         if path.name.lower().endswith(TABLE_SUFFIXES):
             raise RequestError(
-                f"{name} is a table, but not a parquet file; rename it to metadata.csv with the columns file_name and "
-                f"label, and use its folder as {setting('dataset')}"
+                f"{name} is a table in a format that is not supported; convert it to CSV, TSV, JSON lines or parquet"
             )
         if is_idx(path.name):
             raise RequestError(f"{name} is one of several IDX files; use its folder as {setting('dataset')}")

@@ -5,13 +5,18 @@ import csv
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from resnext_hub.data.sources.parquet import DAMAGED
-from resnext_hub.data.sources.walk import Tree
+from resnext_hub.data.sources.walk import is_image
 from resnext_hub.errors import RequestError, one_line
 from resnext_hub.files import FileTooLargeError, read_regular
 from resnext_hub.text import printable
+
+LABEL_TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+"""Suffixes of the tables that can be read."""
 
 MAX_BYTES = 1 << 28
 """Greatest size of a table, which is read as a whole."""
@@ -22,28 +27,33 @@ MAX_LINE = 1 << 24
 SPARE_ROWS = 1_000_000
 """Rows that a table may have in addition to ten per image; this many take seconds to read."""
 
+MAX_ROWS = 10_000_000
+"""Rows that a table may have if the number of images is not known."""
+
 MAX_OTHERS = 16
 """Number of columns that are kept in addition to the wanted ones."""
 
 Columns = dict[str, list[Any]]
 
 
-def read_table(tree: Tree, path: str, wanted: Collection[str]) -> tuple[Columns, list[str]]:
+def read_table(path: Path, wanted: Collection[str], images: int | None = None) -> tuple[Columns, list[str]]:
     """Read a table and return its columns by name, and the names of columns that were skipped.
 
+    The columns of a CSV file without a header, whose first row has the name of an image, are called 0, 1, 2 and so on.
+
     Args:
-        tree: The files of the dataset.
         path: The table; its suffix defines the format.
         wanted: Names of columns to keep, in any case; of the others, the first `MAX_OTHERS` are kept.
+        images: Number of images of the dataset, if it is known.
 
     Raises:
         RequestError: If it cannot be read, or is far too large for the number of images.
     """
-    kind = path.rpartition(".")[2].lower()
+    kind = path.suffix[1:].lower()
     readers = {"csv": _read_csv, "tsv": _read_csv, "jsonl": _read_jsonl, "parquet": _read_parquet}
-    kept = _Kept(wanted, SPARE_ROWS + 10 * len(tree.images), len(tree.images))
+    kept = _Kept(wanted, MAX_ROWS if images is None else SPARE_ROWS + 10 * images)
     try:
-        return readers[kind](read_regular(tree.root / path, limit=MAX_BYTES), kept), kept.skipped
+        return readers[kind](read_regular(path, limit=MAX_BYTES), kept), kept.skipped
     except FileTooLargeError:
         reason = f"more than {MAX_BYTES >> 20} MB"
     except OSError as error:
@@ -52,18 +62,15 @@ def read_table(tree: Tree, path: str, wanted: Collection[str]) -> tuple[Columns,
         reason = f"it is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}"
     except (ValueError, OverflowError, csv.Error, RecursionError) as error:
         reason = one_line(error)
-    raise RequestError(
-        f"{printable(tree.root / path)} cannot be read as {kind} ({reason}); fix it, or move it out of the dataset"
-    )
+    raise RequestError(f"{printable(path)} cannot be read as {kind} ({reason}); fix it, or move it out of the dataset")
 
 
 class _Kept:
     """Decides which columns to keep, and limits the number of rows."""
 
-    def __init__(self, wanted: Collection[str], rows: int, images: int) -> None:
+    def __init__(self, wanted: Collection[str], rows: int) -> None:
         self.wanted = {name.casefold() for name in wanted}
         self.rows = rows
-        self.images = images
         self.others: set[str] = set()
         self.skipped: list[str] = []
 
@@ -79,9 +86,9 @@ class _Kept:
         return False
 
     def check(self, rows: int) -> None:
-        """Raise ValueError if a table has far too many rows for the number of images."""
+        """Raise ValueError if a table has far too many rows."""
         if rows > self.rows:
-            raise ValueError(f"more than {self.rows} rows for {self.images} images; keep only rows of existing images")
+            raise ValueError(f"more than {self.rows} rows; keep only rows of existing images")
 
 
 def as_text(data: bytes) -> str:
@@ -112,8 +119,13 @@ def _read_csv(data: bytes, kept: _Kept) -> Columns:
     stated = re.match(r"sep=([,;|\t])\r?\n", text, re.IGNORECASE)  # as Excel writes it
     text = text[stated.end() :] if stated else text
     delimiter = stated[1] if stated else _delimiter_of(next(_lines(text), ""))
-    rows = enumerate(csv.reader(_stripped(text, delimiter), delimiter=delimiter, strict=True), start=1)
-    names = [name.strip() for name in next((row for _, row in rows if any(map(str.strip, row))), [])]
+    rows: Iterator[tuple[int, list[str]]] = enumerate(
+        csv.reader(_stripped(text, delimiter), delimiter=delimiter, strict=True), start=1
+    )
+    first = next(((number, row) for number, row in rows if any(map(str.strip, row))), (0, []))
+    names = [name.strip() for name in first[1]]
+    if any(map(is_image, names)):
+        rows, names = chain([first], rows), [str(i) for i in range(len(names))]
     _reject_repeated(names)
     # a column without a name is the index that pandas writes
     places = [(i, list[Any]()) for i, name in enumerate(names) if name and kept.keeps(name)]
@@ -127,7 +139,7 @@ def _read_csv(data: bytes, kept: _Kept) -> Columns:
         kept.check(count)
         for i, column in places:
             column.append(row[i])
-    return {names[i]: _typed(column) for i, column in places}
+    return {names[i]: typed(column) for i, column in places}
 
 
 def _delimiter_of(header: str) -> str:
@@ -157,7 +169,7 @@ def _stripped(text: str, delimiter: str) -> Iterator[str]:
             yield parts.sub(kept, row)[1:-1]
 
 
-def _typed(values: list[str]) -> list[Any]:
+def typed(values: list[str]) -> list[Any]:
     """Return the values of a CSV column as integers or floats if all of them are, with None for empty ones."""
     if all(not value or re.fullmatch(r"-?(0|[1-9]\d*)", value, re.ASCII) for value in values):  # 007 is text
         return [int(value) if value else None for value in values]

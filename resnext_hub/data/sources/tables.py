@@ -58,6 +58,11 @@ class Table:
         """The folder that its file names are relative to."""
         return posixpath.dirname(self.path)
 
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return len(self.columns[FILE_NAME])
+
 
 def find_tables(tree: Tree, requested: str | None) -> list[Table]:
     """Read the metadata files of a folder that have a column `file_name`.
@@ -72,7 +77,9 @@ def find_tables(tree: Tree, requested: str | None) -> list[Table]:
     found = []
     for path in tree.others:
         if re.fullmatch(r"metadata\.(csv|tsv|jsonl|parquet)", posixpath.basename(path), re.IGNORECASE):
-            columns, skipped = read_table(tree, path, {FILE_NAME, SPLIT, *LABEL_NAMES, requested or SPLIT})
+            columns, skipped = read_table(
+                tree.root / path, {FILE_NAME, SPLIT, *LABEL_NAMES, requested or SPLIT}, len(tree.images)
+            )
             spelled = [name for name in columns if name.casefold() == FILE_NAME]
             if len(spelled) == 1:
                 columns = {FILE_NAME if name == spelled[0] else name: column for name, column in columns.items()}
@@ -81,10 +88,16 @@ def find_tables(tree: Tree, requested: str | None) -> list[Table]:
     return found
 
 
-def label_column_of(tree: Tree, tables: Sequence[Table], requested: str | None) -> str | None:
+def label_column_of(tree: Tree, tables: Sequence[Table], requested: str | None, classless: bool = False) -> str | None:
     """Return the label column, or None if the tables have none and folders can define the classes.
 
     Unless one is requested, it is the one with a usual name, or the only column if folders cannot define the classes.
+
+    Args:
+        tree: The files of the dataset.
+        tables: Its tables, with their file names in `file_name`.
+        requested: The requested label column.
+        classless: Whether it is known that folders cannot define the classes.
 
     Raises:
         RequestError: If the requested one does not exist or does not hold labels, if it is ambiguous, or if there is
@@ -107,10 +120,10 @@ def label_column_of(tree: Tree, tables: Sequence[Table], requested: str | None) 
             _reject_other_classes(tree, table)
         return known[0]
     folders = {posixpath.dirname(path) for path in tree.images}
-    if requested is None and not folders & {table.folder for table in tables}:
+    if requested is None and not classless and not folders & {table.folder for table in tables}:
         return None
     others = [name for name in columns if name not in (FILE_NAME, *splits)]
-    classless = len(folders) == 1 or all(map(_split_folder, tree.images))
+    classless = classless or len(folders) == 1 or all(map(_split_folder, tree.images))
     if len(others) == 1 and requested is None and classless:
         return others[0]
     where = printable(tree.root / tables[0].path)
@@ -150,7 +163,13 @@ def _holds_splits(tables: Sequence[Table], name: str) -> bool:
     )
 
 
-def open_tables(tree: Tree, tables: Sequence[Table], label_column: str, eval_split: str | None = None) -> OpenDataset:
+Find = Callable[[Table, str], int | None]
+"""Finds the image of a row, given the table and the file name."""
+
+
+def open_tables(
+    tree: Tree, tables: Sequence[Table], label_column: str, eval_split: str | None = None, find: Find | None = None
+) -> OpenDataset:
     """Open images with labels from tables; splits come from a split column, or from the folders of the files.
 
     Tables without labels, such as that of a test split, are ignored.
@@ -160,22 +179,22 @@ def open_tables(tree: Tree, tables: Sequence[Table], label_column: str, eval_spl
         tables: The tables from `find_tables`.
         label_column: The label column.
         eval_split: The requested evaluation split.
+        find: Finds the image of a row; only by its path if not given.
 
     Raises:
         RequestError: If no row has a file, or a file has two labels or two splits.
     """
     _require_one_label_column(tree, tables, label_column)
-    find = _finder(tree)
+    find = find or finder(tree)
     labels: dict[int, Any] = {}
     splits: dict[int, str] = {}
     missing: list[str] = []
     tables = [table for table in tables if label_column in table.columns]
     split_column = _split_column_of(tree, tables, label_column)
     for table in tables:
-        count = len(table.columns[FILE_NAME])
-        wanted = table.columns.get(split_column or "", [None] * count)
+        wanted = table.columns.get(split_column or "", [None] * table.rows)
         for name, label, split in zip(table.columns[FILE_NAME], table.columns[label_column], wanted, strict=True):
-            place = find(table.folder, str(name))
+            place = find(table, str(name))
             if place is None:
                 missing.append(str(name))
                 continue
@@ -280,8 +299,8 @@ _ODD_PATH = re.compile(r"[^\x20-\x7e]|\\|//|(?:^|/)\.{1,2}(?:/|$)|^/|/$")
 """Paths that could refer to a file although they are spelled differently from its own."""
 
 
-def _finder(tree: Tree) -> Callable[[str, str], int | None]:
-    """Return a function that finds the image of a row, given the table's folder and the file name.
+def finder(tree: Tree) -> Find:
+    """Return a function that finds the image of a row by its path relative to the table.
 
     File names may be absolute, contain backslashes, or differ from the file's path in Unicode normalization.
     """
@@ -293,7 +312,8 @@ def _finder(tree: Tree) -> Callable[[str, str], int | None]:
             alike[normal] = None if normal in alike else i
     roots = [os.path.join(folder, "") for folder in (os.path.abspath(tree.root), os.path.realpath(tree.root))]
 
-    def find(folder: str, name: str) -> int | None:
+    def find(table: Table, name: str) -> int | None:
+        folder = table.folder
         place = exact.get(f"{folder}/{name}" if folder else name)
         if place is not None or not _ODD_PATH.search(name):
             return place

@@ -15,6 +15,7 @@ from itertools import islice
 from typing import IO
 
 from resnext_hub.data.sources.names import loose_role, split_role
+from resnext_hub.data.sources.table_files import LABEL_TABLES
 from resnext_hub.data.sources.walk import Tree, is_image
 from resnext_hub.errors import RequestError, setting
 from resnext_hub.files import require_regular
@@ -99,9 +100,10 @@ def reject_unread_tables(tree: Tree, splits: Sequence[Mapping[str, Sequence[int]
                 f"{where} has no column named label; choose its label column with {setting('label_column')}; {remedy}"
             )
         elif found.groups:
+            readable = path.lower().endswith(LABEL_TABLES)
+            way = f"use {setting('dataset', tree.root / path)}" if readable else "convert it to CSV, and use that file"
             raise RequestError(
-                f"{where} lists images of the dataset, but is not used; if it defines classes or splits, rename it to "
-                "metadata.csv with the columns file_name (relative to the table), label and, for splits, split; "
+                f"{where} lists images of the dataset, but is not used; if it defines the classes or splits, {way}; "
                 f"{remedy}"
             )
     return notes
