@@ -1,7 +1,5 @@
 """Plots of a study: accuracy against cardinality and time, and training curves with a band over seeds."""
 
-import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -45,11 +43,15 @@ class Curve:
 
     @classmethod
     def of(cls, name: str, histories: Sequence[Sequence[Mapping[str, Any]]]) -> "Curve":
-        """Average the metrics of several runs; training errors are first averaged within each epoch."""
+        """Average the metrics of several runs, at the epochs of their evaluations.
+
+        The training error at an evaluation is the mean since the evaluation before, on augmented images.
+        """
+        errors = [_errors(history) for history in histories]
         return cls(
             name=name,
-            training=_over_runs([_by_epoch(history, "top1") for history in histories]),
-            validation=_over_runs([_by_epoch(history, "eval_top1") for history in histories]),
+            training=_over_runs([training for training, _ in errors]),
+            validation=_over_runs([validation for _, validation in errors]),
         )
 
 
@@ -123,18 +125,24 @@ def _wrapped(name: str) -> str:
     return name.replace(", ", "\n").replace(" ", "\n", 1)
 
 
-def _by_epoch(history: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:
-    """Return the mean error in percent of each epoch; a line belongs to the epoch that its step is in."""
-    errors = defaultdict(list)
+def _errors(history: Sequence[Mapping[str, Any]]) -> tuple[dict[float, float], dict[float, float]]:
+    """Return the training error since the evaluation before, and the validation error, in percent by epoch."""
+    training, validation = dict[float, float](), dict[float, float]()
+    since = list[float]()
     for line in history:
-        if key in line:
-            errors[math.ceil(line["epoch"] - 1e-3) or 1].append(100 * (1 - line[key]))
-    return {epoch: sum(values) / len(values) for epoch, values in errors.items()}
+        if "eval_top1" in line:
+            validation[line["epoch"]] = 100 * (1 - line["eval_top1"])
+            if since:
+                training[line["epoch"]] = sum(since) / len(since)
+            since = []
+        elif "top1" in line:
+            since.append(100 * (1 - line["top1"]))
+    return training, validation
 
 
-def _over_runs(runs: Sequence[Mapping[int, float]]) -> list[tuple[float, float, float, float]]:
+def _over_runs(runs: Sequence[Mapping[float, float]]) -> list[tuple[float, float, float, float]]:
     found = []
     for epoch in sorted({epoch for run in runs for epoch in run}):
         values = [run[epoch] for run in runs if epoch in run]
-        found.append((float(epoch), sum(values) / len(values), min(values), max(values)))
+        found.append((epoch, sum(values) / len(values), min(values), max(values)))
     return found

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import resnext_hub
 from resnext_hub.files import new_folder, write_atomic, write_json
 from resnext_hub.plots.study import STUDY_PLOTS, Curve, Point, write_study_plots
 from resnext_hub.record import RunRecord
@@ -150,7 +149,7 @@ def _table_notes(result: StudyResult, machine: dict[str, Any]) -> str:
         f"Accuracy: mean ± sample standard deviation over the seeds. Multiply-adds and activations are per image at "
         f"{study.input.image_size} px. Training: median throughput of the runs, with groups merged where that was "
         f"faster{beside}. Inference: eager float32, batch {study.train_config.eval_batch_size}. "
-        f"{machine['processor']}, {study.threads} threads; resnext-hub {resnext_hub.__version__}, {packages}."
+        f"{machine['processor']}, {study.threads} {'thread' if study.threads == 1 else 'threads'} per run; {packages}."
     )
 
 

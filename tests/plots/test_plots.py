@@ -19,6 +19,7 @@ from resnext_hub.plots.confusion import plot_confusion
 from resnext_hub.plots.curves import plot_curves
 from resnext_hub.plots.lettering import choose_lettering
 from resnext_hub.plots.samples import percent, plot_samples, thumbnail
+from resnext_hub.plots.study import Curve
 from resnext_hub.plots.write import save_plot, write_plots
 from resnext_hub.record import RunRecord
 from resnext_hub.text import is_printable
@@ -198,3 +199,18 @@ def test_a_run_with_odd_names_and_damaged_logs_finishes(tmp_path: Path, command:
     assert [line["step"] for line in record.history if "eval_loss" in line][-1] == 2
     assert record.plots == ["curves.png", "confusion_matrix.png"]
     assert (run / "plots" / "samples.png").is_file()
+
+
+def test_curves_of_a_study_are_at_the_epochs_of_evaluations_and_training_errors_are_means_since_the_last_one() -> None:
+    def history(shift: float) -> list[dict[str, float]]:
+        return [
+            {"epoch": 0.05, "top1": 0.4 + shift},
+            {"epoch": 0.1, "top1": 0.6 + shift},
+            {"epoch": 0.1, "eval_top1": 0.7 + shift},
+            {"epoch": 0.2, "top1": 0.8 + shift},
+            {"epoch": 0.2, "eval_top1": 0.75 + shift},
+        ]
+
+    curve = Curve.of("1x64d", [history(0.0), history(0.1)])
+    assert [tuple(round(x, 6) for x in point) for point in curve.training] == [(0.1, 45, 40, 50), (0.2, 15, 10, 20)]
+    assert [tuple(round(x, 6) for x in point) for point in curve.validation] == [(0.1, 25, 20, 30), (0.2, 20, 15, 25)]
