@@ -126,6 +126,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def cache_folder() -> Path:
+    """Return the folder for files that can be made again: RESNEXT_HUB_CACHE, or `resnext_hub` in the user's cache."""
+    root = os.environ.get("RESNEXT_HUB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "resnext_hub")
+    return Path(os.path.expanduser(root))
+
+
 def versions() -> dict[str, str]:
     """Return the versions of the packages that compute a run."""
     packages = ("torch", "timm", "accelerate", "datasets", "numpy", "pillow", "safetensors")

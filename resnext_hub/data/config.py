@@ -14,8 +14,8 @@ class DataConfig:
     """
 
     dataset: str = "digits"
-    """Bundled `digits`, a folder with one subfolder per class, a table of file names and labels, parquet files, or a
-    dataset ID on the Hub."""
+    """Bundled `digits`, a folder with one subfolder per class, a table of file names and labels, parquet files,
+    WebDataset shards, a zip or tar file of one of these, or a dataset ID on the Hub."""
     dataset_config: str | None = None
     """Configuration (subset) to use if a Hub dataset, or a local clone of one, has several."""
     dataset_revision: str | None = None
@@ -41,7 +41,8 @@ class DataConfig:
     """Stop the run if more than this fraction of a split is unreadable, 0 to 1; one unreadable image is always
     tolerated."""
     streaming: bool = False
-    """Read a Hub dataset or parquet files sequentially, without a copy on disk; requires an evaluation split."""
+    """Read a Hub dataset, parquet files or WebDataset shards sequentially, without a copy on disk; requires an evaluation
+    split."""
     shuffle_block: Annotated[int, Range(1, 10_000_000)] = 1000
     """With --streaming: number of consecutive samples that are held in memory and shuffled together."""
 

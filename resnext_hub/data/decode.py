@@ -84,7 +84,7 @@ def read_bytes(row: dict[str, Any] | None, max_pixels: int = MAX_IMAGE_PIXELS) -
         raise UnreadableImageError("the file does not exist") from error
     except FileTooLargeError as error:
         raise UnreadableImageError(
-            f"the file is too large for an image of {max_pixels} pixels (--max-image-pixels)"
+            f"the file is too large for an image of {max_pixels} pixels (limit: max_image_pixels)"
         ) from error
     except (OSError, ValueError, MemoryError) as error:  # ValueError: a path with a NUL
         raise UnreadableImageError(_reason(error)) from error
@@ -152,7 +152,7 @@ def opened(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Iterator[Image.Im
         reason = "a Git LFS pointer instead of an image; run `git lfs pull`" if pointer else "not an image"
         raise UnreadableImageError(reason) from error
     except Image.DecompressionBombError as error:
-        raise UnreadableImageError(f"more than {max_pixels} pixels (--max-image-pixels)") from error
+        raise UnreadableImageError(f"more than {max_pixels} pixels (limit: max_image_pixels)") from error
     except _DAMAGED as error:
         raise UnreadableImageError(_reason(error)) from error
 
@@ -179,7 +179,7 @@ def require_size(width: int, height: int, max_pixels: int) -> None:
     if min(width, height) < 1:
         raise UnreadableImageError(f"{width} x {height} pixels")
     if width * height > max_pixels:
-        raise UnreadableImageError(f"{width} x {height} is more than {max_pixels} pixels (--max-image-pixels)")
+        raise UnreadableImageError(f"{width} x {height} is more than {max_pixels} pixels (limit: max_image_pixels)")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise UnreadableImageError(f"{width} x {height} pixels: one side is more than {MAX_ASPECT} times the other")
 
@@ -218,7 +218,7 @@ def _require_tiles(image: Image.Image, data: bytes, max_pixels: int) -> None:
         pixels = -(-image.width // width) * width * (-(-image.height // height)) * height
         if width * height > max_pixels or pixels > 4 * max_pixels:  # tiles at the edges extend beyond the image
             raise UnreadableImageError(
-                f"its tiles of {width} x {height} have more than {max_pixels} pixels (--max-image-pixels)"
+                f"its tiles of {width} x {height} have more than {max_pixels} pixels (limit: max_image_pixels)"
             )
     if tags.get(ExifTags.Base.Compression) in (6, 7):  # JPEG
         offsets = tags.get(ExifTags.Base.StripOffsets) or tags.get(ExifTags.Base.TileOffsets) or ()

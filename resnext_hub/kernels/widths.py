@@ -8,7 +8,6 @@ same choice without measuring.
 import contextlib
 import json
 import logging
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from torch import nn
 from resnext_hub.files import write_atomic
 from resnext_hub.kernels.merged import check_factors, grouped_convolutions, merge_conv, merge_factors, replace_module
 from resnext_hub.kernels.timing import ForwardTiming, Layer, Timing, casting
-from resnext_hub.machine import processor_name
+from resnext_hub.machine import cache_folder, processor_name
 
 _logger = logging.getLogger(__name__)
 
@@ -144,9 +143,8 @@ def factors_of(choices: Iterable[LayerChoice]) -> dict[str, int]:
 
 def cache_file(device: torch.device) -> Path:
     """Return the file that caches times for a device, the number of threads and the version of torch."""
-    root = os.environ.get("RESNEXT_HUB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "resnext_hub")
     machine = f"{processor_name(device)}-{torch.get_num_threads()}-threads-torch-{torch.__version__}"
-    return Path(os.path.expanduser(root)) / f"widths-{re.sub(r'[^A-Za-z0-9.]+', '-', machine)}.json"
+    return cache_folder() / f"widths-{re.sub(r'[^A-Za-z0-9.]+', '-', machine)}.json"
 
 
 def _times_by_kind(layers: Sequence[Layer], timing: Timing) -> tuple[dict[str, dict[int, float]], set[str]]:

@@ -125,7 +125,7 @@ def test_unreadable_images_raise_an_error_with_the_reason(data: bytes | None, re
 
 
 def test_the_pixel_limit_is_checked_by_the_header_alone(monkeypatch: MonkeyPatch) -> None:
-    with raises(UnreadableImageError, match=r"40 x 40 is more than 1000 pixels \(--max-image-pixels\)"):
+    with raises(UnreadableImageError, match=r"40 x 40 is more than 1000 pixels \(limit: max_image_pixels\)"):
         decode(encoded(Image.new("RGB", (40, 40)), "PNG"), max_pixels=1000)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # above it, Pillow warns; above twice as many, it raises
     for size in (30, 40, 60):

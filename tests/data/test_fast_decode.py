@@ -281,7 +281,7 @@ def test_bombs_and_missing_files_are_unreadable_for_both_decoders(tmp_path: Path
         augment = Augmentation(
             TransformConfig(), InputConfig.resolve(CFG | {"interpolation": "bilinear"}), decoder, max_pixels=1000
         )
-        with raises(UnreadableImageError, match=r"is more than 1000 pixels \(--max-image-pixels\)"):
+        with raises(UnreadableImageError, match=r"is more than 1000 pixels \(limit: max_image_pixels\)"):
             augment({"bytes": WHOLE, "path": None})
 
 

@@ -66,7 +66,7 @@ def odd_paths(tmp_path: Path) -> dict[str, Path]:
         ("device", "not a regular file but a device"),
         ("dangling", "the file does not exist"),
         ("loop", "Too many levels of symbolic links"),
-        ("sparse", r"the file is too large for an image of 100000000 pixels \(--max-image-pixels\)"),
+        ("sparse", r"the file is too large for an image of 100000000 pixels \(limit: max_image_pixels\)"),
     ],
 )
 def test_only_regular_files_of_reasonable_size_are_opened(name: str, reason: str, odd_paths: dict[str, Path]) -> None:

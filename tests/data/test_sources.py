@@ -168,8 +168,8 @@ def test_class_folders_may_have_any_name(tmp_path: Path, files: list[str], names
         (["0.png", "1.png", "classes.jsonl"], ["classes.jsonl cannot be read as jsonl"]),
         (["0.png", "1.png"], ["has images (.png: 2) but no class folders", "one folder per class"]),
         (flat("images"), ["a single class, images (.png: 3)", "one folder per class"]),
-        (["a.zip", "b.zip"], ["archives (a.zip, b.zip)", "unpack"]),
-        (["shard-0.tar"], ["shard-0.tar", "WebDataset"]),
+        (["a.zip", "b.zip"], ["archives (a.zip, b.zip); choose one, such as dataset=", "/a.zip, or unpack them"]),
+        (["shard-0.tar"], ["only archives (shard-0.tar); choose one, such as dataset="]),
         (["a.txt"], ["has no images (found: .txt: 1; known suffixes: .avif"]),
         ([], ["has no images (found: nothing;"]),
         ([*classes(), "bird/1.HEIC", "bird/2.heic"], ["class folder bird", "(found .heic: 2)", "convert them"]),
@@ -222,8 +222,8 @@ def test_the_layout_setting_decides_whether_folders_are_classes_or_splits(tmp_pa
 @mark.parametrize(
     ("name", "words"),
     [
-        ("a.zip", "is an archive; unpack it"),
-        ("a.tar.gz", "is an archive; unpack it"),
+        ("a.zip", "cannot be unpacked: File is not a zip file"),
+        ("a.tar.gz", "cannot be unpacked: it is not a tar file"),
         ("labels.json", "is a table in a format that is not supported; convert it to CSV, TSV, JSON lines or parquet"),
         ("labels.csv", "has no column of images, or of the names of images in"),
         ("cat.png", "is an image, but not a parquet file; expected a folder"),

@@ -202,7 +202,7 @@ def test_a_block_of_unreadable_images_ends_the_run_with_one_line(tmp_path: Path,
 def test_datasets_that_cannot_be_streamed_raise_an_error(tmp_path: Path) -> None:
     with raises(
         RequestError,
-        match=r"^streaming=True needs a Hub dataset or parquet files, and digits is neither; use streaming=False$",
+        match=r"^streaming=True needs .+ or WebDataset shards, and digits is none of these; use streaming=False$",
     ):
         load_splits(DataConfig(streaming=True))
     write_shard(tmp_path / "train-0.parquet", [png(1)] * 4)

@@ -291,7 +291,7 @@ def test_images_above_the_pixel_limit_are_unreadable(command: Command, tmp_path:
     for decoder in ("pil", "simplejpeg"):
         code, _, err = command("predict", model, tmp_path / "images", "--max-image-pixels", 1000, "--decoder", decoder)
         assert code == 1
-        assert "40 x 40 is more than 1000 pixels (--max-image-pixels)" in err
+        assert "40 x 40 is more than 1000 pixels (limit: max_image_pixels)" in err
 
 
 def test_probabilities_that_are_not_finite_are_refused(tmp_path: Path) -> None:

@@ -240,7 +240,7 @@ def corrupt_images(folder: Path) -> dict[str, str]:
         "bus/000.png": "zero bytes",
         "bus/001.png": "not an image",
         "car/002.png": "image file is truncated",
-        "train/003.png": "more than 100000000 pixels (--max-image-pixels)",
+        "train/003.png": "more than 100000000 pixels (limit: max_image_pixels)",
     }
 
 

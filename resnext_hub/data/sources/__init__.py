@@ -1,8 +1,10 @@
 """Dataset layouts, one `Source` per file."""
 
 import os
+from dataclasses import replace
 
 from resnext_hub.data.config import DataConfig
+from resnext_hub.data.sources.archives import is_archive, unpack
 from resnext_hub.data.sources.digits import BUNDLED, BundledDigits, load_digits_table
 from resnext_hub.data.sources.folders import ClassFolders
 from resnext_hub.data.sources.hub import HubDataset, is_hub_id, load_from_hub
@@ -16,6 +18,7 @@ from resnext_hub.data.sources.single_file import SingleFile
 from resnext_hub.data.sources.source import OpenDataset, Part, Source
 from resnext_hub.data.sources.tables import MetadataTables
 from resnext_hub.data.sources.walk import IMAGE_SUFFIXES, list_images
+from resnext_hub.data.sources.webdataset import WebDatasetShards
 from resnext_hub.errors import RequestError, setting
 from resnext_hub.text import printable
 
@@ -40,6 +43,7 @@ SOURCES: tuple[Source, ...] = (
     BundledDigits(),
     HubDataset(),
     TableFile(),
+    WebDatasetShards(),
     SingleFile(),
     IdxFiles(),
     SavedDataset(),
@@ -89,6 +93,8 @@ def open_source(config: DataConfig) -> OpenDataset:
     """
     check_source(config)
     request = Request(config)
+    if request.path is not None and is_archive(request.path) and not request.webdataset:
+        request = Request(replace(config, dataset=str(unpack(request.path))))
     found = next(source for source in SOURCES if source.matches(request)).open(request)
     if found.revision is None and (config.dataset_revision or config.dataset_config not in (None, found.configuration)):
         raise RequestError(

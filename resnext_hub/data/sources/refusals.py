@@ -11,7 +11,8 @@ from resnext_hub.text import listing, printable
 
 LAYOUTS = (
     "one of these layouts: one folder per class, such as cat/ and dog/; train/ and val/ with class folders in each; "
-    "images with a table of file names and labels, such as labels.csv; parquet files; IDX files, such as MNIST's"
+    "images with a table of file names and labels, such as labels.csv; parquet files; WebDataset shards; IDX files, "
+    "such as MNIST's; or a zip or tar file of one of these"
 )
 """The supported layouts of a local folder, for messages."""
 
@@ -63,8 +64,8 @@ def reject_no_images(tree: Tree) -> NoReturn:
     packed = [path for path in tree.others if path.lower().endswith(ARCHIVES)]
     if packed:
         raise RequestError(
-            f"{where} contains no images, only archives ({listing(packed, 3)}); unpack them and use the resulting "
-            "folder (WebDataset shards are not supported)"
+            f"{where} contains no images, only archives ({listing(packed, 3)}); choose one, such as "
+            f"{setting('dataset', tree.root / packed[0])}, or unpack them"
         )
     found = describe_counts(Counter(suffix_of(path) for path in tree.others)) or "nothing"
     raise RequestError(

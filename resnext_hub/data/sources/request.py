@@ -11,6 +11,7 @@ from resnext_hub.data.sources.parquet import has_images, parquet_files, read_par
 from resnext_hub.data.sources.refusals import LAYOUTS, reject_linked_splits
 from resnext_hub.data.sources.tables import Table, find_tables, label_column_of
 from resnext_hub.data.sources.walk import Tree, is_run_folder, walk
+from resnext_hub.data.sources.webdataset import find_shards
 from resnext_hub.errors import RequestError, setting
 from resnext_hub.text import listing, printable
 
@@ -96,6 +97,15 @@ class Request:
         return find_listed(self.tree, self.config.label_column)
 
     @cached_property
+    def webdataset(self) -> list[str]:
+        """WebDataset shards: the requested file, or those in a folder without image files."""
+        if self.path is None:
+            return []
+        if not self.is_folder:
+            return find_shards(self.path.parent, [self.path.name])
+        return [] if self.tree.images else find_shards(self.root, self.tree.others)
+
+    @cached_property
     def parquet(self) -> list[str]:
         """The parquet files of the dataset: those with images, or all if there are no image files either.
 
@@ -126,6 +136,6 @@ class Request:
         """Raise RequestError if streaming is requested for a local dataset that is read in place anyway."""
         if self.config.streaming:
             raise RequestError(
-                f"{setting('streaming', True)} needs a Hub dataset or parquet files, and "
-                f"{printable(self.config.dataset)} is neither; use {setting('streaming', False)}"
+                f"{setting('streaming', True)} needs a Hub dataset, parquet files or WebDataset shards, and "
+                f"{printable(self.config.dataset)} is none of these; use {setting('streaming', False)}"
             )

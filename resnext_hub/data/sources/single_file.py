@@ -34,7 +34,7 @@ class SingleFile:
         if path.name.lower().endswith(".parquet"):
             return open_parquet(path.parent, Shards(splits_of(path.parent, [path.name])), request.config.streaming)
         if path.name.lower().endswith(ARCHIVES):
-            raise RequestError(f"{name} is an archive; unpack it and use the folder; expected {LAYOUTS}")
+            raise RequestError(f"{name} is neither a zip nor a tar file; unpack it and use the folder")
         if path.name.lower().endswith(TABLE_SUFFIXES):
             raise RequestError(
                 f"{name} is a table in a format that is not supported; convert it to CSV, TSV, JSON lines or parquet"

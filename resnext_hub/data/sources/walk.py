@@ -14,7 +14,8 @@ IMAGE_SUFFIXES = (
     ".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
 )  # fmt: skip
 
-ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".7z", ".rar")
+"""Suffixes of archives, including those that cannot be unpacked."""
 
 _JUNK = frozenset({"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "__pycache__"})
 """Folders created by archivers, operating systems and network storage, in lower case."""

@@ -1,0 +1,284 @@
+"""WebDataset shards: tar files in which the image `x.jpg` is beside its label, `x.cls` or `x.json`.
+
+A `.cls` file contains a number or a name; a `.json` file an object with a key such as `label`. Numbers are the names of
+their classes, unless a `classes.txt` beside the shards names them, one per line.
+"""
+
+import json
+import lzma
+import os
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from resnext_hub.data.sources.parquet import check_cache, quiet_library, require_space
+from resnext_hub.data.sources.shards import splits_of
+from resnext_hub.data.sources.source import OpenDataset
+from resnext_hub.data.sources.tables import LABEL_NAMES
+from resnext_hub.data.sources.walk import ignored, is_hidden, is_image
+from resnext_hub.errors import RequestError, one_line, setting
+from resnext_hub.files import read_regular
+from resnext_hub.text import listing, printable
+
+if TYPE_CHECKING:
+    import datasets
+
+    from resnext_hub.data.sources.request import Request
+
+SHARDS = (".tar", ".tar.gz", ".tgz")
+"""Suffixes of shards."""
+
+CLASSES = "classes.txt"
+"""File that names the classes, one per line, in the order of their numbers."""
+
+_LABELS = ("cls", "json")
+_FIRST = 64
+"""Files at the beginning of a shard that show whether it is one."""
+
+_LABEL_BYTES = 1 << 20
+"""Largest label file."""
+
+_CLASSES_BYTES = 1 << 24
+
+_FORMAT = 1
+"""Version of the rows in the cache of datasets; increment it when their content changes."""
+
+
+class WebDatasetShards:
+    """One or more WebDataset shards."""
+
+    def matches(self, request: "Request") -> bool:
+        """Return whether the requested file, or the files of the requested folder, are shards."""
+        return bool(request.webdataset)
+
+    def open(self, request: "Request") -> OpenDataset:
+        """Open the shards; with streaming they are read in place, else copied to the cache of datasets."""
+        config = request.config
+        assert request.path is not None
+        root = request.path if request.is_folder else request.path.parent
+        splits = splits_of(root, request.webdataset)
+        column = config.label_column or "label"
+        found = {file: _scan(root / file, config.label_column) for files in splits.values() for file in files}
+        numbers, names = _classes(root, [label for labels in found.values() for label in labels])
+        tables = {
+            split: _open(root, files, column, numbers, names, config.label_column, config.streaming)
+            for split, files in splits.items()
+        }
+        notes = ignored(request.tree, [*request.webdataset, CLASSES]) if request.is_folder else []
+        return OpenDataset(
+            tables=tables,
+            files=tuple((file, (root / file).stat().st_size) for file in found),
+            stated={split: sum(len(found[file]) for file in files) for split, files in splits.items()},
+            notes=(f"{len(found)} WebDataset {'shard' if len(found) == 1 else 'shards'}", *notes),
+        )
+
+
+def find_shards(root: Path, files: Sequence[str]) -> list[str]:
+    """Return the WebDataset shards among files, or none if the first tar file is an ordinary archive.
+
+    Args:
+        root: Their folder.
+        files: Their paths relative to it.
+    """
+    shards = [file for file in files if file.lower().endswith(SHARDS)]
+    return shards if shards and _has_samples(root / shards[0]) else []
+
+
+def _has_samples(path: Path) -> bool:
+    """Return whether an image at the beginning of a tar file has a label beside it."""
+    kinds: dict[str, set[str]] = {}
+    try:
+        with _damage_as_value_error(), tarfile.open(path) as archive:
+            for number, member in enumerate(archive):
+                key, kind = _split(member.name)
+                if member.isfile() and kind:
+                    kinds.setdefault(key, set()).add(kind)
+                if number >= _FIRST:
+                    break
+    except (OSError, ValueError):  # damaged: what was read so far decides
+        pass
+    return any(not found.isdisjoint(_LABELS) and any(is_image(f".{k}") for k in found) for found in kinds.values())
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Return the key of a file in a shard, which is its path up to the first dot of its name, and the rest."""
+    folder, slash, base = name.rpartition("/")
+    if any(map(is_hidden, name.split("/"))):
+        return "", ""
+    key, _, kind = base.partition(".")
+    return f"{folder}{slash}{key}", kind.lower()
+
+
+def _samples(path: Path, images: bool) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Yield key and files of each sample: its labels and, if wanted, its image."""
+    key, fields = "", dict[str, bytes]()
+    with _damage_as_value_error(), tarfile.open(path) as archive:
+        for member in archive:
+            archive.members = []  # type: ignore[attr-defined] # tarfile would keep every header of the shard in memory
+            name, kind = _split(member.name)
+            if not member.isfile() or not kind:
+                continue
+            if name != key:
+                if fields:
+                    yield key, fields
+                key, fields = name, {}
+            last = kind.rpartition(".")[2]
+            if last in _LABELS and member.size > _LABEL_BYTES:
+                raise ValueError(f"{printable(member.name)} has {member.size:,} bytes, which is no label")
+            if kind in fields:
+                raise ValueError(f"it contains {printable(member.name)} twice")
+            if last in _LABELS or images:
+                content = archive.extractfile(member)
+                fields[kind] = content.read() if content else b""
+            else:
+                fields[kind] = b""
+    if fields:
+        yield key, fields
+
+
+@contextmanager
+def _damage_as_value_error() -> Iterator[None]:
+    try:
+        yield
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise ValueError(one_line(error)) from error
+
+
+def _scan(path: Path, label_key: str | None) -> list[int | str]:
+    """Return the labels of a shard, without reading its images.
+
+    Raises:
+        RequestError: If the shard is damaged, or a sample has no image or no label.
+    """
+    labels = []
+    try:
+        for key, fields in _samples(path, images=False):
+            _image_of(key, fields)
+            labels.append(_label_of(key, fields, label_key))
+    except (OSError, ValueError) as error:
+        raise RequestError(f"the WebDataset shard {printable(path)} cannot be read: {one_line(error)}") from error
+    if not labels:
+        raise RequestError(f"the WebDataset shard {printable(path)} contains no samples")
+    return labels
+
+
+def _image_of(key: str, fields: Mapping[str, bytes]) -> str:
+    """Return the name of the field with the image of a sample."""
+    images = [kind for kind in fields if is_image(f".{kind}")]
+    if len(images) != 1:
+        what = f"several images ({listing(images)})" if images else f"no image (it has {listing(fields)})"
+        raise ValueError(f"the sample {printable(key)} has {what}")
+    return images[0]
+
+
+def _label_of(key: str, fields: Mapping[str, bytes], label_key: str | None) -> int | str:
+    """Return the label of a sample: a number, or a name."""
+    if "cls" in fields and label_key in (None, "cls"):
+        text = fields["cls"].decode().strip()
+        if not text:
+            raise ValueError(f"{printable(key)}.cls is empty")
+        return int(text) if re.fullmatch(r"\d{1,9}", text, re.ASCII) else text
+    if "json" not in fields:
+        raise ValueError(f"the sample {printable(key)} has no label, such as {printable(key)}.cls")
+    facts = json.loads(fields["json"])
+    names = [label_key] if label_key else [n for n in LABEL_NAMES if isinstance(facts, dict) and n in facts]
+    label = facts.get(names[0]) if names and isinstance(facts, dict) else None
+    if not isinstance(label, (int, str)) or isinstance(label, bool) or label == "":
+        shown = listing(facts, 6) if isinstance(facts, dict) else "not an object"
+        wanted = f"no key {printable(label_key)} with" if label_key else "no"
+        raise ValueError(
+            f"{printable(key)}.json has {wanted} class ({shown}); choose the key with {setting('label_column')}"
+        )
+    return label
+
+
+def _classes(root: Path, labels: Sequence[int | str]) -> tuple[dict[int | str, int], list[str]]:
+    """Return the number of each label, and the names of the classes.
+
+    Raises:
+        RequestError: If labels are numbers in some samples and names in others, or `classes.txt` does not fit.
+    """
+    found = set(labels)
+    kinds = {type(label) for label in found}
+    if len(kinds) > 1:
+        examples = [next(label for label in found if isinstance(label, kind)) for kind in (int, str)]
+        raise RequestError(
+            f"the labels of {printable(root)} are numbers in some samples and names in others ({listing(examples)}); "
+            "use one kind"
+        )
+    path = root / CLASSES
+    if not os.path.lexists(path) or kinds != {int}:
+        ordered = sorted(found, key=lambda label: (isinstance(label, str), label))
+        return {label: i for i, label in enumerate(ordered)}, [str(label) for label in ordered]
+    try:
+        names = read_regular(path, limit=_CLASSES_BYTES).decode().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{printable(path)} cannot be read: {one_line(error)}") from error
+    while names and not names[-1].strip():
+        names.pop()
+    names = [name.strip() for name in names]
+    numbers = sorted(label for label in found if isinstance(label, int))
+    if numbers[-1] >= len(names) or not all(names) or len(set(names)) < len(names):
+        raise RequestError(
+            f"{printable(path)} has {len(set(names))} different names in {len(names)} lines, but the labels go up to "
+            f"{numbers[-1]}; expected the name of each class on a line of its own"
+        )
+    return {i: i for i in range(len(names))}, names
+
+
+def _open(
+    root: Path,
+    files: Sequence[str],
+    column: str,
+    numbers: Mapping[int | str, int],
+    names: Sequence[str],
+    label_key: str | None,
+    streaming: bool,
+) -> "datasets.Dataset | datasets.IterableDataset":
+    import datasets
+
+    label = datasets.ClassLabel(names=list(names))
+    features = datasets.Features({"image": datasets.Image(decode=False), column: label})
+    places = [root / file for file in files]
+    arguments = {
+        "paths": [str(place) for place in places],
+        "column": column,
+        "numbers": dict(numbers),
+        "label_key": label_key,
+        "versions": (_FORMAT, *map(_version_of, places)),  # a tuple, because lists are split into shards
+    }
+    if streaming:
+        return datasets.IterableDataset.from_generator(_rows, features=features, gen_kwargs=arguments)
+    check_cache()
+    try:
+        with quiet_library():
+            return datasets.Dataset.from_generator(_rows, features=features, gen_kwargs=arguments)
+    except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
+        cause = error.__cause__ or error
+        require_space(cause)
+        raise RequestError(f"the WebDataset shards in {printable(root)} cannot be read: {one_line(cause)}") from error
+
+
+def _rows(
+    paths: Sequence[str],
+    column: str,
+    numbers: Mapping[int | str, int],
+    label_key: str | None,
+    versions: Sequence[object] = (),
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of shards; `versions` only identifies their content in the cache of datasets."""
+    for path in paths:
+        for key, fields in _samples(Path(path), images=True):
+            kind = _image_of(key, fields)
+            label = numbers[_label_of(key, fields, label_key)]
+            yield {"image": {"bytes": fields[kind], "path": f"{key}.{kind}"}, column: label}
+
+
+def _version_of(path: Path) -> tuple[int, int, int]:
+    """Return what changes when a file is written or replaced."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
