@@ -41,8 +41,8 @@ class DataConfig:
     """Stop the run if more than this fraction of a split is unreadable, 0 to 1; one unreadable image is always
     tolerated."""
     streaming: bool = False
-    """Read a Hub dataset, parquet files or WebDataset shards sequentially, without a copy on disk; requires an evaluation
-    split."""
+    """Read a Hub dataset, parquet files or WebDataset shards sequentially, without a copy on disk; requires an
+    evaluation split."""
     shuffle_block: Annotated[int, Range(1, 10_000_000)] = 1000
     """With --streaming: number of consecutive samples that are held in memory and shuffled together."""
 

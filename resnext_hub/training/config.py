@@ -178,8 +178,8 @@ class TrainConfig:
     """CPU threads per process; auto divides the cores among the processes."""
     log_every: Annotated[int, Range(1, STEPS)] = field(default=10, metadata=FREE)
     """Optimizer steps between log lines."""
-    eval_every: Annotated[int, Range(1, STEPS)] = 1
-    """Epochs between evaluations; the last step is always evaluated."""
+    eval_every: Annotated[float, Range(0.001, STEPS)] = 1.0
+    """Epochs between evaluations; fractions are allowed, except with --streaming. The last step is always evaluated."""
     log_samples: bool = field(default=False, metadata=FREE_PER_PROCESS)
     """Write samples-P.jsonl for each process P, with the image indices and a hash of the pixels of every step."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -195,6 +195,11 @@ class TrainConfig:
             raise RequestError(
                 f"{setting('merge_groups', shown(self.merge_groups))}: expected auto, off or a width in channels "
                 f"from 1 to {WIDTHS:,}, such as 32"
+            )
+        if self.data.streaming and self.eval_every != round(self.eval_every):
+            raise RequestError(
+                f"{setting('eval_every', self.eval_every)}: a stream is evaluated after whole epochs; expected a whole "
+                "number"
             )
         if self.threads != "auto" and not is_count(self.threads, THREADS):
             raise RequestError(

@@ -28,7 +28,7 @@ class TrainSettings(TypedDict, total=False):
     progressive_size: int | None
     threads: str
     log_every: int
-    eval_every: int
+    eval_every: float
     log_samples: bool
     dataset: str
     dataset_config: str | None

@@ -47,9 +47,9 @@ def sizes_of(steps: int, first: int | None, full: int) -> list[int]:
 def plan_schedule(config: TrainConfig, count: int | None) -> Schedule:
     """Return the schedule of a run over `count` training samples.
 
-    A run has ceil(epochs * count / batch) steps, and each epoch is evaluated at the step that completes it. For a
-    stream that step is known only once it is reached, so `evaluations` holds just the last step. Warmup of a stream of
-    unknown length is a twentieth of the steps.
+    A run has ceil(epochs * count / batch) steps; every `eval_every` epochs are evaluated at the step that completes
+    them. For a stream that step is known only once it is reached, so `evaluations` holds just the last step. Warmup of
+    a stream of unknown length is a twentieth of the steps.
 
     Args:
         config: The configuration.
@@ -69,9 +69,9 @@ def plan_schedule(config: TrainConfig, count: int | None) -> Schedule:
     per_epoch = count / config.batch_size
     steps = config.max_steps or math.ceil(config.epochs * per_epoch)
     evaluations = {steps}
-    epoch = config.eval_every
-    while not config.data.streaming and math.ceil(epoch * per_epoch) < steps:
-        evaluations.add(math.ceil(epoch * per_epoch))
-        epoch += config.eval_every
+    apart = max(config.eval_every * per_epoch, 1)
+    number = 0 if config.data.streaming else int(steps / apart)
+    # rounded, because 3 * 0.1 is a little more than 0.3
+    evaluations.update(step for k in range(1, number + 1) if (step := math.ceil(round(k * apart, 6))) < steps)
     warmup = min(round(config.optim.warmup_epochs * per_epoch), steps // 2)
     return Schedule(steps=steps, warmup_steps=warmup, evaluations=frozenset(evaluations))

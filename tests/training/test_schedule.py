@@ -1,8 +1,12 @@
-"""The image size is a function of the step."""
+"""The image size and the evaluations are functions of the step."""
 
-from pytest import mark
+import math
 
-from resnext_hub.training.schedule import size_at, sizes_of
+from pytest import mark, raises
+
+from resnext_hub.errors import RequestError
+from resnext_hub.training.config import TrainConfig
+from resnext_hub.training.schedule import plan_schedule, size_at, sizes_of
 
 
 @mark.parametrize(("first", "full"), [(32, 64), (128, 224), (16, 32), (40, 45), (58, 64), (90, 96)])
@@ -23,3 +27,26 @@ def test_image_sizes_are_constant_by_default() -> None:
 def test_the_sizes_of_a_run_are_the_sizes_of_its_steps(steps: int) -> None:
     for first, full in ((32, 64), (58, 64), (None, 64), (128, 224)):
         assert sizes_of(steps, first, full) == sorted({size_at(step, steps, first, full) for step in range(steps)})
+
+
+@mark.parametrize("every", [1, 2, 3])
+def test_evaluations_are_at_the_steps_that_complete_epochs(every: int) -> None:
+    config = TrainConfig.from_flat({"batch_size": 64, "epochs": 10, "eval_every": every})
+    schedule = plan_schedule(config, 1437)
+    assert schedule.steps == math.ceil(14370 / 64)
+    expected = {math.ceil(epoch * 1437 / 64) for epoch in range(every, 11, every)} | {schedule.steps}
+    assert schedule.evaluations == expected
+
+
+def test_evaluations_may_be_fractions_of_an_epoch_apart() -> None:
+    config = TrainConfig.from_flat({"batch_size": 10, "epochs": 1, "eval_every": 0.1})
+    assert sorted(plan_schedule(config, 1000).evaluations) == list(range(10, 101, 10))
+    often = TrainConfig.from_flat({"batch_size": 100, "epochs": 2, "eval_every": 0.001})
+    assert sorted(plan_schedule(often, 1000).evaluations) == list(range(1, 21))
+
+
+def test_a_stream_is_evaluated_after_whole_epochs_only() -> None:
+    with raises(
+        RequestError, match=r"^eval_every=0.5: a stream is evaluated after whole epochs; expected a whole number"
+    ):
+        TrainConfig.from_flat({"eval_every": 0.5, "streaming": True})
