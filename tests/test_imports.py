@@ -28,7 +28,7 @@ ORDER = (
     {"hub"},
     {"runs"},
     {"api"},
-    {"benchmark", "study"},
+    {"benchmark", "check", "study"},
     {"cli"},
     {"__main__"},
 )

@@ -1,0 +1,1 @@
+"""Examine a dataset before training on it."""

@@ -1,0 +1,118 @@
+"""Find images that show the same picture: exact copies, and copies that were resized, recompressed or mirrored.
+
+Candidates have perceptual hashes (imagehash.phash) that differ in at most `MAX_DISTANCE` of 64 bits; a pair is a near
+duplicate if the thumbnails agree as well. Both thresholds were chosen by measurement; docs/how-to/check.md has the
+figures.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from resnext_hub.check.survey import Survey
+
+MAX_DISTANCE = 10
+"""Greatest number of bits in which the hashes of near duplicates differ."""
+
+MIN_CORRELATION = 0.99
+"""Least correlation of the thumbnails of near duplicates, over all pixels and colors."""
+
+_BANDS = (11, 11, 11, 11, 10, 10)
+"""Bits of each band of a hash. If two hashes differ in at most 10 bits, they differ in at most one bit of some band."""
+
+_PAIRS = 1 << 22
+"""Most candidate pairs to compare at once."""
+
+
+def duplicate_groups(survey: Survey) -> list[list[int]]:
+    """Return groups of images that show the same picture, as indices of `survey.images`; each has at least two.
+
+    Groups are connected: each member is a duplicate of another one, though not of all others.
+    """
+    parents = list(range(len(survey.images)))
+
+    def root(index: int) -> int:
+        while parents[index] != index:
+            parents[index] = parents[parents[index]]
+            index = parents[index]
+        return index
+
+    for first, second in [*_exact_pairs(survey), *near_duplicates(survey)]:
+        low, high = sorted((root(first), root(second)))
+        parents[high] = low
+    members: dict[int, list[int]] = {}
+    for index in range(len(parents)):
+        members.setdefault(root(index), []).append(index)
+    return [group for group in members.values() if len(group) > 1]
+
+
+def _exact_pairs(survey: Survey) -> Iterator[tuple[int, int]]:
+    """Yield pairs of an image and the first one with the same bytes."""
+    first: dict[bytes, int] = {}
+    for index, facts in enumerate(survey.images):
+        if facts.size is not None:
+            earlier = first.setdefault(facts.digest, index)
+            if earlier != index:
+                yield earlier, index
+
+
+def near_duplicates(survey: Survey) -> list[tuple[int, int]]:
+    """Return pairs of images that show the same picture, as sorted indices of `survey.images`."""
+    indices = survey.comparable
+    hashes = survey.hashes[indices]
+    plain, mirrored = (_normalized(view) for view in (survey.thumbnails, survey.thumbnails[:, :, ::-1]))
+    found: set[tuple[int, int]] = set()
+    for first, second, is_mirrored in _close(hashes):
+        a, b = indices[first], indices[second]
+        other = mirrored if is_mirrored else plain
+        agree = (plain[a] * other[b]).sum(axis=1) >= MIN_CORRELATION
+        found.update(zip(a[agree].tolist(), b[agree].tolist(), strict=True))
+    return sorted(found)
+
+
+def _normalized(thumbnails: np.ndarray) -> np.ndarray:
+    """Return thumbnails as vectors of mean 0 and length 1, `(N, D)` float32, so that a product is a correlation."""
+    vectors = thumbnails.reshape(len(thumbnails), -1).astype(np.float32)
+    vectors -= vectors.mean(axis=1, keepdims=True)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True) + 1e-6
+    return vectors
+
+
+def _close(hashes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
+    """Yield pairs (i < j) whose hashes are close, and whether one of the two is mirrored; pairs may repeat.
+
+    Args:
+        hashes: Those of each image and of its mirror image, `(N, 2)` uint64.
+    """
+    for is_mirrored in (False, True):
+        theirs = hashes[:, int(is_mirrored)]
+        shift = 0
+        for width in _BANDS:
+            mask = np.uint64((1 << width) - 1)
+            ours = (hashes[:, 0] >> np.uint64(shift)) & mask
+            order = np.argsort((theirs >> np.uint64(shift)) & mask, kind="stable")
+            keys = ((theirs >> np.uint64(shift)) & mask)[order]
+            shift += width
+            for flip in (0, *(1 << bit for bit in range(width))):
+                wanted = ours ^ np.uint64(flip)
+                starts, ends = np.searchsorted(keys, wanted, "left"), np.searchsorted(keys, wanted, "right")
+                for first, second in _expanded(starts, ends, order):
+                    kept = first < second
+                    first, second = first[kept], second[kept]
+                    near = np.bitwise_count(hashes[first, 0] ^ theirs[second]) <= MAX_DISTANCE
+                    yield first[near], second[near], is_mirrored
+
+
+def _expanded(starts: np.ndarray, ends: np.ndarray, order: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield every pair (i, order[k]) with starts[i] <= k < ends[i], at most about `_PAIRS` at once."""
+    counts = ends - starts
+    totals = np.cumsum(counts)
+    begin = 0
+    while begin < len(counts):
+        before = totals[begin - 1] if begin else 0
+        end = max(begin + 1, int(np.searchsorted(totals, before + _PAIRS, "right")))
+        part = counts[begin:end]
+        first = np.repeat(np.arange(begin, end), part)
+        within = np.arange(len(first)) - np.repeat(np.cumsum(part) - part, part)
+        yield first, order[np.repeat(starts[begin:end], part) + within]
+        begin = end

@@ -1,0 +1,117 @@
+"""What is wrong or unusual with a dataset, from a survey of its images."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from resnext_hub.check.duplicates import duplicate_groups
+from resnext_hub.check.survey import Facts, Survey
+
+SMALL_CLASS = 10
+"""Evaluation images below which a class is too small to evaluate: its accuracy moves in steps of 10 % or more."""
+
+IMBALANCED = 10.0
+"""Ratio of the largest to the smallest class from which a dataset is called imbalanced."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Images that show the same picture."""
+
+    images: tuple[Facts, ...]
+    exact: bool
+    """Whether all of them are the same bytes."""
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that they are in."""
+        return tuple(dict.fromkeys(facts.split for facts in self.images))
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """Their labels."""
+        return tuple(sorted({facts.label for facts in self.images}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """The result of a check."""
+
+    label_names: tuple[str, ...]
+    counts: dict[str, tuple[int, ...]]
+    """Images of each class, by split."""
+    sizes: dict[str, tuple[int, int]]
+    """Width and height of the smallest, the median and the largest image, by number of pixels."""
+    modes: dict[str, int]
+    """Number of images by mode."""
+    unreadable: tuple[Facts, ...]
+    blank: tuple[Facts, ...]
+    """Images of a single color."""
+    groups: tuple[Group, ...]
+    """Duplicates, the worst first: with several labels, then across splits, then all others."""
+
+    @property
+    def train(self) -> str:
+        """Name of the training split."""
+        return next(iter(self.counts))
+
+    @property
+    def conflicts(self) -> tuple[Group, ...]:
+        """Duplicates with different labels."""
+        return tuple(group for group in self.groups if len(group.labels) > 1)
+
+    @property
+    def leaks(self) -> tuple[Group, ...]:
+        """Duplicates across splits."""
+        return tuple(group for group in self.groups if len(group.splits) > 1)
+
+    @property
+    def imbalance(self) -> float:
+        """Training images of the largest class over those of the smallest one that has any."""
+        filled = [count for count in self.counts[self.train] if count]
+        return max(filled) / min(filled)
+
+    def missing(self, split: str) -> tuple[str, ...]:
+        """Return the classes without images in a split."""
+        return tuple(name for name, count in zip(self.label_names, self.counts[split], strict=True) if not count)
+
+    def small(self, split: str) -> tuple[str, ...]:
+        """Return the classes with too few images in a split to measure their accuracy."""
+        pairs = zip(self.label_names, self.counts[split], strict=True)
+        return tuple(name for name, count in pairs if 0 < count < SMALL_CLASS)
+
+    @property
+    def problems(self) -> int:
+        """Number of findings that spoil a result: unreadable images, conflicting labels, duplicates across splits."""
+        spoiled = {id(group) for group in (*self.conflicts, *self.leaks)}
+        return len(self.unreadable) + len(spoiled)
+
+
+def examine(survey: Survey) -> Findings:
+    """Return the findings of a survey."""
+    images = survey.images
+    readable = [facts for facts in images if facts.size is not None]
+    by_pixels = sorted((facts.size for facts in readable if facts.size), key=lambda size: (size[0] * size[1], size))
+    places = {"smallest": 0, "median": len(by_pixels) // 2, "largest": -1}
+    return Findings(
+        label_names=survey.label_names,
+        counts={
+            name: tuple(np.bincount(split.labels, minlength=len(survey.label_names)).tolist())
+            for name, split in survey.splits.items()
+        },
+        sizes={what: by_pixels[place] for what, place in places.items()} if by_pixels else {},
+        modes=dict(Counter(facts.mode for facts in readable).most_common()),
+        unreadable=tuple(facts for facts in images if facts.size is None),
+        blank=tuple(facts for facts in readable if facts.blank),
+        groups=_groups(images, duplicate_groups(survey)),
+    )
+
+
+def _groups(images: Sequence[Facts], found: Sequence[Sequence[int]]) -> tuple[Group, ...]:
+    groups = []
+    for members in found:
+        facts = tuple(images[index] for index in members)
+        groups.append(Group(images=facts, exact=len({fact.digest for fact in facts}) == 1))
+    return tuple(sorted(groups, key=lambda group: (len(group.labels) < 2, len(group.splits) < 2)))

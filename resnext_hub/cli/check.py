@@ -1,0 +1,74 @@
+"""`resnext-hub check`: examine a dataset before training on it."""
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from resnext_hub.cli.output import json_line, write
+from resnext_hub.cli.parser import add_config_flags, new_path
+from resnext_hub.data.config import DataConfig
+from resnext_hub.errors import RunError
+from resnext_hub.settings import check_value
+from resnext_hub.text import printable
+from resnext_hub.training.config import fields_of
+
+if TYPE_CHECKING:
+    from resnext_hub.check.findings import Findings
+    from resnext_hub.check.survey import Survey
+
+_UNUSED = ("dataset", "streaming", "shuffle_block", "max_bad_fraction")
+"""Settings of a dataset that are given otherwise, or have no meaning here."""
+
+GRID_ROWS = 12
+"""Groups of duplicates in the grid."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the command."""
+    parser.add_argument("dataset", metavar="DATASET", help="dataset, as in train --dataset")
+    parser.add_argument("--json", action="store_true", help="print the findings as one JSON object, all of them")
+    parser.add_argument("--grid", type=new_path, metavar="FILE", help="draw the worst duplicates, as a PNG file")
+    add_config_flags(parser, {name: field for name, field in fields_of(DataConfig).items() if name not in _UNUSED})
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the findings.
+
+    Raises:
+        RunError: If there are problems: unreadable images, or duplicates across splits or with different labels.
+    """
+    from resnext_hub.check.findings import examine
+    from resnext_hub.check.report import as_json, as_text
+    from resnext_hub.check.survey import survey
+
+    fields = {name: field for name, field in fields_of(DataConfig).items() if hasattr(options, name)}
+    config = DataConfig(**{name: check_value(name, getattr(options, name), f.type) for name, f in fields.items()})
+    surveyed = survey(config)
+    findings = examine(surveyed)
+    if options.grid and findings.groups:
+        _draw(surveyed, findings, options.grid)
+    write(json_line(as_json(findings)) if options.json else as_text(findings))
+    if findings.problems:
+        what = "1 problem" if findings.problems == 1 else f"{findings.problems} problems"
+        raise RunError(f"{what} found: unreadable images, or duplicates across splits or with different labels")
+
+
+def _draw(surveyed: "Survey", findings: "Findings", path: Path) -> None:
+    from resnext_hub.plots.duplicates import COLUMNS, Tile, plot_groups
+    from resnext_hub.plots.write import save_plot
+
+    names = findings.label_names
+    groups = [
+        [
+            Tile(
+                row=surveyed.splits[facts.split].row(facts.index),
+                name=f"{facts.split}: {facts.name}",
+                label=names[facts.label],
+            )
+            for facts in group.images[:COLUMNS]
+        ]
+        for group in findings.groups[:GRID_ROWS]
+    ]
+    if not save_plot(path, names, partial(plot_groups, groups)):
+        raise RunError(f"{printable(path)} could not be written")

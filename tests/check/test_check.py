@@ -1,0 +1,210 @@
+"""`resnext-hub check` finds copies of images, unreadable images and unusual splits, and reports nothing else."""
+
+import io
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+from pytest import fixture, mark, raises
+
+from resnext_hub.check.duplicates import MAX_DISTANCE, _close, near_duplicates
+from resnext_hub.check.findings import Findings, examine
+from resnext_hub.check.survey import survey
+from resnext_hub.data.config import DataConfig
+from resnext_hub.errors import RequestError
+
+Command = Callable[..., tuple[int, str, str]]
+
+SIDE = 70
+
+
+@fixture(scope="session")
+def patches() -> list[Image.Image]:
+    """Different parts of the two photographs that scikit-learn contains; parts without detail are left out."""
+    from sklearn.datasets import load_sample_images
+
+    found = []
+    for photo in load_sample_images().images:
+        for top in range(0, photo.shape[0] - SIDE, SIDE):
+            for left in range(0, photo.shape[1] - SIDE, SIDE):
+                patch = photo[top : top + SIDE, left : left + SIDE]
+                if patch.mean(axis=2).std() > 25:
+                    found.append(Image.fromarray(patch))
+    assert len(found) > 40
+    return found
+
+
+@fixture
+def photos(tmp_path: Path, patches: list[Image.Image]) -> Path:
+    """Two classes of twelve different images in each of two splits."""
+    root = tmp_path / "photos"
+    for index, patch in enumerate(patches[:48]):
+        split, name = ("train", "val")[index % 2], ("cat", "dog")[index // 2 % 2]
+        path = root / split / name / f"{index:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        patch.save(path)
+    return root
+
+
+def checked(root: Path, workers: int = 0) -> Findings:
+    return examine(survey(DataConfig(dataset=str(root)), workers))
+
+
+def names(findings: Findings) -> list[list[str]]:
+    return [sorted(f"{facts.split}/{Path(facts.name).name}" for facts in group.images) for group in findings.groups]
+
+
+def twin_of(image: Image.Image, generator: random.Random) -> bytes:
+    """A copy that was resized to 50-150 %, perhaps mirrored, and compressed with quality 60-95."""
+    scale = generator.uniform(0.5, 1.5)
+    twin = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    twin = ImageOps.mirror(twin) if generator.random() < 0.5 else twin
+    buffer = io.BytesIO()
+    twin.save(buffer, format="JPEG", quality=generator.randint(60, 95))
+    return buffer.getvalue()
+
+
+def test_a_dataset_of_different_images_has_no_problems(photos: Path, command: Command) -> None:
+    code, out, err = command("check", photos)
+    assert code == 0
+    assert out.endswith("no problems found\n")
+    assert "duplicates" not in out + err.replace("duplicates:", "")
+
+
+def test_resized_recompressed_and_mirrored_copies_are_found_and_nothing_else(photos: Path) -> None:
+    generator = random.Random(0)
+    originals = sorted(photos.glob("*/*/*.png"))[::2]
+    for path in originals:
+        (path.parent / f"{path.stem}-twin.jpg").write_bytes(twin_of(Image.open(path), generator))
+    expected = {
+        (f"{path.parent.parent.name}/{path.stem}-twin.jpg", f"{path.parent.parent.name}/{path.name}")
+        for path in originals
+    }
+    found = {tuple(sorted(group)) for group in names(checked(photos))}
+    assert len(found & expected) >= 0.95 * len(expected)
+    assert not found - expected
+
+
+def test_a_copy_that_exif_turns_upright_is_found(photos: Path) -> None:
+    path = photos / "train/cat/00.png"
+    turned = Image.open(path).transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(photos / "train/cat/turned.jpg", quality=95, exif=exif)
+    assert names(checked(photos)) == [["train/00.png", "train/turned.jpg"]]
+
+
+def test_copies_across_splits_and_with_different_labels_are_problems(photos: Path, command: Command) -> None:
+    content = (photos / "train/cat/00.png").read_bytes()
+    (photos / "val/cat/leak.png").write_bytes(content)
+    (photos / "train/dog/wrong.png").write_bytes((photos / "train/cat/04.png").read_bytes())
+    code, out, err = command("check", photos)
+    assert code == 1
+    assert err.endswith(
+        "error: 2 problems found: unreadable images, or duplicates across splits or with different labels\n"
+    )
+    assert (
+        "duplicates with different labels: 1\n  train: cat/04.png (cat) = train: dog/wrong.png (dog)\n"
+        "duplicates across splits: 1\n  train: cat/00.png = val: cat/leak.png\n"
+    ) in out
+    code, out, _ = command("check", photos, "--json")
+    facts = json.loads(out)
+    assert (code, facts["problems"]) == (1, 2)
+    assert [(group["exact"], group["different_labels"], group["across_splits"]) for group in facts["duplicates"]] == [
+        (True, True, False),
+        (True, False, True),
+    ]
+    assert facts["duplicates"][1]["images"] == [
+        {"split": "train", "index": 0, "name": "cat/00.png", "label": "cat"},
+        {"split": "val", "index": 12, "name": "cat/leak.png", "label": "cat"},
+    ]
+
+
+def test_unreadable_and_blank_images_are_listed_and_not_compared(photos: Path, command: Command) -> None:
+    (photos / "train/cat/empty.jpg").write_bytes(b"")
+    (photos / "val/dog/text.jpg").write_text("no image")
+    for split in ("train", "val"):
+        Image.new("RGB", (50, 40), "white").save(photos / split / "cat/white.png")
+        Image.new("RGB", (50, 40), "black").save(photos / split / "dog/black.png")
+    findings = checked(photos)
+    first, second = findings.unreadable
+    assert (first.name, first.reason, second.name) == ("cat/empty.jpg", "zero bytes", "dog/text.jpg")
+    assert [Path(facts.name).name for facts in findings.blank] == ["white.png", "black.png"] * 2
+    code, out, _ = command("check", photos)
+    assert code == 1
+    assert "unreadable: 2\n  train: cat/empty.jpg: zero bytes\n" in out
+    assert "single color: 4\n" in out
+
+
+def test_all_splits_are_compared(photos: Path, command: Command) -> None:
+    (photos / "test/cat").mkdir(parents=True)
+    (photos / "test/cat/same.png").write_bytes((photos / "train/cat/00.png").read_bytes())
+    code, out, _ = command("check", photos)
+    assert code == 1
+    assert out.startswith("class  train  val  test\ncat       12   12     1\ndog       12   12     0\n")
+    assert "train: cat/00.png = test: cat/same.png" in out
+    assert "classes without images in test: dog" in out
+    assert "classes with fewer than 10 images in test: cat" in out
+
+
+def test_an_imbalanced_dataset_is_described(photos: Path, command: Command) -> None:
+    for path in sorted((photos / "train/dog").iterdir())[1:]:
+        path.unlink()
+    _, out, _ = command("check", photos)
+    assert "imbalanced: the largest class has 12x as many training images as the smallest" in out
+    assert f"sizes: smallest {SIDE} x {SIDE}, median {SIDE} x {SIDE}, largest {SIDE} x {SIDE}\nmodes: RGB 37\n" in out
+
+
+def test_workers_find_the_same(photos: Path) -> None:
+    (photos / "val/cat/leak.png").write_bytes((photos / "train/cat/00.png").read_bytes())
+    alone, together = checked(photos), checked(photos, workers=2)
+    assert alone == together
+
+
+def test_a_grid_shows_the_worst_duplicates(photos: Path, tmp_path: Path, command: Command) -> None:
+    (photos / "val/cat/leak.png").write_bytes((photos / "train/cat/00.png").read_bytes())
+    command("check", photos, "--grid", tmp_path / "grid.png")
+    grid = np.asarray(Image.open(tmp_path / "grid.png").convert("RGB"))
+    assert grid.shape[1] > grid.shape[0] > 100
+    assert grid.std() > 20
+
+
+def test_a_stream_is_refused() -> None:
+    with raises(RequestError, match=r"^streaming=True: a stream cannot be checked; omit it$"):
+        survey(DataConfig(streaming=True))
+
+
+@mark.parametrize("count", [2, 50, 700])
+def test_the_search_finds_every_close_pair_of_hashes(count: int) -> None:
+    generator = np.random.default_rng(count)
+    hashes = generator.integers(0, 1 << 63, (count, 2), dtype=np.uint64)
+    for index in range(0, count - 1, 2):  # neighbors differ in 0 to 15 bits, plain or mirrored
+        bits = generator.choice(64, index // 2 % 16, replace=False)
+        flips = np.bitwise_or.reduce(np.uint64(1) << bits.astype(np.uint64), initial=np.uint64(0))
+        hashes[index + 1, index // 2 % 2] = hashes[index, 0] ^ flips
+    found = {
+        (int(i), int(j), mirrored)
+        for first, second, mirrored in _close(hashes)
+        for i, j in zip(first, second, strict=True)
+    }
+    distances = {m: np.bitwise_count(hashes[:, :1] ^ hashes[None, :, int(m)]) for m in (False, True)}
+    expected = {
+        (i, j, m)
+        for m, d in distances.items()
+        for i in range(count)
+        for j in range(i + 1, count)
+        if d[i, j] <= MAX_DISTANCE
+    }
+    assert found == expected
+    assert expected
+
+
+def test_a_blank_dataset_has_no_near_duplicates(tmp_path: Path) -> None:
+    for index in range(8):
+        path = tmp_path / f"{'ab'[index % 2]}/{index}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("L", (8, 8), 30 * index).save(path)
+    assert near_duplicates(survey(DataConfig(dataset=str(tmp_path)))) == []
