@@ -1,12 +1,10 @@
 """Every documented layout is read with `--dataset PATH` alone: the right number of images, the right class names."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 from pytest import mark
 from support.layouts import LAYOUTS
-from support.processes import ROOT
+from support.processes import run_process
 
 from resnext_hub.data.config import DataConfig
 from resnext_hub.data.splits import load_splits
@@ -31,9 +29,7 @@ def test_a_layout_trains_with_the_dataset_flag_alone(name: str, tmp_path: Path) 
         *("--dataset", layout.write(tmp_path / "data"), "--output-dir", tmp_path / "run"),
         *("--model", "test_resnet", "--image-size", "32", "--max-steps", "1", "--batch-size", "4", "--threads", "1"),
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "resnext_hub", "train", *map(str, words)], cwd=ROOT, capture_output=True, text=True
-    )
+    done = run_process("-m", "resnext_hub", "train", *words)
     assert done.returncode == 0, done.stderr
     record = RunRecord.load(tmp_path / "run/record.json")
     assert tuple(record.label_names) == layout.names
