@@ -82,6 +82,22 @@ class Findings:
         pairs = zip(self.label_names, self.counts[split], strict=True)
         return tuple(name for name, count in pairs if 0 < count < SMALL_CLASS)
 
+    def excluded(self) -> list[tuple[Facts, str]]:
+        """Return the images to leave out so that no problem and no duplicate remains, and the reasons.
+
+        Of duplicates with the same label one image is kept, in an evaluation split if there is one, so that training
+        splits shrink and evaluations stay comparable. Of duplicates with different labels none is kept.
+        """
+        found = [(facts, f"unreadable: {facts.reason}") for facts in self.unreadable]
+        for group in self.groups:
+            kept = next((facts for facts in group.images if facts.split != self.train), group.images[0])
+            for facts in group.images:
+                if len(group.labels) > 1:
+                    found.append((facts, "duplicates with different labels"))
+                elif facts is not kept:
+                    found.append((facts, f"duplicate of {kept.split}: {kept.name}"))
+        return found
+
     @property
     def problems(self) -> int:
         """Number of findings that spoil a result: unreadable images, conflicting labels, duplicates across splits."""

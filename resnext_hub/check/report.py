@@ -117,4 +117,4 @@ def _name(facts: Facts) -> str:
 
 
 def _facts(facts: Facts) -> dict[str, Any]:
-    return {"split": facts.split, "index": facts.index, "name": facts.name}
+    return {"split": facts.split, "row": facts.row, "name": facts.name}

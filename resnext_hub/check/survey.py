@@ -40,7 +40,9 @@ class Facts:
 
     split: str
     index: int
-    """Its index in the split."""
+    """Its index among the images of the split that are used."""
+    row: int
+    """Its row in the split as it is stored."""
     name: str
     label: int
     digest: bytes = b""
@@ -67,6 +69,10 @@ class Survey:
     """Perceptual hashes of each image and of its mirror image, `(N, 2)` uint64."""
     thumbnails: np.ndarray
     """Thumbnails, `(N, 16, 16, 3)` uint8."""
+
+    def stored_split(self, facts: Facts) -> str:
+        """Return the split that an image is stored in: held-out images are those of the training split."""
+        return next(iter(self.splits)) if facts.split == HELD_OUT else facts.split
 
     @property
     def comparable(self) -> np.ndarray:
@@ -135,7 +141,13 @@ class _Surveyed(Dataset[Any]):
     def __getitem__(self, place: int) -> tuple[Facts, tuple[int, int], np.ndarray]:
         name, index = self.places[place]
         images = self.splits[name]
-        facts = Facts(split=name, index=index, name=images.name(index), label=int(images.labels[index]))
+        facts = Facts(
+            split=name,
+            index=index,
+            row=int(images.indices[index]),
+            name=images.name(index),
+            label=int(images.labels[index]),
+        )
         return _examine(facts, images)
 
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 from resnext_hub.cli.output import json_line, write
 from resnext_hub.cli.parser import add_config_flags, new_path
 from resnext_hub.data.config import DataConfig
+from resnext_hub.data.exclude import write_exclusions
 from resnext_hub.errors import RunError
+from resnext_hub.files import write_atomic
 from resnext_hub.settings import check_value
 from resnext_hub.text import printable
 from resnext_hub.training.config import fields_of
@@ -29,6 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", metavar="DATASET", help="dataset, as in train --dataset")
     parser.add_argument("--json", action="store_true", help="print the findings as one JSON object, all of them")
     parser.add_argument("--grid", type=new_path, metavar="FILE", help="draw the worst duplicates, as a PNG file")
+    parser.add_argument(
+        "--write-exclude",
+        type=new_path,
+        metavar="FILE",
+        help="write a list of images to leave out, for train --exclude: unreadable images, and all but one of each "
+        "group of duplicates",
+    )
     add_config_flags(parser, {name: field for name, field in fields_of(DataConfig).items() if name not in _UNUSED})
 
 
@@ -48,6 +57,11 @@ def run(options: argparse.Namespace) -> None:
     findings = examine(surveyed)
     if options.grid and findings.groups:
         _draw(surveyed, findings, options.grid)
+    if options.write_exclude:
+        excluded = [
+            (surveyed.stored_split(facts), facts.row, facts.name, reason) for facts, reason in findings.excluded()
+        ]
+        write_atomic(options.write_exclude, write_exclusions(excluded))
     write(json_line(as_json(findings)) if options.json else as_text(findings))
     if findings.problems:
         what = "1 problem" if findings.problems == 1 else f"{findings.problems} problems"

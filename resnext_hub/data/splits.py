@@ -11,6 +11,7 @@ import numpy as np
 
 from resnext_hub.data.columns import LabelledTable, class_names, find_image_column, find_label_column, read_labels
 from resnext_hub.data.config import DataConfig as DataConfig
+from resnext_hub.data.exclude import kept_rows, read_exclusions, require_names
 from resnext_hub.data.holdout import likely_mistakes, stratified_split
 from resnext_hub.data.images import IndexedImages, StreamedImages
 from resnext_hub.data.sources import BUNDLED, OpenDataset, Request, open_source
@@ -141,6 +142,7 @@ def _found(
             eval_split=eval_split,
             image_column=image_column,
             label_column=label_column,
+            exclude=config.exclude and str(Path(config.exclude).expanduser().resolve()),
         ),
         image_column=image_column,
         label_column=label_column,
@@ -151,6 +153,8 @@ def _found(
 
 def _streamed(source: OpenDataset, found: _Found, train: LabelledTable, evaluation: LabelledTable | None) -> Splits:
     name = printable(found.config.dataset)
+    if found.config.exclude is not None:
+        raise RequestError(f"{setting('exclude')} is not possible with {setting('streaming', True)}; omit one of them")
     if evaluation is None:
         raise RequestError(
             f"{setting('streaming', True)} needs an evaluation split, because none can be held out from a stream; "
@@ -179,20 +183,31 @@ def _indexed(
 ) -> Splits:
     name, column = printable(config.dataset), found.image_column
     label_names, train_labels, eval_labels = read_labels(name, found.label_column, train, evaluation)
+    excluded = read_exclusions(config.exclude)
 
-    def images(table: "datasets.Dataset", indices: np.ndarray, labels: np.ndarray) -> IndexedImages:
-        return IndexedImages(table.select_columns([column]), column, indices, labels, source.roots)
+    def images(table: "datasets.Dataset", rows: np.ndarray, labels: np.ndarray) -> IndexedImages:
+        return IndexedImages(table.select_columns([column]), column, rows, labels[rows], source.roots)
 
+    def kept(split: str, table: "datasets.Dataset", labels: np.ndarray) -> np.ndarray:
+        here = excluded.get(split, {})
+        rows = kept_rows(len(labels), here, split)
+        listed = images(table, np.array(sorted(here), dtype=np.int64), labels)
+        require_names({row: listed.name(index) for index, row in enumerate(sorted(here))}, here, split)
+        return rows
+
+    rows = kept(found.train_split, train.table, train_labels)
     if evaluation is None or eval_labels is None:
-        kept, held_out = stratified_split(train_labels, config.eval_fraction, config.split_seed)
-        to_train = images(train.table, kept, train_labels[kept])
-        to_evaluate = images(train.table, held_out, train_labels[held_out])
+        for_training, held_out = stratified_split(train_labels[rows], config.eval_fraction, config.split_seed)
+        to_train = images(train.table, rows[for_training], train_labels)
+        to_evaluate = images(train.table, rows[held_out], train_labels)
     else:
-        to_train = images(train.table, np.arange(len(train_labels)), train_labels)
-        to_evaluate = images(evaluation.table, np.arange(len(eval_labels)), eval_labels)
+        to_train = images(train.table, rows, train_labels)
+        eval_rows = kept(str(found.eval_split), evaluation.table, eval_labels)
+        to_evaluate = images(evaluation.table, eval_rows, eval_labels)
     for mistake in likely_mistakes(label_names, to_train.labels, to_evaluate.labels):
         _logger.warning("%s: %s", name, mistake)
-    fingerprint = _fingerprint(label_names, to_train.labels, to_evaluate.labels, source.files)
+    left_out = [(f"excluded from {split}", row) for split in sorted(excluded) for row in sorted(excluded[split])]
+    fingerprint = _fingerprint(label_names, to_train.labels, to_evaluate.labels, [*source.files, *left_out])
     return found.splits(to_train, to_evaluate, label_names, fingerprint)
 
 

@@ -11,7 +11,12 @@ from resnext_hub.training.config import TrainConfig
 
 def public_settings(config: TrainConfig, splits: Splits) -> dict[str, Any]:
     """Return the flat settings of a run, with local paths reduced to the name of the folder."""
-    return config.to_flat() | {"dataset": printable(splits.dataset_id), "model": public_model(config.model)}
+    exclude = config.data.exclude
+    return config.to_flat() | {
+        "dataset": printable(splits.dataset_id),
+        "model": public_model(config.model),
+        "exclude": None if exclude is None else printable(Path(exclude).name),
+    }
 
 
 def public_model(requested: str) -> str:

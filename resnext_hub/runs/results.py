@@ -325,6 +325,6 @@ def _command(plan: Plan) -> str:
         if isinstance(value, bool):
             words.append(flag_of(name) if value else flag_of(name).replace("--", "--no-", 1))
             continue
-        value = public[name] if name in ("dataset", "model") else value
+        value = public[name] if name in ("dataset", "model", "exclude") else value
         words += [flag_of(name), *(str(v) for v in (value if isinstance(value, (list, tuple)) else [value]))]
     return printable(shlex.join(words))

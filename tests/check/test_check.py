@@ -9,12 +9,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 from pytest import fixture, mark, raises
+from support.processes import TINY
 
 from resnext_hub.check.duplicates import MAX_DISTANCE, _close, near_duplicates
 from resnext_hub.check.findings import Findings, examine
 from resnext_hub.check.survey import survey
 from resnext_hub.data.config import DataConfig
+from resnext_hub.data.splits import load_splits
 from resnext_hub.errors import RequestError
+from resnext_hub.record import RunRecord
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -118,8 +121,8 @@ def test_copies_across_splits_and_with_different_labels_are_problems(photos: Pat
         (True, False, True),
     ]
     assert facts["duplicates"][1]["images"] == [
-        {"split": "train", "index": 0, "name": "cat/00.png", "label": "cat"},
-        {"split": "val", "index": 12, "name": "cat/leak.png", "label": "cat"},
+        {"split": "train", "row": 0, "name": "cat/00.png", "label": "cat"},
+        {"split": "val", "row": 12, "name": "cat/leak.png", "label": "cat"},
     ]
 
 
@@ -162,6 +165,93 @@ def test_workers_find_the_same(photos: Path) -> None:
     (photos / "val/cat/leak.png").write_bytes((photos / "train/cat/00.png").read_bytes())
     alone, together = checked(photos), checked(photos, workers=2)
     assert alone == together
+
+
+@fixture
+def problems(photos: Path) -> Path:
+    """A dataset with each kind of problem."""
+    (photos / "val/cat/leak.png").write_bytes((photos / "train/cat/00.png").read_bytes())
+    (photos / "train/dog/wrong.png").write_bytes((photos / "train/cat/04.png").read_bytes())
+    (photos / "train/dog/again.png").write_bytes((photos / "train/dog/06.png").read_bytes())
+    (photos / "train/cat/empty.jpg").write_bytes(b"")
+    return photos
+
+
+def test_a_list_of_images_to_exclude_leaves_no_problem(problems: Path, tmp_path: Path, command: Command) -> None:
+    written = tmp_path / "exclude.txt"
+    assert command("check", problems, "--write-exclude", written)[0] == 1
+    rows = [line.split("\t") for line in written.read_text().splitlines() if not line.startswith("#")]
+    assert [(split, Path(name).name) for split, _, name in rows] == [
+        ("train", "empty.jpg"),
+        ("train", "04.png"),
+        ("train", "wrong.png"),
+        ("train", "00.png"),  # the copy in the evaluation split is kept
+        ("train", "again.png"),
+    ]
+    code, out, _ = command("check", problems, "--exclude", written)
+    assert code == 0, out
+    assert out.startswith("class  train  val\ncat       10   13\ndog       12   12\n")
+    splits = load_splits(DataConfig(dataset=str(problems), exclude=str(written)))
+    assert (len(splits.train), len(splits.eval)) == (22, 25)
+    assert splits.fingerprint != load_splits(DataConfig(dataset=str(problems))).fingerprint
+
+
+def test_images_of_a_table_and_of_a_held_out_split_can_be_excluded(tmp_path: Path, command: Command) -> None:
+    written = tmp_path / "exclude.txt"
+    assert command("check", "digits", "--write-exclude", written)[0] == 1
+    code, out, _ = command("check", "digits", "--exclude", written)
+    assert code == 0, out
+    splits = load_splits(DataConfig(exclude=str(written)))
+    assert len(splits.train) + len(splits.eval) == 1797 - 4
+
+
+def test_training_leaves_excluded_images_out_and_records_the_name_of_the_list(
+    problems: Path, tmp_path: Path, command: Command
+) -> None:
+    written = tmp_path / "exclude.txt"
+    command("check", problems, "--write-exclude", written)
+    words = [*TINY, "--dataset", problems, "--max-steps", 1, "--image-size", 32, "--batch-size", 8]
+    code, _, err = command("train", *words, "--exclude", written, "--output-dir", tmp_path / "run")
+    assert code == 0, err
+    record = RunRecord.load(tmp_path / "run/record.json")
+    assert (record.dataset.train_counts, record.dataset.eval_counts) == ([10, 12], [13, 12])
+    assert record.unreadable_images == []
+    assert record.config["exclude"] == "exclude.txt"
+    assert "--exclude exclude.txt" in record.command
+    code, _, err = command("train", *words, "--output-dir", tmp_path / "run")
+    assert code == 2
+    assert "--exclude was" in err
+
+
+@mark.parametrize(
+    ("content", "words"),
+    [
+        ("train\t0\tcat/01.png\n", "lists row 0 of train as cat/01.png, but it is cat/00.png"),
+        ("train\t24\tcat/00.png\n", "lists row 24 of train, which has 24 rows; the list was made for another dataset"),
+        ("train 0 cat/00.png\n", "line 1 is train 0 cat/00.png; expected a split, a row and a name"),
+        ("train\t-1\tcat/00.png\n", "expected a split, a row and a name, separated by tabs"),
+        (b"\xff\xfe", "cannot be read: it is not a list of images"),
+        (None, "cannot be read: No such file or directory"),
+    ],
+)
+def test_a_list_that_does_not_fit_the_dataset_is_refused(
+    content: str | bytes | None, words: str, photos: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "exclude.txt"
+    if content is not None:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with raises(RequestError) as raised:
+        load_splits(DataConfig(dataset=str(photos), exclude=str(path)))
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_list_of_all_images_is_refused(photos: Path, tmp_path: Path) -> None:
+    images = sorted(photos.glob("train/*/*.png"))
+    lines = (f"train\t{row}\t{path.parent.name}/{path.name}" for row, path in enumerate(images))
+    (tmp_path / "all.txt").write_text("\n".join(lines))
+    with raises(RequestError, match="lists all images of train"):
+        load_splits(DataConfig(dataset=str(photos), exclude=str(tmp_path / "all.txt")))
 
 
 def test_a_grid_shows_the_worst_duplicates(photos: Path, tmp_path: Path, command: Command) -> None:
