@@ -29,7 +29,7 @@ GRID_ROWS = 12
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     parser.add_argument("dataset", metavar="DATASET", help="dataset, as in train --dataset")
-    parser.add_argument("--json", action="store_true", help="print the findings as one JSON object, all of them")
+    parser.add_argument("--json", action="store_true", help="print all findings as one JSON object")
     parser.add_argument("--grid", type=new_path, metavar="FILE", help="draw the worst duplicates, as a PNG file")
     parser.add_argument(
         "--write-exclude",

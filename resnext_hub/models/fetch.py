@@ -177,7 +177,7 @@ def list_files(where: str, repo_id: str, revision: str | None) -> Listing:
             f"{where} could not be loaded from the Hub: {one_line(error)}; use verify=False to load a cached copy"
         ) from error
     if not re.fullmatch(r"[0-9a-f]{40}", info.sha or ""):
-        raise RunError(f"{where}: the response of the Hub contains no commit; try again later")
+        raise RunError(f"{where}: the Hub's response contains no commit; try again later")
     hashes = {
         entry.rfilename: (entry.lfs.sha256 if entry.lfs else None, entry.blob_id) for entry in info.siblings or []
     }

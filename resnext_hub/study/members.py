@@ -34,7 +34,7 @@ class BaseConfig:
     stem: Literal["cifar", "imagenet"] = "cifar"
     """cifar: 3x3 convolution at full resolution, three stages; imagenet: 7x7 convolution and pooling, four stages."""
     width_scale: Annotated[float, Range(1 / 64, 8)] = 0.5
-    """Multiplier for the channels of all stages; 1 is the width of the paper. The d in a member's name, such as
+    """Multiplier for the channels of all stages; 1 is the width used in the paper. The d in a member's name, such as
     32x4d, is its width before scaling."""
     match: Literal["parameters", "macs"] = "parameters"
     """Cost that members have in common: parameters, or multiply-adds."""

@@ -1116,7 +1116,7 @@ def test_labels_in_folder_names_match_rows_and_splits(tmp_path: Path) -> None:
             {"source": ["web", "cam"] * 2},
             "several columns that could be labels (source, label); choose one with",
         ),
-        (["label=a", "label=b", "."], {}, "part-0.parquet is not in a folder label=…, unlike other files"),
+        (["label=a", "label=b", "."], {}, "part-0.parquet is not in a label=… folder, unlike the other files"),
         (["label=a", "label=__HIVE_DEFAULT_PARTITION__"], {}, "4 empty labels out of 8"),
         (["label=a"], {}, "no label column"),
     ],

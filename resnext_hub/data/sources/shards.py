@@ -119,8 +119,8 @@ def folder_columns(files: Iterable[str], own: Collection[str]) -> dict[str, dict
         outside = [file for file in files if file not in values]
         if outside:
             raise RequestError(
-                f"{printable(outside[0])} is not in a folder {printable(key)}=…, unlike other files; move it into one "
-                "or elsewhere"
+                f"{printable(outside[0])} is not in a {printable(key)}=… folder, unlike the other files; move it into "
+                "one, or out of the dataset"
             )
         is_number = all(value and re.fullmatch(r"0|-?[1-9]\d{0,8}", value, re.ASCII) for value in values.values())
         columns[key] = {file: int(value) if is_number and value else value for file, value in values.items()}
