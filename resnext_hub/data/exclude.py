@@ -1,7 +1,7 @@
 """Lists of images to leave out of training and evaluation, as `resnext-hub check` writes them.
 
-Each line has the split, the row of the image in it, and its name, separated by tabs. The name guards against a list that
-was made for another version of the dataset.
+Each line has the split, the row of the image in it, and its name, separated by tabs. The name guards against a list
+that was made for another version of the dataset.
 """
 
 from collections.abc import Iterable, Mapping

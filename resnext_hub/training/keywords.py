@@ -40,6 +40,7 @@ class TrainSettings(TypedDict, total=False):
     label_column: str | None
     eval_fraction: float
     split_seed: int
+    exclude: str | None
     max_bad_fraction: float
     streaming: bool
     shuffle_block: int

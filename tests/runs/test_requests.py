@@ -213,7 +213,7 @@ def test_a_batch_larger_than_the_training_split_causes_a_warning(
         (["benchmark", "inferense"], "did you mean inference?"),
         (["train", "--recipe", "finetuen"], "did you mean finetune?"),
         (["predict", "x", "y", "--batchsize", "3"], "did you mean --batch-size?"),
-        (["nonsense"], "is not one of train, evaluate"),
+        (["nonsense"], "is not one of train, check, evaluate"),
         ([], "required"),
         (["benchmark"], "required"),
         (["info", "--like"], "expected one argument"),
