@@ -162,13 +162,54 @@ def test_a_damaged_archive_raises_an_error_of_one_line(name: str, content: bytes
     assert words in refused(tmp_path / name)
 
 
+def test_damage_anywhere_in_a_tar_file_is_an_error(tmp_path: Path) -> None:
+    path = tarred(folders, ".tar")(tmp_path / "a")
+    content = path.read_bytes()
+    with tarfile.open(path) as archive:
+        offsets = [member.offset for member in archive]
+    for damaged in (
+        content[: offsets[6]],  # ends where a header should be
+        content[: offsets[6] + 100],
+        content[: offsets[6]] + b"x" + content[offsets[6] + 1 :],
+        content + content,
+    ):
+        path.write_bytes(damaged)
+        assert "cannot be unpacked" in refused(path)
+
+
+def test_an_unpacked_folder_that_lost_a_file_is_unpacked_again(tmp_path: Path, cache: Path) -> None:
+    path = zipped(folders)(tmp_path / "a")
+    before = load(path)
+    next(cache.rglob("car/*.jpg")).unlink()
+    assert load(path).fingerprint == before.fingerprint
+
+
+def test_links_to_folders_and_links_in_zip_files_are_followed(tmp_path: Path, caplog: LogCaptureFixture) -> None:
+    path = tarred(folders, ".tar")(tmp_path / "a")
+    with tarfile.open(path, "a") as archive:
+        for name, target in (("train", "all"), ("all/bus", "../bus"), ("all/car", "../car"), ("loop", "loop")):
+            info = tarfile.TarInfo(f"set/{name}")
+            info.type, info.linkname = tarfile.SYMTYPE, target if "/" not in name else f"../{target}"
+            archive.addfile(info)
+    unpacked = archives.unpack(path)
+    assert len(list((unpacked / "set/all/bus").iterdir())) == 6
+    assert len(list((unpacked / "set/train/car").iterdir())) == 6
+    assert "1 links lead to nothing in the archive and are left out, such as set/loop" in caplog.text
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as packed:
+        packed.writestr("cat/1.jpg", image(1))
+        link = zipfile.ZipInfo("dog/1.jpg")
+        link.external_attr = (stat.S_IFLNK | 0o777) << 16
+        packed.writestr(link, "../cat/1.jpg")
+    assert (archives.unpack(tmp_path / "b.zip") / "dog/1.jpg").read_bytes() == image(1)
+
+
 def test_a_truncated_archive_leaves_no_folder_behind(tmp_path: Path, cache: Path) -> None:
     for suffix in (".zip", ".tar", ".tar.gz"):
         write = zipped(folders) if suffix == ".zip" else tarred(folders, suffix)
         path = write(tmp_path / suffix)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         assert "cannot be unpacked" in refused(path)
-    assert not [entry for entry in cache.iterdir() if entry.is_dir() and not entry.name.startswith(".partial")]
+    assert not [entry for entry in cache.iterdir() if entry.is_dir()]
 
 
 def test_an_encrypted_zip_is_refused_by_name(tmp_path: Path) -> None:
@@ -251,7 +292,8 @@ def test_samples_may_have_images_of_different_formats_and_other_files(tmp_path: 
         tmp_path / "a.tar", *GOOD, ("2.cls", "1"), ("2.txt", "a caption"), ("2.seg.npy", b"x"), ("2.webp", b"?")
     )
     rows = open_source(DataConfig(dataset=str(path))).tables["train"]
-    assert [(row["image"]["path"], row["label"]) for row in rows] == [("0.jpg", 0), ("1.png", 1), ("2.webp", 1)]
+    found = [(Path(row["image"]["path"]).name, row["cls"]) for row in rows]
+    assert found == [("0.jpg", 0), ("1.png", 1), ("2.webp", 1)]
 
 
 @mark.parametrize(
@@ -267,7 +309,7 @@ def test_samples_may_have_images_of_different_formats_and_other_files(tmp_path: 
         ([("2.jpg", image(2)), ("2.json", "{")], "cannot be read"),
         ([("2.jpg", image(2)), ("2.cls", "\udcff".encode("utf-8", "surrogateescape"))], "cannot be read"),
         ([("2.jpg", image(2)), ("2.jpg", image(3)), ("2.cls", "0")], "contains 2.jpg twice"),
-        ([("2.jpg", image(2)), ("2.cls", "0" * (1 << 21))], "which is no label"),
+        ([("2.jpg", image(2)), ("2.cls", "0" * (1 << 21))], "2.cls is too large (2,097,152 bytes)"),
     ],
 )
 def test_a_sample_without_one_image_and_one_class_is_refused_by_name(
@@ -290,6 +332,41 @@ def test_a_file_of_class_names_that_does_not_fit_is_refused(names: str | bytes, 
     path = shards("a.tar", names="x")(tmp_path / "a")
     (path / "classes.txt").write_bytes(names.encode() if isinstance(names, str) else names)
     assert "classes.txt" in refused(path)
+
+
+def test_a_dataset_of_shards_is_reopened_with_its_recorded_settings(tmp_path: Path) -> None:
+    for number, kind in enumerate(("cls", "json")):
+        found = load(shards("train-0.tar", "val-0.tar", kind=kind)(tmp_path / str(number)))
+        again = load_splits(found.found)
+        assert (again.label_names, again.fingerprint) == (found.label_names, found.fingerprint)
+
+
+def test_labels_in_different_places_require_a_decision(tmp_path: Path) -> None:
+    files = [("2.jpg", image(2)), ("2.json", '{"label": 1}'), ("3.jpg", image(3)), ("3.json", '{"label": 0}')]
+    path = shard(tmp_path / "a.tar", *GOOD, *files)
+    assert "have their labels in different places (cls, label); choose one with label_column" in refused(path)
+
+
+def test_an_image_has_the_bytes_in_the_shard_even_if_a_file_of_its_name_exists(
+    tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "0.jpg").write_bytes(b"another file")
+    rows = open_source(DataConfig(dataset=str(shard(tmp_path / "a.tar", *GOOD)))).tables["train"]
+    assert [row["image"]["bytes"] for row in rows] == [image(0), image(1)]
+
+
+def test_shards_with_leading_dots_and_special_files_are_handled(tmp_path: Path) -> None:
+    dotted = shard(tmp_path / "a.tar", *((f"./{name}", content) for name, content in GOOD))
+    assert open_source(DataConfig(dataset=str(dotted))).tables["train"].num_rows == 2
+    os.mkfifo(tmp_path / "b.tar")
+    assert "neither a folder nor a regular file" in refused(tmp_path / "b.tar")
+    assert "nested too deeply" in refused(
+        shard(tmp_path / "c.tar", *GOOD[:2], ("1.jpg", image(1)), ("1.json", "[" * 9999))
+    )
+    assert "has the negative class -1" in refused(
+        shard(tmp_path / "d.tar", *GOOD[:2], ("1.jpg", image(1)), ("1.json", '{"label": -1}'))
+    )
 
 
 def test_a_truncated_shard_is_refused_by_name(tmp_path: Path) -> None:

@@ -202,3 +202,42 @@ def test_a_row_does_not_match_an_image_in_a_folder_of_another_name(tmp_path: Pat
     write_images(tmp_path, [*(f"images/{name}.png" for name in NAMES), "other/999.png"])
     table = write(tmp_path / "labels.csv", "file,label", *labelled("images/{}.png,{}".format), "images/999.png,cat")
     assert counts(load(table)) == (8, 2)
+
+
+def test_a_running_index_is_not_taken_for_the_names_of_images(tmp_path: Path) -> None:
+    write_images(tmp_path, (f"{number}.png" for number in range(10)))
+    rows = (f"{number},{9 - number}.png,{label(number)}" for number in range(10))
+    write(tmp_path / "labels.csv", "id,filename,label", *rows)
+    assert dict(rows_of(tmp_path)["train"]) == {f"{9 - number}.png": label(number) for number in range(10)}
+
+
+def test_columns_with_the_names_of_different_images_raise_an_error(tmp_path: Path) -> None:
+    write_images(tmp_path, (f"{folder}/{name}.png" for folder in ("images", "masks") for name in NAMES))
+    table = write(tmp_path / "x.csv", "mask,image,label", *labelled("masks/{0}.png,images/{0}.png,{1}".format))
+    assert "the columns mask and image of x.csv have the names of different images; keep one of them" in refused(table)
+
+
+def test_an_image_outside_the_folder_of_its_split_is_not_taken(tmp_path: Path) -> None:
+    write_images(tmp_path, [*(f"train/{name}.png" for name in NAMES[1:]), *(f"test/{name}.png" for name in NAMES)])
+    write(tmp_path / "train.csv", "id,label", *labelled("{},{}".format))
+    assert "test/000.png" not in dict(rows_of(tmp_path)["train"])
+    write_images(tmp_path / "b", ["1.png", "2.png", "val/3.png"])
+    table = write(tmp_path / "b/t.csv", "file,label", "1.png,cat", "2.png,dog", "val/1.png,bird")
+    assert load(table).label_names == ("cat", "dog")
+
+
+def test_a_damaged_table_of_a_split_raises_an_error_though_another_table_is_readable(photos: Path) -> None:
+    write(photos / "val.csv", "file,label", *labelled("{}.png,{}".format)[:4])
+    write(photos / "train.csv", "file,label", *labelled("{}.png,{}".format)[4:], "x.png,cat,one too many")
+    assert "train.csv cannot be read as csv" in refused(photos)
+
+
+def test_a_header_that_is_the_name_of_an_image_stays_a_header(tmp_path: Path) -> None:
+    write_images(tmp_path, [*(f"{name}.png" for name in NAMES), "image.png"])
+    write(tmp_path / "labels.csv", "image,label", *labelled("{}.png,{}".format))
+    assert load(tmp_path).label_names == ("cat", "dog")
+
+
+def test_another_column_called_file_name_does_not_replace_the_file_names(photos: Path) -> None:
+    write(photos / "labels.csv", "path,file_name,label", *labelled("images/{0}.png,original {0},{1}".format))
+    assert counts(load(photos)) == (8, 2)

@@ -12,7 +12,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -20,9 +20,10 @@ from typing import IO, NamedTuple
 from filelock import FileLock
 
 from resnext_hub.data.sources.parquet import pointer_reason
+from resnext_hub.data.sources.tar_files import headers, open_tar
 from resnext_hub.data.sources.walk import is_hidden
 from resnext_hub.errors import RequestError, RunError, one_line
-from resnext_hub.files import remove_folder
+from resnext_hub.files import remove_folder, write_atomic
 from resnext_hub.machine import cache_folder
 from resnext_hub.text import printable
 
@@ -38,7 +39,16 @@ SPARE_BYTES = 1 << 30
 MAX_MEMBERS = 50_000_000
 """Most files in an archive."""
 
+_FORMAT = 1
+"""Version of the rules by which archives are unpacked; increment it when they change."""
+
 _CHUNK = 1 << 20
+
+_ENTRY = 4096
+"""Bytes that each entry counts besides its content, for the file system."""
+
+_LINK_BYTES = 4096
+"""Most bytes of the target of a link in a zip file."""
 
 _DAMAGED = (
     zipfile.BadZipFile,
@@ -50,6 +60,7 @@ _DAMAGED = (
     RuntimeError,  # from zipfile: encrypted
     NotImplementedError,  # from zipfile: an unknown compression
     ValueError,
+    LookupError,
     OverflowError,
 )
 """What reading a damaged or unusual archive raises, besides OSError."""
@@ -58,14 +69,16 @@ _logger = logging.getLogger(__name__)
 
 
 class _Member(NamedTuple):
-    """A file in an archive."""
+    """An entry of an archive; without a path it is left out."""
 
-    path: str
+    path: str | None
     """Its path below the folder, with slashes."""
-    content: IO[bytes] | None
-    """None for a link."""
+    content: IO[bytes] | None = None
+    """None for a link, and for an entry that is left out."""
     target: str = ""
     """What a link refers to, below the folder."""
+    skipped: int = 0
+    """Size of an entry that is left out, which has to be read all the same."""
 
 
 def is_archive(path: Path) -> bool:
@@ -86,17 +99,14 @@ def unpack(path: Path) -> Path:
     """
     name = re.sub(r"[^\w.-]+", "_", path.name)
     target = cache_folder() / "unpacked" / f"{name}-{_version_of(path)}"
+    count = target.with_name(f"{target.name}.count")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
-            if not target.is_dir():
+            if not _is_complete(target, count):
                 _logger.info("unpacking %s to %s", printable(path), printable(target))
-                aside = target.with_name(f".partial-{target.name}")
-                remove_folder(aside)
-                aside.mkdir()
-                _unpack(path, aside)
-                os.sync()  # once, because syncing each file would take longer than unpacking
-                os.rename(aside, target)
+                _fill(path, target)
+                write_atomic(count, f"{_count_files(target)}\n")
     except OSError as error:
         if error.errno is None:  # from a decompressor
             raise RequestError(f"{printable(path)} cannot be unpacked: {one_line(error)}") from error
@@ -105,10 +115,37 @@ def unpack(path: Path) -> Path:
     return target
 
 
+def _is_complete(folder: Path, count: Path) -> bool:
+    """Return whether an unpacked folder still has all its files: a cleaner of caches may have removed some."""
+    try:
+        return folder.is_dir() and int(count.read_text("utf-8")) == _count_files(folder)
+    except (OSError, ValueError):
+        return False
+
+
+def _count_files(folder: Path) -> int:
+    return sum(len(files) for _, _, files in os.walk(folder))
+
+
+def _fill(path: Path, target: Path) -> None:
+    """Unpack to a folder aside, and rename it when it is complete."""
+    aside = target.with_name(f".partial-{target.name}")
+    for folder in (aside, target):
+        remove_folder(folder)
+    aside.mkdir()
+    try:
+        _unpack(path, aside)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    os.sync()  # once, because syncing each file would take longer than unpacking
+    os.rename(aside, target)
+
+
 def _version_of(path: Path) -> str:
     """Return a digest that changes when the file is written or replaced."""
     status = path.stat()
-    facts = (str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    facts = (_FORMAT, str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     return hashlib.sha256(repr(facts).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
@@ -119,16 +156,49 @@ def _unpack(path: Path, folder: Path) -> None:
         for number, member in enumerate(_members(path, limit)):
             if number >= MAX_MEMBERS:
                 raise ValueError(f"it has more than {MAX_MEMBERS:,} files")
+            limit -= _ENTRY + member.skipped
+            _require_room(limit)
+            if member.path is None:
+                continue
             if member.content is None:
                 links.append(member)
             else:
                 limit -= _write(member.content, _place(folder, member.path), limit)
-        for link in links:
-            source = folder / link.target
+        left = _copy_links(folder, links, limit)
+    if left:
+        _logger.warning(
+            "%s: %d links lead to nothing in the archive and are left out, such as %s",
+            printable(path),
+            len(left),
+            printable(left[0].path),
+        )
+
+
+def _copy_links(folder: Path, links: Sequence[_Member], limit: int) -> list[_Member]:
+    """Copy what links refer to, also through other links; return those that lead to nothing."""
+    waiting = list(links)
+    while waiting:
+        left = []
+        for link in waiting:
+            source = folder / (link.target or ".missing")
             if source.is_file():
-                limit -= source.stat().st_size
+                found = [(source, str(link.path))]
+            elif source.is_dir():
+                inner = [file for file in sorted(source.rglob("*")) if file.is_file()]
+                found = [(file, f"{link.path}/{file.relative_to(source).as_posix()}") for file in inner]
+            else:
+                left.append(link)
+                continue
+            for file, path in found:
+                limit -= _ENTRY + file.stat().st_size
                 _require_room(limit)
-                shutil.copyfile(source, _place(folder, link.path))
+                place = _place(folder, path)
+                if not place.exists():
+                    shutil.copyfile(file, place)
+        if len(left) == len(waiting):
+            return left
+        waiting = left
+    return []
 
 
 @contextmanager
@@ -137,14 +207,12 @@ def _reported(path: Path) -> Iterator[None]:
     try:
         yield
     except _DAMAGED as error:
-        # tarfile lists why it is not each kind of tar file
-        unknown = "it is not a tar file" if "could not be opened" in str(error) else None
-        reason = pointer_reason(path) or unknown or one_line(error)
+        reason = pointer_reason(path) or one_line(error)
         raise RequestError(f"{printable(path)} cannot be unpacked: {reason}") from error
 
 
 def _members(path: Path, limit: int) -> Iterator[_Member]:
-    """Yield the files of an archive in their order.
+    """Yield the entries of an archive in their order.
 
     Raises:
         ValueError: If a path leads outside the archive, or its content is larger than `limit`.
@@ -153,22 +221,33 @@ def _members(path: Path, limit: int) -> Iterator[_Member]:
         with zipfile.ZipFile(path) as archive:
             _require_room(limit - sum(info.file_size for info in archive.infolist()))
             for info in archive.infolist():
-                kept = None if info.is_dir() or stat.S_ISLNK(info.external_attr >> 16) else _path_of(info.filename)
-                if kept:
-                    with archive.open(info) as content:
+                kept = None if info.is_dir() else _path_of(info.filename)
+                if kept is None:
+                    yield _Member(None)
+                    continue
+                with archive.open(info) as content:
+                    if stat.S_ISLNK(info.external_attr >> 16):
+                        yield _link(kept, content.read(_LINK_BYTES).decode(errors="surrogateescape"))
+                    else:
                         yield _Member(kept, content)
         return
-    with tarfile.open(path) as packed:
-        for member in packed:
-            packed.members = []  # type: ignore[attr-defined] # tarfile would keep every header in memory
+    with open_tar(path) as packed:
+        for member in headers(packed):
             kept = _path_of(member.name) if member.isreg() or member.islnk() or member.issym() else None
-            if kept and member.isreg():
+            if kept is None:
+                yield _Member(None, skipped=member.size)
+            elif member.isreg():
                 yield _Member(kept, packed.extractfile(member))
-            elif kept:
-                start = "" if member.islnk() else posixpath.dirname(kept)
-                target = posixpath.normpath(posixpath.join(start, member.linkname))
-                if not target.startswith(("/", "..")):
-                    yield _Member(kept, None, target)
+            else:
+                yield _link(kept, member.linkname, from_root=member.islnk())
+
+
+def _link(path: str, target: str, from_root: bool = False) -> _Member:
+    """Return a link as a member; one that leads outside, or to itself, is left out."""
+    start = "" if from_root else posixpath.dirname(path)
+    place = posixpath.normpath(posixpath.join(start, target))
+    inside = not place.startswith(("/", ".")) and "\0" not in place and not f"{path}/".startswith(f"{place}/")
+    return _Member(path, None, place if inside else "")
 
 
 def _path_of(name: str) -> str | None:

@@ -4,6 +4,7 @@ Unlike `metadata.csv`, such a table has no fixed columns and perhaps no header: 
 images contains the file names. They may lack folders or the suffix, as long as each matches one image.
 """
 
+import logging
 import os
 import posixpath
 import re
@@ -12,6 +13,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +37,8 @@ from resnext_hub.text import listing, printable
 
 if TYPE_CHECKING:
     from resnext_hub.data.sources.request import Request
+
+_logger = logging.getLogger(__name__)
 
 _SAMPLE = 1000
 """Number of values that decide which column contains file names."""
@@ -81,12 +85,17 @@ class ImageFinder:
     def __init__(self, tree: Tree) -> None:
         self._tree = tree
         self._exact = finder(tree)
+        self._root = unicodedata.normalize("NFC", os.path.abspath(tree.root)).split("/")
         self._named: dict[str, list[int]] = defaultdict(list)
+        self._folders: set[str] = set()
         self.count = len(tree.images)
         for index, path in enumerate(tree.images):
-            name = unicodedata.normalize("NFC", posixpath.basename(path))
-            self._named[name].append(index)
-            self._named[name.rpartition(".")[0]].append(index)
+            *folders, name = unicodedata.normalize("NFC", path).split("/")
+            self._folders.update(folders)
+            inside = (*self._root, *folders)[-1]
+            for key in (name, name.rpartition(".")[0]):
+                self._named[key].append(index)
+                self._named[f"{inside}/{key}"].append(index)
 
     def __call__(self, table: Table, name: str) -> int | None:
         """Return the index of the image, or None if there is none.
@@ -108,25 +117,26 @@ class ImageFinder:
         return found[0] if found else None
 
     def candidates(self, table: Table, name: str) -> Sequence[int]:
-        """Return the images that a file name could refer to; one if its path is exact.
+        """Return the images that a file name could refer to, at most two; one if its path is exact.
 
-        A table that is named like a split, such as train.csv, prefers the images in a folder of that name.
+        If there is a folder with the name of the table, such as train/ for train.csv, only images inside it match.
         """
         exact = self._exact(table, name)
         if exact is not None:
             return (exact,)
         path = unicodedata.normalize("NFC", name.replace("\\", "/")).strip("/")
-        parts = path.split("/")
-        found = [index for index in self._named.get(parts[-1], ()) if self._agrees(index, parts[:-1])]
-        split = _split_of(table) if len(found) > 1 else None
-        inside = [index for index in found if split and split in self._tree.images[index].split("/")[:-1]]
-        return inside or found
+        *folders, base = path.split("/")
+        split = _split_of(table)
+        within = split if split in self._folders else None
+        alike = self._named.get(f"{folders[-1]}/{base}" if folders else base, ())
+        return tuple(islice((index for index in alike if self._agrees(index, folders, within)), 2))
 
-    def _agrees(self, index: int, folders: Sequence[str]) -> bool:
-        """Return whether the folders in a file name do not contradict those of an image."""
+    def _agrees(self, index: int, folders: Sequence[str], within: str | None) -> bool:
+        """Return whether an image is in the folders of a file name, and inside a folder if one is given."""
         own = unicodedata.normalize("NFC", self._tree.images[index]).split("/")[:-1]
-        common = min(len(own), len(folders))
-        return common == 0 or own[-common:] == list(folders[-common:])
+        if within is not None and within not in own:
+            return False
+        return not folders or [*self._root, *own][-len(folders) :] == list(folders)
 
 
 def find_listed(tree: Tree, requested: str | None) -> list[Table]:
@@ -148,13 +158,18 @@ def find_listed(tree: Tree, requested: str | None) -> list[Table]:
             try:
                 columns, skipped = read_table(tree.root / path, wanted, len(tree.images))
             except RequestError as error:
+                if _split_of(Table(path, {})):
+                    raise
                 errors.append(error)
                 continue
-            table = _as_listed(Table(path, columns, tuple(skipped)), find, needed=0.5)
+            read = Table(path, columns, tuple(skipped))
+            table = _as_listed(read, find, needed=0.0 if _split_of(read) else 0.5)
             if table is not None and len(table.columns) > 1:
                 found.append(table)
     if not found and errors:
         raise errors[0]
+    for failure in errors:
+        _logger.warning("ignored a table: %s", failure)
     splits = [_split_of(table) for table in found]
     if len(found) < 2 or not all(splits) or len(set(splits)) < len(splits):
         _require_one(tree, found)
@@ -229,25 +244,46 @@ def _as_listed(table: Table, find: ImageFinder, needed: float) -> Table | None:
         find: Finds images.
         needed: Fraction of a column's values, or of all images, that have to be found.
     """
-    best, most = None, 0
-    for column, values in table.columns.items():
-        sample = [str(value) for value in values[:: max(1, len(values) // _SAMPLE)] if isinstance(value, (str, int))]
-        if not _NAMING.search(column):
-            sample = [value for value in sample if not re.fullmatch(r"\d{1,4}", value)]
-        hits = {tuple(found) for value in set(sample) if (found := find.candidates(table, value))}
-        if len(hits) > most and len(hits) >= needed * min(len(set(sample)), find.count):
-            best, most = column, len(hits)
+    best = _file_column(table, find, needed)
     if best is None:
         return None
-    if find.candidates(table, best):  # the first row is not a header
+    has_header = _NAMING.search(best) or any(name.casefold() in (SPLIT, *LABEL_NAMES) for name in table.columns)
+    is_text = table.path.lower().endswith((".csv", ".tsv"))
+    if is_text and not has_header and find.candidates(table, best):  # the first row is not a header
         rows = [typed([str(name), *_as_text(values)]) for name, values in table.columns.items()]
         names = [str(i) for i in range(len(rows))]
         place = list(table.columns).index(best)
         names[place] = FILE_NAME
         return replace(table, columns=dict(zip(names, rows, strict=True)))
-    return replace(
-        table, columns={FILE_NAME if name == best else name: values for name, values in table.columns.items()}
-    )
+    others = {name: values for name, values in table.columns.items() if name not in (best, FILE_NAME)}
+    return replace(table, columns={FILE_NAME: table.columns[best]} | others)
+
+
+def _file_column(table: Table, find: ImageFinder, needed: float) -> str | None:
+    """Return the column with the names of images; see `_as_listed`.
+
+    Raises:
+        RequestError: If several columns have names of different images, such as those of images and masks.
+    """
+    found: dict[str, tuple[int, list[tuple[int, ...] | None]]] = {}
+    for column, values in table.columns.items():
+        texts = [str(v) if isinstance(v, (str, int)) else "" for v in values[:: max(1, len(values) // _SAMPLE)]]
+        if not _NAMING.search(column):
+            texts = ["" if re.fullmatch(r"\d{1,4}", text) else text for text in texts]
+        images = [tuple(find.candidates(table, text)) or None if text else None for text in texts]
+        hits = {image for image in images if image}
+        if hits and len(hits) >= needed * min(len(set(texts)), find.count):
+            found[column] = (sum(map(is_image, texts)), images)
+    with_suffix = [column for column, (count, images) in found.items() if 2 * count > len(images)]
+    likely = with_suffix or sorted(found, key=lambda column: -len({image for image in found[column][1] if image}))[:1]
+    for other in likely[1:]:
+        pairs = zip(found[likely[0]][1], found[other][1], strict=True)
+        if any(a and b and a != b for a, b in pairs):
+            raise RequestError(
+                f"the columns {printable(likely[0])} and {printable(other)} of {printable(table.path)} have the names "
+                "of different images; keep one of them"
+            )
+    return likely[0] if likely else None
 
 
 def _as_text(values: Iterable[Any]) -> list[str]:
@@ -257,12 +293,13 @@ def _as_text(values: Iterable[Any]) -> list[str]:
 def _images_around(path: Path, columns: Iterable[Sequence[Any]]) -> Tree:
     """List the folders that a table refers to; if most paths lead nowhere, everything in the folder of the table."""
     folder = path.parent
+    inner: set[str] = set()
     for values in columns:
         texts = [value for value in values if isinstance(value, str)]
         sample = texts[:: max(1, len(texts) // 50)]
         if 2 * sum(_is_file(folder / text) for text in sample) > len(sample):
-            return _list_folders(folder, {os.path.dirname(text) for text in texts})
-    return walk(folder)
+            inner |= {os.path.dirname(text) for text in texts}
+    return _list_folders(folder, inner) if inner else walk(folder)
 
 
 def _is_file(path: Path) -> bool:

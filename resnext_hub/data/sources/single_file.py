@@ -31,6 +31,8 @@ class SingleFile:
         path = request.path
         assert path is not None
         name = printable(path)
+        if not path.is_file():
+            raise RequestError(f"{name} is neither a folder nor a regular file; expected a folder with {LAYOUTS}")
         if path.name.lower().endswith(".parquet"):
             return open_parquet(path.parent, Shards(splits_of(path.parent, [path.name])), request.config.streaming)
         if path.name.lower().endswith(ARCHIVES):
@@ -41,7 +43,5 @@ class SingleFile:
             )
         if is_idx(path.name):
             raise RequestError(f"{name} is one of several IDX files; use its folder as {setting('dataset')}")
-        if not path.is_file():
-            raise RequestError(f"{name} is neither a folder nor a regular file; expected a folder with {LAYOUTS}")
         what = "an image" if is_image(path.name) else "a file"
         raise RequestError(f"{name} is {what}, but not a parquet file; expected a folder with {LAYOUTS}")

@@ -49,7 +49,7 @@ def read_table(path: Path, wanted: Collection[str], images: int | None = None) -
     Raises:
         RequestError: If it cannot be read, or is far too large for the number of images.
     """
-    kind = path.suffix[1:].lower()
+    kind = path.name.rpartition(".")[2].lower()
     readers = {"csv": _read_csv, "tsv": _read_csv, "jsonl": _read_jsonl, "parquet": _read_parquet}
     kept = _Kept(wanted, MAX_ROWS if images is None else SPARE_ROWS + 10 * images)
     try:

@@ -4,21 +4,21 @@ A `.cls` file contains a number or a name; a `.json` file an object with a key s
 their classes, unless a `classes.txt` beside the shards names them, one per line.
 """
 
+import hashlib
 import json
-import lzma
 import os
 import re
-import tarfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resnext_hub.data.sources.parquet import check_cache, quiet_library, require_space
+from resnext_hub.data.decode import MAX_IMAGE_PIXELS
+from resnext_hub.data.sources.parquet import check_cache, pointer_reason, quiet_library, require_space
 from resnext_hub.data.sources.shards import splits_of
 from resnext_hub.data.sources.source import OpenDataset
 from resnext_hub.data.sources.tables import LABEL_NAMES
+from resnext_hub.data.sources.tar_files import headers, open_tar
 from resnext_hub.data.sources.walk import ignored, is_hidden, is_image
 from resnext_hub.errors import RequestError, one_line, setting
 from resnext_hub.files import read_regular
@@ -42,9 +42,12 @@ _FIRST = 64
 _LABEL_BYTES = 1 << 20
 """Largest label file."""
 
+_IMAGE_BYTES = 8 * MAX_IMAGE_PIXELS + (1 << 26)
+"""Largest image: four channels of 16 bits, and metadata."""
+
 _CLASSES_BYTES = 1 << 24
 
-_FORMAT = 1
+_FORMAT = 2
 """Version of the rows in the cache of datasets; increment it when their content changes."""
 
 
@@ -61,11 +64,12 @@ class WebDatasetShards:
         assert request.path is not None
         root = request.path if request.is_folder else request.path.parent
         splits = splits_of(root, request.webdataset)
-        column = config.label_column or "label"
-        found = {file: _scan(root / file, config.label_column) for files in splits.values() for file in files}
+        scanned = {file: _scan(root / file, config.label_column) for files in splits.values() for file in files}
+        found = {file: labels for file, (labels, _) in scanned.items()}
+        column = _column(root, {source for _, sources in scanned.values() for source in sources})
         numbers, names = _classes(root, [label for labels in found.values() for label in labels])
         tables = {
-            split: _open(root, files, column, numbers, names, config.label_column, config.streaming)
+            split: _open(root, files, found, column, numbers, names, config.streaming)
             for split, files in splits.items()
         }
         notes = ignored(request.tree, [*request.webdataset, CLASSES]) if request.is_folder else []
@@ -92,13 +96,11 @@ def _has_samples(path: Path) -> bool:
     """Return whether an image at the beginning of a tar file has a label beside it."""
     kinds: dict[str, set[str]] = {}
     try:
-        with _damage_as_value_error(), tarfile.open(path) as archive:
-            for number, member in enumerate(archive):
+        with open_tar(path) as archive:
+            for member in islice(headers(archive), _FIRST):
                 key, kind = _split(member.name)
                 if member.isfile() and kind:
                     kinds.setdefault(key, set()).add(kind)
-                if number >= _FIRST:
-                    break
     except (OSError, ValueError):  # damaged: what was read so far decides
         pass
     return any(not found.isdisjoint(_LABELS) and any(is_image(f".{k}") for k in found) for found in kinds.values())
@@ -106,19 +108,22 @@ def _has_samples(path: Path) -> bool:
 
 def _split(name: str) -> tuple[str, str]:
     """Return the key of a file in a shard, which is its path up to the first dot of its name, and the rest."""
-    folder, slash, base = name.rpartition("/")
-    if any(map(is_hidden, name.split("/"))):
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if not parts or any(map(is_hidden, parts)):
         return "", ""
-    key, _, kind = base.partition(".")
-    return f"{folder}{slash}{key}", kind.lower()
+    stem, _, kind = parts[-1].partition(".")
+    return "/".join([*parts[:-1], stem]), kind.lower()
 
 
 def _samples(path: Path, images: bool) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Yield key and files of each sample: its labels and, if wanted, its image."""
+    """Yield key and files of each sample; only labels and, if wanted, images have their content.
+
+    Raises:
+        ValueError: If the shard is damaged, or contains a file twice or one that is too large.
+    """
     key, fields = "", dict[str, bytes]()
-    with _damage_as_value_error(), tarfile.open(path) as archive:
-        for member in archive:
-            archive.members = []  # type: ignore[attr-defined] # tarfile would keep every header of the shard in memory
+    with open_tar(path) as archive:
+        for member in headers(archive):
             name, kind = _split(member.name)
             if not member.isfile() or not kind:
                 continue
@@ -126,44 +131,39 @@ def _samples(path: Path, images: bool) -> Iterator[tuple[str, dict[str, bytes]]]
                 if fields:
                     yield key, fields
                 key, fields = name, {}
-            last = kind.rpartition(".")[2]
-            if last in _LABELS and member.size > _LABEL_BYTES:
-                raise ValueError(f"{printable(member.name)} has {member.size:,} bytes, which is no label")
             if kind in fields:
                 raise ValueError(f"it contains {printable(member.name)} twice")
-            if last in _LABELS or images:
-                content = archive.extractfile(member)
-                fields[kind] = content.read() if content else b""
-            else:
-                fields[kind] = b""
+            fields[kind] = b""
+            wanted = kind in _LABELS or (images and is_image(f".{kind}"))
+            if member.size > (_LABEL_BYTES if kind in _LABELS else _IMAGE_BYTES) and wanted:
+                raise ValueError(f"{printable(member.name)} is too large ({member.size:,} bytes)")
+            if wanted and (content := archive.extractfile(member)) is not None:
+                fields[kind] = content.read()
     if fields:
         yield key, fields
 
 
-@contextmanager
-def _damage_as_value_error() -> Iterator[None]:
-    try:
-        yield
-    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise ValueError(one_line(error)) from error
-
-
-def _scan(path: Path, label_key: str | None) -> list[int | str]:
-    """Return the labels of a shard, without reading its images.
+def _scan(path: Path, label_key: str | None) -> tuple[list[int | str], set[str]]:
+    """Return the labels of a shard without reading its images, and the places that they come from.
 
     Raises:
         RequestError: If the shard is damaged, or a sample has no image or no label.
     """
-    labels = []
+    labels, sources = [], set()
     try:
         for key, fields in _samples(path, images=False):
             _image_of(key, fields)
-            labels.append(_label_of(key, fields, label_key))
+            label, source = _label_of(key, fields, label_key)
+            labels.append(label)
+            sources.add(source)
     except (OSError, ValueError) as error:
-        raise RequestError(f"the WebDataset shard {printable(path)} cannot be read: {one_line(error)}") from error
+        reason = pointer_reason(path) if path.is_file() else None
+        raise RequestError(
+            f"the WebDataset shard {printable(path)} cannot be read: {reason or one_line(error)}"
+        ) from error
     if not labels:
         raise RequestError(f"the WebDataset shard {printable(path)} contains no samples")
-    return labels
+    return labels, sources
 
 
 def _image_of(key: str, fields: Mapping[str, bytes]) -> str:
@@ -175,16 +175,19 @@ def _image_of(key: str, fields: Mapping[str, bytes]) -> str:
     return images[0]
 
 
-def _label_of(key: str, fields: Mapping[str, bytes], label_key: str | None) -> int | str:
-    """Return the label of a sample: a number, or a name."""
+def _label_of(key: str, fields: Mapping[str, bytes], label_key: str | None) -> tuple[int | str, str]:
+    """Return the label of a sample, a number or a name, and where it is: `cls`, or the key in the `.json` file."""
     if "cls" in fields and label_key in (None, "cls"):
         text = fields["cls"].decode().strip()
         if not text:
             raise ValueError(f"{printable(key)}.cls is empty")
-        return int(text) if re.fullmatch(r"\d{1,9}", text, re.ASCII) else text
+        return (int(text) if re.fullmatch(r"\d{1,9}", text, re.ASCII) else text), "cls"
     if "json" not in fields:
         raise ValueError(f"the sample {printable(key)} has no label, such as {printable(key)}.cls")
-    facts = json.loads(fields["json"])
+    try:
+        facts = json.loads(fields["json"])
+    except RecursionError as error:
+        raise ValueError(f"{printable(key)}.json is nested too deeply") from error
     names = [label_key] if label_key else [n for n in LABEL_NAMES if isinstance(facts, dict) and n in facts]
     label = facts.get(names[0]) if names and isinstance(facts, dict) else None
     if not isinstance(label, (int, str)) or isinstance(label, bool) or label == "":
@@ -193,7 +196,23 @@ def _label_of(key: str, fields: Mapping[str, bytes], label_key: str | None) -> i
         raise ValueError(
             f"{printable(key)}.json has {wanted} class ({shown}); choose the key with {setting('label_column')}"
         )
-    return label
+    if isinstance(label, int) and label < 0:
+        raise ValueError(f"{printable(key)}.json has the negative class {label}")
+    return label, names[0]
+
+
+def _column(root: Path, sources: set[str]) -> str:
+    """Return the place that all labels come from, which names the column, so that it can be requested again.
+
+    Raises:
+        RequestError: If there are several.
+    """
+    if len(sources) > 1:
+        raise RequestError(
+            f"the samples of {printable(root)} have their labels in different places ({listing(sorted(sources))}); "
+            f"choose one with {setting('label_column')}"
+        )
+    return next(iter(sources))
 
 
 def _classes(root: Path, labels: Sequence[int | str]) -> tuple[dict[int | str, int], list[str]]:
@@ -233,10 +252,10 @@ def _classes(root: Path, labels: Sequence[int | str]) -> tuple[dict[int | str, i
 def _open(
     root: Path,
     files: Sequence[str],
+    labels: Mapping[str, Sequence[int | str]],
     column: str,
     numbers: Mapping[int | str, int],
     names: Sequence[str],
-    label_key: str | None,
     streaming: bool,
 ) -> "datasets.Dataset | datasets.IterableDataset":
     import datasets
@@ -248,8 +267,9 @@ def _open(
         "paths": [str(place) for place in places],
         "column": column,
         "numbers": dict(numbers),
-        "label_key": label_key,
-        "versions": (_FORMAT, *map(_version_of, places)),  # a tuple, because lists are split into shards
+        # labels as well, because some file systems keep the time of a file that is replaced; a tuple, because lists are
+        # split into shards
+        "versions": (_FORMAT, *map(_version_of, places), *(_digest(labels[file]) for file in files)),
     }
     if streaming:
         return datasets.IterableDataset.from_generator(_rows, features=features, gen_kwargs=arguments)
@@ -267,15 +287,22 @@ def _rows(
     paths: Sequence[str],
     column: str,
     numbers: Mapping[int | str, int],
-    label_key: str | None,
     versions: Sequence[object] = (),
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of shards; `versions` only identifies their content in the cache of datasets."""
     for path in paths:
         for key, fields in _samples(Path(path), images=True):
             kind = _image_of(key, fields)
-            label = numbers[_label_of(key, fields, label_key)]
-            yield {"image": {"bytes": fields[kind], "path": f"{key}.{kind}"}, column: label}
+            label, _ = _label_of(key, fields, column)
+            if label not in numbers:
+                raise ValueError(f"{printable(path)} has changed: the class {printable(label)} is new")
+            # a path below a file exists nowhere, so datasets cannot mistake it for that of an image
+            yield {"image": {"bytes": fields[kind], "path": f"{path}/{key}.{kind}"}, column: numbers[label]}
+
+
+def _digest(labels: Sequence[int | str]) -> str:
+    """Return a digest of labels."""
+    return hashlib.sha256(json.dumps(labels).encode(errors="surrogatepass")).hexdigest()
 
 
 def _version_of(path: Path) -> tuple[int, int, int]:

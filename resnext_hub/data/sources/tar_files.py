@@ -1,0 +1,79 @@
+"""Read tar files strictly: where tarfile would silently stop, loop or read a header of any size, an error is raised."""
+
+import lzma
+import tarfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from resnext_hub.errors import one_line
+from resnext_hub.files import require_regular
+
+_HEADER_BYTES = 1 << 20
+"""Most bytes of an extended header, such as a long name, which tarfile reads as a whole."""
+
+_EXTENDED = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+
+
+class _Header(tarfile.TarInfo):
+    """A header whose damage is an error at any place of the file; tarfile takes it for the end, except at the start."""
+
+    @classmethod
+    def frombuf(cls, buf: Any, encoding: Any, errors: Any) -> "_Header":
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0 or (header.type in _EXTENDED and header.size > _HEADER_BYTES):
+            raise tarfile.ReadError(f"a header states {header.size} bytes")
+        return header
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: Any) -> "_Header":
+        try:
+            return super().fromtarfile(tarfile_)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined] # two blocks of zeros, the regular end
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"it is truncated or damaged ({one_line(error)})") from error
+
+
+@contextmanager
+def open_tar(path: Path) -> Iterator[tarfile.TarFile]:
+    """Open a tar file, compressed or not.
+
+    Raises:
+        ValueError: If it is damaged, here or while it is read in the block.
+        OSError: If it cannot be read.
+    """
+    require_regular(path)
+    try:
+        with tarfile.open(path, tarinfo=_Header) as archive:
+            yield archive
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, LookupError, RecursionError) as error:
+        # tarfile lists why it is not each kind of tar file
+        reason = "it is not a tar file" if "could not be opened" in str(error) else one_line(error)
+        raise ValueError(reason) from error
+
+
+def headers(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Yield the headers of a tar file without keeping them in memory.
+
+    Raises:
+        ValueError: If a header lies before the one in front of it, or data follows the end.
+    """
+    last = -1
+    while (member := archive.next()) is not None:
+        archive.members = []  # type: ignore[attr-defined]
+        if member.offset <= last:
+            raise ValueError("its headers do not follow each other")
+        last = member.offset
+        yield member
+    # what is left is the rest of a record of zeros
+    if archive.fileobj is not None and any(archive.fileobj.read(2 * tarfile.RECORDSIZE)):
+        raise ValueError("data follows the end of its last file")
