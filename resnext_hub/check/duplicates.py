@@ -20,6 +20,9 @@ MIN_CORRELATION = 0.99
 _BANDS = (11, 11, 11, 11, 10, 10)
 """Bits of each band of a hash. If two hashes differ in at most 10 bits, they differ in at most one bit of some band."""
 
+_BLOCK = 1 << 14
+"""Pairs whose thumbnails are compared at once."""
+
 _PAIRS = 1 << 22
 """Most candidate pairs to compare at once."""
 
@@ -29,50 +32,65 @@ def duplicate_groups(survey: Survey) -> list[list[int]]:
 
     Groups are connected: each member is a duplicate of another one, though not of all others.
     """
-    parents = list(range(len(survey.images)))
-
-    def root(index: int) -> int:
-        while parents[index] != index:
-            parents[index] = parents[parents[index]]
-            index = parents[index]
-        return index
-
-    for first, second in [*_exact_pairs(survey), *near_duplicates(survey)]:
-        low, high = sorted((root(first), root(second)))
-        parents[high] = low
+    roots = np.arange(len(survey.images))  # an image that stands for the group of each image
     members: dict[int, list[int]] = {}
-    for index in range(len(parents)):
-        members.setdefault(root(index), []).append(index)
-    return [group for group in members.values() if len(group) > 1]
 
+    def join(first: int, second: int) -> None:
+        one, other = (members.setdefault(int(root), [int(root)]) for root in (roots[first], roots[second]))
+        into, smaller = (one, other) if len(one) >= len(other) else (other, one)
+        root, gone = int(roots[into[0]]), int(roots[smaller[0]])
+        roots[smaller] = root
+        into += smaller
+        del members[gone]
 
-def _exact_pairs(survey: Survey) -> Iterator[tuple[int, int]]:
-    """Yield pairs of an image and the first one with the same bytes."""
-    first: dict[bytes, int] = {}
+    copies: dict[bytes, list[int]] = {}
     for index, facts in enumerate(survey.images):
         if facts.size is not None:
-            earlier = first.setdefault(facts.digest, index)
-            if earlier != index:
-                yield earlier, index
+            copies.setdefault(facts.digest, []).append(index)
+    for group in copies.values():
+        roots[group] = group[0]
+        members[group[0]] = group
+    # identical images are compared once
+    indices = np.array([index for index in survey.comparable if roots[index] == index], dtype=np.int64)
+    for first, second, is_mirrored in _close(survey.hashes[indices]):
+        for a, b in _blocks(indices[first], indices[second]):
+            apart = roots[a] != roots[b]
+            a, b = a[apart], b[apart]
+            for one, other in zip(*_alike(survey, a, b, is_mirrored), strict=True):
+                if roots[one] != roots[other]:
+                    join(one, other)
+    order = np.argsort(roots, kind="stable")
+    starts = np.flatnonzero(np.diff(roots[order], prepend=-1))
+    return sorted(group.tolist() for group in np.split(order, starts[1:]) if len(group) > 1)
 
 
 def near_duplicates(survey: Survey) -> list[tuple[int, int]]:
-    """Return pairs of images that show the same picture, as sorted indices of `survey.images`."""
+    """Return all pairs of images that are near duplicates, as sorted indices of `survey.images`."""
     indices = survey.comparable
-    hashes = survey.hashes[indices]
-    plain, mirrored = (_normalized(view) for view in (survey.thumbnails, survey.thumbnails[:, :, ::-1]))
     found: set[tuple[int, int]] = set()
-    for first, second, is_mirrored in _close(hashes):
-        a, b = indices[first], indices[second]
-        other = mirrored if is_mirrored else plain
-        agree = (plain[a] * other[b]).sum(axis=1) >= MIN_CORRELATION
-        found.update(zip(a[agree].tolist(), b[agree].tolist(), strict=True))
+    for first, second, is_mirrored in _close(survey.hashes[indices]):
+        for a, b in _blocks(indices[first], indices[second]):
+            a, b = _alike(survey, a, b, is_mirrored)
+            found.update(zip(a.tolist(), b.tolist(), strict=True))
     return sorted(found)
+
+
+def _blocks(first: np.ndarray, second: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield pairs in blocks whose thumbnails take little memory."""
+    for start in range(0, len(first), _BLOCK):
+        yield first[start : start + _BLOCK], second[start : start + _BLOCK]
+
+
+def _alike(survey: Survey, a: np.ndarray, b: np.ndarray, is_mirrored: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pairs whose thumbnails correlate, the second one mirrored if the hashes were."""
+    theirs = survey.thumbnails[b]
+    agree = (_normalized(survey.thumbnails[a]) * _normalized(theirs[:, :, ::-1] if is_mirrored else theirs)).sum(axis=1)
+    return a[agree >= MIN_CORRELATION], b[agree >= MIN_CORRELATION]
 
 
 def _normalized(thumbnails: np.ndarray) -> np.ndarray:
     """Return thumbnails as vectors of mean 0 and length 1, `(N, D)` float32, so that a product is a correlation."""
-    vectors = thumbnails.reshape(len(thumbnails), -1).astype(np.float32)
+    vectors = thumbnails.reshape(len(thumbnails), int(np.prod(thumbnails.shape[1:]))).astype(np.float32)
     vectors -= vectors.mean(axis=1, keepdims=True)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True) + 1e-6
     return vectors

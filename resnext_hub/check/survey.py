@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from resnext_hub.data.batches import defer_stop_signals, read_items
 from resnext_hub.data.config import DataConfig
 from resnext_hub.data.decode import MAX_IMAGE_PIXELS, UnreadableImageError, opened, read_bytes, upright
+from resnext_hub.data.exclude import Entry, read_exclusions
 from resnext_hub.data.images import IndexedImages
 from resnext_hub.data.sources import open_source
 from resnext_hub.data.splits import Splits, load_splits
@@ -64,15 +65,17 @@ class Survey:
     label_names: tuple[str, ...]
     splits: dict[str, IndexedImages]
     """The images of each split; one that was held out is called `held out`."""
+    stored: dict[str, str]
+    """The split that the images of each of `splits` are stored in."""
+    source_digest: str
+    """Identifies the rows of the dataset as it is stored."""
+    excluded: tuple[Entry, ...]
+    """Images that were left out."""
     images: tuple[Facts, ...]
     hashes: np.ndarray
     """Perceptual hashes of each image and of its mirror image, `(N, 2)` uint64."""
     thumbnails: np.ndarray
     """Thumbnails, `(N, 16, 16, 3)` uint8."""
-
-    def stored_split(self, facts: Facts) -> str:
-        """Return the split that an image is stored in: held-out images are those of the training split."""
-        return next(iter(self.splits)) if facts.split == HELD_OUT else facts.split
 
     @property
     def comparable(self) -> np.ndarray:
@@ -96,36 +99,48 @@ def survey(config: DataConfig, workers: int | None = None) -> Survey:
     """
     if config.streaming:
         raise RequestError(f"{setting('streaming', True)}: a stream cannot be checked; omit it")
-    loaded, splits = _all_splits(config)
+    loaded, splits, label_names = _all_splits(config)
+    held_out = str(loaded.found.train_split) if loaded.found.eval_split is None else None
     total = sum(map(len, splits.values()))
     _logger.info("%s: reading %d images", printable(config.dataset), total)
     if workers is None:
         workers = cores() if total > _SERIAL else 0
     read = list(_read(splits, workers))
     return Survey(
-        label_names=loaded.label_names,
+        label_names=label_names,
         splits=splits,
+        stored={name: held_out or name if number == 1 else name for number, name in enumerate(splits)},
+        source_digest=str(loaded.source_digest),
+        excluded=read_exclusions(config.exclude).entries,
         images=tuple(facts for facts, _, _ in read),
         hashes=np.array([hashes for _, hashes, _ in read], dtype=np.uint64).reshape(len(read), 2),
         thumbnails=np.stack([thumbnail for _, _, thumbnail in read]),
     )
 
 
-def _all_splits(config: DataConfig) -> tuple[Splits, dict[str, IndexedImages]]:
-    """Return the splits that training would use, and the images of these and of all others."""
+def _all_splits(config: DataConfig) -> tuple[Splits, dict[str, IndexedImages], tuple[str, ...]]:
+    """Return the splits that training would use, the images of these and of all others, and all class names."""
     loaded = load_splits(config)
     found = loaded.found
     assert isinstance(loaded.train, IndexedImages)
     assert isinstance(loaded.eval, IndexedImages)
-    splits = {str(found.train_split): loaded.train, str(found.eval_split or HELD_OUT): loaded.eval}
-    for name in open_source(config).tables:
-        if name not in splits:
-            other = load_splits(replace(found, eval_split=name))
-            if other.label_names == loaded.label_names and isinstance(other.eval, IndexedImages):
-                splits[name] = other.eval
-            else:
-                _logger.warning("the split %s has other classes and is not checked", printable(name))
-    return loaded, splits
+    stored = open_source(config).tables
+    held_out = HELD_OUT if HELD_OUT not in stored else f"{HELD_OUT} by training"
+    splits = {str(found.train_split): loaded.train, str(found.eval_split or held_out): loaded.eval}
+    names = list(loaded.label_names)
+    for split in stored:
+        if split in splits:
+            continue
+        try:
+            other = load_splits(replace(found, eval_split=split))
+        except RequestError as error:
+            _logger.warning("the split %s is not checked: %s", printable(split), error)
+            continue
+        names += [name for name in other.label_names if name not in names]
+        number = np.array([names.index(name) for name in other.label_names])
+        assert isinstance(other.eval, IndexedImages)
+        splits[split] = replace(other.eval, labels=number[other.eval.labels])
+    return loaded, splits, tuple(names)
 
 
 class _Surveyed(Dataset[Any]):

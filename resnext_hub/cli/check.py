@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from resnext_hub.cli.output import json_line, write
 from resnext_hub.cli.parser import add_config_flags, new_path
 from resnext_hub.data.config import DataConfig
-from resnext_hub.data.exclude import write_exclusions
-from resnext_hub.errors import RunError
+from resnext_hub.data.exclude import exclusion_list
+from resnext_hub.errors import RequestError, RunError
 from resnext_hub.files import write_atomic
 from resnext_hub.settings import check_value
 from resnext_hub.text import printable
@@ -52,17 +52,18 @@ def run(options: argparse.Namespace) -> None:
     from resnext_hub.check.survey import survey
 
     fields = {name: field for name, field in fields_of(DataConfig).items() if hasattr(options, name)}
+    for path in filter(None, (options.grid, options.write_exclude)):
+        if not path.absolute().parent.is_dir():
+            raise RequestError(f"{printable(path)}: its folder does not exist; create it first")
     config = DataConfig(**{name: check_value(name, getattr(options, name), f.type) for name, f in fields.items()})
     surveyed = survey(config)
     findings = examine(surveyed)
+    write(json_line(as_json(findings)) if options.json else as_text(findings))
+    if options.write_exclude:
+        found = [(surveyed.stored[facts.split], facts.row, facts.name, reason) for facts, reason in findings.excluded()]
+        write_atomic(options.write_exclude, exclusion_list(surveyed.source_digest, [*surveyed.excluded, *found]))
     if options.grid and findings.groups:
         _draw(surveyed, findings, options.grid)
-    if options.write_exclude:
-        excluded = [
-            (surveyed.stored_split(facts), facts.row, facts.name, reason) for facts, reason in findings.excluded()
-        ]
-        write_atomic(options.write_exclude, write_exclusions(excluded))
-    write(json_line(as_json(findings)) if options.json else as_text(findings))
     if findings.problems:
         what = "1 problem" if findings.problems == 1 else f"{findings.problems} problems"
         raise RunError(f"{what} found: unreadable images, or duplicates across splits or with different labels")

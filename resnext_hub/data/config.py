@@ -37,7 +37,7 @@ class DataConfig:
     split_seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     """Random seed of the held-out split; separate from the training seed, so runs with different seeds share one
     evaluation split."""
-    exclude: str | None = None
+    exclude: str | None = field(default=None, metadata=FREE_PER_PROCESS)
     """File with a list of images to leave out, as written by `check --write-exclude`; none if not given."""
     max_bad_fraction: Annotated[float, Range(0, 1)] = field(default=0.01, metadata=FREE_PER_PROCESS)
     """Stop the run if more than this fraction of a split is unreadable, 0 to 1; one unreadable image is always

@@ -1,95 +1,101 @@
 """Lists of images to leave out of training and evaluation, as `resnext-hub check` writes them.
 
-Each line has the split, the row of the image in it, and its name, separated by tabs. The name guards against a list
-that was made for another version of the dataset.
+The first line is a JSON object with the digest of the dataset that the list is for, each other line a JSON array of the
+split, the row of the image in it, its name, and the reason.
 """
 
+import json
+import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 
 from resnext_hub.errors import RequestError, setting
 from resnext_hub.files import FileTooLargeError, read_regular
-from resnext_hub.text import printable
-
-Exclusions = Mapping[str, Mapping[int, str]]
-"""Names of excluded images, by split and row."""
+from resnext_hub.text import listing, printable
 
 MAX_BYTES = 1 << 30
 """Greatest size of a list."""
+
+Entry = tuple[str, int, str, str]
+"""Split, row, name and reason."""
+
+
+@dataclass(frozen=True)
+class Exclusions:
+    """A list of excluded images."""
+
+    entries: tuple[Entry, ...] = ()
+    dataset: str | None = None
+    """Digest of the dataset that the list is for."""
+    rows: dict[str, set[int]] = field(default_factory=dict)
+    """Excluded rows by split."""
+
+    def require_dataset(self, digest: str, splits: Iterable[str]) -> None:
+        """Raise RequestError if the list is for another dataset, another version of it, or an unknown split."""
+        if self.dataset is None:
+            return
+        unknown = sorted(set(self.rows).difference(splits))
+        if self.dataset != digest or unknown:
+            why = f"it lists images of {listing(unknown)}" if unknown else f"its digest is not {digest[:8]}"
+            raise RequestError(
+                f"the list of {setting('exclude')} was made for another dataset, or another version of it ({why}); run "
+                "resnext-hub check again"
+            )
+
+    def kept(self, split: str, count: int) -> np.ndarray:
+        """Return which rows of a split are not excluded, `(count,)` bool.
+
+        Raises:
+            RequestError: If a row does not exist.
+        """
+        kept = np.ones(count, dtype=bool)
+        rows = np.array(sorted(self.rows.get(split, ())), dtype=np.int64)
+        if len(rows) and rows[-1] >= count:
+            raise RequestError(
+                f"{setting('exclude')} lists row {rows[-1]} of {printable(split)}, which has {count} rows; run "
+                "resnext-hub check again"
+            )
+        kept[rows] = False
+        return kept
 
 
 def read_exclusions(path: str | None) -> Exclusions:
     """Read a list of excluded images; without a path, none are excluded.
 
     Raises:
-        RequestError: If the file cannot be read, or a line has another format.
+        RequestError: If the file cannot be read, or is not such a list.
     """
-    found: dict[str, dict[int, str]] = {}
     if path is None:
-        return found
+        return Exclusions()
     where = setting("exclude", printable(path))
     try:
-        lines = read_regular(Path(path).expanduser(), limit=MAX_BYTES).decode().split("\n")
-    except (OSError, FileTooLargeError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not a list of images"
-        raise RequestError(f"{where} cannot be read: {reason}; expected a file that resnext-hub check wrote") from error
-    for number, line in enumerate(lines, start=1):
-        split, _, rest = line.partition("\t")
-        row, _, name = rest.partition("\t")
-        if not line.startswith("#") and line:
-            if not (row.isascii() and row.isdigit() and len(row) < 12 and name):
-                raise RequestError(
-                    f"{where}: line {number} is {printable(line)[:80]}; expected a split, a row and a name, separated "
-                    "by tabs"
-                )
-            found.setdefault(split, {})[int(row)] = name
-    return found
+        first, *lines = read_regular(os.path.expanduser(path), limit=MAX_BYTES).splitlines()
+        dataset = msgspec.json.decode(first, type=dict[str, str])["dataset"]
+        decoder = msgspec.json.Decoder(tuple[str, int, str, str])
+        entries = tuple(decoder.decode(line) for line in lines if line.strip())
+    except (OSError, FileTooLargeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RequestError(f"{where} cannot be read: {reason}") from error
+    except (ValueError, KeyError, RecursionError) as error:  # msgspec.DecodeError is a ValueError
+        raise RequestError(f"{where} is not a list that resnext-hub check --write-exclude wrote") from error
+    rows: dict[str, set[int]] = {}
+    for split, row, _, _ in entries:
+        if row < 0:
+            raise RequestError(f"{where} lists row {row} of {printable(split)}; expected 0 or more")
+        rows.setdefault(split, set()).add(row)
+    return Exclusions(entries, dataset, rows)
 
 
-def write_exclusions(images: Iterable[tuple[str, int, str, str]]) -> str:
-    """Return a list of excluded images as text.
+def exclusion_list(dataset: str, entries: Iterable[Entry]) -> str:
+    """Return a list of excluded images as text; `read_exclusions` is the inverse.
 
     Args:
-        images: Split, row, name and, for a comment above the line, reason of each image.
+        dataset: Digest of the dataset.
+        entries: The images; repeated ones are written once.
     """
-    lines = ["# images to exclude: split, row, name"]
-    for split, row, name, reason in images:
-        lines += [f"# {reason}", f"{split}\t{row}\t{name}"]
+    once: Mapping[tuple[str, int], Entry] = {entry[:2]: entry for entry in entries}
+    lines = [json.dumps({"dataset": dataset}), *(json.dumps(entry) for entry in once.values())]
     return "\n".join(lines) + "\n"
-
-
-def kept_rows(count: int, excluded: Mapping[int, str], split: str) -> np.ndarray:
-    """Return the rows of a split that are not excluded, `(N,)` int64.
-
-    Raises:
-        RequestError: If an excluded row does not exist, or all rows are excluded.
-    """
-    kept = np.ones(count, dtype=bool)
-    beyond = [row for row in excluded if row >= count]
-    if beyond:
-        raise RequestError(
-            f"{setting('exclude')} lists row {min(beyond)} of {printable(split)}, which has {count} rows; the list was "
-            "made for another dataset, so run resnext-hub check again"
-        )
-    kept[list(excluded)] = False
-    if not kept.any():
-        raise RequestError(f"{setting('exclude')} lists all images of {printable(split)}")
-    return np.flatnonzero(kept)
-
-
-def require_names(found: Mapping[int, str], excluded: Mapping[int, str], split: str) -> None:
-    """Raise RequestError if a row has another name than in the list.
-
-    Args:
-        found: The names of the excluded rows in the dataset.
-        excluded: Their names in the list.
-        split: The split, for the message.
-    """
-    for row, name in found.items():
-        if name != excluded[row]:
-            raise RequestError(
-                f"{setting('exclude')} lists row {row} of {printable(split)} as {printable(excluded[row])}, but it is "
-                f"{name}; the list was made for another version of the dataset, so run resnext-hub check again"
-            )

@@ -3,16 +3,16 @@
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from resnext_hub.data.columns import LabelledTable, class_names, find_image_column, find_label_column, read_labels
 from resnext_hub.data.config import DataConfig as DataConfig
-from resnext_hub.data.exclude import kept_rows, read_exclusions, require_names
+from resnext_hub.data.exclude import read_exclusions
 from resnext_hub.data.holdout import likely_mistakes, stratified_split
 from resnext_hub.data.images import IndexedImages, StreamedImages
 from resnext_hub.data.sources import BUNDLED, OpenDataset, Request, open_source
@@ -43,6 +43,8 @@ class Splits:
     """SHA-256 of class names, label sequences and, for a folder, the names and sizes of its files."""
     found: DataConfig
     """The configuration with its open fields filled in."""
+    source_digest: str | None = None
+    """SHA-256 that identifies the rows of the dataset as it is stored; None for a stream."""
 
 
 def load_splits(config: DataConfig) -> Splits:
@@ -131,19 +133,21 @@ def _found(
     request = Request(config)
     path = request.path
     hub_id = config.dataset if path is None and not request.is_bundled else None
+    # a link to a file may have the suffix and the neighbors that its target lacks
+    place = path if path is None else path.resolve() if path.is_dir() else path.absolute()
     return _Found(
-        dataset_id=hub_id or (BUNDLED if path is None else printable(path.resolve().name)),
+        dataset_id=hub_id or (BUNDLED if place is None else printable(place.name)),
         hub_id=hub_id,
         revision=source.revision,
         config=replace(
             config,
-            dataset=config.dataset if path is None else str(path.resolve()),
+            dataset=config.dataset if path is None else str(place),
             dataset_config=config.dataset_config or source.configuration,
             train_split=train_split,
             eval_split=eval_split,
             image_column=image_column,
             label_column=label_column,
-            exclude=config.exclude and str(Path(config.exclude).expanduser().resolve()),
+            exclude=config.exclude and os.path.abspath(os.path.expanduser(config.exclude)),
         ),
         image_column=image_column,
         label_column=label_column,
@@ -184,32 +188,38 @@ def _indexed(
 ) -> Splits:
     name, column = printable(config.dataset), found.image_column
     label_names, train_labels, eval_labels = read_labels(name, found.label_column, train, evaluation)
+    digest = _digest_of(source, found.train_split, train_labels)
     excluded = read_exclusions(config.exclude)
+    excluded.require_dataset(digest, source.tables)
 
-    def images(table: "datasets.Dataset", rows: np.ndarray, labels: np.ndarray) -> IndexedImages:
+    def images(split: str, table: "datasets.Dataset", rows: np.ndarray, labels: np.ndarray) -> IndexedImages:
+        rows = rows[excluded.kept(split, len(labels))[rows]]
+        if not len(rows):
+            raise RequestError(f"{setting('exclude')} lists all images of {printable(split)}")
         return IndexedImages(table.select_columns([column]), column, rows, labels[rows], source.roots)
 
-    def kept(split: str, table: "datasets.Dataset", labels: np.ndarray) -> np.ndarray:
-        here = excluded.get(split, {})
-        rows = kept_rows(len(labels), here, split)
-        listed = images(table, np.array(sorted(here), dtype=np.int64), labels)
-        require_names({row: listed.name(index) for index, row in enumerate(sorted(here))}, here, split)
-        return rows
-
-    rows = kept(found.train_split, train.table, train_labels)
     if evaluation is None or eval_labels is None:
-        for_training, held_out = stratified_split(train_labels[rows], config.eval_fraction, config.split_seed)
-        to_train = images(train.table, rows[for_training], train_labels)
-        to_evaluate = images(train.table, rows[held_out], train_labels)
+        # split first, so that leaving an image out does not move others between the two parts
+        rows, held_out = stratified_split(train_labels, config.eval_fraction, config.split_seed)
+        to_train = images(found.train_split, train.table, rows, train_labels)
+        to_evaluate = images(found.train_split, train.table, held_out, train_labels)
     else:
-        to_train = images(train.table, rows, train_labels)
-        eval_rows = kept(str(found.eval_split), evaluation.table, eval_labels)
-        to_evaluate = images(evaluation.table, eval_rows, eval_labels)
+        to_train = images(found.train_split, train.table, np.arange(len(train_labels)), train_labels)
+        eval_rows = np.arange(len(eval_labels))
+        to_evaluate = images(str(found.eval_split), evaluation.table, eval_rows, eval_labels)
     for mistake in likely_mistakes(label_names, to_train.labels, to_evaluate.labels):
         _logger.warning("%s: %s", name, mistake)
-    left_out = [(f"excluded from {split}", row) for split in sorted(excluded) for row in sorted(excluded[split])]
+    left_out = [
+        (f"excluded from {split}", row) for split, rows in sorted(excluded.rows.items()) for row in sorted(rows)
+    ]
     fingerprint = _fingerprint(label_names, to_train.labels, to_evaluate.labels, [*source.files, *left_out])
-    return found.splits(to_train, to_evaluate, label_names, fingerprint)
+    return replace(found.splits(to_train, to_evaluate, label_names, fingerprint), source_digest=digest)
+
+
+def _digest_of(source: OpenDataset, train_split: str, labels: np.ndarray) -> str:
+    """Return a digest of a dataset as it is stored, for lists of its rows: the same for any choice of other splits."""
+    facts = [(train_split, len(labels)), (source.revision or "", 0), *source.files]
+    return _fingerprint((), labels, np.empty(0, dtype=np.int64), facts)
 
 
 def _find_splits(config: DataConfig, tables: Mapping[str, Any]) -> tuple[str, str | None]:

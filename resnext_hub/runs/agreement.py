@@ -13,11 +13,11 @@ from resnext_hub.training.plan import Plan
 def shared_facts(plan: Plan) -> dict[str, object]:
     """Return the facts that must be equal in every process of a run, by the name that messages use.
 
-    A local dataset, model or list of excluded images may have another path on another host: the images are compared by
-    the fingerprint, and all processes start from the weights of the main process.
+    A local dataset or model may have another path on another host: the dataset is compared by its content, and all
+    processes start from the weights of the main process.
     """
     config, splits = plan.config, plan.splits
-    excluded = {*process_fields(), "exclude"}
+    excluded = set(process_fields())
     if splits.hub_id is None:
         excluded.add("dataset")
     if config.model.startswith("local-dir:"):

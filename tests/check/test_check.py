@@ -180,13 +180,13 @@ def problems(photos: Path) -> Path:
 def test_a_list_of_images_to_exclude_leaves_no_problem(problems: Path, tmp_path: Path, command: Command) -> None:
     written = tmp_path / "exclude.txt"
     assert command("check", problems, "--write-exclude", written)[0] == 1
-    rows = [line.split("\t") for line in written.read_text().splitlines() if not line.startswith("#")]
-    assert [(split, Path(name).name) for split, _, name in rows] == [
-        ("train", "empty.jpg"),
-        ("train", "04.png"),
-        ("train", "wrong.png"),
-        ("train", "00.png"),  # the copy in the evaluation split is kept
-        ("train", "again.png"),
+    _, *lines = map(json.loads, written.read_text().splitlines())
+    assert [(split, Path(name).name, reason) for split, _, name, reason in lines] == [
+        ("train", "empty.jpg", "unreadable: zero bytes"),
+        ("train", "04.png", "duplicates with different labels"),
+        ("train", "wrong.png", "duplicates with different labels"),
+        ("train", "00.png", "duplicate of val: cat/leak.png"),
+        ("train", "again.png", "duplicate of train: dog/06.png"),
     ]
     code, out, _ = command("check", problems, "--exclude", written)
     assert code == 0, out
@@ -194,6 +194,9 @@ def test_a_list_of_images_to_exclude_leaves_no_problem(problems: Path, tmp_path:
     splits = load_splits(DataConfig(dataset=str(problems), exclude=str(written)))
     assert (len(splits.train), len(splits.eval)) == (22, 25)
     assert splits.fingerprint != load_splits(DataConfig(dataset=str(problems))).fingerprint
+    before = written.read_text()
+    assert command("check", problems, "--exclude", written, "--write-exclude", written)[0] == 0
+    assert written.read_text() == before
 
 
 def test_images_of_a_table_and_of_a_held_out_split_can_be_excluded(tmp_path: Path, command: Command) -> None:
@@ -201,8 +204,9 @@ def test_images_of_a_table_and_of_a_held_out_split_can_be_excluded(tmp_path: Pat
     assert command("check", "digits", "--write-exclude", written)[0] == 1
     code, out, _ = command("check", "digits", "--exclude", written)
     assert code == 0, out
-    splits = load_splits(DataConfig(exclude=str(written)))
+    splits, whole = load_splits(DataConfig(exclude=str(written))), load_splits(DataConfig())
     assert len(splits.train) + len(splits.eval) == 1797 - 4
+    assert set(splits.eval.indices) <= set(whole.eval.indices)  # the others stay where they were
 
 
 def test_training_leaves_excluded_images_out_and_records_the_name_of_the_list(
@@ -220,38 +224,76 @@ def test_training_leaves_excluded_images_out_and_records_the_name_of_the_list(
     assert "--exclude exclude.txt" in record.command
     code, _, err = command("train", *words, "--output-dir", tmp_path / "run")
     assert code == 2
-    assert "--exclude was" in err
+    assert "the images of photos have changed" in err
+
+
+def header(digest: str | None) -> str:
+    return json.dumps({"dataset": digest})
 
 
 @mark.parametrize(
-    ("content", "words"),
+    ("lines", "words"),
     [
-        ("train\t0\tcat/01.png\n", "lists row 0 of train as cat/01.png, but it is cat/00.png"),
-        ("train\t24\tcat/00.png\n", "lists row 24 of train, which has 24 rows; the list was made for another dataset"),
-        ("train 0 cat/00.png\n", "line 1 is train 0 cat/00.png; expected a split, a row and a name"),
-        ("train\t-1\tcat/00.png\n", "expected a split, a row and a name, separated by tabs"),
-        (b"\xff\xfe", "cannot be read: it is not a list of images"),
-        (None, "cannot be read: No such file or directory"),
+        (['["train", 24, "x", ""]'], "lists row 24 of train, which has 24 rows"),
+        (['["train", -1, "x", ""]'], "lists row -1 of train; expected 0 or more"),
+        (['["test", 0, "x", ""]'], "was made for another dataset, or another version of it (it lists images of test)"),
+        (['["train", 0]'], "is not a list that resnext-hub check --write-exclude wrote"),
+        (["train 0 x"], "is not a list that resnext-hub check --write-exclude wrote"),
+        ([f'["train", {row}, "x", ""]' for row in range(24)], "lists all images of train"),
     ],
 )
 def test_a_list_that_does_not_fit_the_dataset_is_refused(
-    content: str | bytes | None, words: str, photos: Path, tmp_path: Path
+    lines: list[str], words: str, photos: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "exclude.txt"
-    if content is not None:
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    digest = load_splits(DataConfig(dataset=str(photos))).source_digest
+    path.write_text("\n".join([header(digest), *lines]))
     with raises(RequestError) as raised:
         load_splits(DataConfig(dataset=str(photos), exclude=str(path)))
     assert words in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
-def test_a_list_of_all_images_is_refused(photos: Path, tmp_path: Path) -> None:
-    images = sorted(photos.glob("train/*/*.png"))
-    lines = (f"train\t{row}\t{path.parent.name}/{path.name}" for row, path in enumerate(images))
-    (tmp_path / "all.txt").write_text("\n".join(lines))
-    with raises(RequestError, match="lists all images of train"):
-        load_splits(DataConfig(dataset=str(photos), exclude=str(tmp_path / "all.txt")))
+@mark.parametrize("content", [b"", b"\xff\xfe", b"{}", b"[]", None])
+def test_a_file_that_is_not_a_list_is_refused(content: bytes | None, photos: Path, tmp_path: Path) -> None:
+    path = tmp_path / "exclude.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with raises(RequestError, match=r"is not a list that|cannot be read: No such file"):
+        load_splits(DataConfig(dataset=str(photos), exclude=str(path)))
+
+
+def test_a_list_of_another_dataset_is_refused(photos: Path, tmp_path: Path, command: Command) -> None:
+    assert command("check", "digits", "--write-exclude", tmp_path / "exclude.txt")[0] == 1
+    with raises(RequestError, match="was made for another dataset, or another version of it"):
+        load_splits(DataConfig(dataset=str(photos), exclude=str(tmp_path / "exclude.txt")))
+
+
+def test_a_split_that_cannot_be_evaluated_is_not_checked(photos: Path, command: Command) -> None:
+    (photos / "test/bird").mkdir(parents=True)
+    (photos / "test/bird/1.png").write_bytes((photos / "train/cat/00.png").read_bytes())
+    code, out, err = command("check", photos)
+    assert code == 0
+    assert out.startswith("class  train  val\n")
+    assert "the split test is not checked: no class of the evaluation split (bird) is in the training split" in err
+    (photos / "test/cat").mkdir()
+    (photos / "test/cat/1.png").write_bytes((photos / "train/cat/00.png").read_bytes())
+    code, out, _ = command("check", photos)
+    assert code == 1
+    assert out.startswith(
+        "class  train  val  test\ncat       12   12     1\ndog       12   12     0\nbird       0    0     1\n"
+    )
+
+
+def test_thousands_of_identical_images_are_one_group(tmp_path: Path, patches: list[Image.Image]) -> None:
+    for index in range(3000):
+        path = tmp_path / f"{'ab'[index % 2]}/{index}.png"
+        path.parent.mkdir(exist_ok=True)
+        if index < 2:
+            patches[index].save(path)
+        else:
+            path.symlink_to(tmp_path / f"{'ab'[index % 2]}/{index % 2}.png")
+    assert sorted(len(group.images) for group in checked(tmp_path).groups) == [1500, 1500]
 
 
 def test_a_grid_shows_the_worst_duplicates(photos: Path, tmp_path: Path, command: Command) -> None:

@@ -221,8 +221,8 @@ def test_an_image_outside_the_folder_of_its_split_is_not_taken(tmp_path: Path) -
     write_images(tmp_path, [*(f"train/{name}.png" for name in NAMES[1:]), *(f"test/{name}.png" for name in NAMES)])
     write(tmp_path / "train.csv", "id,label", *labelled("{},{}".format))
     assert "test/000.png" not in dict(rows_of(tmp_path)["train"])
-    write_images(tmp_path / "b", ["1.png", "2.png", "val/3.png"])
-    table = write(tmp_path / "b/t.csv", "file,label", "1.png,cat", "2.png,dog", "val/1.png,bird")
+    write_images(tmp_path / "b", (f"{name}.png" for name in NAMES))
+    table = write(tmp_path / "b/t.csv", "file,label", *labelled("{}.png,{}".format)[1:], "val/000.png,bird")
     assert load(table).label_names == ("cat", "dog")
 
 
