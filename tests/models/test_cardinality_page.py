@@ -1,5 +1,6 @@
 """Every number in the tables of docs/cardinality.md is what the formulas compute."""
 
+import json
 import re
 
 from pytest import approx, mark, raises
@@ -131,3 +132,13 @@ def test_the_figure_shows_equation_4_and_every_group(reference: tuple[int, int],
 def test_a_block_wider_than_its_input_is_refused() -> None:
     with raises(ValueError, match="128x4d is wider than the input"):
         plot_block(other=(128, 4))
+
+
+def test_the_study_in_the_page_has_the_numbers_of_its_report() -> None:
+    report = json.loads((ROOT / "docs/study/cardinality/report.json").read_text())
+    errors, differences, intervals = rows_under("member | 1x64d | 2x40d | 4x24d | 8x14d | 32x4d")
+    assert errors[1:] == [f"{100 - member['accuracy_mean']:.2f}" for member in report["members"]]
+    assert all(abs(member["deviation"]) <= 0.02 for member in report["members"])
+    found = report["comparisons"]
+    assert differences[2:] == [f"{difference['mean']:+.2f}" for difference in found]
+    assert intervals[2:] == [f"{difference['low']:+.2f} to {difference['high']:+.2f}" for difference in found]
