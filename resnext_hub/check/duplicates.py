@@ -1,4 +1,4 @@
-"""Find images that show the same picture: exact copies, and copies that were resized, recompressed or mirrored.
+"""Find images with the same content: exact copies, and copies that were resized, recompressed or mirrored.
 
 Candidates have perceptual hashes (imagehash.phash) that differ in at most `MAX_DISTANCE` of 64 bits; a pair is a near
 duplicate if the thumbnails agree as well. Both thresholds were chosen by measurement; docs/how-to/check.md has the
@@ -28,7 +28,7 @@ _PAIRS = 1 << 22
 
 
 def duplicate_groups(survey: Survey) -> list[list[int]]:
-    """Return groups of images that show the same picture, as indices of `survey.images`; each has at least two.
+    """Return groups of images with the same content, as indices of `survey.images`; each has at least two.
 
     Groups are connected: each member is a duplicate of another one, though not of all others.
     """

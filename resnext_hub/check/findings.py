@@ -18,7 +18,7 @@ IMBALANCED = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Images that show the same picture."""
+    """Images with the same content."""
 
     images: tuple[Facts, ...]
     exact: bool

@@ -174,15 +174,15 @@ def _examine(facts: Facts, images: IndexedImages) -> tuple[Facts, tuple[int, int
         facts = replace(facts, digest=hashlib.sha256(data).digest())
         with opened(data) as image:
             mode = image.mode
-            picture = upright(image, "RGB")
+            decoded = upright(image, "RGB")
     except UnreadableImageError as error:
         return replace(facts, reason=str(error)), (0, 0), np.zeros((THUMBNAIL, THUMBNAIL, 3), np.uint8)
-    small = picture.resize((_HASHED, _HASHED), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    small = decoded.resize((_HASHED, _HASHED), Image.Resampling.LANCZOS, reducing_gap=3.0)
     gray = small.convert("L")
     hashes = [int(str(imagehash.phash(view)), 16) for view in (gray, ImageOps.mirror(gray))]
-    blank = picture.getcolors(maxcolors=1) is not None
+    blank = decoded.getcolors(maxcolors=1) is not None
     thumbnail = np.asarray(small.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX))
-    return replace(facts, size=picture.size, mode=mode, blank=blank), (hashes[0], hashes[1]), thumbnail
+    return replace(facts, size=decoded.size, mode=mode, blank=blank), (hashes[0], hashes[1]), thumbnail
 
 
 def _read(splits: dict[str, IndexedImages], workers: int) -> Iterator[tuple[Facts, tuple[int, int], np.ndarray]]:

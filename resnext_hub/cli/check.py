@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--write-exclude",
         type=new_path,
         metavar="FILE",
-        help="write a list of images to leave out, for train --exclude: unreadable images, and all but one of each "
-        "group of duplicates",
+        help="write a list of images to leave out, for train --exclude: unreadable images, duplicates with different "
+        "labels, and all but one of every other group of duplicates",
     )
     add_config_flags(parser, {name: field for name, field in fields_of(DataConfig).items() if name not in _UNUSED})
 

@@ -1,4 +1,4 @@
-"""Grid of images that show the same picture, a group per row."""
+"""Grid of images with the same content, a group per row."""
 
 import textwrap
 from collections.abc import Sequence

@@ -74,11 +74,11 @@ def _conditions(result: StudyResult, record: RunRecord) -> str:
     match = "parameters" if study.base.match == "parameters" else "multiply-adds"
     return (
         f"Dataset {data.id}: {data.train_count:,} training images, accuracy on {record.evaluation.count:,} images of "
-        f"{f'the split {data.eval_split}' if data.eval_split else 'a held-out split'}; {study.input.image_size} px. "
+        f"{f'the `{data.eval_split}` split' if data.eval_split else 'a held-out split'}; {study.input.image_size} px. "
         f"{config['epochs']:g} epochs, batch {config['batch_size']}, {config['optimizer']}, learning rate "
         f"{config['lr']:g}. Base: {study.base.depth} layers, {study.base.stem} stem, width scale "
-        f"{study.base.width_scale:g}; {match} of each member matched to within 2 % of the target. Runs of one seed "
-        "have the same data order, the same augmentation, and the same initial values wherever shapes agree."
+        f"{study.base.width_scale:g}; {match} of each member matched to within 2 % of the target. Runs with the "
+        "same seed have the same data order, the same augmentation, and the same initial values wherever shapes agree."
     )
 
 
