@@ -98,7 +98,7 @@ def survey(config: DataConfig, workers: int | None = None) -> Survey:
         RunError: If reading fails.
     """
     if config.streaming:
-        raise RequestError(f"{setting('streaming', True)}: a stream cannot be checked; omit it")
+        raise RequestError(f"{setting('streaming', True)}: a stream cannot be checked; omit this setting")
     loaded, splits, label_names = _all_splits(config)
     held_out = str(loaded.found.train_split) if loaded.found.eval_split is None else None
     total = sum(map(len, splits.values()))

@@ -306,7 +306,7 @@ def class_names(dataset: str, column: str, train: LabelledTable, evaluation: Lab
     for part in parts:
         if part.features[column].names != first:
             raise RequestError(
-                f"column {printable(column)} has different classes, or a different order of them, in "
+                f"column {printable(column)} has different classes, or the same classes in a different order, in "
                 f"{printable(part.name)} "
                 f"({listing(part.features[column].names, 4)}) than in {printable(parts[0].name)} "
                 f"({listing(first, 4)}); use {setting('streaming', False)} to match them by name"

@@ -304,7 +304,7 @@ def test_a_grid_shows_the_worst_duplicates(photos: Path, tmp_path: Path, command
 
 
 def test_a_stream_is_refused() -> None:
-    with raises(RequestError, match=r"^streaming=True: a stream cannot be checked; omit it$"):
+    with raises(RequestError, match=r"^streaming=True: a stream cannot be checked; omit this setting$"):
         survey(DataConfig(streaming=True))
 
 

@@ -1247,8 +1247,9 @@ def test_labels_of_shards_and_splits_are_matched_by_name(tmp_path: Path) -> None
     assert splits.label_names == ("dark", "light", "grey")
     assert splits.train.labels.tolist() == [0, 0, 1, 1, 0, 0]
     assert splits.eval.labels.tolist() == [2, 1, 0]
-    assert "column label has different classes, or a different order of them, in train-1.parquet" in refused(
-        tmp_path, streaming=True
+    assert (
+        "column label has different classes, or the same classes in a different order, in train-1.parquet"
+        in refused(tmp_path, streaming=True)
     )
 
 
