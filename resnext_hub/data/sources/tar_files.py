@@ -28,6 +28,7 @@ class _Header(tarfile.TarInfo):
 
     @classmethod
     def frombuf(cls, buf: Any, encoding: Any, errors: Any) -> "_Header":
+        """Parse a header; an impossible or enormous size is an error, because tarfile would loop or read all of it."""
         header = super().frombuf(buf, encoding, errors)
         if header.size < 0 or (header.type in _EXTENDED and header.size > _HEADER_BYTES):
             raise tarfile.ReadError(f"a header states {header.size} bytes")
@@ -35,9 +36,10 @@ class _Header(tarfile.TarInfo):
 
     @classmethod
     def fromtarfile(cls, tarfile_: Any) -> "_Header":
+        """Read the next header; only the regular end of the file is not an error."""
         try:
             return super().fromtarfile(tarfile_)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined] # two blocks of zeros, the regular end
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined] # missing in typeshed; two blocks of zeros, the end
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"it is truncated or damaged ({one_line(error)})") from error
@@ -65,11 +67,11 @@ def headers(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """Yield the headers of a tar file without keeping them in memory.
 
     Raises:
-        ValueError: If a header lies before the one in front of it, or data follows the end.
+        ValueError: If a header is not behind the previous one, or data follows the end.
     """
     last = -1
     while (member := archive.next()) is not None:
-        archive.members = []  # type: ignore[attr-defined]
+        archive.members = []  # type: ignore[attr-defined] # where tarfile keeps every header; missing in typeshed
         if member.offset <= last:
             raise ValueError("its headers do not follow each other")
         last = member.offset
