@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resnext_hub.data.sources.folders import IMAGE_FOLDERS
-from resnext_hub.data.sources.names import loose_role
+from resnext_hub.data.sources.names import FILE_COLUMN, loose_role
 from resnext_hub.data.sources.parquet import has_images, read_part
 from resnext_hub.data.sources.source import OpenDataset
 from resnext_hub.data.sources.table_files import LABEL_TABLES, read_table, typed
@@ -42,9 +42,6 @@ _logger = logging.getLogger(__name__)
 
 _SAMPLE = 1000
 """Number of values that decide which column contains file names."""
-
-_NAMING = re.compile(r"(?:^|[^a-z])(?:id|image|img|file|filename|path|name)(?:$|[^a-z])", re.IGNORECASE)
-"""Usual names of columns of file names; only in these are numbers without a suffix taken for file names."""
 
 
 class TableFile:
@@ -247,7 +244,7 @@ def _as_listed(table: Table, find: ImageFinder, needed: float) -> Table | None:
     best = _file_column(table, find, needed)
     if best is None:
         return None
-    has_header = _NAMING.search(best) or any(name.casefold() in (SPLIT, *LABEL_NAMES) for name in table.columns)
+    has_header = FILE_COLUMN.search(best) or any(name.casefold() in (SPLIT, *LABEL_NAMES) for name in table.columns)
     is_text = table.path.lower().endswith((".csv", ".tsv"))
     if is_text and not has_header and find.candidates(table, best):  # the first row is not a header
         rows = [typed([str(name), *_as_text(values)]) for name, values in table.columns.items()]
@@ -268,7 +265,7 @@ def _file_column(table: Table, find: ImageFinder, needed: float) -> str | None:
     found: dict[str, tuple[int, list[tuple[int, ...] | None]]] = {}
     for column, values in table.columns.items():
         texts = [str(v) if isinstance(v, (str, int)) else "" for v in values[:: max(1, len(values) // _SAMPLE)]]
-        if not _NAMING.search(column):
+        if not FILE_COLUMN.search(column):
             texts = ["" if re.fullmatch(r"\d{1,4}", text) else text for text in texts]
         images = [tuple(find.candidates(table, text)) or None if text else None for text in texts]
         hits = {image for image in images if image}

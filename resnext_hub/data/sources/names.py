@@ -12,6 +12,9 @@ TRAIN_NAMES = ("train", "training")
 EVAL_NAMES = ("validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
 """Usual names of evaluation splits, in order of preference."""
 
+FILE_COLUMN = re.compile(r"(?:^|[^a-z])(?:id|image|img|file|filename|path|name)(?:$|[^a-z])", re.IGNORECASE)
+"""Usual names of columns of file names; only in these are numbers without a suffix taken for file names."""
+
 Role = Literal["train", "eval"]
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import IO
 
-from resnext_hub.data.sources.names import loose_role, split_role
+from resnext_hub.data.sources.names import FILE_COLUMN, loose_role, split_role
 from resnext_hub.data.sources.table_files import LABEL_TABLES
 from resnext_hub.data.sources.walk import Tree, is_image
 from resnext_hub.errors import RequestError, setting
@@ -40,9 +40,6 @@ _ROWS = 200_000
 
 _MANY = 1000
 """A table that lists this many images is relevant, even if they are less than half of any folder."""
-
-_NAMING = re.compile(r"(?:^|[^a-z])(?:id|image|img|file|filename|path|name)(?:$|[^a-z])")
-"""Usual names of columns of file names; numbers in tables with such a column can be names, too."""
 
 
 @dataclass
@@ -204,7 +201,7 @@ def _compare(tree: Tree, class_of: Mapping[int, str], rows: Sequence[Sequence[st
 def _owners(tree: Tree, images: Iterable[int], rows: Sequence[Sequence[str]]) -> dict[str, list[int]]:
     """Return the images by those of their names, with or without suffix, that occur in a table."""
     cells = {_key(cell) for row in rows for cell in row}
-    numbers = bool(rows) and any(map(_NAMING.search, rows[0]))
+    numbers = bool(rows) and any(map(FILE_COLUMN.search, rows[0]))
     owners: dict[str, list[int]] = defaultdict(list)
     for i in images:
         name = posixpath.basename(tree.images[i]).casefold()
