@@ -1,5 +1,6 @@
 """Plots of a study: accuracy against cardinality and time, and training curves with a band over seeds."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -122,7 +123,8 @@ def _plot_curves(curves: Sequence[Curve], title: str, letters: Lettering) -> "Fi
 
 
 def _wrapped(name: str) -> str:
-    return name.replace(", ", "\n").replace(" ", "\n", 1)
+    """Return a name in short lines, so that neighboring ones do not overlap."""
+    return textwrap.fill(name, 11)
 
 
 def _errors(history: Sequence[Mapping[str, Any]]) -> tuple[dict[float, float], dict[float, float]]:
