@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Literal, Unpack
 
 from resnext_hub.hub.publish import Publication
 from resnext_hub.inference.classifier import Classifier, load
@@ -63,20 +63,23 @@ def train(
     return done.plan.folder
 
 
-def evaluate(run: "str | os.PathLike[str]", *, threads: str = "auto") -> Evaluation:
-    """Evaluate the model folder of a finished run on its evaluation split.
+def evaluate(
+    run: "str | os.PathLike[str]", *, split: Literal["evaluation", "test"] = "evaluation", threads: str = "auto"
+) -> Evaluation:
+    """Evaluate the model folder of a finished run.
 
     Args:
         run: The run folder.
+        split: The split to evaluate on.
         threads: Computing threads on a CPU, or `auto`.
 
     Raises:
-        RequestError: If there is no finished run, or its dataset is missing or has changed.
+        RequestError: If there is no finished run, it had no such split, or its dataset is missing or has changed.
     """
     from resnext_hub.runs.evaluate import evaluate_run
 
-    evaluation, _ = evaluate_run(Path(run), threads)
-    return evaluation
+    evaluations, _ = evaluate_run(Path(run), threads, only=split)
+    return evaluations[split]
 
 
 def predict(

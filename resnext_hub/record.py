@@ -71,17 +71,21 @@ class DatasetFacts:
     train_split: str
     eval_split: str | None
     """None if the evaluation images were held out of the training split."""
+    test_split: str | None = None
+    """None if the test images were held out of the training split, or there was no test."""
     train_count: _Count | None
     """None for a stream of unknown length."""
     eval_count: _Count
     train_counts: list[_Count] | None
     """Images by class; None for a stream."""
     eval_counts: list[_Count] | None
+    test_count: _Count = 0
+    test_counts: list[_Count] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationFacts:
-    """Results of the published weights on the evaluation split."""
+    """Results of the published weights on the evaluation or the test split."""
 
     step: _Count
     epoch: _Amount
@@ -92,12 +96,33 @@ class EvaluationFacts:
     top5: _Fraction | None
     """None with too few classes for top-5 accuracy to mean much."""
     macro_f1: _Fraction
+    macro_recall: _Fraction | None = None
+    """Mean recall of the classes, also called balanced accuracy; None in records of versions without it."""
     calibration_error: _Fraction
     """Expected calibration error over 15 bins, 0 to 1."""
     batch_size: _Some
     """Batch size of every forward pass; the last bits of float32 logits depend on it."""
     confusion: list[list[tuple[_Count, _Some]]]
     """For each true class, the predicted classes with their counts; only those that occur."""
+
+    def __post_init__(self) -> None:
+        """Refuse results that contradict themselves, as in a damaged file.
+
+        Raises:
+            ValueError: If two parts contradict each other.
+        """
+        classes, columns = len(self.confusion), [column for row in self.confusion for column, _ in row]
+        right = sum(count for label, row in enumerate(self.confusion) for column, count in row if column == label)
+        for holds, what in (
+            (sum(self.measured) == self.count, "confusion to sum up to count"),
+            (all(0 <= column < classes for column in columns), "columns of confusion that are classes"),
+            (all(len(dict(row)) == len(row) for row in self.confusion), "each column of a row of confusion once"),
+            (0 <= self.correct <= self.count > 0, "0 <= correct <= count"),
+            (self.correct == right, "correct to be the diagonal of confusion"),
+            (abs(self.top1 * self.count - self.correct) < 1e-6, "top1 to be correct / count"),
+        ):
+            if not holds:
+                raise ValueError(f"expected {what}")
 
     @property
     def matrix(self) -> "np.ndarray":
@@ -142,7 +167,7 @@ class HardwareFacts:
 class UnreadableImage:
     """An image that could not be decoded, and why."""
 
-    split: Literal["training", "evaluation"]
+    split: Literal["training", "evaluation", "test"]
     image: str
     reason: str
 
@@ -167,6 +192,9 @@ class RunRecord:
     epochs: _Amount
     """Passes over the training split."""
     evaluation: EvaluationFacts
+    """On the split that chose the weights."""
+    test: EvaluationFacts | None = None
+    """On the test split, measured once; None if there was no test."""
     sample: SampleFacts
     history: list[dict[str, Any]]
     """The lines of metrics.jsonl."""
@@ -185,6 +213,13 @@ class RunRecord:
     """Plots in the model folder."""
     merged_groups: dict[str, _Some] = field(default_factory=dict)
     """Number of neighboring groups that were computed as one in training, by layer name."""
+    class_weights: list[_Amount] | None = None
+    """Weight of each class in the training loss; None if all were equal."""
+
+    @property
+    def reported(self) -> EvaluationFacts:
+        """The results that describe the weights best: on the test split if there is one."""
+        return self.evaluation if self.test is None else self.test
 
     def __post_init__(self) -> None:
         """Refuse a record that contradicts itself, as a damaged file does.
@@ -192,27 +227,23 @@ class RunRecord:
         Raises:
             ValueError: If two parts contradict each other.
         """
-        classes, evaluation, dataset = len(self.label_names), self.evaluation, self.dataset
-        counts = [sum(count for _, count in row) for row in evaluation.confusion]
-        columns = [column for row in evaluation.confusion for column, _ in row]
-        right = sum(count for label, row in enumerate(evaluation.confusion) for column, count in row if column == label)
+        classes, dataset = len(self.label_names), self.dataset
+        evaluations = [(self.evaluation, dataset.eval_count)]
+        if self.test is not None:
+            evaluations.append((self.test, dataset.test_count))
         size = self.model.input.get("input_size")
         for holds, what in (
-            (len(counts) == classes, "a row of confusion for each class"),
-            (sum(counts) == evaluation.count, "confusion to sum up to count"),
-            (all(0 <= column < classes for column in columns), "columns of confusion that are classes"),
+            (all(len(part.confusion) == classes for part, _ in evaluations), "a row of confusion for each class"),
+            (all(part.count <= count for part, count in evaluations), "count <= eval_count and test_count"),
             (
-                all(len(dict(row)) == len(row) for row in evaluation.confusion),
-                "each column of a row of confusion once",
+                all(part.step <= self.steps for part, _ in evaluations),
+                "the step of an evaluation to be one of the steps",
             ),
-            (0 <= evaluation.correct <= evaluation.count > 0, "0 <= correct <= count"),
-            (evaluation.count <= dataset.eval_count, "count <= eval_count"),
-            (evaluation.step <= self.steps, "the step of the evaluation to be one of the steps"),
-            (evaluation.correct == right, "correct to be the diagonal of confusion"),
-            (abs(evaluation.top1 * evaluation.count - evaluation.correct) < 1e-6, "top1 to be correct / count"),
             (re.fullmatch("[0-9a-f]{64}", self.model.weights_sha256), "a SHA-256 in weights_sha256"),
             (_is_count_of(dataset.train_counts, classes), "train_counts of each class"),
             (_is_count_of(dataset.eval_counts, classes), "eval_counts of each class"),
+            (_is_count_of(dataset.test_counts, classes), "test_counts of each class"),
+            (self.class_weights is None or len(self.class_weights) == classes, "class_weights of each class"),
             (set(self.changed) <= self.config.keys(), "settings in changed that are in config"),
             (self.config.keys() >= _CARD_SETTINGS, f"config with {', '.join(sorted(_CARD_SETTINGS))}"),
             (

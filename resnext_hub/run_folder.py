@@ -54,6 +54,11 @@ class RunFolder:
         return self.path / "predictions.parquet"
 
     @property
+    def test_predictions(self) -> Path:
+        """Predictions for the test split, if there is one, in Parquet."""
+        return self.path / "test-predictions.parquet"
+
+    @property
     def record(self) -> Path:
         """Facts of a finished run, in JSON; written last."""
         return self.path / "record.json"

@@ -20,7 +20,8 @@ from resnext_hub.data.batches import read_batches
 from resnext_hub.data.decode import UnreadableImageError, decode, read_bytes
 from resnext_hub.data.images import IndexedImages
 from resnext_hub.data.jpeg import is_installed
-from resnext_hub.data.loaders import WORKERS, StepSampler, TrainingSamples, build_train_loader, seed_sample
+from resnext_hub.data.loaders import WORKERS, TrainingSamples, build_train_loader, seed_sample
+from resnext_hub.data.order import Order, StepSampler
 from resnext_hub.data.sources import list_images
 from resnext_hub.data.transforms import IMAGE_SIZE, TransformConfig, normalize
 from resnext_hub.errors import RequestError, setting
@@ -196,7 +197,7 @@ def _our_loader(settings: Settings, rows: "datasets.Dataset", augment: Augmentat
     count = len(rows)
     undecoded = rows.cast_column("image", datasets.Image(decode=False))
     images = IndexedImages(undecoded, "image", np.arange(count), np.zeros(count, dtype=np.int64))
-    sampler = StepSampler(count, settings.batch_size, 0, 0, _steps(settings, count))
+    sampler = StepSampler(Order(count, 0), settings.batch_size, 0, _steps(settings, count))
     return build_train_loader(TrainingSamples(images, augment, 0), sampler, settings.workers)
 
 

@@ -4,7 +4,7 @@ import heapq
 import math
 from collections.abc import Sequence
 from importlib import resources
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 import numpy as np
@@ -26,6 +26,10 @@ NAME = 100
 """Longest class name in a card, in characters; config.json has the full name."""
 
 TAGS = ("image-classification", "timm", "transformers", "resnext")
+
+
+CHOSEN_BY = {"top1": "accuracy", "macro-recall": "macro recall", "macro-f1": "macro-F1", "loss": "cross-entropy"}
+"""What the values of `best_by` are called."""
 
 
 def render_card(
@@ -63,9 +67,10 @@ def _body(record: RunRecord, repo_id: str | None, license: str | None) -> str:
         "string": python_string,
         "cls": class_name,
     }
-    evaluation, dataset, settings = record.evaluation, record.dataset, record.config
+    reported, dataset, settings = record.reported, record.dataset, record.config
     rows = [row for row in _per_class(record) if row["count"] or len(record.label_names) <= MOST_CLASSES]
-    unmeasured = [name for name, count in zip(record.label_names, evaluation.measured, strict=True) if not count]
+    unmeasured = [name for name, count in zip(record.label_names, reported.measured, strict=True) if not count]
+    results = [(split_name(record, part), facts) for part, facts in _results(record)]
     return environment.from_string(template).render(
         record=record,
         title=_title(record, repo_id),
@@ -73,12 +78,17 @@ def _body(record: RunRecord, repo_id: str | None, license: str | None) -> str:
         repo_id=repo_id,
         conflict=license_conflict(record.base_model, license),
         dataset_link=_dataset_link(record),
-        split_name=_split_name(record),
+        reported=reported,
+        chosen_by=CHOSEN_BY[str(record.config.get("best_by", "top1"))],
+        part="evaluation" if record.test is None else "test",
+        results=[(name, facts, wilson_interval(facts.correct, facts.count)) for name, facts in results],
+        eval_name=split_name(record, "evaluation"),
+        test_name=split_name(record, "test"),
         held_out=dataset.eval_split != dataset.train_split,
         class_list=list_names(record.label_names),
         unmeasured=unmeasured,
         unmeasured_list=list_names(unmeasured),
-        interval=wilson_interval(evaluation.correct, evaluation.count),
+        interval=wilson_interval(reported.correct, reported.count),
         percent=_percent,
         size=record.model.input["input_size"][-1],
         per_class=rows[:MOST_CLASSES],
@@ -99,7 +109,8 @@ def _title(record: RunRecord, repo_id: str | None) -> str:
 
 
 def _metadata(record: RunRecord, repo_id: str | None, license: str | None) -> str:
-    evaluation, dataset = record.evaluation, record.dataset
+    dataset = record.dataset
+    stored = {"evaluation": dataset.eval_split, "test": dataset.test_split}
     data = ModelCardData(
         model_name=_title(record, repo_id),
         license=license,
@@ -113,17 +124,19 @@ def _metadata(record: RunRecord, repo_id: str | None, license: str | None) -> st
                 task_type="image-classification",
                 dataset_type=printable(dataset.hub_id or dataset.id),
                 dataset_name=printable(dataset.id),
-                dataset_split=printable(dataset.eval_split) if dataset.eval_split else None,
+                dataset_split=printable(stored[part]) if stored[part] else None,
                 dataset_revision=printable(dataset.revision) if dataset.revision else None,
                 metric_type=kind,
                 metric_name=name,
                 metric_value=value,
             )
+            for part, facts in _results(record)
             for kind, name, value in (
-                ("accuracy", "Top-1 accuracy", evaluation.top1),
-                ("accuracy", "Top-5 accuracy", evaluation.top5),
-                ("f1", _macro_f1_name(evaluation), evaluation.macro_f1),
-                ("expected_calibration_error", "Expected calibration error, 15 bins", evaluation.calibration_error),
+                ("accuracy", "Top-1 accuracy", facts.top1),
+                ("accuracy", "Top-5 accuracy", facts.top5),
+                ("f1", _macro_name("Macro-F1", facts), facts.macro_f1),
+                ("recall", _macro_name("Macro recall", facts), facts.macro_recall),
+                ("expected_calibration_error", "Expected calibration error, 15 bins", facts.calibration_error),
             )
             if value is not None
         ],
@@ -131,9 +144,15 @@ def _metadata(record: RunRecord, repo_id: str | None, license: str | None) -> st
     return str(data.to_yaml()) + "\n"
 
 
-def _macro_f1_name(evaluation: EvaluationFacts) -> str:
-    measured, classes = sum(count > 0 for count in evaluation.measured), len(evaluation.measured)
-    return "Macro-F1" if measured == classes else f"Macro-F1 ({measured} of {classes} classes measured)"
+def _results(record: RunRecord) -> list[tuple[Literal["evaluation", "test"], EvaluationFacts]]:
+    """Return the results of a run by split; those that describe the weights best come first."""
+    evaluation: list[tuple[Literal["evaluation", "test"], EvaluationFacts]] = [("evaluation", record.evaluation)]
+    return evaluation if record.test is None else [("test", record.test), *evaluation]
+
+
+def _macro_name(name: str, facts: EvaluationFacts) -> str:
+    measured, classes = sum(count > 0 for count in facts.measured), len(facts.measured)
+    return name if measured == classes else f"{name} ({measured} of {classes} classes measured)"
 
 
 def license_conflict(base: BaseModelFacts | None, license: str | None) -> str | None:
@@ -164,7 +183,7 @@ def wilson_interval(correct: int, count: int, z: float = 1.959964) -> tuple[floa
 def _per_class(record: RunRecord) -> list[dict[str, Any]]:
     """Return a row per class; if there are many, sorted by recall, with unmeasured classes last."""
     rows = []
-    for label, (name, counts) in enumerate(zip(record.label_names, record.evaluation.confusion, strict=True)):
+    for label, (name, counts) in enumerate(zip(record.label_names, record.reported.confusion, strict=True)):
         count, correct = sum(n for _, n in counts), dict(counts).get(label, 0)
         n, other = max(((n, -other) for other, n in counts if other != label), default=(0, 0))
         rows.append(
@@ -198,18 +217,18 @@ def _limits(record: RunRecord) -> list[str]:
             listed = ", ".join(f"{class_name(names[i])} ({counts[i]})" for i in rare[:8])
             more = f" and {len(rare) - 8} more" if len(rare) > 8 else ""
             limits.append(f"Few training images: {listed}{more}.")
-    measured = record.evaluation.measured
+    measured, part = record.reported.measured, "evaluation" if record.test is None else "test"
     few = [names[i] for i, count in enumerate(measured) if 0 < count < 10]
     if few:
-        limits.append(f"Fewer than 10 evaluation images, so recall is unreliable: {list_names(few, most=8)}.")
-    mistakes = [(-n, a, b) for a, row in enumerate(record.evaluation.confusion) for b, n in row if a != b]
+        limits.append(f"Fewer than 10 {part} images, so recall is unreliable: {list_names(few, most=8)}.")
+    mistakes = [(-n, a, b) for a, row in enumerate(record.reported.confusion) for b, n in row if a != b]
     confusions = [
         f"{class_name(names[a])} as {class_name(names[b])} ({_times(-n)})" for n, a, b in heapq.nsmallest(3, mistakes)
     ]
     if confusions:
         limits.append(f"Most frequent confusions: {', '.join(confusions)}.")
     limits.append(
-        "The results apply to images like those of the evaluation split. Accuracy on other kinds of images and "
+        f"The results apply to images like those of the {part} split. Accuracy on other kinds of images and "
         "behavior on images of other classes were not measured."
     )
     return limits
@@ -228,13 +247,16 @@ def _dataset_link(record: RunRecord) -> str:
     return f"{code_span(dataset.id)}, a local dataset"
 
 
-def _split_name(record: RunRecord) -> str:
+def split_name(record: RunRecord, part: Literal["evaluation", "test"]) -> str:
+    """Return a phrase in Markdown for where the images of a part of a run come from."""
     dataset = record.dataset
-    if dataset.eval_split is None:
+    split = dataset.eval_split if part == "evaluation" else dataset.test_split
+    if split is None:
         seed = printable(record.config["split_seed"])
-        return f"held out from {markdown(dataset.train_split)}, stratified, seed {seed}"
-    trained = ", also used for training" if dataset.eval_split == dataset.train_split else ""
-    return f"split {markdown(dataset.eval_split)}{trained}"
+        test = " for a test" if part == "test" else ""
+        return f"held out{test} from {markdown(dataset.train_split)}, stratified, seed {seed}"
+    trained = ", also used for training" if split == dataset.train_split else ""
+    return f"split {markdown(split)}{trained}"
 
 
 def class_name(name: str) -> str:

@@ -12,9 +12,6 @@ from resnext_hub.check.survey import Facts, Survey
 SMALL_CLASS = 10
 """Evaluation images below which a class is too small to evaluate: its accuracy moves in steps of 10 % or more."""
 
-IMBALANCED = 10.0
-"""Ratio of the largest to the smallest class from which a dataset is called imbalanced."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Group:

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,11 +11,10 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
 from resnext_hub.data.batches import defer_stop_signals, read_items
-from resnext_hub.data.config import DataConfig
+from resnext_hub.data.config import NO_TEST, DataConfig
 from resnext_hub.data.decode import MAX_IMAGE_PIXELS, UnreadableImageError, opened, read_bytes, upright
 from resnext_hub.data.exclude import Entry, read_exclusions
 from resnext_hub.data.images import IndexedImages
-from resnext_hub.data.sources import open_source
 from resnext_hub.data.splits import Splits, load_splits
 from resnext_hub.errors import RequestError, setting
 from resnext_hub.machine import cores
@@ -83,7 +82,8 @@ class Survey:
         return np.array([i for i, facts in enumerate(self.images) if facts.size and not facts.blank], dtype=np.int64)
 
 
-HELD_OUT = "held out"
+HELD_OUT = {"evaluation": "held out", "test": "held out for a test"}
+"""Names of parts of the training split that are held out."""
 
 
 def survey(config: DataConfig, workers: int | None = None) -> Survey:
@@ -100,7 +100,6 @@ def survey(config: DataConfig, workers: int | None = None) -> Survey:
     if config.streaming:
         raise RequestError(f"{setting('streaming', True)}: a stream cannot be checked; omit this setting")
     loaded, splits, label_names = _all_splits(config)
-    held_out = str(loaded.found.train_split) if loaded.found.eval_split is None else None
     total = sum(map(len, splits.values()))
     _logger.info("%s: reading %d images", printable(config.dataset), total)
     if workers is None:
@@ -109,7 +108,7 @@ def survey(config: DataConfig, workers: int | None = None) -> Survey:
     return Survey(
         label_names=label_names,
         splits=splits,
-        stored={name: held_out or name if number == 1 else name for number, name in enumerate(splits)},
+        stored={name: name if name in loaded.stored else str(loaded.found.train_split) for name in splits},
         source_digest=str(loaded.source_digest),
         excluded=read_exclusions(config.exclude).entries,
         images=tuple(facts for facts, _, _ in read),
@@ -123,16 +122,16 @@ def _all_splits(config: DataConfig) -> tuple[Splits, dict[str, IndexedImages], t
     loaded = load_splits(config)
     found = loaded.found
     assert isinstance(loaded.train, IndexedImages)
-    assert isinstance(loaded.eval, IndexedImages)
-    stored = open_source(config).tables
-    held_out = HELD_OUT if HELD_OUT not in stored else f"{HELD_OUT} by training"
-    splits = {str(found.train_split): loaded.train, str(found.eval_split or held_out): loaded.eval}
+    splits = {str(found.train_split): loaded.train}
+    for part, images in loaded.evaluated.items():
+        assert isinstance(images, IndexedImages)
+        splits[loaded.stored_in(part) or _unused(HELD_OUT[part], loaded.stored)] = images
     names = list(loaded.label_names)
-    for split in stored:
+    for split in loaded.stored:
         if split in splits:
             continue
         try:
-            other = load_splits(replace(found, eval_split=split))
+            other = load_splits(replace(found, eval_split=split, test_split=NO_TEST, test_fraction=0.0))
         except RequestError as error:
             _logger.warning("the split %s is not checked: %s", printable(split), error)
             continue
@@ -141,6 +140,10 @@ def _all_splits(config: DataConfig) -> tuple[Splits, dict[str, IndexedImages], t
         assert isinstance(other.eval, IndexedImages)
         splits[split] = replace(other.eval, labels=number[other.eval.labels])
     return loaded, splits, tuple(names)
+
+
+def _unused(name: str, others: Container[str]) -> str:
+    return name if name not in others else f"{name} by training"
 
 
 class _Surveyed(Dataset[Any]):

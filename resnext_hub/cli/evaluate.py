@@ -24,14 +24,19 @@ def run(options: argparse.Namespace) -> None:
     from resnext_hub.run_folder import RunFolder
     from resnext_hub.runs.evaluate import evaluate_run
 
-    evaluation, record = evaluate_run(options.run, options.threads)
-    recorded = record.evaluation
-    text = (
-        f"accuracy {100 * evaluation.top1:.2f} % ({evaluation.correct}/{evaluation.count}), loss "
-        f"{evaluation.loss:.6f}; recorded: {recorded.correct}/{recorded.count}, loss {recorded.loss:.6f}"
-    )
-    if evaluation.confusion(len(record.label_names)) != recorded.confusion:
-        raise RunError(f"the counts differ from the record: {text}")
+    evaluations, record = evaluate_run(options.run, options.threads)
+    texts = []
+    for part, evaluation in evaluations.items():
+        recorded = record.test if part == "test" else record.evaluation
+        assert recorded is not None
+        text = (
+            f"{'test ' if part == 'test' else ''}accuracy {100 * evaluation.top1:.2f} % "
+            f"({evaluation.correct}/{evaluation.count}), loss "
+            f"{evaluation.loss:.6f}; recorded: {recorded.correct}/{recorded.count}, loss {recorded.loss:.6f}"
+        )
+        if evaluation.confusion(len(record.label_names)) != recorded.confusion:
+            raise RunError(f"the counts differ from the record: {text}")
+        texts.append(text)
     if sha256_of(RunFolder(options.run).model / WEIGHTS) != record.model.weights_sha256:
-        raise RunError(f"the counts match the record, but the SHA-256 of {WEIGHTS} does not: {text}")
-    write(f"{text}: the counts of every class match\n")
+        raise RunError(f"the counts match the record, but the SHA-256 of {WEIGHTS} does not: {texts[-1]}")
+    write("".join(f"{text}: the counts of every class match\n" for text in texts))

@@ -65,10 +65,11 @@ def run(options: argparse.Namespace, peers: Peers) -> None:
         write(f"the run in {folder} is already finished; nothing was computed (to train longer, increase --epochs)\n")
     if done.publication is not None:
         write(f"published and verified: {done.publication.address}\n")
-    evaluation = record.evaluation
+    evaluation, test = record.evaluation, record.test
     write(
         f"accuracy {100 * evaluation.top1:.2f} % ({evaluation.correct}/{evaluation.count} held-out images)\n"
-        f"model folder: {printable(folder.model)}\n\n"
+        + (f"test accuracy {100 * test.top1:.2f} % ({test.correct}/{test.count} images)\n" if test else "")
+        + f"model folder: {printable(folder.model)}\n\n"
         f"    import timm\n"
         + ("    import resnext_hub\n" if record.model.needs_plugin else "")
         + f"    model = timm.create_model({python_string(f'local-dir:{folder.model}')}, pretrained=True).eval()\n"

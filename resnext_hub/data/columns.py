@@ -4,7 +4,7 @@ Columns are found by type, since their names differ from dataset to dataset.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +22,13 @@ if TYPE_CHECKING:
 
 
 def find_image_column(
-    dataset: str, requested: str | None, train: "datasets.Dataset", evaluation: "datasets.Dataset | None"
-) -> tuple[str, "datasets.Dataset", "datasets.Dataset | None"]:
-    """Return the image column, and both tables with that column undecoded."""
+    dataset: str, requested: str | None, tables: "Mapping[str, datasets.Dataset]"
+) -> tuple[str, "dict[str, datasets.Dataset]"]:
+    """Return the image column of the first table, and all tables with that column undecoded."""
     import datasets
 
-    features = train.features
+    first, *others = tables
+    features = tables[first].features
     column = requested
     if column is not None and column not in features:
         raise RequestError(
@@ -52,17 +53,14 @@ def find_image_column(
             f"{setting('image_column', column)} is not a column of images; the columns of {dataset}: "
             f"{describe_columns(features)}"
         )
-    if evaluation is not None and column not in evaluation.features:
-        raise RequestError(
-            f"the evaluation split has no image column {printable(column)}; its columns: "
-            f"{describe_columns(evaluation.features)}"
-        )
+    for name in others:
+        if column not in tables[name].features:
+            raise RequestError(
+                f"the {name} split has no image column {printable(column)}; its columns: "
+                f"{describe_columns(tables[name].features)}"
+            )
     undecoded = datasets.Image(decode=False)
-    return (
-        column,
-        train.cast_column(column, undecoded),
-        None if evaluation is None else evaluation.cast_column(column, undecoded),
-    )
+    return column, {name: table.cast_column(column, undecoded) for name, table in tables.items()}
 
 
 def find_label_column(dataset: str, requested: str | None, table: "datasets.Dataset", image_column: str) -> str:
@@ -94,9 +92,10 @@ def find_label_column(dataset: str, requested: str | None, table: "datasets.Data
 
 @dataclass(frozen=True)
 class LabelledTable:
-    """A split with labels: its name in messages, its table, and the files that its rows come from."""
+    """A split with labels: its part in a run, its table, and the files that its rows come from."""
 
     name: str
+    """`training`, `evaluation` or `test`."""
     table: "datasets.Dataset | datasets.IterableDataset"
     parts: tuple[Part, ...]
 
@@ -106,20 +105,20 @@ class LabelledTable:
 
 
 def read_labels(
-    dataset: str, column: str, train: LabelledTable, evaluation: LabelledTable | None
-) -> tuple[tuple[str, ...], np.ndarray, np.ndarray | None]:
-    """Return the class names, and the labels of both splits as indices of them, `(N,)` int64.
+    dataset: str, column: str, splits: Sequence[LabelledTable]
+) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
+    """Return the class names, and the labels of each split as indices of them, `(N,)` int64; training comes first.
 
     Labels are matched by name, because each file defines what its own numbers stand for.
 
     Raises:
         RequestError: If the labels are not classes, differ in kind, are out of range, or cannot train a classifier.
     """
-    splits = [train] if evaluation is None else [train, evaluation]
+    train, *others = splits
     kind = _shared_kind(dataset, column, [part for split in splits for part in split.described()])
     read = _read_class_labels if kind == "class label" else _read_values
     raw = {split.name: read(column, split) for split in splits}
-    # classes that only the evaluation split defines count if they occur
+    # classes that only another split defines count if they occur
     order: list[Any] = [*raw[train.name][0], *(own[i] for own, codes in raw.values() for i in np.unique(codes))]
     order = list(dict.fromkeys(order if kind == "class label" else sorted(order)))
     if kind == "number":
@@ -137,15 +136,15 @@ def read_labels(
     if len(present) < 2:
         only = label_names[present[0]] if len(present) else "none"
         raise RequestError(f"{dataset} has a single class to train on ({only}); a classifier needs at least two")
-    if evaluation is None:
-        return label_names, labels[train.name], None
-    if not np.isin(labels[evaluation.name], present).any():
-        known, other = ([label_names[i] for i in np.unique(labels[s.name])] for s in splits)
-        raise RequestError(
-            f"no class of the evaluation split ({listing(other, 4)}) is in the training split ({listing(known, 4)}); "
-            f"choose another {setting('eval_split')} or {setting('label_column')}"
-        )
-    return label_names, labels[train.name], labels[evaluation.name]
+    for split in others:
+        if not np.isin(labels[split.name], present).any():
+            known, other = ([label_names[i] for i in np.unique(labels[s.name])] for s in (train, split))
+            flag = setting("eval_split" if split.name == "evaluation" else "test_split")
+            raise RequestError(
+                f"no class of the {split.name} split ({listing(other, 4)}) is in the training split "
+                f"({listing(known, 4)}); choose another {flag} or {setting('label_column')}"
+            )
+    return label_names, labels
 
 
 _KINDS = (
@@ -290,13 +289,13 @@ def _check_named(dataset: str, column: str, names: Sequence[Any]) -> None:
         )
 
 
-def class_names(dataset: str, column: str, train: LabelledTable, evaluation: LabelledTable) -> tuple[str, ...]:
-    """Return the class names of two streams; all files have to define the same ones, because no rows are read.
+def class_names(dataset: str, column: str, splits: Sequence[LabelledTable]) -> tuple[str, ...]:
+    """Return the class names of streams; all files have to define the same ones, because no rows are read.
 
     Raises:
         RequestError: If they do not.
     """
-    parts = [*train.described(), *evaluation.described()]
+    parts = [part for split in splits for part in split.described()]
     if _shared_kind(dataset, column, parts) != "class label":
         raise RequestError(
             f"column {printable(column)} of {dataset} does not define its classes, and they cannot be collected from a "

@@ -3,7 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from resnext_hub.errors import RequestError, setting
 from resnext_hub.settings import FREE_PER_PROCESS, Range, check_fields
+
+NO_TEST = "none"
+"""Value of `test_split` for a run without a test."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +32,18 @@ class DataConfig:
     eval_split: str | None = None
     """Split to evaluate on; inferred from the split names if not given. Without one, part of the training split is held
     out."""
+    test_split: str | None = None
+    """Split that measures the final weights, once, at the end of the run; inferred from the split names if not given.
+    Use none to leave it out."""
     image_column: str | None = None
     """Column with the images; inferred from the column types if not given."""
     label_column: str | None = None
     """Column with the labels; inferred from the column names and types if not given."""
     eval_fraction: Annotated[float, Range(0, 0.9, above=True)] = 0.2
     """Fraction of each class to hold out if there is no evaluation split, above 0 and at most 0.9."""
+    test_fraction: Annotated[float, Range(0, 0.9)] = 0.0
+    """Fraction of each class to hold out for a test at the end of the run if there is no test split, from 0 to 0.9; by
+    default nothing is held out for it."""
     split_seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     """Random seed of the held-out split; separate from the training seed, so runs with different seeds share one
     evaluation split."""
@@ -50,3 +60,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.test_fraction and self.test_split is not None:
+            raise RequestError(
+                f"{setting('test_fraction', self.test_fraction)} and {setting('test_split', self.test_split)} exclude "
+                "each other; omit one of them"
+            )

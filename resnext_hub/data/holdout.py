@@ -1,10 +1,11 @@
-"""Hold out an evaluation split from a training split, and check pairs of splits for likely mistakes."""
+"""Hold out parts of a training split, and check pairs of splits for likely mistakes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from resnext_hub.errors import RequestError
+from resnext_hub.data.config import DataConfig
+from resnext_hub.errors import RequestError, setting
 from resnext_hub.text import listing
 
 
@@ -44,17 +45,52 @@ def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def likely_mistakes(names: Sequence[str], train: np.ndarray, evaluation: np.ndarray) -> list[str]:
-    """Return warnings about likely mistakes: classes without training images, and nearly equal class names."""
-    in_train, in_eval = (np.bincount(labels, minlength=len(names)) for labels in (train, evaluation))
-    found = []
-    untrained = [names[int(i)] for i in np.flatnonzero((in_train == 0) & (in_eval > 0))]
-    if untrained:
-        found.append(f"no training images for {listing(untrained)}, but the evaluation split has some")
+def hold_out(config: DataConfig, labels: np.ndarray, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the rows of each part of a run, holding out the parts that have no split of their own.
+
+    The evaluation images are the same with and without a test.
+
+    Args:
+        config: How much to hold out.
+        labels: Labels of the training split, `(N,)`.
+        rows: Rows of the stored splits by part: `training`, and `evaluation` and `test` if they are stored.
+
+    Raises:
+        RequestError: If too much is to be held out, or no class has two images.
+    """
+    parts, remaining = dict(rows), 1.0
+    if "evaluation" not in rows:
+        parts["training"], parts["evaluation"] = stratified_split(labels, config.eval_fraction, config.split_seed)
+        remaining -= config.eval_fraction
+    if not config.test_fraction:
+        return parts
+    if config.test_fraction > remaining - 0.1 + 1e-9:
+        raise RequestError(
+            f"{setting('test_fraction', config.test_fraction)} and {setting('eval_fraction', config.eval_fraction)} "
+            "leave too little to train on: expected at most 0.9 in total"
+        )
+    kept = parts["training"]
+    train, test = stratified_split(labels[kept], config.test_fraction / remaining, config.split_seed)
+    return parts | {"training": kept[train], "test": kept[test]}
+
+
+def likely_mistakes(names: Sequence[str], train: np.ndarray, other: np.ndarray, part: str) -> list[str]:
+    """Return warnings about classes of another split that have no training images.
+
+    Args:
+        names: Names of the classes.
+        train: Labels of the training split.
+        other: Labels of the other split.
+        part: Name of the other split.
+    """
+    in_train, in_other = (np.bincount(labels, minlength=len(names)) for labels in (train, other))
+    untrained = [names[int(i)] for i in np.flatnonzero((in_train == 0) & (in_other > 0))]
+    return [f"no training images for {listing(untrained)}, but the {part} split has some"] if untrained else []
+
+
+def similar_names(names: Sequence[str]) -> list[list[str]]:
+    """Return groups of class names that differ only in case or spaces, and so may be one class."""
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault("".join(name.casefold().split()), []).append(name)
-    for group in alike.values():
-        if len(group) > 1:
-            found.append(f"classes {listing(group)} differ only in case or spaces; they are kept separate")
-    return found
+    return [group for group in alike.values() if len(group) > 1]

@@ -1,25 +1,20 @@
-"""Sample order and data loaders of indexed datasets.
-
-A run is one endless sequence of places: epoch after epoch, each a permutation drawn from (seed, epoch). Step s takes
-places s*B to (s+1)*B-1, so every global batch is full, crosses the end of an epoch if necessary, and is the same for
-any number of processes. Resuming means starting at another step.
-"""
+"""Samples and data loaders of indexed datasets; `order.py` defines their order."""
 
 import random
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from resnext_hub.data.augment import Augment
 from resnext_hub.data.batches import Batch, Parcel, Sample, Unreadable, build_loader, read_batches
 from resnext_hub.data.decode import MAX_IMAGE_PIXELS, UnreadableImageError, decode, within_memory
 from resnext_hub.data.images import IndexedImages
+from resnext_hub.data.order import Place, StepSampler
 from resnext_hub.data.transforms import Transform
 from resnext_hub.errors import RunError
 from resnext_hub.machine import cores
@@ -50,27 +45,6 @@ class LoaderConfig:
         check_fields(self)
 
 
-class Place(NamedTuple):
-    """One place of the endless sequence: an epoch and a sample in it."""
-
-    epoch: int
-    sample: int
-
-
-@lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(count)
-
-
-def places_of_step(step: int, batch_size: int, count: int, seed: int) -> list[Place]:
-    """Return the places of one global batch, drawn from `count` samples."""
-    places = []
-    for place in range(step * batch_size, (step + 1) * batch_size):
-        epoch, offset = divmod(place, count)
-        places.append(Place(epoch, int(_permutation(seed, epoch, count)[offset])))
-    return places
-
-
 def seed_sample(seed: int, epoch: int, index: int, repeat: int = 0) -> None:
     """Seed the three global generators that transforms draw from (random, NumPy, torch) for a sample."""
     state = np.random.SeedSequence((seed, epoch, index, repeat)).generate_state(4)
@@ -91,7 +65,7 @@ class TrainingSamples(Dataset[Sample]):
         unreadable: list[Unreadable] = []
         index = place.sample
         while True:
-            seed_sample(self.seed, place.epoch, place.sample)
+            seed_sample(self.seed, place.epoch, place.sample, place.repeat)
             try:
                 image, erased = self.augment(self.images.row(index))
                 break
@@ -151,35 +125,6 @@ class EvaluationSamples(Dataset[Sample]):
         """Yield every `processes`-th batch of `batch_size` samples, starting with the one numbered `process`."""
         cuts = [list(range(i, min(i + batch_size, len(self)))) for i in range(0, len(self), batch_size)]
         return read_batches(build_loader(self, cuts[process::processes], workers, pin_memory))
-
-
-class StepSampler(Sampler[list[Place]]):
-    """The places of each step from `start` to `stop` for one process: a contiguous part of the global batch."""
-
-    def __init__(
-        self,
-        count: int,
-        batch_size: int,
-        seed: int,
-        start: int,
-        stop: int,
-        process: int = 0,
-        processes: int = 1,
-    ) -> None:
-        self.count = count
-        self.batch_size = batch_size
-        self.seed = seed
-        self.start, self.stop = start, stop
-        self.process, self.processes = process, processes
-
-    def __len__(self) -> int:
-        return max(self.stop - self.start, 0)
-
-    def __iter__(self) -> Iterator[list[Place]]:
-        part = self.batch_size // self.processes
-        for step in range(self.start, self.stop):
-            places = places_of_step(step, self.batch_size, self.count, self.seed)
-            yield places[self.process * part : (self.process + 1) * part]
 
 
 def build_train_loader(

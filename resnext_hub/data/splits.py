@@ -1,38 +1,40 @@
-"""Load the training and evaluation splits of a dataset, with the class names that they share."""
+"""Load the splits of a dataset for training, evaluation and test, with the class names that they share."""
 
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import numpy as np
 
 from resnext_hub.data.columns import LabelledTable, class_names, find_image_column, find_label_column, read_labels
+from resnext_hub.data.config import NO_TEST
 from resnext_hub.data.config import DataConfig as DataConfig
 from resnext_hub.data.exclude import read_exclusions
-from resnext_hub.data.holdout import likely_mistakes, stratified_split
+from resnext_hub.data.holdout import hold_out, likely_mistakes, similar_names
 from resnext_hub.data.images import IndexedImages, StreamedImages
 from resnext_hub.data.sources import BUNDLED, OpenDataset, Request, open_source
 from resnext_hub.data.sources import check_source as check_source
-from resnext_hub.data.sources.names import Role, likely_splits, loose_role
+from resnext_hub.data.sources.names import likely_splits, loose_role
 from resnext_hub.errors import RequestError, setting
 from resnext_hub.text import listing, printable
 
-if TYPE_CHECKING:
-    import datasets
-
 _logger = logging.getLogger(__name__)
+
+
+Images = IndexedImages | StreamedImages
+"""The images of a split."""
 
 
 @dataclass(frozen=True, eq=False)
 class Splits:
     """The splits of a dataset, and everything that was resolved while loading it."""
 
-    train: IndexedImages | StreamedImages
-    eval: IndexedImages | StreamedImages
+    train: Images
+    eval: Images
     label_names: tuple[str, ...]
     dataset_id: str
     """Hub ID, `digits`, or the last part of a local path."""
@@ -43,8 +45,36 @@ class Splits:
     """SHA-256 of class names, label sequences and, for a folder, the names and sizes of its files."""
     found: DataConfig
     """The configuration with its open fields filled in."""
+    test: Images | None = None
+    """Images that are evaluated once, at the end of a run; None if there are none."""
+    stored: tuple[str, ...] = ()
+    """All splits of the dataset, used or not."""
     source_digest: str | None = None
     """SHA-256 that identifies the rows of the dataset as it is stored; None for a stream."""
+
+    @property
+    def evaluated(self) -> dict[str, Images]:
+        """The splits that are not trained on, by their part in a run."""
+        return {"evaluation": self.eval} if self.test is None else {"evaluation": self.eval, "test": self.test}
+
+    def stored_in(self, part: str) -> str | None:
+        """Return the stored split of the `evaluation` or the `test` part; None if it is held out, or missing."""
+        split = self.found.eval_split if part == "evaluation" else self.found.test_split
+        return None if split == NO_TEST else split
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Roles:
+    """Names of the stored splits by what they are used for; None for a part that is held out, or a missing test."""
+
+    train: str
+    eval: str | None
+    test: str | None
+
+    def used(self) -> dict[str, str]:
+        """Return the stored splits by part: `training`, and `evaluation` and `test` if they are stored."""
+        named = {"training": self.train, "evaluation": self.eval, "test": self.test}
+        return {part: split for part, split in named.items() if split is not None}
 
 
 def load_splits(config: DataConfig) -> Splits:
@@ -58,35 +88,31 @@ def load_splits(config: DataConfig) -> Splits:
     name = printable(config.dataset)
     for note in source.notes:
         _logger.info("%s: %s", name, note)
-    train_split, eval_split = _find_splits(config, source.tables)
-    unused = [split for split in source.tables if split not in (train_split, eval_split)]
+    roles = _find_splits(config, source.tables)
+    try:
+        splits = _load(config, source, roles)
+    except RequestError as error:
+        if roles.test is None or config.test_split is not None:
+            raise
+        # a test split without labels is common, because benchmarks keep them secret
+        splits = _load(config, source, replace(roles, test=None))
+        _logger.warning("%s: the split %s is not used for a test: %s", name, printable(roles.test), error)
+        roles = replace(roles, test=None)
+    splits = replace(splits, stored=tuple(source.tables))
+    unused = [split for split in source.tables if split not in roles.used().values()]
     if unused:
         _logger.info("%s: unused splits: %s", name, listing(unused))
-    train, evaluation, image_column, label_column = _labelled(config, source, train_split, eval_split)
-    found = _found(config, source, train_split, eval_split, image_column, label_column)
-    if config.streaming:
-        return _streamed(source, found, train, evaluation)
-    return _indexed(config, source, found, train, evaluation)
+    return splits
 
 
-def _labelled(
-    config: DataConfig, source: OpenDataset, train_split: str, eval_split: str | None
-) -> tuple[LabelledTable, LabelledTable | None, str, str]:
-    """Return the tables of both splits with undecoded images, and their image and label columns."""
+def _load(config: DataConfig, source: OpenDataset, roles: _Roles) -> Splits:
     name = printable(config.dataset)
-    train_table = source.tables[train_split]
-    eval_table = None if eval_split is None else source.tables[eval_split]
-    image_column, train_table, eval_table = find_image_column(name, config.image_column, train_table, eval_table)
-    label_column = find_label_column(name, config.label_column, train_table, image_column)
-    train = LabelledTable("training", train_table, source.parts.get(train_split, ()))
-    if eval_table is None or eval_split is None:
-        return train, None, image_column, label_column
-    return (
-        train,
-        LabelledTable("evaluation", eval_table, source.parts.get(eval_split, ())),
-        image_column,
-        label_column,
-    )
+    stored = {part: source.tables[split] for part, split in roles.used().items()}
+    image_column, tables = find_image_column(name, config.image_column, stored)
+    label_column = find_label_column(name, config.label_column, tables["training"], image_column)
+    labelled = [LabelledTable(part, tables[part], source.parts.get(split, ())) for part, split in roles.used().items()]
+    found = _found(config, source, roles, image_column, label_column)
+    return _streamed(source, found, labelled) if config.streaming else _indexed(source, found, labelled)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,22 +123,16 @@ class _Found:
     hub_id: str | None
     revision: str | None
     config: DataConfig
+    roles: _Roles
     image_column: str
     label_column: str
-    train_split: str
-    eval_split: str | None
 
-    def splits(
-        self,
-        train: IndexedImages | StreamedImages,
-        evaluation: IndexedImages | StreamedImages,
-        label_names: tuple[str, ...],
-        fingerprint: str,
-    ) -> Splits:
+    def splits(self, images: Mapping[str, Images], label_names: tuple[str, ...], fingerprint: str) -> Splits:
         """Return the splits."""
         return Splits(
-            train=train,
-            eval=evaluation,
+            train=images["training"],
+            eval=images["evaluation"],
+            test=images.get("test"),
             label_names=label_names,
             dataset_id=self.dataset_id,
             hub_id=self.hub_id,
@@ -122,14 +142,7 @@ class _Found:
         )
 
 
-def _found(
-    config: DataConfig,
-    source: OpenDataset,
-    train_split: str,
-    eval_split: str | None,
-    image_column: str,
-    label_column: str,
-) -> _Found:
+def _found(config: DataConfig, source: OpenDataset, roles: _Roles, image_column: str, label_column: str) -> _Found:
     request = Request(config)
     path = request.path
     hub_id = config.dataset if path is None and not request.is_bundled else None
@@ -143,90 +156,94 @@ def _found(
             config,
             dataset=config.dataset if path is None else str(place),
             dataset_config=config.dataset_config or source.configuration,
-            train_split=train_split,
-            eval_split=eval_split,
+            train_split=roles.train,
+            eval_split=roles.eval,
+            test_split=None if config.test_fraction else roles.test or NO_TEST,
             image_column=image_column,
             label_column=label_column,
             exclude=config.exclude and os.path.abspath(os.path.expanduser(config.exclude)),
         ),
+        roles=roles,
         image_column=image_column,
         label_column=label_column,
-        train_split=train_split,
-        eval_split=eval_split,
     )
 
 
-def _streamed(source: OpenDataset, found: _Found, train: LabelledTable, evaluation: LabelledTable | None) -> Splits:
-    name = printable(found.config.dataset)
-    if found.config.exclude is not None:
-        raise RequestError(f"{setting('exclude')} is not possible with {setting('streaming', True)}; omit one of them")
-    if evaluation is None:
+def _streamed(source: OpenDataset, found: _Found, labelled: Sequence[LabelledTable]) -> Splits:
+    config, roles = found.config, found.roles
+    name = printable(config.dataset)
+    for field, needed in (("exclude", None), ("test_fraction", 0.0)):
+        if getattr(config, field) != needed:
+            raise RequestError(f"{setting(field)} is not possible with {setting('streaming', True)}; omit one of them")
+    if roles.eval is None:
         raise RequestError(
             f"{setting('streaming', True)} needs an evaluation split, because none can be held out from a stream; "
             f"{name} has {'the split' if len(source.tables) == 1 else 'the splits'} {listing(source.tables)}; choose "
             f"one with {setting('eval_split')}"
         )
-    label_names = class_names(name, found.label_column, train, evaluation)
-    streams = [
-        StreamedImages(
-            labelled.table.select_columns([found.image_column, found.label_column]),
+    label_names = class_names(name, found.label_column, labelled)
+    images = {
+        part.name: StreamedImages(
+            part.table.select_columns([found.image_column, found.label_column]),
             found.image_column,
             found.label_column,
             len(label_names),
             source.stated.get(split),
             source.roots,
         )
-        for split, labelled in ((found.train_split, train), (str(found.eval_split), evaluation))
-    ]
+        for split, part in zip(roles.used().values(), labelled, strict=True)
+    }
     nothing = np.empty(0, dtype=np.int64)
-    fingerprint = _fingerprint(label_names, nothing, nothing, [*source.files, (source.revision or "", 0)])
-    return found.splits(streams[0], streams[1], label_names, fingerprint)
+    facts = [*source.files, (source.revision or "", 0)]
+    return found.splits(images, label_names, _fingerprint(label_names, [nothing] * len(labelled), facts))
 
 
-def _indexed(
-    config: DataConfig, source: OpenDataset, found: _Found, train: LabelledTable, evaluation: LabelledTable | None
-) -> Splits:
-    name, column = printable(config.dataset), found.image_column
-    label_names, train_labels, eval_labels = read_labels(name, found.label_column, train, evaluation)
-    digest = _digest_of(source, found.train_split, train_labels)
+def _indexed(source: OpenDataset, found: _Found, labelled: Sequence[LabelledTable]) -> Splits:
+    config, roles = found.config, found.roles
+    name = printable(config.dataset)
+    label_names, labels = read_labels(name, found.label_column, labelled)
+    digest = _digest_of(source, roles.train, labels["training"])
     excluded = read_exclusions(config.exclude)
     excluded.require_dataset(digest, source.tables)
+    tables = {part.name: part.table for part in labelled}
 
-    def images(split: str, table: "datasets.Dataset", rows: np.ndarray, labels: np.ndarray) -> IndexedImages:
-        rows = rows[excluded.kept(split, len(labels))[rows]]
+    def images(part: str, rows: np.ndarray) -> IndexedImages:
+        stored = part if part in tables else "training"
+        split = roles.used()[stored]
+        rows = rows[excluded.kept(split, len(labels[stored]))[rows]]
         if not len(rows):
             raise RequestError(f"{setting('exclude')} lists all images of {printable(split)}")
-        return IndexedImages(table.select_columns([column]), column, rows, labels[rows], source.roots)
+        table = tables[stored].select_columns([found.image_column])
+        return IndexedImages(table, found.image_column, rows, labels[stored][rows], source.roots)
 
-    if evaluation is None or eval_labels is None:
-        # split first, so that leaving an image out does not move others between the two parts
-        rows, held_out = stratified_split(train_labels, config.eval_fraction, config.split_seed)
-        to_train = images(found.train_split, train.table, rows, train_labels)
-        to_evaluate = images(found.train_split, train.table, held_out, train_labels)
-    else:
-        to_train = images(found.train_split, train.table, np.arange(len(train_labels)), train_labels)
-        eval_rows = np.arange(len(eval_labels))
-        to_evaluate = images(str(found.eval_split), evaluation.table, eval_rows, eval_labels)
-    for mistake in likely_mistakes(label_names, to_train.labels, to_evaluate.labels):
-        _logger.warning("%s: %s", name, mistake)
+    # split first, so that leaving an image out does not move others between the parts
+    rows = {part: np.arange(len(own)) for part, own in labels.items()}
+    parts = {part: images(part, chosen) for part, chosen in hold_out(config, labels["training"], rows).items()}
+    for part, chosen in parts.items():
+        if part != "training":
+            for mistake in likely_mistakes(label_names, parts["training"].labels, chosen.labels, part):
+                _logger.warning("%s: %s", name, mistake)
+    for names in similar_names(label_names):
+        _logger.warning("%s: classes %s differ only in case or spaces; they are kept separate", name, listing(names))
     left_out = [
         (f"excluded from {split}", row) for split, rows in sorted(excluded.rows.items()) for row in sorted(rows)
     ]
-    fingerprint = _fingerprint(label_names, to_train.labels, to_evaluate.labels, [*source.files, *left_out])
-    return replace(found.splits(to_train, to_evaluate, label_names, fingerprint), source_digest=digest)
+    in_order = [parts[part].labels for part in ("training", "evaluation", "test") if part in parts]
+    fingerprint = _fingerprint(label_names, in_order, [*source.files, *left_out])
+    return replace(found.splits(parts, label_names, fingerprint), source_digest=digest)
 
 
 def _digest_of(source: OpenDataset, train_split: str, labels: np.ndarray) -> str:
     """Return a digest of a dataset as it is stored, for lists of its rows: the same for any choice of other splits."""
     facts = [(train_split, len(labels)), (source.revision or "", 0), *source.files]
-    return _fingerprint((), labels, np.empty(0, dtype=np.int64), facts)
+    return _fingerprint((), [labels, np.empty(0, dtype=np.int64)], facts)
 
 
-def _find_splits(config: DataConfig, tables: Mapping[str, Any]) -> tuple[str, str | None]:
-    """Return the splits to train and to evaluate on, the latter None if it has to be held out from the former.
+def _find_splits(config: DataConfig, tables: Mapping[str, Any]) -> _Roles:
+    """Return the splits to train, to evaluate and to test on; see `_Roles`.
 
     Raises:
-        RequestError: If a requested split does not exist, both are the same, or none is for training.
+        RequestError: If a requested split does not exist, two of them are the same, or none is for training.
     """
     train = _pick_split(tables, config.train_split, "train")
     only = next(iter(tables)) if len(tables) == 1 else None
@@ -242,20 +259,45 @@ def _find_splits(config: DataConfig, tables: Mapping[str, Any]) -> tuple[str, st
             f"{printable(config.dataset)} has no split called train; choose one of {listing(tables)} with "
             f"{setting('train_split')}"
         )
-    evaluation = _pick_split(tables, config.eval_split, "eval")
-    if evaluation == train and config.eval_split is not None:
-        raise RequestError(
-            f"{setting('eval_split', evaluation)} is also the training split; choose another, or omit it to hold out "
-            "part of the training split"
-        )
-    return train, None if evaluation == train else evaluation
+    test = None if config.test_split in (None, NO_TEST) else _pick_split(tables, config.test_split, "test")
+    if test == train:
+        raise RequestError(f"{setting('test_split', test)} is also the training split; choose another")
+    others = [split for split in tables if split not in (train, test)]
+    if config.eval_split is not None:
+        evaluation = _pick_split(tables, config.eval_split, "eval")
+        if evaluation == train:
+            raise RequestError(
+                f"{setting('eval_split', evaluation)} is also the training split; choose another, or omit it to hold "
+                "out part of the training split"
+            )
+        if evaluation == test:
+            raise RequestError(f"{setting('eval_split', evaluation)} is also the test split; choose another")
+    else:
+        # a split with a name such as test is for evaluation only if no other one is
+        names = likely_splits(others, "test") if config.test_split is None and not config.test_fraction else []
+        validation = [split for split in others if split not in names]
+        evaluation = _pick_split(validation, None, "eval") or _pick_split(others, None, "eval")
+    if config.test_split is None and not config.test_fraction and evaluation is not None:
+        test = _likely_test([split for split in others if split != evaluation], evaluation)
+    return _Roles(train=train, eval=evaluation, test=test)
 
 
-def _pick_split(tables: Mapping[str, Any], requested: str | None, role: Role) -> str | None:
+def _likely_test(others: Sequence[str], evaluation: str) -> str | None:
+    """Return the split that is probably a test beside a validation split, if there is one."""
+    found = likely_splits(others, "test")
+    if likely_splits([evaluation], "test") or not found:
+        return None
+    if len(found) > 1:
+        _logger.warning("several splits could be the test (%s); choose one with --test-split", listing(found))
+        return None
+    return found[0]
+
+
+def _pick_split(tables: Iterable[str], requested: str | None, role: Literal["train", "eval", "test"]) -> str | None:
     if requested is not None and requested not in tables:
         raise RequestError(f"{setting(f'{role}_split', requested)}: no such split; choose one of {listing(tables)}")
-    found = likely_splits(tables, role)
-    if requested is None and len(found) > 1:
+    found = likely_splits(tables, role) if requested is None else []
+    if len(found) > 1:
         raise RequestError(
             f"the dataset has several {'training' if role == 'train' else 'evaluation'} splits ({listing(found)}); "
             f"choose one with {setting(f'{role}_split')}"
@@ -263,11 +305,9 @@ def _pick_split(tables: Mapping[str, Any], requested: str | None, role: Role) ->
     return requested or next(iter(found), None)
 
 
-def _fingerprint(
-    names: Sequence[str], train: np.ndarray, evaluation: np.ndarray, files: Sequence[tuple[str, int]]
-) -> str:
+def _fingerprint(names: Sequence[str], labels: Iterable[np.ndarray], files: Sequence[tuple[str, int]]) -> str:
     digest = hashlib.sha256(json.dumps([list(names), list(files)]).encode())
-    for labels in (train, evaluation):
-        digest.update(len(labels).to_bytes(8, "little"))
-        digest.update(labels.astype("<i8").tobytes())
+    for split in labels:
+        digest.update(len(split).to_bytes(8, "little"))
+        digest.update(split.astype("<i8").tobytes())
     return digest.hexdigest()

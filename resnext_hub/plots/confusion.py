@@ -25,7 +25,7 @@ def plot_confusion(record: RunRecord, letters: Lettering) -> "Figure":
 def _plot_matrix(record: RunRecord, letters: Lettering) -> "Figure":
     from matplotlib.figure import Figure
 
-    counts = record.evaluation.matrix
+    counts = record.reported.matrix
     classes = len(counts)
     fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = min(max(4.0, 0.42 * classes + 2.0), 12.0)
@@ -56,10 +56,10 @@ def _plot_pairs(record: RunRecord, letters: Lettering) -> "Figure":
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    measured, names = record.evaluation.measured, record.label_names
+    measured, names = record.reported.measured, record.label_names
     pairs = [
         (count, label, prediction)
-        for label, row in enumerate(record.evaluation.confusion)
+        for label, row in enumerate(record.reported.confusion)
         for prediction, count in row
         if prediction != label
     ]
@@ -68,7 +68,7 @@ def _plot_pairs(record: RunRecord, letters: Lettering) -> "Figure":
     axes = figure.subplots()
     axes.set(
         title=f"Most frequent confusions of {len(names)} classes (true as predicted)",
-        xlabel="evaluation images" + letters.note(names),
+        xlabel=f"{'evaluation' if record.test is None else 'test'} images" + letters.note(names),
     )
     if not pairs:
         axes.text(0.5, 0.5, "all images were classified correctly", ha="center", transform=axes.transAxes)

@@ -18,6 +18,7 @@ def shared_facts(plan: Plan) -> dict[str, object]:
     """
     config, splits = plan.config, plan.splits
     excluded = set(process_fields())
+    excluded.add("class_weights")  # a file may have another path on another host; the weights are compared below
     if splits.hub_id is None:
         excluded.add("dataset")
     if config.model.startswith("local-dir:"):
@@ -29,7 +30,8 @@ def shared_facts(plan: Plan) -> dict[str, object]:
         "architecture": f"{plan.source.architecture} {plan.source.model_args or ''}".rstrip(),
         "class names": f"{listing(splits.label_names, 6)} ({len(splits.label_names)} in total, digest {names})",
         "training images": splits.train.count,
-        "evaluation images": splits.eval.count,
+        **{f"{part} images": images.count for part, images in splits.evaluated.items()},
+        "class weights": plan.balance.digest,
         "dataset fingerprint": splits.fingerprint[:16],
         "device": device_type(),
         "precision": plan.precision,

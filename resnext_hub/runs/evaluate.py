@@ -19,15 +19,17 @@ from resnext_hub.training.evaluation import Evaluation, evaluate
 from resnext_hub.training.feed import evaluation_samples
 
 
-def evaluate_run(path: Path, threads: str = "auto") -> tuple[Evaluation, RunRecord]:
-    """Evaluate the model folder of a finished run as the run itself did.
+def evaluate_run(path: Path, threads: str = "auto", only: str | None = None) -> tuple[dict[str, Evaluation], RunRecord]:
+    """Evaluate the model folder of a finished run as the run itself did, on its evaluation and its test split.
 
     Args:
         path: The run folder.
         threads: CPU threads, or `auto`.
+        only: The split to evaluate on, `evaluation` or `test`; all if not given.
 
     Returns:
-        The evaluation, and the record of the run to compare it with.
+        The evaluations by split, `evaluation` and `test` if there is one, and the record of the run to compare them
+        with.
 
     Raises:
         RequestError: If the folder holds no finished run, or its dataset is missing or has changed.
@@ -41,6 +43,8 @@ def evaluate_run(path: Path, threads: str = "auto") -> tuple[Evaluation, RunReco
         )
     require_config(folder.model, record)
     config = TrainConfig.from_flat(settings)
+    if only == "test" and record.test is None:
+        raise RequestError(f"the run in {printable(folder)} had no test split; choose split='evaluation'")
     splits = load_splits(config.data)
     if splits.fingerprint != record.dataset.fingerprint:
         raise RequestError(
@@ -50,10 +54,15 @@ def evaluate_run(path: Path, threads: str = "auto") -> tuple[Evaluation, RunReco
     device = torch.device(device_type())
     set_threads(threads, device.type)
     classifier = load(f"local-dir:{folder.model}")
-    evaluation = evaluate(
-        classifier.model.to(device).to(memory_format=torch.channels_last),
-        evaluation_samples(splits.eval, classifier.input, config.loader.max_image_pixels),
-        batch_size=record.evaluation.batch_size,
-        device=device,
-    )
-    return evaluation, record
+    model = classifier.model.to(device).to(memory_format=torch.channels_last)
+    evaluations = {
+        part: evaluate(
+            model,
+            evaluation_samples(images, classifier.input, config.loader.max_image_pixels),
+            batch_size=record.evaluation.batch_size,
+            device=device,
+        )
+        for part, images in splits.evaluated.items()
+        if only in (None, part)
+    }
+    return evaluations, record

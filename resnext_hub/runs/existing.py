@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from resnext_hub.data.config import NO_TEST
 from resnext_hub.data.splits import Splits
 from resnext_hub.errors import RequestError, one_line, setting
 from resnext_hub.hub.publish import require_model
@@ -14,6 +15,7 @@ from resnext_hub.record import RunRecord
 from resnext_hub.run_folder import RunFolder
 from resnext_hub.runs.public import public_settings
 from resnext_hub.text import listing, printable
+from resnext_hub.training.balance import Balance, digest_of
 from resnext_hub.training.config import TrainConfig, growing_fields, resumable_fields
 from resnext_hub.training.schedule import Schedule, plan_schedule
 from resnext_hub.yaml_files import read_yaml
@@ -22,6 +24,9 @@ _logger = logging.getLogger(__name__)
 
 CONFIG_VERSION = 1
 """Format version of config.yaml; files of versions before 0.3 do not state it and have version 1."""
+
+_BEFORE = {"test_split": NO_TEST}
+"""What runs of earlier versions did, where it differs from today's default; their files do not state it."""
 
 _LAST_SETTING = "private"
 """The last setting in config.yaml since the first release; a file without it is truncated."""
@@ -39,6 +44,8 @@ class ExistingRun:
     """Fingerprint of the dataset, if the run is finished."""
     state: tuple[str | None, ...] = ()
     """`RunFolder.state` at the time of reading."""
+    class_weights: str | None = None
+    """Digest of the class weights, if the run is finished."""
     fault: str | None = None
     """Why the model folder does not match the record, if it does not."""
 
@@ -62,7 +69,12 @@ def read_existing(folder: RunFolder) -> ExistingRun:
     except RequestError as error:
         fault = str(error)
     return ExistingRun(
-        settings=settings, steps=record.steps, fingerprint=record.dataset.fingerprint, state=state, fault=fault
+        settings=settings,
+        steps=record.steps,
+        fingerprint=record.dataset.fingerprint,
+        class_weights=digest_of(record.class_weights),
+        state=state,
+        fault=fault,
     )
 
 
@@ -89,7 +101,7 @@ def read_config(folder: RunFolder) -> dict[str, Any]:
         raise RequestError(f"{printable(path)} is damaged ({one_line(error)}); {remedy}") from error
     if _LAST_SETTING not in content:
         raise RequestError(f"{printable(path)} is truncated (the last settings are missing); {remedy}")
-    return content
+    return TrainConfig().to_flat() | _BEFORE | content
 
 
 def is_finished(
@@ -98,6 +110,7 @@ def is_finished(
     resume_from: Path | None,
     config: TrainConfig,
     splits: Splits,
+    balance: Balance,
     schedule: Schedule,
 ) -> bool:
     """Return whether the folder holds the requested run, complete.
@@ -106,6 +119,11 @@ def is_finished(
         RequestError: If the run in the folder, or the fetched one to resume, is another run.
     """
     if existing.settings:
+        if existing.steps is not None and existing.class_weights != balance.digest:
+            raise RequestError(
+                f"{printable(folder)} contains another run: its class weights have changed. Choose another "
+                f"{setting('output_dir')}, or use the same weights"
+            )
         return _compare(folder, existing, config.to_flat(), splits, schedule)
     if resume_from is not None:
         fetched, requested = read_config(RunFolder(resume_from)), public_settings(config, splits)

@@ -52,7 +52,8 @@ def execute(plan: Plan, peers: Peers) -> RunRecord:
         StoppedRun: After SIGTERM or Ctrl-C; the state was saved.
     """
     config = plan.config
-    require_readable(evaluation_samples(plan.splits.eval, plan.input, config.loader.max_image_pixels))
+    for part, images in plan.splits.evaluated.items():
+        require_readable(evaluation_samples(images, plan.input, config.loader.max_image_pixels), part)
     accelerator = _start_accelerator(plan)
     with contextlib.ExitStack() as stack:
         peers.from_main(lambda: _claim_folder(plan, stack))
@@ -127,7 +128,7 @@ def require_writable_paths(folder: RunFolder) -> None:
         replaceable = path.is_symlink() and path != folder.checkpoints
         if os.path.lexists(path) and not path.is_dir() and not replaceable:
             raise RequestError(f"{printable(path)} is not a folder; {remedy}")
-    replaced = [folder.config, folder.metrics, folder.predictions, folder.previous_record]
+    replaced = [folder.config, folder.metrics, folder.predictions, folder.test_predictions, folder.previous_record]
     for path in (*replaced, folder.lock, *folder.unreadable_lists):
         if path.is_symlink() and path in replaced:
             continue

@@ -11,11 +11,12 @@ from resnext_hub.training.config import TrainConfig
 
 def public_settings(config: TrainConfig, splits: Splits) -> dict[str, Any]:
     """Return the flat settings of a run, with local paths reduced to the name of the folder."""
-    exclude = config.data.exclude
+    exclude, weights = config.data.exclude, config.balance.class_weights
     return config.to_flat() | {
         "dataset": printable(splits.dataset_id),
         "model": public_model(config.model),
         "exclude": None if exclude is None else printable(Path(exclude).name),
+        "class_weights": printable(Path(weights).name),
     }
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from resnext_hub.data.config import NO_TEST
 from resnext_hub.data.jpeg import is_installed
 from resnext_hub.data.loaders import derive_workers
 from resnext_hub.data.sources import check_source, dataset_name
@@ -29,6 +30,7 @@ from resnext_hub.runs.public import public_model
 from resnext_hub.runs.recipes import QUICKSTART, RECIPES
 from resnext_hub.settings import did_you_mean, shown
 from resnext_hub.text import printable
+from resnext_hub.training.balance import resolve_balance
 from resnext_hub.training.config import TrainConfig
 from resnext_hub.training.optim import check_optimizer, derive_lr
 from resnext_hub.training.plan import Plan
@@ -128,10 +130,11 @@ def prepare(
     config = _resolve(config, source, splits, input, device)
     check_optimizer(config.optim, device)
     schedule = plan_schedule(config, splits.train.count)
+    balance = resolve_balance(config.balance, splits.train, splits.label_names)
     weight_bytes = check_model(config, source, splits, input, schedule)
 
     def check_folder() -> bool:
-        finished = is_finished(folder, existing, resume_from, config, splits, schedule)
+        finished = is_finished(folder, existing, resume_from, config, splits, balance, schedule)
         if not finished:
             check_space(folder, weight_bytes)
         return finished
@@ -150,6 +153,7 @@ def prepare(
         splits=splits,
         input=input,
         schedule=schedule,
+        balance=balance,
         precision=precision,
         folder=folder,
         asked=dict(asked),
@@ -161,7 +165,7 @@ def prepare(
 
 
 def _continue(config: TrainConfig, folder: RunFolder, before: Mapping[str, Any], resume: bool | None) -> TrainConfig:
-    """Pin the dataset to the commit that the run in the folder started with, even if the dataset has newer ones.
+    """Keep what the run in the folder found in its dataset: its commit, even if there are newer ones, and no test.
 
     Raises:
         RequestError: If there is a run, but `resume` is False.
@@ -173,10 +177,13 @@ def _continue(config: TrainConfig, folder: RunFolder, before: Mapping[str, Any],
             f"{setting('resume', False)} was given, but {printable(folder)} already contains a run; choose another "
             f"{setting('output_dir')}, or remove the run"
         )
-    if before and config.data.dataset_revision is None and before.get("dataset") == config.data.dataset:
-        revision = before.get("dataset_revision")
-        return dataclasses.replace(config, data=dataclasses.replace(config.data, dataset_revision=revision))
-    return config
+    data = config.data
+    if before and before.get("dataset") == data.dataset:
+        if data.dataset_revision is None:
+            data = dataclasses.replace(data, dataset_revision=before.get("dataset_revision"))
+        if before["test_split"] == NO_TEST and data.test_split is None and not data.test_fraction:
+            data = dataclasses.replace(data, test_split=NO_TEST)
+    return dataclasses.replace(config, data=data)
 
 
 def _choose_decoder(
@@ -223,10 +230,15 @@ def _resolve(config: TrainConfig, source: ModelSource, splits: Splits, input: In
             loader,
             workers=derive_workers(device, local_processes()) if loader.workers is None else loader.workers,
         ),
+        balance=dataclasses.replace(config.balance, class_weights=_absolute(config.balance.class_weights)),
         optim=dataclasses.replace(
             optim, lr=optim.lr or derive_lr(optim.optimizer, config.batch_size, source.pretrained)
         ),
     )
+
+
+def _absolute(class_weights: str) -> str:
+    return class_weights if class_weights in ("auto", "none") else str(Path(class_weights).expanduser().absolute())
 
 
 def _three(values: tuple[float, ...]) -> tuple[float, float, float]:

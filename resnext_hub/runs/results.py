@@ -89,6 +89,8 @@ def _write_files(plan: Plan, outcome: Outcome, accelerator: "Accelerator") -> No
         digest = _write_model(plan, outcome.model, model)
         record = _record_of(plan, outcome, accelerator, digest)
         _write_predictions(evaluation, folder.predictions)
+        if outcome.test is not None:
+            _write_predictions(outcome.test, folder.test_predictions)
         with new_folder(folder.plots) as aside:
             record = dataclasses.replace(record, plots=write_plots(record, aside))
             if isinstance(splits.eval, IndexedImages):  # not published: the images may be under another license
@@ -98,10 +100,12 @@ def _write_files(plan: Plan, outcome: Outcome, accelerator: "Accelerator") -> No
         for name in record.plots:
             shutil.copyfile(folder.plots / name, model / "plots" / name)
         write_atomic(model / "README.md", render_card(record, kept=kept))
-    unmeasured = [name for name, count in zip(record.label_names, record.evaluation.measured, strict=True) if not count]
+    unmeasured = [name for name, count in zip(record.label_names, record.reported.measured, strict=True) if not count]
     if unmeasured:
         _logger.warning(
-            "these classes have no evaluation images, so their accuracy is unknown: %s", listing(unmeasured, 20)
+            "these classes have no %s images, so their accuracy is unknown: %s",
+            "evaluation" if record.test is None else "test",
+            listing(unmeasured, 20),
         )
     record.save(folder.record)
 
@@ -137,11 +141,12 @@ def _record_of(plan: Plan, outcome: Outcome, accelerator: "Accelerator", weights
         command=_command(plan),
         model=_model_facts(plan, outcome.model, weights_sha256),
         base_model=_base_model(plan.source),
-        dataset=_dataset_facts(plan, outcome.evaluation),
+        dataset=_dataset_facts(plan, outcome),
         label_names=list(splits.label_names),
         steps=outcome.steps,
         epochs=outcome.epochs,
-        evaluation=_evaluation_facts(plan, outcome),
+        evaluation=_evaluation_facts(plan, outcome, outcome.evaluation),
+        test=None if outcome.test is None else _evaluation_facts(plan, outcome, outcome.test),
         sample=_sample(plan, outcome.model),
         history=outcome.history,
         versions=versions(),
@@ -158,6 +163,7 @@ def _record_of(plan: Plan, outcome: Outcome, accelerator: "Accelerator", weights
         skipped_steps=outcome.skipped_steps,
         decoders=outcome.decoders,
         merged_groups=outcome.merged_groups,
+        class_weights=None if plan.balance.class_weights is None else plan.balance.class_weights.round(6).tolist(),
         unreadable_images=outcome.unreadable,
     )
 
@@ -178,7 +184,7 @@ def _model_facts(plan: Plan, model: torch.nn.Module, weights_sha256: str) -> Mod
     )
 
 
-def _dataset_facts(plan: Plan, evaluation: Evaluation) -> DatasetFacts:
+def _dataset_facts(plan: Plan, outcome: Outcome) -> DatasetFacts:
     splits, classes = plan.splits, len(plan.splits.label_names)
     return DatasetFacts(
         id=splits.dataset_id,
@@ -188,14 +194,17 @@ def _dataset_facts(plan: Plan, evaluation: Evaluation) -> DatasetFacts:
         train_split=splits.found.train_split or "train",
         eval_split=splits.found.eval_split,
         train_count=splits.train.count,
-        eval_count=evaluation.total,
+        test_split=splits.stored_in("test"),
+        eval_count=outcome.evaluation.total,
+        test_count=0 if outcome.test is None else outcome.test.total,
         train_counts=class_counts(splits.train, classes),
         eval_counts=class_counts(splits.eval, classes),
+        test_counts=None if splits.test is None else class_counts(splits.test, classes),
     )
 
 
-def _evaluation_facts(plan: Plan, outcome: Outcome) -> EvaluationFacts:
-    evaluation, classes = outcome.evaluation, len(plan.splits.label_names)
+def _evaluation_facts(plan: Plan, outcome: Outcome, evaluation: Evaluation) -> EvaluationFacts:
+    classes = len(plan.splits.label_names)
     return EvaluationFacts(
         step=outcome.step,
         epoch=outcome.epoch,
@@ -205,6 +214,7 @@ def _evaluation_facts(plan: Plan, outcome: Outcome) -> EvaluationFacts:
         loss=evaluation.loss,
         top5=evaluation.top5 if classes > TOP5_CLASSES else None,
         macro_f1=evaluation.macro_f1,
+        macro_recall=evaluation.macro_recall,
         calibration_error=evaluation.calibration_error,
         batch_size=plan.config.eval_batch_size,
         confusion=evaluation.confusion(classes),
@@ -325,6 +335,6 @@ def _command(plan: Plan) -> str:
         if isinstance(value, bool):
             words.append(flag_of(name) if value else flag_of(name).replace("--", "--no-", 1))
             continue
-        value = public[name] if name in ("dataset", "model", "exclude") else value
+        value = public[name] if name in ("dataset", "model", "exclude", "class_weights") else value
         words += [flag_of(name), *(str(v) for v in (value if isinstance(value, (list, tuple)) else [value]))]
     return printable(shlex.join(words))

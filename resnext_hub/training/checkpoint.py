@@ -65,6 +65,8 @@ class BestFacts:
     loss: float
     epoch: float | None = None
     """None in checkpoints of versions that did not record it."""
+    score: float | None = None
+    """The number that chose the weights; None in checkpoints of versions that chose by accuracy only."""
 
 
 @dataclass(frozen=True, kw_only=True)

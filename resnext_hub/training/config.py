@@ -31,6 +31,7 @@ from resnext_hub.settings import (
     is_count,
     shown,
 )
+from resnext_hub.training.balance import BalanceConfig
 from resnext_hub.training.checkpoint import CheckpointConfig
 from resnext_hub.training.optim import OptimConfig
 
@@ -44,6 +45,8 @@ ALIASES = {
     "initial_lr": "lr",
     "lr0": "lr",
     "wd": "weight_decay",
+    "class_weight": "class_weights",
+    "metric_for_best_model": "best_by",
     "batch": "batch_size",
     "bs": "batch_size",
     "b": "batch_size",
@@ -89,7 +92,6 @@ ALIASES = {
     "bf16": "mixed_precision",
     "val_split": "eval_split",
     "validation_split": "eval_split",
-    "test_split": "eval_split",
     "valid_split": "eval_split",
     "val_fraction": "eval_fraction",
     "torchcompile": "compile",
@@ -187,6 +189,7 @@ class TrainConfig:
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
     publish: PublishConfig = field(default_factory=PublishConfig)
 
     def __post_init__(self) -> None:

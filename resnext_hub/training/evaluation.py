@@ -73,6 +73,19 @@ class Evaluation:
         return float(f1_score(self.labels, self.predictions, labels=measured, average="macro", zero_division=0.0))
 
     @property
+    def macro_recall(self) -> float:
+        """Mean recall of the classes that occur among the labels, 0 to 1; also called balanced accuracy."""
+        recalls = self.recall_by_class(int(self.labels.max()) + 1)
+        return float(np.mean([recall for recall in recalls if recall is not None]))
+
+    def recall_by_class(self, classes: int) -> list[float | None]:
+        """Return the recall of each class, 0 to 1; None for a class that does not occur among the labels."""
+        counts = np.bincount(self.labels, minlength=classes)
+        correct = np.bincount(self.labels[self.labels == self.predictions], minlength=classes)
+        pairs = zip(correct.tolist(), counts.tolist(), strict=True)
+        return [right / count if count else None for right, count in pairs]
+
+    @property
     def calibration_error(self) -> float:
         """Expected calibration error, 0 to 1: the mean gap between confidence and accuracy.
 

@@ -1,6 +1,6 @@
-"""Evaluation during a run: the weights to publish, on the evaluation split, over all processes."""
+"""Evaluation of the weights to publish during and at the end of a run, over all processes."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -25,10 +25,17 @@ class Evaluator:
 
     def __init__(self, plan: Plan, state: TrainingState, stop: StopSignal, unreadable: UnreadableLog) -> None:
         self._plan, self._state, self._stop, self._unreadable = plan, state, stop, unreadable
-        self._samples = evaluation_samples(plan.splits.eval, plan.input, plan.config.loader.max_image_pixels)
+        most = plan.config.loader.max_image_pixels
+        self._samples = {
+            part: evaluation_samples(images, plan.input, most) for part, images in plan.splits.evaluated.items()
+        }
 
-    def __call__(self, model: nn.Module) -> Evaluation:
+    def __call__(self, model: nn.Module, part: Literal["evaluation", "test"] = "evaluation") -> Evaluation:
         """Evaluate a model.
+
+        Args:
+            model: The model.
+            part: The split to evaluate it on.
 
         Raises:
             EvaluationStoppedError: If any process received SIGTERM or Ctrl-C.
@@ -40,7 +47,7 @@ class Evaluator:
         assert workers is not None
         evaluation = evaluate(
             model,
-            self._samples,
+            self._samples[part],
             batch_size=self._plan.config.eval_batch_size,
             device=accelerator.device,
             workers=workers,
@@ -50,7 +57,7 @@ class Evaluator:
             stop_requested=lambda: self._stop.requested,
         )
         missing = evaluation.total - evaluation.count
-        self._unreadable.note("evaluation", evaluation.total, evaluation.unreadable, missing)
+        self._unreadable.note(part, evaluation.total, evaluation.unreadable, missing)
         return evaluation
 
     def _sum(self, values: torch.Tensor) -> torch.Tensor:

@@ -8,12 +8,8 @@ from resnext_hub.data.augment import Augmentation
 from resnext_hub.data.batches import Batch, Parcel, Position, Unreadable
 from resnext_hub.data.decode import MAX_IMAGE_PIXELS
 from resnext_hub.data.images import IndexedImages, StreamedImages
-from resnext_hub.data.loaders import (
-    EvaluationSamples,
-    StepSampler,
-    TrainingSamples,
-    build_train_loader,
-)
+from resnext_hub.data.loaders import EvaluationSamples, TrainingSamples, build_train_loader
+from resnext_hub.data.order import Order, StepSampler
 from resnext_hub.data.stream import StreamBatches, StreamedEvaluation, build_stream_loader
 from resnext_hub.data.transforms import EvalTransform, draw_mix, erase, mix_pairs, normalize
 from resnext_hub.errors import RequestError, setting
@@ -36,10 +32,14 @@ def evaluation_samples(
     return EvaluationSamples(images, transform, input.mode, max_pixels)
 
 
-def require_readable(samples: EvaluationSamples | StreamedEvaluation) -> None:
-    """Check that some image of an evaluation split is readable, before anything is computed.
+def require_readable(samples: EvaluationSamples | StreamedEvaluation, part: str = "evaluation") -> None:
+    """Check that some image of a split is readable, before anything is computed.
 
     A stream is not checked, since that would download it; of a large split only the first images are tried.
+
+    Args:
+        samples: The samples of the split.
+        part: `evaluation` or `test`, for the message.
 
     Raises:
         RequestError: If no image is readable.
@@ -54,8 +54,8 @@ def require_readable(samples: EvaluationSamples | StreamedEvaluation) -> None:
         unread += unreadable
     first = f"; the first is {printable(unread[0].name)} ({unread[0].reason})" if unread else ""
     raise RequestError(
-        f"none of the {len(samples)} images of the evaluation split is readable{first}. Fix them, or choose another "
-        f"{setting('eval_split')}"
+        f"none of the {len(samples)} images of the {part} split is readable{first}. Fix them, or choose another "
+        f"{setting('eval_split' if part == 'evaluation' else 'test_split')}"
     )
 
 
@@ -89,7 +89,9 @@ def training_loader(
         )
         return build_stream_loader(batches, workers, pin_memory)
     samples = TrainingSamples(images, augment, config.seed)
-    sampler = StepSampler(len(images), config.batch_size, config.seed, start, stop, process, processes)
+    labels = images.labels if config.balance.sampling == "balanced" else None
+    order = Order(len(images), config.seed, labels)
+    sampler = StepSampler(order, config.batch_size, start, stop, process, processes)
     return build_train_loader(samples, sampler, workers, pin_memory)
 
 

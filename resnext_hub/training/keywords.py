@@ -36,9 +36,11 @@ class TrainSettings(TypedDict, total=False):
     layout: Literal["classes", "splits"] | None
     train_split: str | None
     eval_split: str | None
+    test_split: str | None
     image_column: str | None
     label_column: str | None
     eval_fraction: float
+    test_fraction: float
     split_seed: int
     exclude: str | None
     max_bad_fraction: float
@@ -69,6 +71,10 @@ class TrainSettings(TypedDict, total=False):
     clip_grad: float | None
     checkpoint_every: str
     keep_checkpoints: int
+    class_weights: str
+    sampling: Literal["natural", "balanced"]
+    logit_adjustment: float
+    best_by: Literal["top1", "macro-recall", "macro-f1", "loss"]
     push_to_hub: bool
     push_checkpoints: bool
     repo_id: str | None

@@ -21,11 +21,10 @@ from resnext_hub.machine import quiet_compilers
 from resnext_hub.processes.launcher import WAIT
 from resnext_hub.processes.peers import Peers
 from resnext_hub.record import UnreadableImage
-from resnext_hub.training.config import TrainConfig
 from resnext_hub.training.evaluation import Evaluation, EvaluationStoppedError
 from resnext_hub.training.evaluator import Evaluator
 from resnext_hub.training.feed import StepInputs, training_loader
-from resnext_hub.training.objective import Objective
+from resnext_hub.training.objective import Objective, weight_of
 from resnext_hub.training.optim import lr_at, set_lr
 from resnext_hub.training.plan import Plan
 from resnext_hub.training.recorder import Recorder
@@ -41,10 +40,13 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """Result of training: the model with its best weights, their evaluation, and facts about the run."""
+    """Result of training: the model with its best weights, their evaluations, and facts about the run."""
 
     model: nn.Module
     evaluation: Evaluation
+    """On the split that chose the weights."""
+    test: Evaluation | None
+    """On the test split, if there is one."""
     step: int
     """Step of the best weights."""
     epoch: float
@@ -101,7 +103,7 @@ def train(
         view.compile(dynamic=False)
     # the model is on its device already; if Accelerate moved it again, its buffers would be replaced by copies
     objective, optimizer = accelerator.prepare(
-        Objective(view, config.label_smoothing), state.optimizer, device_placement=[False, False]
+        _build_objective(plan, view, accelerator.device), state.optimizer, device_placement=[False, False]
     )
     require_shared_tensors(view, state.model)
     with stop, recorder, contextlib.ExitStack() as stack:
@@ -120,7 +122,7 @@ def train(
             _seed_step(config.seed, state.step, accelerator.process_index)
             images, targets = inputs(batch, state.step)
             with _compiling() if config.compile else contextlib.nullcontext():
-                metrics = _optimizer_step(objective, optimizer, images, targets, config, accelerator)
+                metrics = _optimizer_step(objective, optimizer, images, targets, plan, accelerator)
             state.advance(batch, metrics[0], optimizer.step_was_skipped)
             unreadable.note("training", plan.splits.train.count or state.step * config.batch_size, batch.unreadable)
             if compiling:
@@ -234,13 +236,14 @@ class _Run:
         timer.checkpointed()
 
     def finish(self) -> Outcome:
-        """Load the best weights, evaluate them once more, and return the outcome of the run."""
+        """Load the best weights, evaluate them once more and on the test split, and return the outcome of the run."""
         state = self.state
         if state.best is None:  # the only evaluation was interrupted at the last step, and again after a resume
             self.raise_stopped()
         state.model.load_state_dict(state.best.tensors)
         try:
             evaluation = self.evaluator(state.model)
+            test = None if self.plan.splits.test is None else self.evaluator(state.model, "test")
         except EvaluationStoppedError:
             self.stop.stopping()
             self.raise_stopped()
@@ -256,6 +259,7 @@ class _Run:
         return Outcome(
             model=state.model.eval(),
             evaluation=evaluation,
+            test=test,
             step=state.best.step,
             epoch=state.best.epoch,
             steps=self.plan.schedule.steps,
@@ -285,33 +289,57 @@ class _Run:
         )
 
 
+def _build_objective(plan: Plan, view: nn.Module, device: torch.device) -> Objective:
+    balance, strength = plan.balance, plan.config.balance.logit_adjustment
+    weights, prior = (
+        None if values is None else torch.tensor(values, dtype=torch.float32, device=device)
+        for values in (balance.class_weights, balance.log_prior)
+    )
+    return Objective(view, plan.config.label_smoothing, weights, None if prior is None else strength * prior)
+
+
 def _optimizer_step(
     objective: nn.Module,
     optimizer: Any,
     images: torch.Tensor,
     targets: torch.Tensor,
-    config: TrainConfig,
+    plan: Plan,
     accelerator: "Accelerator",
 ) -> torch.Tensor:
     """Take an optimizer step on this process's part of the global batch; return its mean loss and accuracy, `(2,)`."""
+    config = plan.config
     optimizer.zero_grad()
     size = len(images)
+    total_weight = _weight_per_process(targets, plan, accelerator)
     micro = config.micro_batch_size or size
     total = torch.zeros(2, device=accelerator.device)
     for start in range(0, size, micro):
         part = slice(start, min(start + micro, size))
         last = part.stop == size
         with contextlib.nullcontext() if last else accelerator.no_sync(objective):
-            # weighted by size, because the last micro-batch may be smaller
-            loss, top1 = objective(images[part], targets[part])
-            share = (part.stop - start) / size
-            loss = loss * share
+            loss, top1 = objective(images[part], targets[part], total_weight)
+            share = (part.stop - start) / size  # by size, because the last micro-batch may be smaller
+            loss = loss * share if total_weight is None else loss
             accelerator.backward(loss)
         total += torch.stack((loss.detach(), top1 * share))
     if config.optim.clip_grad is not None:
         accelerator.clip_grad_norm_(objective.parameters(), config.optim.clip_grad)
     optimizer.step()
     return total
+
+
+def _weight_per_process(targets: torch.Tensor, plan: Plan, accelerator: "Accelerator") -> torch.Tensor | None:
+    """Return the total weight of the global batch divided by the number of processes; None without class weights.
+
+    Gradients are averaged over processes, so dividing by this makes the loss a weighted mean over the global batch, for
+    any number of processes and micro-batches.
+    """
+    weights = plan.balance.class_weights
+    if weights is None:
+        return None
+    total = weight_of(targets, torch.tensor(weights, dtype=torch.float32, device=targets.device))
+    mean: torch.Tensor = accelerator.reduce(total, "mean")
+    return mean.clamp(min=1e-12)  # a batch of classes with weight 0 has no loss
 
 
 @contextlib.contextmanager

@@ -11,21 +11,50 @@ class Objective(nn.Module):
     Args:
         model: The training view of the model.
         label_smoothing: Fraction of the target that is spread over all classes, 0 to 1.
+        class_weights: Weights of the classes, `(classes,)`, or None.
+        offsets: What to add to the logits, `(classes,)`, or None: logit adjustment (Menon et al., 2021, arXiv
+            2007.07314).
     """
 
-    def __init__(self, model: nn.Module, label_smoothing: float) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        label_smoothing: float,
+        class_weights: torch.Tensor | None = None,
+        offsets: torch.Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.label_smoothing = label_smoothing
+        self.class_weights, self.offsets = class_weights, offsets
 
-    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, images: torch.Tensor, labels: torch.Tensor, total: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the mean cross entropy and the top-1 accuracy, both scalars.
 
         Args:
             images: Images `(N, C, H, W)`.
             labels: Labels `(N,)`, or soft targets `(N, classes)`, of which the largest one is the label.
+            total: The weight to divide the sum of the weighted losses by, a scalar; needed with class weights.
         """
         logits = self.model(images).float()
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        adjusted = logits if self.offsets is None else logits + self.offsets
+        smoothing = self.label_smoothing
+        if self.class_weights is None or total is None:
+            loss = F.cross_entropy(adjusted, labels, label_smoothing=smoothing)
+        else:
+            weights = self.class_weights
+            loss = F.cross_entropy(adjusted, labels, weights, label_smoothing=smoothing, reduction="sum") / total
         classes = labels if labels.ndim == 1 else labels.argmax(dim=1)
         return loss, (logits.detach().argmax(dim=1) == classes).float().mean()
+
+
+def weight_of(labels: torch.Tensor, class_weights: torch.Tensor) -> torch.Tensor:
+    """Return the total weight of labels `(N,)` or soft targets `(N, classes)`, a scalar.
+
+    Args:
+        labels: The labels.
+        class_weights: Weights of the classes, `(classes,)`.
+    """
+    return class_weights[labels].sum() if labels.ndim == 1 else (labels @ class_weights).sum()

@@ -8,6 +8,7 @@ from resnext_hub.data.splits import Splits
 from resnext_hub.models.input_config import InputConfig
 from resnext_hub.models.lookup import ModelSource
 from resnext_hub.run_folder import RunFolder
+from resnext_hub.training.balance import Balance
 from resnext_hub.training.config import TrainConfig
 from resnext_hub.training.schedule import Schedule
 
@@ -25,6 +26,8 @@ class Plan:
     input: InputConfig
     """Format of the images that the model takes."""
     schedule: Schedule
+    balance: Balance
+    """Class weights and frequencies."""
     precision: str
     """`no` (float32), `bf16` or `fp16`."""
     folder: RunFolder

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from resnext_hub.data.batches import Batch
+from resnext_hub.training.balance import is_imbalanced
 from resnext_hub.training.evaluation import Evaluation
 from resnext_hub.training.metrics import METRICS, LineLog, read_lines
 from resnext_hub.training.plan import Plan
@@ -14,6 +15,10 @@ from resnext_hub.training.state import TrainingState
 from resnext_hub.training.timer import Timer
 
 _logger = logging.getLogger(__name__)
+
+
+MOST_CLASSES = 100
+"""Number of classes up to which metrics.jsonl has the recall of each."""
 
 
 class Recorder:
@@ -27,6 +32,7 @@ class Recorder:
     def __init__(self, plan: Plan, state: TrainingState) -> None:
         self.timer = Timer(state.wall_seconds, state.step)
         self._plan, self._state = plan, state
+        self._macro = is_imbalanced(plan.splits.train) or plan.config.balance.best_by.startswith("macro")
         self._metrics: LineLog | None = None
         self._samples: LineLog | None = None
 
@@ -78,17 +84,24 @@ class Recorder:
             "eval_top1": evaluation.top1,
             "eval_correct": evaluation.correct,
             "eval_count": evaluation.count,
+            "eval_macro_recall": evaluation.macro_recall,
+            "eval_macro_f1": evaluation.macro_f1,
         }
+        classes = len(self._plan.splits.label_names)
+        if classes <= MOST_CLASSES:
+            recalls = evaluation.recall_by_class(classes)
+            facts["eval_recall"] = [None if recall is None else round(recall, 6) for recall in recalls]
         if self._metrics:
             self._metrics.write(step=self._state.step, epoch=self._state.epoch, **facts)
         _logger.info(
-            "epoch %g, step %d of %d: accuracy %.2f %% (%d/%d), loss %.4f",
+            "epoch %g, step %d of %d: accuracy %.2f %% (%d/%d), %sloss %.4f",
             self._state.epoch,
             self._state.step,
             self._plan.schedule.steps,
             100 * evaluation.top1,
             evaluation.correct,
             evaluation.count,
+            f"macro recall {100 * evaluation.macro_recall:.2f} %, " if self._macro else "",
             evaluation.loss,
         )
 

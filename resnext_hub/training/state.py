@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -40,17 +40,33 @@ _NEVER = 2**62
 
 @dataclass(kw_only=True)
 class Best:
-    """The best weights so far, by number of correct predictions, then by loss."""
+    """The best weights so far, by score, then by loss."""
 
     step: int
+    score: float
+    """What they were chosen by, see `score_of`."""
     correct: int
     loss: float
     epoch: float
     tensors: dict[str, torch.Tensor]
 
-    def beaten_by(self, evaluation: Evaluation) -> bool:
-        """Return whether an evaluation of other weights is better."""
-        return (evaluation.correct, -evaluation.loss) > (self.correct, -self.loss)
+    def beaten_by(self, score: float, loss: float) -> bool:
+        """Return whether other weights are better."""
+        return (score, -loss) > (self.score, -self.loss)
+
+
+def score_of(evaluation: Evaluation, best_by: str) -> float:
+    """Return the number by which weights are compared; more is better.
+
+    Args:
+        evaluation: Their evaluation.
+        best_by: `top1`, `macro-recall`, `macro-f1` or `loss`.
+    """
+    if best_by == "top1":
+        return evaluation.correct
+    if best_by == "loss":
+        return -evaluation.loss
+    return evaluation.macro_recall if best_by == "macro-recall" else evaluation.macro_f1
 
 
 class TrainingState:
@@ -139,10 +155,16 @@ class TrainingState:
 
     def keep_best(self, evaluation: Evaluation) -> None:
         """Keep a copy of the weights if they are the best so far."""
-        if self.best is None or self.best.beaten_by(evaluation):
+        score = score_of(evaluation, self.plan.config.balance.best_by)
+        if self.best is None or self.best.beaten_by(score, evaluation.loss):
             tensors = {name: tensor.detach().cpu().clone() for name, tensor in self.published.state_dict().items()}
             self.best = Best(
-                step=self.step, correct=evaluation.correct, loss=evaluation.loss, epoch=self.epoch, tensors=tensors
+                step=self.step,
+                score=score,
+                correct=evaluation.correct,
+                loss=evaluation.loss,
+                epoch=self.epoch,
+                tensors=tensors,
             )
 
     def synchronize_buffers(self) -> None:
@@ -197,7 +219,7 @@ class TrainingState:
         if checkpoint is None:
             return
         facts = checkpoint.facts
-        checkpoint.require_settings(fixed_settings(self.plan.config))
+        checkpoint.require_settings(self._fixed_settings())
         if checkpoint.step > self.plan.schedule.steps:
             raise checkpoint.mismatch(
                 f"it was written at step {checkpoint.step}, but this run has only {self.plan.schedule.steps} steps"
@@ -265,6 +287,7 @@ class TrainingState:
             name = "best" if not same else "model" if self.ema is None else "ema"
             self.best = Best(
                 step=facts.best.step,
+                score=facts.best.correct if facts.best.score is None else facts.best.score,
                 correct=facts.best.correct,
                 loss=facts.best.loss,
                 epoch=self._epoch_at(facts.best.step) if facts.best.epoch is None else facts.best.epoch,
@@ -292,7 +315,7 @@ class TrainingState:
             scaler=None if scaler is None else scaler.state_dict(),
             best=None
             if best is None
-            else BestFacts(step=best.step, correct=best.correct, loss=best.loss, epoch=best.epoch),
+            else BestFacts(step=best.step, correct=best.correct, loss=best.loss, epoch=best.epoch, score=best.score),
             how=self.how,
             decoders=self.decoders,
             wall_seconds=wall_seconds(),
@@ -302,7 +325,7 @@ class TrainingState:
             evaluated=self.evaluated,
             position=(self.position.epoch, self.position.place),
             fingerprint=self.plan.splits.fingerprint,
-            settings=fixed_settings(self.plan.config),
+            settings=self._fixed_settings(),
         )
         try:
             keep = self.plan.config.checkpoint.keep_checkpoints
@@ -313,6 +336,10 @@ class TrainingState:
                 f"{self.last_good_checkpoint()}",
                 everywhere=True,
             ) from error
+
+    def _fixed_settings(self) -> dict[str, Any]:
+        """Return the settings that determine the result; class weights by their digest, since a file can change."""
+        return fixed_settings(self.plan.config) | {"class_weights": self.plan.balance.digest or "none"}
 
     def last_good_checkpoint(self) -> str:
         """Return a clause for messages that names the newest intact checkpoint."""

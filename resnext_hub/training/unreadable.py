@@ -24,7 +24,7 @@ MAX_LOGGED = 20
 class UnreadableLine:
     """A line of unreadable-P.jsonl."""
 
-    split: Literal["training", "evaluation"]
+    split: Literal["training", "evaluation", "test"]
     image: str
     reason: str
     index: int | None = None
@@ -46,7 +46,7 @@ class UnreadableLog:
         self._limit = limit
         lines = _unreadable_lines(folder) if peers.is_main else []
         self._known = {(line["split"], line.get("index")) for line in lines}
-        self._found: dict[str, dict[int, str]] = {"training": {}, "evaluation": {}}
+        self._found: dict[str, dict[int, str]] = {"training": {}, "evaluation": {}, "test": {}}
         self._counts: dict[str, int] = {}
         self._unshared: list[tuple[str, Unreadable]] = []
         """Images that the other processes do not know of yet."""
@@ -59,7 +59,7 @@ class UnreadableLog:
         Images are identified by index, because names need not be unique.
 
         Args:
-            split: `training` or `evaluation`.
+            split: `training`, `evaluation` or `test`.
             count: Size of the split.
             unreadable: Images that this process could not read.
             total: Number of images that all processes together could not read, if known.

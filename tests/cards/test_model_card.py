@@ -100,7 +100,7 @@ def test_classes_without_evaluation_images_are_not_measured() -> None:
     card = many([(3, 3), (2, 2), (0, 0), (0, 0)])
     assert "**2 of them have no evaluation images and were not measured: class 2, class 3.**" in card
     assert "| class 2 | 0 | 0 | not measured |  |" in card
-    assert "Macro-F1 is the mean over the measured classes." in card
+    assert "Macro averages are over the measured classes." in card
     assert "Macro-F1 (2 of 4 classes measured)" in card.split("---\n", 2)[1]
     whole = many([(3, 3), (2, 2)])
     assert "not measured:" not in whole

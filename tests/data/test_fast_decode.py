@@ -24,7 +24,8 @@ from resnext_hub.data.batches import read_batches
 from resnext_hub.data.config import DataConfig
 from resnext_hub.data.decode import UnreadableImageError, decode
 from resnext_hub.data.jpeg import FastTransform, Rectangle, decode_part, read_header, reduction
-from resnext_hub.data.loaders import StepSampler, TrainingSamples, build_train_loader, seed_sample
+from resnext_hub.data.loaders import TrainingSamples, build_train_loader, seed_sample
+from resnext_hub.data.order import Order, StepSampler
 from resnext_hub.data.splits import load_splits
 from resnext_hub.data.transforms import EvalTransform, TransformConfig, erase, normalize
 from resnext_hub.models.input_config import InputConfig
@@ -362,7 +363,7 @@ def test_fast_pixels_are_the_same_for_any_number_of_processes_and_workers(photog
     for processes, workers in itertools.product((1, 2), (0, 2)):
         digests = [hashlib.sha256() for _ in range(4)]
         for process in range(processes):
-            sampler = StepSampler(len(images), 12, 3, 0, 4, process, processes)
+            sampler = StepSampler(Order(len(images), 3), 12, 0, 4, process, processes)
             loader = build_train_loader(TrainingSamples(images, augment, seed=3), sampler, workers)
             for digest, batch in zip(digests, read_batches(loader), strict=True):
                 assert batch.images.dtype == torch.uint8

@@ -11,7 +11,8 @@ from resnext_hub.data.augment import Augmentation, Augmented
 from resnext_hub.data.batches import Unreadable, read_batches
 from resnext_hub.data.config import DataConfig
 from resnext_hub.data.decode import decode
-from resnext_hub.data.loaders import Place, StepSampler, TrainingSamples, build_train_loader, places_of_step
+from resnext_hub.data.loaders import TrainingSamples, build_train_loader
+from resnext_hub.data.order import Order, Place, StepSampler
 from resnext_hub.data.splits import load_splits
 from resnext_hub.data.transforms import (
     EvalTransform,
@@ -35,7 +36,7 @@ def samples() -> TrainingSamples:
 
 def test_every_sample_occurs_once_per_epoch_and_every_batch_is_full() -> None:
     count, batch = 10, 4
-    places = [place for step in range(5) for place in places_of_step(step, batch, count, seed=0)]
+    places = [place for step in range(5) for place in Order(count, 0).step(step, batch)]
     assert len(places) == 20
     for epoch in range(2):
         assert sorted(p.sample for p in places if p.epoch == epoch) == list(range(count))
@@ -43,22 +44,22 @@ def test_every_sample_occurs_once_per_epoch_and_every_batch_is_full() -> None:
 
 
 def test_a_dataset_smaller_than_the_batch_still_fills_it() -> None:
-    places = places_of_step(0, 8, 3, seed=0)
+    places = Order(3, 0).step(0, 8)
     assert len(places) == 8
     assert [p.epoch for p in places] == [0, 0, 0, 1, 1, 1, 2, 2]
 
 
 @mark.parametrize("processes", [1, 2, 3, 4])
 def test_the_processes_together_load_the_global_batch(processes: int) -> None:
-    parts = [list(StepSampler(50, 12, 7, 0, 10, p, processes)) for p in range(processes)]
+    parts = [list(StepSampler(Order(50, 7), 12, 0, 10, p, processes)) for p in range(processes)]
     for step in range(10):
         whole = [place for part in parts for place in part[step]]
-        assert whole == places_of_step(step, 12, 50, seed=7)
+        assert whole == Order(50, 7).step(step, 12)
 
 
 def test_resuming_means_starting_at_another_step() -> None:
-    whole = list(StepSampler(50, 12, 7, 0, 10))
-    assert list(StepSampler(50, 12, 7, 6, 10)) == whole[6:]
+    whole = list(StepSampler(Order(50, 7), 12, 0, 10))
+    assert list(StepSampler(Order(50, 7), 12, 6, 10)) == whole[6:]
 
 
 @fixture(scope="module")
@@ -80,7 +81,7 @@ def hashes(samples: TrainingSamples, processes: int, workers: int) -> list[str]:
     part = BATCH // processes
     found = [hashlib.sha256() for _ in range(STEPS)]
     for process in range(processes):
-        sampler = StepSampler(len(samples.images), BATCH, 3, 0, STEPS, process, processes)
+        sampler = StepSampler(Order(len(samples.images), 3), BATCH, 0, STEPS, process, processes)
         for step, batch in enumerate(read_batches(build_train_loader(samples, sampler, workers))):
             mix = draw_mix(AUGMENTED, 3, step, range(process * part // 2, (process + 1) * part // 2), (32, 32))
             images = erase(
@@ -112,7 +113,7 @@ def test_two_epochs_have_the_same_pixels_for_any_number_of_processes_and_workers
 
 def test_a_sample_is_augmented_differently_in_each_epoch() -> None:
     data = samples()
-    places = places_of_step(0, 1437, 1437, seed=3)[:1] + places_of_step(1, 1437, 1437, seed=3)
+    places = Order(1437, 3).step(0, 1437)[:1] + Order(1437, 3).step(1, 1437)
     first = places[0]
     again = next(p for p in places[1:] if p.sample == first.sample)
     assert not torch.equal(data[first].image, data[again].image)

@@ -9,13 +9,15 @@ from resnext_hub.errors import RequestError
 from resnext_hub.text import printable
 
 TRAIN_NAMES = ("train", "training")
-EVAL_NAMES = ("validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
+TEST_NAMES = ("test", "testing")
+EVAL_NAMES = ("validation", "valid", "val", "dev", *TEST_NAMES, "eval", "evaluation")
 """Usual names of evaluation splits, in order of preference."""
 
 FILE_COLUMN = re.compile(r"(?:^|[^a-z])(?:id|image|img|file|filename|path|name)(?:$|[^a-z])", re.IGNORECASE)
 """Usual names of columns of file names; only in these are numbers without a suffix taken for file names."""
 
 Role = Literal["train", "eval"]
+"""Whether a split is trained or evaluated on."""
 
 
 def split_role(name: str) -> Role | None:
@@ -39,10 +41,10 @@ def loose_role(name: str) -> Role | None:
     return _role_of(keyword) if keyword else None
 
 
-def likely_splits(splits: Iterable[str], role: Role) -> list[str]:
+def likely_splits(splits: Iterable[str], role: Role | Literal["test"]) -> list[str]:
     """Return the most likely split for a role; several only if their names are equivalent."""
     splits = list(splits)
-    names = TRAIN_NAMES if role == "train" else EVAL_NAMES
+    names = {"train": TRAIN_NAMES, "eval": EVAL_NAMES, "test": TEST_NAMES}[role]
     for keyword in (str.lower, split_keyword):
         for name in names:
             found = [split for split in splits if keyword(split) == name]

@@ -1,0 +1,95 @@
+"""The order of the training samples of an indexed dataset.
+
+A run is one endless sequence of places: epoch after epoch, each a function of the seed and the epoch's number. Step s
+takes places s*B to (s+1)*B-1, so every global batch is full, crosses the end of an epoch if necessary, and is the
+same for any number of processes. Resuming means starting at another step.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import Sampler
+
+_BALANCED = 1
+"""Distinguishes the random numbers of balanced epochs from those of plain ones."""
+
+
+class Place(NamedTuple):
+    """One place of the endless sequence: an epoch, a sample in it, and how often the epoch had it before."""
+
+    epoch: int
+    sample: int
+    repeat: int = 0
+
+
+class Order:
+    """The samples of each epoch, which has as many places as there are samples.
+
+    Args:
+        count: Number of samples.
+        seed: Random seed.
+        labels: Labels of the samples, `(count,)`, for balanced epochs, in which all classes have equally many places:
+            samples of small classes are repeated, and each epoch takes another part of the large ones. Without them,
+            each sample has one place.
+    """
+
+    def __init__(self, count: int, seed: int, labels: np.ndarray | None = None) -> None:
+        self.count, self._seed = count, seed
+        self._members = None if labels is None else [np.flatnonzero(labels == label) for label in np.unique(labels)]
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
+
+    def step(self, step: int, batch_size: int) -> list[Place]:
+        """Return the places of one global batch."""
+        places = []
+        for place in range(step * batch_size, (step + 1) * batch_size):
+            epoch, offset = divmod(place, self.count)
+            samples, repeats = self._epoch(epoch)
+            places.append(Place(epoch, int(samples[offset]), 0 if repeats is None else int(repeats[offset])))
+        return places
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the sample of each place of an epoch, and how often the epoch had it before; the last two are kept."""
+        if epoch not in self._epochs:
+            self._epochs = {old: kept for old, kept in self._epochs.items() if old == epoch - 1}
+            self._epochs[epoch] = self._plain(epoch) if self._members is None else self._balanced(epoch)
+        return self._epochs[epoch]
+
+    def _plain(self, epoch: int) -> tuple[np.ndarray, None]:
+        return np.random.default_rng((self._seed, epoch)).permutation(self.count), None
+
+    def _balanced(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        assert self._members is not None
+        generator = np.random.default_rng((self._seed, epoch, _BALANCED))
+        classes = len(self._members)
+        quotas = np.full(classes, self.count // classes)
+        quotas[generator.permutation(classes)[: self.count % classes]] += 1
+        samples, repeats = [], []
+        for members, quota in zip(self._members, quotas.tolist(), strict=True):
+            rounds = -(-quota // len(members))
+            drawn = [generator.permutation(members) for _ in range(rounds)]
+            samples += [np.concatenate(drawn)[:quota]] if drawn else []
+            repeats.append(np.repeat(np.arange(rounds), len(members))[:quota])
+        shuffled = generator.permutation(self.count)
+        return np.concatenate(samples)[shuffled], np.concatenate(repeats)[shuffled]
+
+
+class StepSampler(Sampler[list[Place]]):
+    """The places of each step from `start` to `stop` for one process: a contiguous part of the global batch."""
+
+    def __init__(
+        self, order: Order, batch_size: int, start: int, stop: int, process: int = 0, processes: int = 1
+    ) -> None:
+        self.order = order
+        self.batch_size = batch_size
+        self.start, self.stop = start, stop
+        self.process, self.processes = process, processes
+
+    def __len__(self) -> int:
+        return max(self.stop - self.start, 0)
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        part = self.batch_size // self.processes
+        for step in range(self.start, self.stop):
+            places = self.order.step(step, self.batch_size)
+            yield places[self.process * part : (self.process + 1) * part]
