@@ -1,12 +1,13 @@
 """Datasets load with the expected splits, columns and classes, or raise an error that names the problem."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
 import numpy as np
 from PIL import Image
-from pytest import mark, raises
+from pytest import LogCaptureFixture, mark, raises
 from support.processes import write_images
 
 from resnext_hub.data.config import DataConfig
@@ -221,3 +222,115 @@ def test_unknown_datasets_splits_and_files_raise_an_error(tmp_path: Path, folder
 def test_a_hub_dataset_raises_a_run_error_if_the_hub_is_unreachable() -> None:
     with raises(RunError, match="is not a local folder, and the Hub could not be reached"):
         load("somebody/something")
+
+
+# A test split
+
+
+def three_splits(root: Path, *names: str, count: int = 4) -> Path:
+    for split in names:
+        for name, shade in (("cat", 60), ("dog", 180)):
+            write_images(root / split / name, count, shade)
+    return root
+
+
+@mark.parametrize(
+    ("names", "evaluation", "test"),
+    [
+        (("train", "val", "test"), "val", "test"),
+        (("training", "validation", "testing"), "validation", "testing"),
+        (("train", "eval", "test"), "eval", "test"),
+        (("train", "test"), "test", "none"),
+        (("train", "val"), "val", "none"),
+    ],
+)
+def test_a_split_is_a_test_only_beside_a_validation_split(
+    tmp_path: Path, names: tuple[str, ...], evaluation: str, test: str
+) -> None:
+    splits = load(three_splits(tmp_path, *names))
+    assert (splits.found.eval_split, splits.found.test_split) == (evaluation, test)
+    assert (splits.test is None) == (test == "none")
+    assert len(splits.evaluated) == len(names) - 1
+
+
+def test_the_test_split_is_chosen_or_left_out_by_its_setting(tmp_path: Path) -> None:
+    root = three_splits(tmp_path, "train", "val", "test")
+    assert load(root, test_split="none").test is None
+    assert load(root, test_split="none").fingerprint == load(root, test_split="none", eval_split="val").fingerprint
+    assert load(root).fingerprint != load(root, test_split="none").fingerprint
+    chosen = load(root, eval_split="test", test_split="val")
+    assert (chosen.found.eval_split, chosen.found.test_split) == ("test", "val")
+
+
+def test_without_validation_a_requested_test_leaves_the_evaluation_images_to_be_held_out(tmp_path: Path) -> None:
+    splits = load(three_splits(tmp_path, "train", "test"), test_split="test")
+    assert (splits.found.eval_split, splits.found.test_split) == (None, "test")
+    assert splits.test is not None
+    assert [len(part) for part in (splits.train, splits.eval, splits.test)] == [6, 2, 8]
+
+
+def test_a_held_out_test_leaves_the_evaluation_images_as_they_are() -> None:
+    plain, tested = load("digits"), load("digits", test_fraction=0.1)
+    assert tested.test is not None
+    assert np.array_equal(plain.eval.indices, tested.eval.indices)
+    parts = [set(part.indices.tolist()) for part in (tested.train, tested.eval, tested.test)]
+    assert set.union(*parts) == set(range(1797))
+    assert sum(map(len, parts)) == 1797
+    shares = np.bincount(tested.test.labels) / np.bincount(np.concatenate([plain.train.labels, plain.eval.labels]))
+    assert shares.min() > 0.09
+    assert shares.max() < 0.11
+    assert tested.found.test_split is None  # so the resolved settings hold it out again
+
+
+def test_a_test_is_held_out_beside_a_stored_evaluation_split(tmp_path: Path) -> None:
+    splits = load(three_splits(tmp_path, "train", "val"), test_fraction=0.25)
+    assert splits.test is not None
+    assert [len(part) for part in (splits.train, splits.eval, splits.test)] == [6, 8, 2]
+
+
+def test_holding_out_too_much_is_refused() -> None:
+    with raises(RequestError, match=r"test_fraction=0\.6 and eval_fraction=0\.4 leave too little to train on"):
+        load("digits", eval_fraction=0.4, test_fraction=0.6)
+    with raises(RequestError, match=r"test_fraction=0\.1 and test_split=test exclude each other"):
+        load("digits", test_split="test", test_fraction=0.1)
+
+
+@mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"test_split": "exam"}, "test_split=exam: no such split; choose one of"),
+        ({"test_split": "train"}, "test_split=train is also the training split"),
+        ({"eval_split": "val", "test_split": "val"}, "eval_split=val is also the test split"),
+    ],
+)
+def test_a_test_split_that_cannot_be_one_is_refused(tmp_path: Path, settings: dict[str, object], message: str) -> None:
+    with raises(RequestError) as caught:
+        load(three_splits(tmp_path, "train", "val", "test"), **settings)
+    assert message in str(caught.value)
+
+
+def test_a_test_split_without_labels_is_left_out_unless_requested(tmp_path: Path, caplog: LogCaptureFixture) -> None:
+    """Benchmarks keep the labels of their test images secret."""
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
+    for split, labels in (("train", [0, 1, 0, 1]), ("validation", [0, 1]), ("test", [-1, -1])):
+        columns = {"image": some_images(len(labels)), "label": labels}
+        write_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet", columns, features)
+    logging.getLogger("resnext_hub").propagate = True
+    try:
+        splits = load(tmp_path)
+    finally:
+        logging.getLogger("resnext_hub").propagate = False
+    assert splits.test is None
+    assert splits.found.test_split == "none"
+    assert "the split test is not used for a test: label -1 at index 0 of the test split is out of range" in caplog.text
+    with raises(RequestError, match="label -1 at index 0 of the test split is out of range"):
+        load(tmp_path, test_split="test")
+
+
+def test_a_class_that_is_missing_from_the_test_split_is_not_fatal(tmp_path: Path) -> None:
+    root = three_splits(tmp_path, "train", "val")
+    write_images(root / "test" / "cat", 3, 60)
+    splits = load(root)
+    assert splits.test is not None
+    assert splits.label_names == ("cat", "dog")
+    assert splits.test.labels.tolist() == [0, 0, 0]

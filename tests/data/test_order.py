@@ -1,0 +1,59 @@
+"""The order of the samples is a function of seed and epoch, also if the classes are balanced."""
+
+import numpy as np
+from pytest import mark
+
+from resnext_hub.data.order import Order, Place, StepSampler
+
+LABELS = np.repeat([0, 1, 2, 5], [100, 30, 3, 1])
+"""A long tail; classes 3 and 4 have no samples."""
+
+
+def places_of_epoch(order: Order, epoch: int) -> list[Place]:
+    return order.step(epoch, order.count)
+
+
+def test_a_balanced_epoch_has_each_class_equally_often() -> None:
+    order = Order(len(LABELS), 3, LABELS)
+    for epoch in range(3):
+        places = places_of_epoch(order, epoch)
+        assert len(places) == len(LABELS)
+        counts = np.bincount(LABELS[[place.sample for place in places]], minlength=6)
+        assert set(counts[[0, 1, 2, 5]]) == {33, 34}
+        assert not counts[[3, 4]].any()
+
+
+def test_samples_of_a_class_are_drawn_equally_often_and_numbered() -> None:
+    places = places_of_epoch(Order(len(LABELS), 3, LABELS), 0)
+    small = [place for place in places if LABELS[place.sample] == 2]
+    drawn = np.bincount([place.sample - 130 for place in small], minlength=3)
+    assert drawn.max() - drawn.min() <= 1
+    assert len({(place.sample, place.repeat) for place in places}) == len(places)
+    assert {place.repeat for place in places if LABELS[place.sample] == 0} == {0}
+
+
+def test_epochs_use_different_parts_of_a_large_class() -> None:
+    order = Order(len(LABELS), 3, LABELS)
+    drawn = [{place.sample for place in places_of_epoch(order, epoch) if place.sample < 100} for epoch in range(20)]
+    assert drawn[0] != drawn[1]
+    assert set.union(*drawn) == set(range(100))
+
+
+@mark.parametrize("labels", [None, LABELS])
+def test_a_step_is_the_same_wherever_a_run_starts(labels: np.ndarray | None) -> None:
+    whole = list(StepSampler(Order(len(LABELS), 7, labels), 12, 0, 60))
+    assert list(StepSampler(Order(len(LABELS), 7, labels), 12, 41, 60)) == whole[41:]
+    backwards = Order(len(LABELS), 7, labels)
+    assert [backwards.step(step, 12) for step in reversed(range(60))] == whole[::-1]
+
+
+def test_the_order_depends_on_the_seed() -> None:
+    assert places_of_epoch(Order(134, 0, LABELS), 0) != places_of_epoch(Order(134, 1, LABELS), 0)
+    assert places_of_epoch(Order(134, 0, LABELS), 0) != places_of_epoch(Order(134, 0, LABELS), 1)
+
+
+def test_places_that_cannot_be_shared_equally_go_to_varying_classes() -> None:
+    labels = np.array([0, 0, 1])
+    order = Order(3, 0, labels)
+    drawn = [sorted(labels[[place.sample for place in places_of_epoch(order, epoch)]].tolist()) for epoch in range(20)]
+    assert {tuple(epoch) for epoch in drawn} == {(0, 0, 1), (0, 1, 1)}
