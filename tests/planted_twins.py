@@ -14,9 +14,9 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from resnext_hub.check.duplicates import near_duplicates
 from resnext_hub.check.survey import survey
 from resnext_hub.data.config import DataConfig
+from resnext_hub.data.duplicates import near_duplicates
 
 STAMPS = Path("/usr/share/tuxpaint/stamps")
 COPIES = 200

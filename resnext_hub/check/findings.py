@@ -1,13 +1,13 @@
 """What is wrong or unusual with a dataset, from a survey of its images."""
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from resnext_hub.check.duplicates import duplicate_groups
-from resnext_hub.check.survey import Facts, Survey
+from resnext_hub.check.survey import Survey
+from resnext_hub.data.duplicates import duplicate_groups
+from resnext_hub.data.examine import Facts
 
 SMALL_CLASS = 10
 """Evaluation images below which a class is too small to evaluate: its accuracy moves in steps of 10 % or more."""
@@ -21,10 +21,8 @@ class Group:
     exact: bool
     """Whether all of them are the same bytes."""
 
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """The splits that they are in."""
-        return tuple(dict.fromkeys(facts.split for facts in self.images))
+    splits: tuple[str, ...]
+    """The splits that they are in; parts of one split count as one if training keeps duplicates together."""
 
     @property
     def labels(self) -> tuple[int, ...]:
@@ -118,13 +116,16 @@ def examine(survey: Survey) -> Findings:
         modes=dict(Counter(facts.mode for facts in readable).most_common()),
         unreadable=tuple(facts for facts in images if facts.size is None),
         blank=tuple(facts for facts in readable if facts.blank),
-        groups=_groups(images, duplicate_groups(survey)),
+        groups=_groups(survey),
     )
 
 
-def _groups(images: Sequence[Facts], found: Sequence[Sequence[int]]) -> tuple[Group, ...]:
+def _groups(survey: Survey) -> tuple[Group, ...]:
     groups = []
-    for members in found:
-        facts = tuple(images[index] for index in members)
-        groups.append(Group(images=facts, exact=len({fact.digest for fact in facts}) == 1))
+    for members in duplicate_groups(survey):
+        facts = tuple(survey.images[index] for index in members)
+        parts = dict.fromkeys(fact.split for fact in facts)
+        splits = dict.fromkeys(survey.stored[part] if survey.kept_together else part for part in parts)
+        exact = len({fact.digest for fact in facts}) == 1
+        groups.append(Group(images=facts, splits=tuple(splits), exact=exact))
     return tuple(sorted(groups, key=lambda group: (len(group.labels) < 2, len(group.splits) < 2)))

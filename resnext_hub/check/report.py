@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from resnext_hub.check.findings import SMALL_CLASS, Findings, Group
-from resnext_hub.check.survey import Facts
+from resnext_hub.data.examine import Facts
 from resnext_hub.text import listing, printable
 from resnext_hub.training.balance import IMBALANCED
 

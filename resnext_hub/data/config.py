@@ -47,6 +47,9 @@ class DataConfig:
     split_seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     """Random seed of the held-out split; separate from the training seed, so runs with different seeds share one
     evaluation split."""
+    group_duplicates: bool | None = None
+    """Keep images with the same content, resized and mirrored copies included, on one side when holding images out; on
+    unless --no-group-duplicates is given. Decodes every image once, and keeps the result in the cache."""
     exclude: str | None = field(default=None, metadata=FREE_PER_PROCESS)
     """File with a list of images to leave out, as written by `check --write-exclude`; none if not given."""
     max_bad_fraction: Annotated[float, Range(0, 1)] = field(default=0.01, metadata=FREE_PER_PROCESS)

@@ -1,5 +1,6 @@
 """Hold out parts of a training split, and check pairs of splits for likely mistakes."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -72,6 +73,57 @@ def hold_out(config: DataConfig, labels: np.ndarray, rows: Mapping[str, np.ndarr
     kept = parts["training"]
     train, test = stratified_split(labels[kept], config.test_fraction / remaining, config.split_seed)
     return parts | {"training": kept[train], "test": kept[test]}
+
+
+def keep_together(
+    parts: Mapping[str, np.ndarray], groups: Sequence[np.ndarray], labels: np.ndarray, seed: int
+) -> dict[str, np.ndarray]:
+    """Return parts of one split without a group of duplicates that is spread over several parts.
+
+    Such a group moves as a whole to the training part, or to a part that has lost as many images of its class to
+    others; what parts still lack then is replaced by training images of the same class that are in no group. Without
+    groups, nothing moves.
+
+    Args:
+        parts: Rows of each part: `training`, and those that were held out.
+        groups: Rows with the same content.
+        labels: Labels of the split, `(N,)`.
+        seed: Seed of the choice of replacements.
+
+    Raises:
+        RequestError: If nothing would be left in a part.
+    """
+    owner = np.full(len(labels), "", dtype=object)
+    for name, rows in parts.items():
+        owner[rows] = name
+    lacking: Counter[tuple[str, int]] = Counter()  # images of a class that a held-out part has lost
+    for group in groups:
+        owners = dict.fromkeys(owner[group])
+        if len(owners) == 1:
+            continue
+        target = "training"
+        for name in owners:
+            gained = Counter(labels[group[owner[group] != name]].tolist())
+            if name != "training" and all(lacking[name, label] >= count for label, count in gained.items()):
+                target = name
+        for row in group[owner[group] != target]:
+            lacking[owner[row], int(labels[row])] += 1
+            lacking[target, int(labels[row])] -= 1
+            owner[row] = target
+    single = np.ones(len(labels), dtype=bool)
+    single[np.concatenate([*groups, np.empty(0, dtype=np.int64)])] = False
+    spare = np.random.RandomState(seed).permutation(np.flatnonzero(single & (owner == "training")))
+    for (name, label), count in lacking.items():
+        if name != "training" and count > 0:
+            owner[spare[labels[spare] == label][:count]] = name
+            spare = spare[owner[spare] == "training"]
+    kept = {name: np.flatnonzero(owner == name) for name in parts}
+    if not all(map(len, kept.values())):
+        raise RequestError(
+            "no images can be held out, because each has a copy that is needed for training; remove the copies, which "
+            f"resnext-hub check lists, or use {setting('group_duplicates', False)}"
+        )
+    return kept
 
 
 def likely_mistakes(names: Sequence[str], train: np.ndarray, other: np.ndarray, part: str) -> list[str]:

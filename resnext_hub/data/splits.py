@@ -14,7 +14,8 @@ from resnext_hub.data.columns import LabelledTable, class_names, find_image_colu
 from resnext_hub.data.config import NO_TEST
 from resnext_hub.data.config import DataConfig as DataConfig
 from resnext_hub.data.exclude import read_exclusions
-from resnext_hub.data.holdout import hold_out, likely_mistakes, similar_names
+from resnext_hub.data.groups import duplicates_in
+from resnext_hub.data.holdout import hold_out, keep_together, likely_mistakes, similar_names
 from resnext_hub.data.images import IndexedImages, StreamedImages
 from resnext_hub.data.sources import BUNDLED, OpenDataset, Request, open_source
 from resnext_hub.data.sources import check_source as check_source
@@ -161,12 +162,28 @@ def _found(config: DataConfig, source: OpenDataset, roles: _Roles, image_column:
             test_split=None if config.test_fraction else roles.test or NO_TEST,
             image_column=image_column,
             label_column=label_column,
+            group_duplicates=_groups(config, roles),
             exclude=config.exclude and os.path.abspath(os.path.expanduser(config.exclude)),
         ),
         roles=roles,
         image_column=image_column,
         label_column=label_column,
     )
+
+
+def _groups(config: DataConfig, roles: _Roles) -> bool:
+    """Return whether to keep duplicates together.
+
+    Raises:
+        RequestError: If that is requested, but no images are held out.
+    """
+    holds_out = not config.streaming and (roles.eval is None or config.test_fraction > 0)
+    if config.group_duplicates and not holds_out:
+        raise RequestError(
+            f"{setting('group_duplicates', True)} has no effect, because no images of {printable(config.dataset)} are "
+            "held out; omit it (resnext-hub check finds duplicates across stored splits)"
+        )
+    return holds_out if config.group_duplicates is None else config.group_duplicates
 
 
 def _streamed(source: OpenDataset, found: _Found, labelled: Sequence[LabelledTable]) -> Splits:
@@ -218,7 +235,14 @@ def _indexed(source: OpenDataset, found: _Found, labelled: Sequence[LabelledTabl
 
     # split first, so that leaving an image out does not move others between the parts
     rows = {part: np.arange(len(own)) for part, own in labels.items()}
-    parts = {part: images(part, chosen) for part, chosen in hold_out(config, labels["training"], rows).items()}
+    divided = hold_out(config, labels["training"], rows)
+    if config.group_duplicates:
+        table = tables["training"].select_columns([found.image_column])
+        everything = IndexedImages(table, found.image_column, rows["training"], labels["training"], source.roots)
+        of_training = {part: chosen for part, chosen in divided.items() if part == "training" or part not in rows}
+        groups = duplicates_in(everything, digest)
+        divided |= keep_together(of_training, groups, labels["training"], config.split_seed)
+    parts = {part: images(part, chosen) for part, chosen in divided.items()}
     for part, chosen in parts.items():
         if part != "training":
             for mistake in likely_mistakes(label_names, parts["training"].labels, chosen.labels, part):

@@ -165,7 +165,7 @@ def prepare(
 
 
 def _continue(config: TrainConfig, folder: RunFolder, before: Mapping[str, Any], resume: bool | None) -> TrainConfig:
-    """Keep what the run in the folder found in its dataset: its commit, even if there are newer ones, and no test.
+    """Keep how the run in the folder reads its dataset: its commit, even if there are newer ones, and its splits.
 
     Raises:
         RequestError: If there is a run, but `resume` is False.
@@ -183,6 +183,8 @@ def _continue(config: TrainConfig, folder: RunFolder, before: Mapping[str, Any],
             data = dataclasses.replace(data, dataset_revision=before.get("dataset_revision"))
         if before["test_split"] == NO_TEST and data.test_split is None and not data.test_fraction:
             data = dataclasses.replace(data, test_split=NO_TEST)
+        if before["group_duplicates"] is False and data.group_duplicates is None:
+            data = dataclasses.replace(data, group_duplicates=False)
     return dataclasses.replace(config, data=data)
 
 

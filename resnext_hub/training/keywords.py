@@ -42,6 +42,7 @@ class TrainSettings(TypedDict, total=False):
     eval_fraction: float
     test_fraction: float
     split_seed: int
+    group_duplicates: bool | None
     exclude: str | None
     max_bad_fraction: float
     streaming: bool

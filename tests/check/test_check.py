@@ -4,17 +4,19 @@ import io
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
-from pytest import fixture, mark, raises
+from pytest import MonkeyPatch, fixture, mark, raises
 from support.processes import TINY
 
-from resnext_hub.check.duplicates import MAX_DISTANCE, _close, near_duplicates
 from resnext_hub.check.findings import Findings, examine
 from resnext_hub.check.survey import survey
 from resnext_hub.data.config import DataConfig
+from resnext_hub.data.duplicates import MAX_DISTANCE, _close, near_duplicates
+from resnext_hub.data.images import IndexedImages
 from resnext_hub.data.splits import load_splits
 from resnext_hub.errors import RequestError
 from resnext_hub.record import RunRecord
@@ -199,14 +201,108 @@ def test_a_list_of_images_to_exclude_leaves_no_problem(problems: Path, tmp_path:
     assert written.read_text() == before
 
 
-def test_images_of_a_table_and_of_a_held_out_split_can_be_excluded(tmp_path: Path, command: Command) -> None:
-    written = tmp_path / "exclude.txt"
-    assert command("check", "digits", "--write-exclude", written)[0] == 1
-    code, out, _ = command("check", "digits", "--exclude", written)
+def test_images_of_a_held_out_split_can_be_excluded(photos: Path, tmp_path: Path, command: Command) -> None:
+    classes, written = photos / "train", tmp_path / "exclude.txt"
+    for path in sorted(classes.glob("*/*.png"))[::5]:
+        path.with_name(f"{path.stem}-copy.png").write_bytes(path.read_bytes())
+    (classes / "cat" / "broken.png").write_bytes(b"no image")
+    code, out, _ = command("check", classes, "--write-exclude", written)
+    assert code == 1
+    assert "duplicates within a split: 5" in out
+    code, out, _ = command("check", classes, "--exclude", written)
     assert code == 0, out
-    splits, whole = load_splits(DataConfig(exclude=str(written))), load_splits(DataConfig())
-    assert len(splits.train) + len(splits.eval) == 1797 - 4
+    plain = DataConfig(dataset=str(classes))
+    whole, splits = load_splits(plain), load_splits(replace(plain, exclude=str(written)))
+    assert len(splits.train) + len(splits.eval) == len(whole.train) + len(whole.eval) - 6
     assert set(splits.eval.indices) <= set(whole.eval.indices)  # the others stay where they were
+
+
+def test_duplicates_of_a_split_that_is_divided_are_problems_only_if_training_separates_them(
+    photos: Path, command: Command
+) -> None:
+    classes = photos / "train"
+    for path in sorted(classes.glob("*/*.png"))[::2]:
+        path.with_name(f"{path.stem}-copy.png").write_bytes(path.read_bytes())
+    assert command("check", classes)[0] == 0
+    code, out, _ = command("check", classes, "--no-group-duplicates")
+    assert code == 1
+    assert "duplicates across splits" in out
+
+
+@mark.parametrize("fractions", [{}, {"test_fraction": 0.2}], ids=["evaluation", "evaluation and test"])
+def test_no_held_out_image_is_a_copy_of_another_one_in_training(photos: Path, fractions: dict[str, float]) -> None:
+    generator = random.Random(1)
+    for path in sorted(photos.glob("train/*/*.png"))[::2]:
+        path.with_name(f"{path.stem}-twin.jpg").write_bytes(twin_of(Image.open(path), generator))
+    config = DataConfig(dataset=str(photos / "train"), eval_fraction=0.25, **fractions)
+
+    def owners(config: DataConfig) -> tuple[dict[str, str], list[int]]:
+        splits = load_splits(config)
+        parts = {"training": splits.train, **splits.evaluated}
+        found = {images.name(i).split(".")[0]: part for part, images in parts.items() for i in range(len(images))}
+        return found, [len(images) for images in parts.values()]
+
+    def separated(found: dict[str, str]) -> int:
+        return sum(part != found[name.removesuffix("-twin")] for name, part in found.items())
+
+    (together, sizes), (apart, usual) = owners(config), owners(replace(config, group_duplicates=False))
+    assert separated(together) <= 1  # not every twin is found
+    assert separated(apart) >= 3
+    assert sizes == usual  # other images take the places of those that moved
+    assert owners(config)[0] == together
+
+
+def test_a_split_without_duplicates_is_divided_as_without_the_search(photos: Path) -> None:
+    config = DataConfig(dataset=str(photos / "train"))
+    alone, searched = load_splits(replace(config, group_duplicates=False)), load_splits(config)
+    assert searched.found.group_duplicates is True
+    assert alone.fingerprint == searched.fingerprint
+    assert np.array_equal(alone.eval.indices, searched.eval.indices)
+
+
+def test_the_search_for_duplicates_runs_once_per_version_of_a_dataset(
+    photos: Path, tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RESNEXT_HUB_CACHE", str(tmp_path / "cache"))
+    config = DataConfig(dataset=str(photos / "train"))
+    before = load_splits(config).eval.indices
+    kept = list((tmp_path / "cache" / "duplicates").glob("*.json"))
+    assert len(kept) == 1
+    changed = kept[0].stat().st_mtime_ns
+    assert np.array_equal(load_splits(config).eval.indices, before)
+    assert kept[0].stat().st_mtime_ns == changed
+    for damage in (b"[[0,", b"[[0, 999]]", b"[[0]]"):
+        kept[0].write_bytes(damage)
+        assert np.array_equal(load_splits(config).eval.indices, before)
+    next((photos / "train" / "cat").glob("*.png")).unlink()
+    load_splits(config)
+    assert len(list((tmp_path / "cache" / "duplicates").glob("*.json"))) == 2
+
+
+def test_grouping_duplicates_is_refused_where_nothing_is_held_out(photos: Path) -> None:
+    with raises(RequestError, match="group_duplicates=True has no effect, because no images of"):
+        load_splits(DataConfig(dataset=str(photos), group_duplicates=True))
+    assert load_splits(DataConfig(dataset=str(photos))).found.group_duplicates is False
+
+
+def test_a_dataset_of_pairs_is_divided_by_pairs(photos: Path) -> None:
+    for path in sorted(photos.glob("train/*/*.png")):
+        path.with_name(f"{path.stem}-copy.png").write_bytes(path.read_bytes())
+    splits = load_splits(DataConfig(dataset=str(photos / "train"), eval_fraction=0.25))
+    assert (len(splits.train), len(splits.eval)) == (36, 12)
+    assert np.bincount(splits.eval.labels).tolist() == [6, 6]
+    assert isinstance(splits.eval, IndexedImages)
+    names = sorted(splits.eval.name(index).replace("-copy", "") for index in range(12))
+    assert names[::2] == names[1::2]
+
+
+def test_classes_of_a_single_image_and_its_copies_cannot_be_divided(photos: Path) -> None:
+    for name in ("cat", "dog"):
+        first, *others = sorted((photos / "train" / name).glob("*.png"))
+        for path in others:
+            path.write_bytes(first.read_bytes())
+    with raises(RequestError, match="no images can be held out, because each has a copy that is needed for training"):
+        load_splits(DataConfig(dataset=str(photos / "train")))
 
 
 def test_training_leaves_excluded_images_out_and_records_the_name_of_the_list(
@@ -264,9 +360,10 @@ def test_a_file_that_is_not_a_list_is_refused(content: bytes | None, photos: Pat
 
 
 def test_a_list_of_another_dataset_is_refused(photos: Path, tmp_path: Path, command: Command) -> None:
-    assert command("check", "digits", "--write-exclude", tmp_path / "exclude.txt")[0] == 1
+    (photos / "train" / "cat" / "broken.png").write_bytes(b"no image")
+    assert command("check", photos, "--write-exclude", tmp_path / "exclude.txt")[0] == 1
     with raises(RequestError, match="was made for another dataset, or another version of it"):
-        load_splits(DataConfig(dataset=str(photos), exclude=str(tmp_path / "exclude.txt")))
+        load_splits(DataConfig(exclude=str(tmp_path / "exclude.txt")))
 
 
 def test_a_split_that_cannot_be_evaluated_is_not_checked(photos: Path, command: Command) -> None:

@@ -143,8 +143,8 @@ def test_a_binary_column_without_metadata_can_hold_the_images(tmp_path: Path) ->
 
 
 def test_a_class_with_one_image_stays_in_training(tmp_path: Path) -> None:
-    for name, count in (("a", 10), ("b", 10), ("rare", 1)):
-        write_images(tmp_path / name, count, 100)
+    for name, count, shade in (("a", 10, 100), ("b", 10, 130), ("rare", 1, 160)):
+        write_images(tmp_path / name, count, shade)
     splits = load(tmp_path)
     assert np.bincount(splits.train.labels, minlength=3)[2] == 1
     assert np.bincount(splits.eval.labels, minlength=3)[2] == 0

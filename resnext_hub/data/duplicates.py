@@ -2,14 +2,14 @@
 
 Candidates have perceptual hashes (imagehash.phash) that differ in at most `MAX_DISTANCE` of 64 bits; a pair is a near
 duplicate if the thumbnails agree as well. Both thresholds were chosen by measurement; docs/how-to/check.md has the
-figures.
+figures. Images smaller than the hash looks at, 32 pixels, are compared for exact copies only.
 """
 
 from collections.abc import Iterator
 
 import numpy as np
 
-from resnext_hub.check.survey import Survey
+from resnext_hub.data.examine import Examined
 
 MAX_DISTANCE = 10
 """Greatest number of bits in which the hashes of near duplicates differ."""
@@ -27,12 +27,12 @@ _PAIRS = 1 << 22
 """Most candidate pairs to compare at once."""
 
 
-def duplicate_groups(survey: Survey) -> list[list[int]]:
-    """Return groups of images with the same content, as indices of `survey.images`; each has at least two.
+def duplicate_groups(examined: Examined) -> list[list[int]]:
+    """Return groups of images with the same content, as indices of `examined.images`; each has at least two.
 
     Groups are connected: each member is a duplicate of another one, though not of all others.
     """
-    roots = np.arange(len(survey.images))  # an image that stands for the group of each image
+    roots = np.arange(len(examined.images))  # an image that stands for the group of each image
     members: dict[int, list[int]] = {}
 
     def join(first: int, second: int) -> None:
@@ -44,19 +44,19 @@ def duplicate_groups(survey: Survey) -> list[list[int]]:
         del members[gone]
 
     copies: dict[bytes, list[int]] = {}
-    for index, facts in enumerate(survey.images):
+    for index, facts in enumerate(examined.images):
         if facts.size is not None:
             copies.setdefault(facts.digest, []).append(index)
     for group in copies.values():
         roots[group] = group[0]
         members[group[0]] = group
     # identical images are compared once
-    indices = np.array([index for index in survey.comparable if roots[index] == index], dtype=np.int64)
-    for first, second, is_mirrored in _close(survey.hashes[indices]):
+    indices = np.array([index for index in examined.comparable if roots[index] == index], dtype=np.int64)
+    for first, second, is_mirrored in _close(examined.hashes[indices]):
         for a, b in _blocks(indices[first], indices[second]):
             apart = roots[a] != roots[b]
             a, b = a[apart], b[apart]
-            for one, other in zip(*_alike(survey, a, b, is_mirrored), strict=True):
+            for one, other in zip(*_alike(examined, a, b, is_mirrored), strict=True):
                 if roots[one] != roots[other]:
                     join(one, other)
     order = np.argsort(roots, kind="stable")
@@ -64,13 +64,13 @@ def duplicate_groups(survey: Survey) -> list[list[int]]:
     return sorted(group.tolist() for group in np.split(order, starts[1:]) if len(group) > 1)
 
 
-def near_duplicates(survey: Survey) -> list[tuple[int, int]]:
-    """Return all pairs of images that are near duplicates, as sorted indices of `survey.images`."""
-    indices = survey.comparable
+def near_duplicates(examined: Examined) -> list[tuple[int, int]]:
+    """Return all pairs of images that are near duplicates, as sorted indices of `examined.images`."""
+    indices = examined.comparable
     found: set[tuple[int, int]] = set()
-    for first, second, is_mirrored in _close(survey.hashes[indices]):
+    for first, second, is_mirrored in _close(examined.hashes[indices]):
         for a, b in _blocks(indices[first], indices[second]):
-            a, b = _alike(survey, a, b, is_mirrored)
+            a, b = _alike(examined, a, b, is_mirrored)
             found.update(zip(a.tolist(), b.tolist(), strict=True))
     return sorted(found)
 
@@ -81,10 +81,12 @@ def _blocks(first: np.ndarray, second: np.ndarray) -> Iterator[tuple[np.ndarray,
         yield first[start : start + _BLOCK], second[start : start + _BLOCK]
 
 
-def _alike(survey: Survey, a: np.ndarray, b: np.ndarray, is_mirrored: bool) -> tuple[np.ndarray, np.ndarray]:
+def _alike(examined: Examined, a: np.ndarray, b: np.ndarray, is_mirrored: bool) -> tuple[np.ndarray, np.ndarray]:
     """Return the pairs whose thumbnails correlate, the second one mirrored if the hashes were."""
-    theirs = survey.thumbnails[b]
-    agree = (_normalized(survey.thumbnails[a]) * _normalized(theirs[:, :, ::-1] if is_mirrored else theirs)).sum(axis=1)
+    theirs = examined.thumbnails[b]
+    agree = (_normalized(examined.thumbnails[a]) * _normalized(theirs[:, :, ::-1] if is_mirrored else theirs)).sum(
+        axis=1
+    )
     return a[agree >= MIN_CORRELATION], b[agree >= MIN_CORRELATION]
 
 
