@@ -8,9 +8,7 @@ import numpy as np
 from resnext_hub.check.survey import Survey
 from resnext_hub.data.duplicates import duplicate_groups
 from resnext_hub.data.examine import Facts
-
-SMALL_CLASS = 10
-"""Evaluation images below which a class is too small to evaluate: its accuracy moves in steps of 10 % or more."""
+from resnext_hub.training.balance import SMALL_CLASS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from resnext_hub.check.findings import SMALL_CLASS, Findings, Group
+from resnext_hub.check.findings import Findings, Group
 from resnext_hub.data.examine import Facts
 from resnext_hub.text import listing, printable
-from resnext_hub.training.balance import IMBALANCED
+from resnext_hub.training.balance import IMBALANCED, SMALL_CLASS
 
 SHOWN = 5
 """Findings of each kind that the text lists."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from resnext_hub.cli.output import write
 from resnext_hub.cli.parser import add_config_flags, existing_path, new_path
+from resnext_hub.errors import RequestError
 from resnext_hub.extras import named_extras
 from resnext_hub.processes.peers import Peers
 from resnext_hub.text import printable, python_string
@@ -36,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--resume-from", metavar="hub:OWNER/NAME", help="resume from the checkpoint uploaded by --push-checkpoints"
     )
+    group.add_argument(
+        "--dry-run", action="store_true", help="print what the run would do, its time and memory, and write nothing"
+    )
     add_config_flags(parser, flat_fields())
 
 
@@ -48,8 +52,21 @@ def run(options: argparse.Namespace, peers: Peers) -> None:
         return {name: value for name, value in vars(options).items() if name in flat_fields()}
 
     asked = peers.together(ready)
-    from resnext_hub.runs.train import train_run
+    from resnext_hub.runs.train import plan_only, train_run
 
+    if options.dry_run:
+        if options.resume_from:
+            raise RequestError("--dry-run does not download the run of --resume-from; omit one of them")
+        lines = plan_only(
+            asked,
+            peers,
+            recipe=options.recipe,
+            file=options.config,
+            output_dir=options.output_dir,
+            resume=options.resume,
+        )
+        write("".join(f"{line}\n" for line in lines))
+        return
     with _bars_beside_logs():
         done = train_run(
             asked,

@@ -22,6 +22,7 @@ from resnext_hub.processes.heartbeat import heartbeat
 from resnext_hub.processes.peers import Peers, lost_peers
 from resnext_hub.record import RunRecord
 from resnext_hub.run_folder import RunFolder, RunLock
+from resnext_hub.runs.estimate import estimate
 from resnext_hub.runs.existing import CONFIG_VERSION
 from resnext_hub.runs.public import public_settings
 from resnext_hub.runs.results import write_results
@@ -54,10 +55,11 @@ def execute(plan: Plan, peers: Peers) -> RunRecord:
     config = plan.config
     for part, images in plan.splits.evaluated.items():
         require_readable(evaluation_samples(images, plan.input, config.loader.max_image_pixels), part)
-    accelerator = _start_accelerator(plan)
+    accelerator = start_accelerator(plan)
     with contextlib.ExitStack() as stack:
         peers.from_main(lambda: _claim_folder(plan, stack))
-        log_plan(plan, accelerator)
+        with lost_peers(peers.rank, peers.size):
+            log_plan(plan, accelerator, estimate(plan, accelerator))
         torch.manual_seed(config.seed)
         model = peers.together(
             lambda: build_model(plan.source, plan.splits.label_names, config.drop_rate, config.drop_path)
@@ -73,7 +75,7 @@ def execute(plan: Plan, peers: Peers) -> RunRecord:
     return record
 
 
-def _start_accelerator(plan: Plan) -> "Accelerator":
+def start_accelerator(plan: Plan) -> "Accelerator":
     """Start Accelerate, and configure threads, memory and determinism of this process."""
     deterministic = bool(plan.config.deterministic)
     accelerator = build_accelerator(plan.precision, deterministic)

@@ -1,4 +1,4 @@
-"""Log a summary of a run before it starts, with warnings about settings that are probably not intended."""
+"""The plan of a run in words, and warnings about settings and data that are probably not intended."""
 
 import logging
 import math
@@ -10,7 +10,9 @@ import torch
 from resnext_hub.data.images import IndexedImages, StreamedImages
 from resnext_hub.data.splits import Splits
 from resnext_hub.processes.launcher import processes
+from resnext_hub.runs.estimate import Estimate
 from resnext_hub.text import listing, printable
+from resnext_hub.training.balance import SMALL_CLASS, effective_numbers, is_imbalanced
 from resnext_hub.training.plan import Plan
 
 if TYPE_CHECKING:
@@ -19,37 +21,72 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 
-def log_plan(plan: Plan, accelerator: "Accelerator") -> None:
-    """Log the settings, data and schedule of a run."""
+def describe(plan: Plan, accelerator: "Accelerator", expected: Estimate | None) -> list[str]:
+    """Return what a run will do, as lines: model, data, balance, steps, what it will take, and where it goes."""
     config, splits, schedule = plan.config, plan.splits, plan.schedule
     part = config.batch_size // accelerator.num_processes
-    _logger.info("run folder: %s", plan.folder)
-    if plan.source.pretrained:
-        _logger.info("classifier: %s", plan.source.saved.classifier_for(splits.label_names))
-    _logger.info("settings: %s", " ".join(f"{k}={printable(v)}" for k, v in config.to_flat().items() if v is not None))
-    _logger.info(
-        "%s: %s training images, %s evaluation images (%s), %d classes",
-        splits.dataset_id,
-        _count(splits.train),
-        _count(splits.eval),
-        _origin(splits),
-        len(splits.label_names),
-    )
-    _logger.info(
-        "%d steps of %d images: %d process(es) x %d, %d per pass; %s, %s, %d thread(s)",
-        schedule.steps,
-        config.batch_size,
-        accelerator.num_processes,
-        part,
-        min(config.micro_batch_size or part, part),
-        accelerator.device.type,
-        {"no": "float32"}.get(plan.precision, plan.precision),
-        torch.get_num_threads(),
-    )
-    _log_warnings(plan)
+    images = [f"{_count(splits.train)} training images"]
+    images += [f"{_count(found)} {name} images ({_origin(splits, name)})" for name, found in splits.evaluated.items()]
+    lines = [
+        f"model: {printable(config.model)}, {_weights(plan)}, {plan.input.image_size} px",
+        f"{splits.dataset_id}: {', '.join(images)}, {len(splits.label_names)} classes",
+        *_balance(plan),
+        f"{schedule.steps} steps of {config.batch_size} images: {accelerator.num_processes} process(es) x {part}, "
+        f"{min(config.micro_batch_size or part, part)} per pass; {accelerator.device.type}, "
+        f"{ {'no': 'float32'}.get(plan.precision, plan.precision) }, {torch.get_num_threads()} thread(s)",
+    ]
+    if expected is not None:
+        slower = ", measured without torch.compile" if config.compile else ""
+        lines.append(
+            f"estimated time: {duration(expected.seconds)} with {len(schedule.evaluations)} evaluations; memory: "
+            f"{expected.memory / 1e9:.1f} GB per process{slower}"
+        )
+    return [*lines, f"run folder: {printable(plan.folder)}"]
 
 
-def _log_warnings(plan: Plan) -> None:
+def log_plan(plan: Plan, accelerator: "Accelerator", expected: Estimate | None) -> None:
+    """Log what a run will do, and warnings about it."""
+    for line in describe(plan, accelerator, expected):
+        _logger.info("%s", line)
+    log_warnings(plan)
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in words: `45 s`, `12 min` or `3.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _weights(plan: Plan) -> str:
+    return plan.source.saved.classifier_for(plan.splits.label_names) if plan.source.pretrained else "random weights"
+
+
+def _balance(plan: Plan) -> list[str]:
+    """Return a line about an imbalance and how the run corrects for it; none for balanced classes."""
+    train, config = plan.splits.train, plan.config.balance
+    correction = (
+        f"class weights {printable(plan.config.balance.class_weights)}"
+        if config.class_weights != "none"
+        else "balanced sampling"
+        if config.sampling == "balanced"
+        else f"logit adjustment {config.logit_adjustment:g}"
+        if config.logit_adjustment
+        else "not corrected (--sampling balanced or --logit-adjustment 1 would)"
+    )
+    if isinstance(train, StreamedImages) or not (is_imbalanced(train) or not correction.startswith("not")):
+        return []
+    counts = np.bincount(train.labels, minlength=len(plan.splits.label_names))
+    least, most = counts[counts > 0].min(), counts.max()
+    few, many = effective_numbers(np.array([least, most]))
+    return [
+        f"balance: {least} to {most} images per class ({most / least:.0f}:1), effective numbers {few:.0f} to "
+        f"{many:.0f}; {correction}"
+    ]
+
+
+def log_warnings(plan: Plan) -> None:
+    """Log warnings about settings and data that are probably not intended."""
     config, splits = plan.config, plan.splits
     count, size, steps = splits.train.count, config.batch_size, plan.schedule.steps
     fitting = _fitting_batch(count, config.epochs)
@@ -73,11 +110,12 @@ def _log_warnings(plan: Plan) -> None:
             config.transform.color_jitter,
             policy,
         )
-    if isinstance(splits.eval, IndexedImages):
-        counts = class_counts(splits.eval, len(splits.label_names)) or []
-        empty = [name for name, count in zip(splits.label_names, counts, strict=True) if count == 0]
-        if empty:
-            _logger.warning("the evaluation split has no images of class %s", listing(empty))
+    for part, images in splits.evaluated.items():
+        counts = class_counts(images, len(splits.label_names)) or []
+        for few, what in (((0, 0), "no images"), ((1, SMALL_CLASS - 1), f"fewer than {SMALL_CLASS} images")):
+            names = [name for name, n in zip(splits.label_names, counts, strict=False) if few[0] <= n <= few[1]]
+            if names:
+                _logger.warning("the %s split has %s of class %s", part, what, listing(names))
 
 
 def _fitting_batch(count: int | None, epochs: float) -> int:
@@ -92,12 +130,14 @@ def _count(images: IndexedImages | StreamedImages) -> str:
     return f"{count} streamed" if isinstance(images, StreamedImages) else count
 
 
-def _origin(splits: Splits) -> str:
-    """Describe where the evaluation images come from."""
-    if splits.found.eval_split is not None:
-        return f"split {printable(splits.found.eval_split)}"
-    train, held_out = splits.train.count or 0, splits.eval.count or 0
-    return f"held out, {100 * held_out / max(train + held_out, 1):.0f} %"
+def _origin(splits: Splits, part: str) -> str:
+    """Describe where the images of a part of a run come from."""
+    stored = splits.stored_in(part)
+    if stored is not None:
+        return f"split {printable(stored)}"
+    held_out = [found.count or 0 for name, found in splits.evaluated.items() if splits.stored_in(name) is None]
+    share = (splits.evaluated[part].count or 0) / max((splits.train.count or 0) + sum(held_out), 1)
+    return f"held out, {100 * share:.0f} %"
 
 
 def class_counts(images: IndexedImages | StreamedImages, classes: int) -> list[int] | None:

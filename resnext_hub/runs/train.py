@@ -14,9 +14,11 @@ from resnext_hub.processes.peers import Peers
 from resnext_hub.record import RunRecord
 from resnext_hub.run_folder import RunFolder
 from resnext_hub.runs.agreement import shared_facts
+from resnext_hub.runs.estimate import estimate
 from resnext_hub.runs.existing import read_config
-from resnext_hub.runs.job import execute, publish_run
+from resnext_hub.runs.job import execute, publish_run, start_accelerator
 from resnext_hub.runs.request import merge_settings, prepare
+from resnext_hub.runs.summary import describe, log_warnings
 from resnext_hub.training.config import TrainConfig
 from resnext_hub.training.plan import Plan
 
@@ -58,27 +60,18 @@ def train_run(
         StoppedRun: After SIGTERM or Ctrl-C; the state was saved.
     """
 
-    def plan_run() -> Plan:
-        state = fetch_run(resume_from) if resume_from else None
-        fetched = None
-        if state is not None and file is None:
-            fetched = fetched_settings(read_config(RunFolder(state)), asked, str(resume_from))
-        settings, name = merge_settings(asked, recipe, file, fetched)
-        with _as_request_errors():
-            plan = prepare(
-                settings,
-                asked=asked,
-                recipe=name,
-                output_dir=output_dir,
-                resume=resume,
-                resume_from=state,
-                peers=peers,
-            )
-        with named_extras():
-            require_packages("train")
-        return plan
-
-    plan = peers.agree(plan_run, shared_facts)
+    plan = peers.agree(
+        lambda: _plan(
+            asked,
+            peers,
+            recipe=recipe,
+            file=file,
+            output_dir=output_dir,
+            resume=resume,
+            resume_from=resume_from,
+        ),
+        shared_facts,
+    )
     if plan.finished:
         record = peers.from_main(lambda: RunRecord.load(plan.folder.record))
     else:
@@ -87,6 +80,63 @@ def train_run(
     peers.close()
     publication = publish_run(plan, record) if plan.config.publish.push_to_hub and peers.is_main else None
     return Trained(plan=plan, record=record, publication=publication)
+
+
+def _plan(
+    asked: Mapping[str, Any],
+    peers: Peers,
+    *,
+    recipe: str | None,
+    file: Path | None,
+    output_dir: Path | None,
+    resume: bool | None,
+    resume_from: str | None = None,
+) -> Plan:
+    state = fetch_run(resume_from) if resume_from else None
+    fetched = None
+    if state is not None and file is None:
+        fetched = fetched_settings(read_config(RunFolder(state)), asked, str(resume_from))
+    settings, name = merge_settings(asked, recipe, file, fetched)
+    with _as_request_errors():
+        plan = prepare(
+            settings,
+            asked=asked,
+            recipe=name,
+            output_dir=output_dir,
+            resume=resume,
+            resume_from=state,
+            peers=peers,
+        )
+    with named_extras():
+        require_packages("train")
+    return plan
+
+
+def plan_only(
+    asked: Mapping[str, Any],
+    peers: Peers,
+    *,
+    recipe: str | None = None,
+    file: Path | None = None,
+    output_dir: Path | None = None,
+    resume: bool | None = None,
+) -> list[str]:
+    """Return what a run would do and take, as lines, without writing its folder; arguments as of `train_run`.
+
+    Raises:
+        RequestError: If the request is invalid.
+        RunError: If its first steps fail.
+    """
+    plan = peers.agree(
+        lambda: _plan(asked, peers, recipe=recipe, file=file, output_dir=output_dir, resume=resume), shared_facts
+    )
+    with _as_run_errors(plan.config):
+        accelerator = start_accelerator(plan)
+        lines = describe(plan, accelerator, estimate(plan, accelerator))
+    log_warnings(plan)
+    peers.close()
+    finished = ["the run folder holds this run, finished"] if plan.finished else []
+    return [*lines, *finished, "dry run: nothing was written"]
 
 
 @contextlib.contextmanager

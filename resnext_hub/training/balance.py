@@ -22,6 +22,10 @@ IMBALANCED = 10.0
 """Ratio of the largest to the smallest class from which a dataset is called imbalanced."""
 
 
+SMALL_CLASS = 10
+"""Evaluation images below which a class is too small to evaluate: its accuracy moves in steps of 10 % or more."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class BalanceConfig:
     """Class imbalance."""

@@ -24,7 +24,7 @@ from resnext_hub.record import UnreadableImage
 from resnext_hub.training.evaluation import Evaluation, EvaluationStoppedError
 from resnext_hub.training.evaluator import Evaluator
 from resnext_hub.training.feed import StepInputs, training_loader
-from resnext_hub.training.objective import Objective, weight_of
+from resnext_hub.training.objective import build_objective, weight_of
 from resnext_hub.training.optim import lr_at, set_lr
 from resnext_hub.training.plan import Plan
 from resnext_hub.training.recorder import Recorder
@@ -103,7 +103,7 @@ def train(
         view.compile(dynamic=False)
     # the model is on its device already; if Accelerate moved it again, its buffers would be replaced by copies
     objective, optimizer = accelerator.prepare(
-        _build_objective(plan, view, accelerator.device), state.optimizer, device_placement=[False, False]
+        build_objective(plan, view, accelerator.device), state.optimizer, device_placement=[False, False]
     )
     require_shared_tensors(view, state.model)
     with stop, recorder, contextlib.ExitStack() as stack:
@@ -287,15 +287,6 @@ class _Run:
             f"the {what} at step {step}; {good}; try a lower {setting('lr')}, or {setting('clip_grad', 1)}",
             everywhere=True,
         )
-
-
-def _build_objective(plan: Plan, view: nn.Module, device: torch.device) -> Objective:
-    balance, strength = plan.balance, plan.config.balance.logit_adjustment
-    weights, prior = (
-        None if values is None else torch.tensor(values, dtype=torch.float32, device=device)
-        for values in (balance.class_weights, balance.log_prior)
-    )
-    return Objective(view, plan.config.label_smoothing, weights, None if prior is None else strength * prior)
 
 
 def _optimizer_step(

@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from resnext_hub.training.plan import Plan
+
 
 class Objective(nn.Module):
     """Model and loss in one module, so that wrappers for autocast and data parallelism do not touch the model itself.
@@ -58,3 +60,13 @@ def weight_of(labels: torch.Tensor, class_weights: torch.Tensor) -> torch.Tensor
         class_weights: Weights of the classes, `(classes,)`.
     """
     return class_weights[labels].sum() if labels.ndim == 1 else (labels @ class_weights).sum()
+
+
+def build_objective(plan: Plan, view: nn.Module, device: torch.device) -> Objective:
+    """Return the objective of a run over the training view of its model."""
+    balance, strength = plan.balance, plan.config.balance.logit_adjustment
+    weights, prior = (
+        None if values is None else torch.tensor(values, dtype=torch.float32, device=device)
+        for values in (balance.class_weights, balance.log_prior)
+    )
+    return Objective(view, plan.config.label_smoothing, weights, None if prior is None else strength * prior)
