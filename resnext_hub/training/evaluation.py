@@ -181,13 +181,24 @@ def evaluate(
     )
 
 
+def predict_batch(model: nn.Module, images: torch.Tensor, batch_size: int, device: torch.device) -> torch.Tensor:
+    """Return the logarithms of the probabilities of at most `batch_size` images, `(N, classes)` float64 on the CPU.
+
+    Args:
+        model: The unwrapped model, in evaluation mode.
+        images: Normalized images, `(N, C, H, W)` float32.
+        batch_size: Images per forward pass, to which a smaller batch is padded.
+        device: Device of the model.
+    """
+    padded = F.pad(images, (0,) * 7 + (batch_size - len(images),)).to(device)
+    logits = model(padded.contiguous(memory_format=torch.channels_last))[: len(images)].float()
+    return F.log_softmax(logits, dim=1).cpu().double()
+
+
 def _columns(model: nn.Module, batch: Batch, batch_size: int, device: torch.device) -> torch.Tensor:
     """Return label, prediction, probability, loss, rank and readability (0 or 1) of each sample, `(6, N)` float64."""
     size = len(batch.indices)
-    images = F.pad(batch.images, (0,) * 7 + (batch_size - size,))
-    images = images.to(device).contiguous(memory_format=torch.channels_last)
-    logits = model(images)[:size].float()
-    log_probabilities = F.log_softmax(logits, dim=1).cpu().double()
+    log_probabilities = predict_batch(model, batch.images, batch_size, device)
     best, prediction = log_probabilities.max(dim=1)
     losses = F.nll_loss(log_probabilities, batch.labels, reduction="none")
     ranks = _ranks(log_probabilities, batch.labels).double()
