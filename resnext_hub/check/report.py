@@ -18,16 +18,16 @@ CLASSES_SHOWN = 20
 def as_text(findings: Findings) -> str:
     """Return the findings for a terminal."""
     parts = [_classes(findings), *_notes(findings)]
-    parts += _listed("unreadable", [f"{_name(facts)}: {facts.reason}" for facts in findings.unreadable])
-    parts += _listed("single color", map(_name, findings.blank))
+    parts += listed("unreadable", [f"{_name(facts)}: {facts.reason}" for facts in findings.unreadable])
+    parts += listed("single color", map(_name, findings.blank))
     conflicts = {id(group) for group in findings.conflicts}
     leaks = [group for group in findings.leaks if id(group) not in conflicts]
     others = [group for group in findings.groups if len(group.labels) == len(group.splits) == 1]
-    parts += _listed(
+    parts += listed(
         "duplicates with different labels", [_group(group, findings.label_names) for group in findings.conflicts]
     )
-    parts += _listed("duplicates across splits", map(_group, leaks))
-    parts += _listed("duplicates within a split", map(_group, others))
+    parts += listed("duplicates across splits", map(_group, leaks))
+    parts += listed("duplicates within a split", map(_group, others))
     problems = findings.problems
     parts.append(f"{problems} {'problem' if problems == 1 else 'problems'} found" if problems else "no problems found")
     return "\n".join(parts) + "\n"
@@ -72,6 +72,11 @@ def _classes(findings: Findings) -> str:
         cells = ["…", *["…"] * len(splits)] if i is None else [printable(findings.label_names[i]), *map(str, counts[i])]
         rows.append(cells)
     rows.append(["total", *(f"{sum(of_split)}" for of_split in findings.counts.values())])
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Return a table of names in the first column and numbers in the others."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
@@ -95,12 +100,13 @@ def _notes(findings: Findings) -> Iterable[str]:
             yield f"classes with fewer than {SMALL_CLASS} images in {printable(split)}: {listing(small)}"
 
 
-def _listed(title: str, lines: Iterable[str]) -> list[str]:
+def listed(title: str, lines: Iterable[str], shown: int = SHOWN) -> list[str]:
+    """Return a title with the number of lines, and the first ones below it; nothing if there are none."""
     found = list(lines)
     if not found:
         return []
-    more = [f"  … and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
-    return [f"{title}: {len(found)}", *(f"  {line}" for line in found[:SHOWN]), *more]
+    more = [f"  … and {len(found) - shown} more"] if len(found) > shown else []
+    return [f"{title}: {len(found)}", *(f"  {line}" for line in found[:shown]), *more]
 
 
 def _group(group: Group, label_names: Sequence[str] = ()) -> str:

@@ -73,11 +73,7 @@ def _all_splits(config: DataConfig) -> tuple[Splits, dict[str, IndexedImages], t
     # finding duplicates is what the survey is for
     loaded = load_splits(replace(config, group_duplicates=False))
     found = loaded.found
-    assert isinstance(loaded.train, IndexedImages)
-    splits = {str(found.train_split): loaded.train}
-    for part, images in loaded.evaluated.items():
-        assert isinstance(images, IndexedImages)
-        splits[loaded.stored_in(part) or _unused(HELD_OUT[part], loaded.stored)] = images
+    splits = used_images(loaded)
     names = list(loaded.label_names)
     for split in loaded.stored:
         if split in splits:
@@ -92,6 +88,15 @@ def _all_splits(config: DataConfig) -> tuple[Splits, dict[str, IndexedImages], t
         assert isinstance(other.eval, IndexedImages)
         splits[split] = replace(other.eval, labels=number[other.eval.labels])
     return loaded, splits, tuple(names)
+
+
+def used_images(loaded: Splits) -> dict[str, IndexedImages]:
+    """Return the images that training uses by the name of their split, the training split first."""
+    splits = {str(loaded.found.train_split): loaded.train}
+    for part, images in loaded.evaluated.items():
+        splits[loaded.stored_in(part) or _unused(HELD_OUT[part], loaded.stored)] = images
+    assert all(isinstance(images, IndexedImages) for images in splits.values())
+    return splits  # type: ignore[return-value] # as asserted
 
 
 def _unused(name: str, others: Container[str]) -> str:

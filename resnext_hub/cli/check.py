@@ -1,6 +1,7 @@
-"""`resnext-hub check`: examine a dataset before training on it."""
+"""`resnext-hub check`: examine a dataset before training on it, or the labels of the dataset of a finished run."""
 
 import argparse
+import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,14 +10,16 @@ from resnext_hub.cli.output import json_line, write
 from resnext_hub.cli.parser import add_config_flags, new_path
 from resnext_hub.data.config import DataConfig
 from resnext_hub.data.exclude import exclusion_list
-from resnext_hub.errors import RequestError, RunError
+from resnext_hub.errors import RequestError, RunError, setting
 from resnext_hub.files import write_atomic
+from resnext_hub.run_folder import RunFolder
 from resnext_hub.settings import check_value
 from resnext_hub.text import printable
 from resnext_hub.training.config import fields_of
 
 if TYPE_CHECKING:
     from resnext_hub.check.findings import Findings
+    from resnext_hub.check.labels import LabelFindings
     from resnext_hub.check.survey import Survey
 
 _UNUSED = ("dataset", "streaming", "shuffle_block", "max_bad_fraction")
@@ -25,18 +28,29 @@ _UNUSED = ("dataset", "streaming", "shuffle_block", "max_bad_fraction")
 GRID_ROWS = 12
 """Groups of duplicates in the grid."""
 
+GRID_IMAGES = 30
+"""Images with probably wrong labels in the grid."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
-    parser.add_argument("dataset", metavar="DATASET", help="dataset, as in train --dataset")
+    parser.add_argument(
+        "dataset",
+        metavar="DATASET_OR_RUN",
+        help="dataset, as in train --dataset; or the folder of a finished run, to find images of its dataset whose "
+        "labels are probably wrong according to its model",
+    )
     parser.add_argument("--json", action="store_true", help="print all findings as one JSON object")
-    parser.add_argument("--grid", type=new_path, metavar="FILE", help="draw the worst duplicates, as a PNG file")
+    parser.add_argument(
+        "--grid", type=new_path, metavar="FILE", help="draw the worst duplicates or labels, as a PNG file"
+    )
     parser.add_argument(
         "--write-exclude",
         type=new_path,
         metavar="FILE",
         help="write a list of images to leave out, for train --exclude: unreadable images, duplicates with different "
-        "labels, and all but one of every other group of duplicates",
+        "labels, and all but one of every other group of duplicates; with a run, training images whose labels are "
+        "probably wrong",
     )
     add_config_flags(parser, {name: field for name, field in fields_of(DataConfig).items() if name not in _UNUSED})
 
@@ -46,15 +60,24 @@ def run(options: argparse.Namespace) -> None:
 
     Raises:
         RunError: If there are problems: unreadable images, or duplicates across splits or with different labels.
+            Labels that are probably wrong are for somebody to look at; they are no problem in this sense.
     """
+    for path in filter(None, (options.grid, options.write_exclude)):
+        if not path.absolute().parent.is_dir():
+            raise RequestError(f"{printable(path)}: its folder does not exist; create it first")
+    folder = RunFolder(Path(os.path.expanduser(options.dataset)))
+    if os.path.isfile(folder.record):
+        _check_labels(folder.path, options)
+    else:
+        _check_dataset(options)
+
+
+def _check_dataset(options: argparse.Namespace) -> None:
     from resnext_hub.check.findings import examine
     from resnext_hub.check.report import as_json, as_text
     from resnext_hub.check.survey import survey
 
     fields = {name: field for name, field in fields_of(DataConfig).items() if hasattr(options, name)}
-    for path in filter(None, (options.grid, options.write_exclude)):
-        if not path.absolute().parent.is_dir():
-            raise RequestError(f"{printable(path)}: its folder does not exist; create it first")
     config = DataConfig(**{name: check_value(name, getattr(options, name), f.type) for name, f in fields.items()})
     surveyed = survey(config)
     findings = examine(surveyed)
@@ -67,6 +90,45 @@ def run(options: argparse.Namespace) -> None:
     if findings.problems:
         what = "1 problem" if findings.problems == 1 else f"{findings.problems} problems"
         raise RunError(f"{what} found: unreadable images, or duplicates across splits or with different labels")
+
+
+def _check_labels(run: Path, options: argparse.Namespace) -> None:
+    from resnext_hub.check.label_report import as_json, as_text
+    from resnext_hub.check.labels import check_labels
+
+    given = [name for name in fields_of(DataConfig) if name not in _UNUSED and hasattr(options, name)]
+    if given:
+        raise RequestError(
+            f"{setting(given[0])} is not possible with a run: {printable(run)} has its own settings; omit it"
+        )
+    findings = check_labels(run)
+    write(json_line(as_json(findings)) if options.json else as_text(findings))
+    if options.write_exclude:
+        write_atomic(options.write_exclude, exclusion_list(findings.source_digest, findings.entries()))
+    if options.grid and findings.wrong:
+        _draw_labels(findings, options.grid)
+    if findings.unreadable:
+        count = len(findings.unreadable)
+        raise RunError(f"{count} unreadable {'image' if count == 1 else 'images'} found")
+
+
+def _draw_labels(findings: "LabelFindings", path: Path) -> None:
+    from resnext_hub.plots.labels import Suspect, plot_wrong_labels
+    from resnext_hub.plots.write import save_plot
+
+    suspects = [
+        Suspect(
+            row=found.part.images.row(found.index),
+            name=f"{found.part.name}: {found.name}",
+            label=found.label,
+            suggested=found.suggested,
+            probability=found.probability,
+        )
+        for found in findings.wrong[:GRID_IMAGES]
+    ]
+    names = findings.label_names
+    if not save_plot(path, names, partial(plot_wrong_labels, suspects, names)):
+        raise RunError(f"{printable(path)} could not be written")
 
 
 def _draw(surveyed: "Survey", findings: "Findings", path: Path) -> None:

@@ -19,7 +19,7 @@ MAX_ERROR = 2000
 
 COMMANDS = {
     "train": "train a model",
-    "check": "examine a dataset: duplicates, unreadable images, imbalance",
+    "check": "examine a dataset: duplicates, unreadable images, imbalance; or, with a run, its labels",
     "evaluate": "re-evaluate the model of a run, and compare the result with its record",
     "predict": "classify images",
     "export": "export a trained model to ONNX or OpenVINO",

@@ -20,7 +20,7 @@ THUMBNAIL = 16
 HASHED = 32
 """Width and height that images are reduced to before hashing, as imagehash.phash does."""
 
-_SERIAL = 200
+SERIAL = 200
 """Number of images up to which starting workers would take longer than they save."""
 
 _BATCH = 32
@@ -79,7 +79,7 @@ def examine_images(splits: Mapping[str, IndexedImages], workers: int | None = No
         RunError: If reading fails.
     """
     if workers is None:
-        workers = cores() if sum(map(len, splits.values())) > _SERIAL else 0
+        workers = cores() if sum(map(len, splits.values())) > SERIAL else 0
     read = list(_read(splits, workers))
     return Examined(
         images=tuple(facts for facts, _, _ in read),

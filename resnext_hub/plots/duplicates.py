@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from resnext_hub.data.decode import MAX_IMAGE_PIXELS
 from resnext_hub.plots.lettering import Lettering
-from resnext_hub.plots.samples import thumbnail
+from resnext_hub.plots.samples import place_image, thumbnail
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,13 +42,8 @@ def plot_groups(groups: Sequence[Sequence[Tile]], letters: Lettering) -> "Figure
     axes.axis("off")
     for line, group in enumerate(groups):
         for place, tile in enumerate(group[:COLUMNS]):
-            image = thumbnail(tile.row, MAX_IMAGE_PIXELS)
             center, top = _CELL[0] * (place + 0.5), _CELL[1] * line + 0.1
-            scale = _IMAGE / max(image.size)
-            half, high = image.width * scale / 2, image.height * scale
-            below = (_IMAGE - high) / 2
-            extent = (center - half, center + half, top + below + high, top + below)
-            axes.imshow(image, extent=extent, aspect="auto", interpolation="nearest")
+            place_image(axes, thumbnail(tile.row, MAX_IMAGE_PIXELS), center, top + _IMAGE, _IMAGE)
             name = textwrap.shorten(tile.name, 60, placeholder="…") if " " in tile.name else tile.name[-30:]
             text = f"{letters.name((tile.label,), 0, 24)}\n{textwrap.fill(letters.name((name,), 0, 60), 30)}"
             axes.text(center, top + _IMAGE + 0.05, text, fontsize=7, ha="center", va="top")

@@ -12,6 +12,7 @@ from resnext_hub.plots.lettering import Lettering
 from resnext_hub.training.evaluation import Evaluation
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from PIL import Image
 
@@ -53,11 +54,7 @@ def plot_samples(
     for place, entry in enumerate(shown):
         image = thumbnail(images.row(int(evaluation.indices[entry])), max_pixels)
         center, bottom = CELL[0] * (place % columns + 0.5), CELL[1] * (place // columns + 1)
-        scale = IMAGE / max(image.size)
-        half, high = image.width * scale / 2, image.height * scale
-        below = (IMAGE - high) / 2
-        extent = (center - half, center + half, bottom - below, bottom - below - high)
-        axes.imshow(image, extent=extent, aspect="auto", interpolation="nearest")
+        place_image(axes, image, center, bottom, IMAGE)
         label, prediction = (
             letters.name(label_names, int(index), 22)
             for index in (evaluation.labels[entry], evaluation.predictions[entry])
@@ -93,6 +90,23 @@ def thumbnail(row: dict[str, Any] | None, max_pixels: int) -> "Image.Image":
         return Image.new("RGB", (8, 8), "white")
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     return image
+
+
+def place_image(axes: "Axes", image: "Image.Image", center: float, bottom: float, side: float) -> None:
+    """Draw an image in the middle of a square, in axes whose unit is an inch and whose y axis points down.
+
+    Args:
+        axes: The axes.
+        image: The image; its longest side becomes that of the square.
+        center: Horizontal center of the square.
+        bottom: Lower edge of the square.
+        side: Side of the square.
+    """
+    scale = side / max(image.size)
+    half, high = image.width * scale / 2, image.height * scale
+    below = (side - high) / 2
+    extent = (center - half, center + half, bottom - below, bottom - below - high)
+    axes.imshow(image, extent=extent, aspect="auto", interpolation="nearest")
 
 
 def percent(part: float) -> str:
