@@ -11,6 +11,7 @@ from resnext_hub.data.images import IndexedImages, StreamedImages
 from resnext_hub.data.splits import Splits
 from resnext_hub.processes.launcher import processes
 from resnext_hub.runs.estimate import Estimate
+from resnext_hub.runs.sample import look_at
 from resnext_hub.text import listing, printable
 from resnext_hub.training.balance import SMALL_CLASS, effective_numbers, is_imbalanced
 from resnext_hub.training.plan import Plan
@@ -31,6 +32,7 @@ def describe(plan: Plan, accelerator: "Accelerator", expected: Estimate | None) 
         f"model: {printable(config.model)}, {_weights(plan)}, {plan.input.image_size} px",
         f"{splits.dataset_id}: {', '.join(images)}, {len(splits.label_names)} classes",
         *_balance(plan),
+        *_look(plan),
         f"{schedule.steps} steps of {config.batch_size} images: {accelerator.num_processes} process(es) x {part}, "
         f"{min(config.micro_batch_size or part, part)} per pass; {accelerator.device.type}, "
         f"{ {'no': 'float32'}.get(plan.precision, plan.precision) }, {torch.get_num_threads()} thread(s)",
@@ -56,6 +58,23 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _look(plan: Plan) -> list[str]:
+    """Return a line about the images of a sample; warn about unreadable ones."""
+    seen = look_at(plan.splits, plan.config.loader.max_image_pixels)
+    if seen.unreadable:
+        _logger.warning(
+            "%d of %d sampled images are unreadable: %s; resnext-hub check lists all",
+            len(seen.unreadable),
+            seen.count,
+            listing([f"{name} ({reason})" for name, reason in seen.unreadable.items()], 3),
+        )
+    if not seen.sizes:
+        return []
+    shown = [f"{width} x {height}" for width, height in (seen.sizes[0], seen.sizes[-1])]
+    pixels = shown[0] if shown[0] == shown[1] else f"{shown[0]} to {shown[1]}"
+    return [f"images: {pixels} px, {', '.join(seen.modes)} ({len(seen.sizes)} sampled)"]
 
 
 def _weights(plan: Plan) -> str:
