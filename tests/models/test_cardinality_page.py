@@ -142,3 +142,21 @@ def test_the_study_in_the_page_has_the_numbers_of_its_report() -> None:
     found = report["comparisons"]
     assert differences[2:] == [f"{difference['mean']:+.2f}" for difference in found]
     assert intervals[2:] == [f"{difference['low']:+.2f} to {difference['high']:+.2f}" for difference in found]
+
+
+def test_the_study_of_twice_the_cost_in_the_page_has_the_numbers_of_its_report() -> None:
+    report = json.loads((ROOT / "docs/study/doubling/report.json").read_text())
+    (head,) = [block for block in PAGE.split("\n\n") if block.startswith("| how the cost is doubled |")]
+    members, errors, gains, intervals, paper = (
+        [cell.strip() for cell in line.split("|")[2:-1]] for line in head.splitlines()[2:]
+    )
+    base, *doubled = report["members"]
+    for shown, member in zip(members, doubled, strict=True):
+        assert member["name"].endswith(shown)
+    assert errors == [f"{100 - member['accuracy_mean']:.2f}" for member in doubled]
+    assert all(abs(member["deviation"]) <= 0.02 for member in report["members"])
+    found = [entry for entry in report["comparisons"] if entry["baseline"] == base["name"]]
+    assert gains == [f"{entry['mean']:+.2f}" for entry in found]
+    assert intervals == [f"{entry['low']:+.2f} to {entry['high']:+.2f}" for entry in found]
+    names = ("resnext200_g1", "resnext101_g1_w100", "resnext101_g2_w64", "resnext101_g64_w4")
+    assert paper == [f"{PAPER_ERROR['resnext101_g1'] - PAPER_ERROR[name]:+.1f}" for name in names]
