@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +25,9 @@ from resnext_hub.errors import RequestError, setting
 from resnext_hub.text import listing, printable
 
 _logger = logging.getLogger(__name__)
+
+_FILES_AT_ONCE = 10_000
+"""Files of a dataset that are written as JSON together for its fingerprint."""
 
 
 Images = IndexedImages | StreamedImages
@@ -211,7 +215,7 @@ def _streamed(source: OpenDataset, found: _Found, labelled: Sequence[LabelledTab
         for split, part in zip(roles.used().values(), labelled, strict=True)
     }
     nothing = np.empty(0, dtype=np.int64)
-    facts = [*source.files, (source.revision or "", 0)]
+    facts = chain(source.files, [(source.revision or "", 0)])
     return found.splits(images, label_names, _fingerprint(label_names, [nothing] * len(labelled), facts))
 
 
@@ -253,13 +257,13 @@ def _indexed(source: OpenDataset, found: _Found, labelled: Sequence[LabelledTabl
         (f"excluded from {split}", row) for split, rows in sorted(excluded.rows.items()) for row in sorted(rows)
     ]
     in_order = [parts[part].labels for part in ("training", "evaluation", "test") if part in parts]
-    fingerprint = _fingerprint(label_names, in_order, [*source.files, *left_out])
+    fingerprint = _fingerprint(label_names, in_order, chain(source.files, left_out))
     return replace(found.splits(parts, label_names, fingerprint), source_digest=digest)
 
 
 def _digest_of(source: OpenDataset, train_split: str, labels: np.ndarray) -> str:
     """Return a digest of a dataset as it is stored, for lists of its rows: the same for any choice of other splits."""
-    facts = [(train_split, len(labels)), (source.revision or "", 0), *source.files]
+    facts = chain([(train_split, len(labels)), (source.revision or "", 0)], source.files)
     return _fingerprint((), [labels, np.empty(0, dtype=np.int64)], facts)
 
 
@@ -329,8 +333,13 @@ def _pick_split(tables: Iterable[str], requested: str | None, role: Literal["tra
     return requested or next(iter(found), None)
 
 
-def _fingerprint(names: Sequence[str], labels: Iterable[np.ndarray], files: Sequence[tuple[str, int]]) -> str:
-    digest = hashlib.sha256(json.dumps([list(names), list(files)]).encode())
+def _fingerprint(names: Sequence[str], labels: Iterable[np.ndarray], files: Iterable[tuple[str, int]]) -> str:
+    digest = hashlib.sha256(f"[{json.dumps(list(names))}, [".encode())
+    files, separator = iter(files), ""
+    while some := list(islice(files, _FILES_AT_ONCE)):  # the JSON of all would take much memory
+        digest.update(f"{separator}{json.dumps(some)[1:-1]}".encode())
+        separator = ", "
+    digest.update(b"]]")
     for split in labels:
         digest.update(len(split).to_bytes(8, "little"))
         digest.update(split.astype("<i8").tobytes())

@@ -3,15 +3,17 @@
 The layout is inferred from the names and nesting of folders; an ambiguous one raises RequestError.
 """
 
+import hashlib
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from resnext_hub.data.sources.names import class_names_of, loose_role, split_role
 from resnext_hub.data.sources.refusals import LAYOUTS, reject_no_images, reject_tables
 from resnext_hub.data.sources.source import OpenDataset
+from resnext_hub.data.sources.texts import Files
 from resnext_hub.data.sources.unread import reject_unread_tables
 from resnext_hub.data.sources.walk import (
     IMAGE_SUFFIXES,
@@ -39,6 +41,9 @@ _DOCUMENTS = frozenset(
 
 IMAGE_FOLDERS = frozenset({"image", "images", "img", "imgs", "jpegimages", "masks", "photos", "pics"})
 """Names of folders that contain images of all classes."""
+
+_ROWS = 1 << 16
+"""Rows of each chunk of a table of images."""
 
 
 class ClassFolders:
@@ -109,7 +114,7 @@ def open_folders(tree: Tree, layout: str | None) -> OpenDataset:
     used = (index for _, classes in splits.values() for images in classes.values() for index in images)
     return OpenDataset(
         tables=tables,
-        files=tuple((tree.images[i], tree.sizes[i]) for i in sorted(used)),
+        files=Files(tree.images, tree.sizes, sorted(used)),
         roots=None,
         notes=tuple(notes),
     )
@@ -124,17 +129,28 @@ def image_table(
 
     image_column = "image" if label_column != "image" else "file_name"
     root = os.path.join(tree.root, "")
-    paths = [stored_path(root + tree.images[i]) for i in images]
-    struct = pyarrow.StructArray.from_arrays(
-        [pyarrow.nulls(len(paths), pyarrow.binary()), pyarrow.array(paths, pyarrow.string())], ["bytes", "path"]
-    )
     features = datasets.Features({image_column: datasets.Image(decode=False), label_column: feature})
-    columns = {
-        image_column: struct,
-        label_column: pyarrow.array(labels, features.arrow_schema.field(label_column).type),
-    }
-    table = datasets.table.InMemoryTable(pyarrow.table(columns))
-    return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
+    label_type = features.arrow_schema.field(label_column).type
+    values = labels if isinstance(labels, pyarrow.Array) else pyarrow.array(labels, label_type)
+    digest = hashlib.sha256(repr(features).encode())
+    _update(digest, values)
+    parts = []
+    for start in range(0, max(len(images), 1), _ROWS):  # so that few paths are Python strings at a time
+        rows = slice(start, start + _ROWS)
+        paths = pyarrow.array([stored_path(root + tree.images[i]) for i in images[rows]], pyarrow.string())
+        _update(digest, paths)
+        nothing = pyarrow.nulls(len(paths), pyarrow.binary())
+        struct = pyarrow.StructArray.from_arrays([nothing, paths], ["bytes", "path"])
+        parts.append(pyarrow.table({image_column: struct, label_column: values[rows]}))
+    table = datasets.table.InMemoryTable(pyarrow.concat_tables(parts))
+    # without a fingerprint, datasets would pickle the whole table to compute one
+    return datasets.Dataset(table, info=datasets.DatasetInfo(features=features), fingerprint=digest.hexdigest()[:16])
+
+
+def _update(digest: "hashlib._Hash", column: Any) -> None:
+    for buffer in column.buffers():
+        if buffer is not None:
+            digest.update(buffer)
 
 
 def _below(tree: Tree, folder: Folder) -> tuple[dict[str, Folder], list[int]]:

@@ -9,29 +9,28 @@ import os
 import posixpath
 import re
 import stat
-import unicodedata
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from resnext_hub.data.sources.finders import ImageFinder, split_of
 from resnext_hub.data.sources.folders import IMAGE_FOLDERS
 from resnext_hub.data.sources.names import FILE_COLUMN, loose_role
 from resnext_hub.data.sources.parquet import has_images, read_part
 from resnext_hub.data.sources.source import OpenDataset
-from resnext_hub.data.sources.table_files import LABEL_TABLES, read_table, typed
+from resnext_hub.data.sources.table_files import LABEL_TABLES, read_table
 from resnext_hub.data.sources.tables import (
     FILE_NAME,
     LABEL_NAMES,
     SPLIT,
     Table,
-    finder,
     label_column_of,
     open_tables,
 )
-from resnext_hub.data.sources.walk import Tree, ignored, is_hidden, is_image, walk
+from resnext_hub.data.sources.texts import TextColumn
+from resnext_hub.data.sources.walk import Tree, ignored, image_entry, is_hidden, is_image, sorted_images, walk
 from resnext_hub.errors import RequestError, setting
 from resnext_hub.text import listing, printable
 
@@ -72,70 +71,6 @@ class ListedImages:
         return _open(request, request.tree, request.listed)
 
 
-class ImageFinder:
-    """Finds the image of a row: by its path relative to the table, else by the end of the path, with or without suffix.
-
-    Args:
-        tree: The files of the dataset.
-    """
-
-    def __init__(self, tree: Tree) -> None:
-        self._tree = tree
-        self._exact = finder(tree)
-        self._root = unicodedata.normalize("NFC", os.path.abspath(tree.root)).split("/")
-        self._named: dict[str, list[int]] = defaultdict(list)
-        self._folders: set[str] = set()
-        self.count = len(tree.images)
-        for index, path in enumerate(tree.images):
-            *folders, name = unicodedata.normalize("NFC", path).split("/")
-            self._folders.update(folders)
-            inside = (*self._root, *folders)[-1]
-            for key in (name, name.rpartition(".")[0]):
-                self._named[key].append(index)
-                self._named[f"{inside}/{key}"].append(index)
-
-    def __call__(self, table: Table, name: str) -> int | None:
-        """Return the index of the image, or None if there is none.
-
-        Args:
-            table: The table.
-            name: The file name in it.
-
-        Raises:
-            RequestError: If several images match.
-        """
-        found = self.candidates(table, name)
-        if len(found) > 1:
-            paths = (self._tree.images[index] for index in found)
-            raise RequestError(
-                f"{printable(self._tree.root)}: the file name {printable(name)} of a table matches several images "
-                f"({listing(paths, 3)}); write the path relative to the table"
-            )
-        return found[0] if found else None
-
-    def candidates(self, table: Table, name: str) -> Sequence[int]:
-        """Return the images that a file name could refer to, at most two; one if its path is exact.
-
-        If there is a folder with the name of the table, such as train/ for train.csv, only images inside it match.
-        """
-        exact = self._exact(table, name)
-        if exact is not None:
-            return (exact,)
-        path = unicodedata.normalize("NFC", name.replace("\\", "/")).strip("/")
-        *folders, base = path.split("/")
-        split = _split_of(table)
-        within = split if split in self._folders else None
-        alike = self._named.get(f"{folders[-1]}/{base}" if folders else base, ())
-        return tuple(islice((index for index in alike if self._agrees(index, folders, within)), 2))
-
-    def _agrees(self, index: int, folders: Sequence[str], within: str | None) -> bool:
-        """Return whether an image is in the folders of a file name, and inside a folder if one is given."""
-        own = unicodedata.normalize("NFC", self._tree.images[index]).split("/")[:-1]
-        if within is not None and within not in own:
-            return False
-        return not folders or [*self._root, *own][-len(folders) :] == list(folders)
-
-
 def find_listed(tree: Tree, requested: str | None) -> list[Table]:
     """Return the table that lists the images of a folder without class folders, or those of its splits.
 
@@ -155,19 +90,19 @@ def find_listed(tree: Tree, requested: str | None) -> list[Table]:
             try:
                 columns, skipped = read_table(tree.root / path, wanted, len(tree.images))
             except RequestError as error:
-                if _split_of(Table(path, {})):
+                if split_of(Table(path, {})):
                     raise
                 errors.append(error)
                 continue
             read = Table(path, columns, tuple(skipped))
-            table = _as_listed(read, find, needed=0.0 if _split_of(read) else 0.5)
+            table = _as_listed(read, find, needed=0.0 if split_of(read) else 0.5)
             if table is not None and len(table.columns) > 1:
                 found.append(table)
     if not found and errors:
         raise errors[0]
     for failure in errors:
         _logger.warning("ignored a table: %s", failure)
-    splits = [_split_of(table) for table in found]
+    splits = [split_of(table) for table in found]
     if len(found) < 2 or not all(splits) or len(set(splits)) < len(splits):
         _require_one(tree, found)
         return found
@@ -202,12 +137,6 @@ def _without_classes(tree: Tree) -> bool:
 
     folders = {posixpath.dirname(path) for path in tree.images}
     return len({tuple(filter(could_be_class, folder.split("/"))) for folder in folders}) == 1
-
-
-def _split_of(table: Table) -> str | None:
-    """Return the split that the name of a table states, such as train.csv."""
-    name = posixpath.basename(table.path).rpartition(".")[0]
-    return name if loose_role(name) else None
 
 
 def _requested(path: Path, label_column: str | None) -> tuple[Tree, list[Table]]:
@@ -247,7 +176,7 @@ def _as_listed(table: Table, find: ImageFinder, needed: float) -> Table | None:
     has_header = FILE_COLUMN.search(best) or any(name.casefold() in (SPLIT, *LABEL_NAMES) for name in table.columns)
     is_text = table.path.lower().endswith((".csv", ".tsv"))
     if is_text and not has_header and find.candidates(table, best):  # the first row is not a header
-        rows = [typed([str(name), *_as_text(values)]) for name, values in table.columns.items()]
+        rows = [TextColumn(chain([name], _texts_of(values))) for name, values in table.columns.items()]
         names = [str(i) for i in range(len(rows))]
         place = list(table.columns).index(best)
         names[place] = FILE_NAME
@@ -283,8 +212,8 @@ def _file_column(table: Table, find: ImageFinder, needed: float) -> str | None:
     return likely[0] if likely else None
 
 
-def _as_text(values: Iterable[Any]) -> list[str]:
-    return ["" if value is None else str(value) for value in values]
+def _texts_of(values: Sequence[Any]) -> Iterable[str]:
+    return values.texts if isinstance(values, TextColumn) else ("" if v is None else str(v) for v in values)
 
 
 def _images_around(path: Path, columns: Iterable[Sequence[Any]]) -> Tree:
@@ -292,11 +221,15 @@ def _images_around(path: Path, columns: Iterable[Sequence[Any]]) -> Tree:
     folder = path.parent
     inner: set[str] = set()
     for values in columns:
-        texts = [value for value in values if isinstance(value, str)]
-        sample = texts[:: max(1, len(texts) // 50)]
+        count = sum(isinstance(value, str) for value in values)
+        sample = list(islice(_strings(values), 0, None, max(1, count // 50)))
         if 2 * sum(_is_file(folder / text) for text in sample) > len(sample):
-            inner |= {os.path.dirname(text) for text in texts}
+            inner.update(map(os.path.dirname, _strings(values)))
     return _list_folders(folder, inner) if inner else walk(folder)
+
+
+def _strings(values: Iterable[Any]) -> Iterator[str]:
+    return (value for value in values if isinstance(value, str))
 
 
 def _is_file(path: Path) -> bool:
@@ -312,22 +245,21 @@ def _list_folders(folder: Path, inner: Iterable[str]) -> Tree:
     places = sorted({os.path.normpath(os.path.join(top, place)) for place in inner if "\0" not in place})
     places = [place for place in places if os.path.isdir(place)]
     root = os.path.commonpath([top, *places])
-    found: list[tuple[str, int]] = []
+    entries: list[str] = []
     for place in places:
         start = os.path.relpath(place, root).replace(os.sep, "/")
         for name, size in _images_in(place):
-            found.append((name if start == "." else f"{start}/{name}", size))
-    found.sort(key=lambda entry: entry[0].split("/"))
-    return Tree(root=Path(root), images=[name for name, _ in found], sizes=[size for _, size in found])
+            entries.append(image_entry(name if start == "." else f"{start}/{name}", size))
+    images, sizes = sorted_images(entries)
+    return Tree(root=Path(root), images=images, sizes=sizes)
 
 
-def _images_in(folder: str) -> list[tuple[str, int]]:
-    """Return names and sizes of the images in a folder; the size of a dangling link is -1.
+def _images_in(folder: str) -> Iterator[tuple[str, int]]:
+    """Yield names and sizes of the images in a folder; the size of a dangling link is -1.
 
     Raises:
         RequestError: If the folder cannot be read.
     """
-    found = []
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
@@ -335,12 +267,11 @@ def _images_in(folder: str) -> list[tuple[str, int]]:
                     try:
                         status = entry.stat()
                     except OSError:
-                        found.append((entry.name, -1))
+                        yield entry.name, -1
                         continue
                     if not stat.S_ISDIR(status.st_mode):
-                        found.append((entry.name, status.st_size))
+                        yield entry.name, status.st_size
     except OSError as error:
         raise RequestError(
             f"the folder {printable(folder)} cannot be read: {(error.strerror or '').lower()}"
         ) from error
-    return found

@@ -1,8 +1,10 @@
 """Infer splits from the names of folders and files, and class names from labels."""
 
+import posixpath
 import re
 import unicodedata
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Literal
 
 from resnext_hub.errors import RequestError
@@ -35,10 +37,22 @@ def split_keyword(name: str) -> str | None:
     return keywords[0] if len({_role_of(word) for word in keywords}) == 1 else None
 
 
+@lru_cache(maxsize=1 << 12)
 def loose_role(name: str) -> Role | None:
     """Return the role of a split whose name contains one as a word, such as `seg_train` or `test_set`."""
     keyword = split_keyword(name)
     return _role_of(keyword) if keyword else None
+
+
+def split_folder(path: str) -> str | None:
+    """Return the topmost folder of a path that is named like a split; an exact name precedes one that contains it."""
+    return _topmost_split(posixpath.dirname(path))
+
+
+@lru_cache(maxsize=1 << 12)
+def _topmost_split(folder: str) -> str | None:
+    parts = folder.split("/")
+    return next(filter(split_role, parts), None) or next(filter(loose_role, parts), None)
 
 
 def likely_splits(splits: Iterable[str], role: Role | Literal["test"]) -> list[str]:

@@ -1,6 +1,6 @@
 """The interface of dataset layouts, and the opened dataset."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,7 +26,7 @@ class OpenDataset:
     tables: "dict[str, datasets.Dataset | datasets.IterableDataset]"
     parts: dict[str, tuple[Part, ...]] = field(default_factory=dict)
     """The files of each split in the order of their rows; empty if a split is not made of several files."""
-    files: tuple[tuple[str, int], ...] = ()
+    files: Sequence[tuple[str, int]] = ()
     """Names and sizes of the files, for the fingerprint."""
     roots: tuple[str, ...] | None = ()
     """Folders that must contain the files that rows refer to by path; None if the paths were listed locally."""

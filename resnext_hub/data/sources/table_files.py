@@ -4,12 +4,13 @@ import codecs
 import csv
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from resnext_hub.data.sources.parquet import DAMAGED
+from resnext_hub.data.sources.texts import TextColumn, Texts
 from resnext_hub.data.sources.walk import is_image
 from resnext_hub.errors import RequestError, one_line
 from resnext_hub.files import FileTooLargeError, read_regular
@@ -33,7 +34,7 @@ MAX_ROWS = 10_000_000
 MAX_OTHERS = 16
 """Number of columns that are kept in addition to the wanted ones."""
 
-Columns = dict[str, list[Any]]
+Columns = dict[str, Sequence[Any]]
 
 
 def read_table(path: Path, wanted: Collection[str], images: int | None = None) -> tuple[Columns, list[str]]:
@@ -116,6 +117,7 @@ def _lines(text: str) -> Iterator[str]:
 
 def _read_csv(data: bytes, kept: _Kept) -> Columns:
     text = re.sub(r"\A(?:[ \t]*\r?\n)+", "", as_text(data))
+    del data  # which may have hundreds of megabytes
     stated = re.match(r"sep=([,;|\t])\r?\n", text, re.IGNORECASE)  # as Excel writes it
     text = text[stated.end() :] if stated else text
     delimiter = stated[1] if stated else _delimiter_of(next(_lines(text), ""))
@@ -128,7 +130,7 @@ def _read_csv(data: bytes, kept: _Kept) -> Columns:
         rows, names = chain([first], rows), [str(i) for i in range(len(names))]
     _reject_repeated(names)
     # a column without a name is the index that pandas writes
-    places = [(i, list[Any]()) for i, name in enumerate(names) if name and kept.keeps(name)]
+    places = [(i, Texts()) for i, name in enumerate(names) if name and kept.keeps(name)]
     count = 0
     for number, row in rows:
         if not any(map(str.strip, row)):
@@ -139,7 +141,7 @@ def _read_csv(data: bytes, kept: _Kept) -> Columns:
         kept.check(count)
         for i, column in places:
             column.append(row[i])
-    return {names[i]: typed(column) for i, column in places}
+    return {names[i]: TextColumn(column) for i, column in places}
 
 
 def _delimiter_of(header: str) -> str:
@@ -169,21 +171,11 @@ def _stripped(text: str, delimiter: str) -> Iterator[str]:
             yield parts.sub(kept, row)[1:-1]
 
 
-def typed(values: list[str]) -> list[Any]:
-    """Return the values of a CSV column as integers or floats if all of them are, with None for empty ones."""
-    if all(not value or re.fullmatch(r"-?(0|[1-9]\d*)", value, re.ASCII) for value in values):  # 007 is text
-        return [int(value) if value else None for value in values]
-    number = r"[-+]?\d*\.\d+([eE][-+]?\d+)?|[-+]?\d+\.?|nan"
-    if all(not value or re.fullmatch(number, value, re.ASCII) for value in values) and any("." in v for v in values):
-        return [float(value) if value else None for value in values]
-    return [value or None for value in values]
-
-
 def _read_jsonl(data: bytes, kept: _Kept) -> Columns:
     import msgspec
 
     decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
-    columns: Columns = {}
+    columns: dict[str, list[Any]] = {}
     count = 0
     for number, line in enumerate(_lines(as_text(data)), start=1):
         if not line.strip():
@@ -225,7 +217,7 @@ def _read_parquet(data: bytes, kept: _Kept) -> Columns:
         features = datasets.Features.from_arrow_schema(pyarrow.schema(fields, metadata=schema.metadata))
     except DAMAGED as error:
         raise ValueError(f"its description of the columns is damaged ({one_line(error)})") from error
-    columns = {name: _values(table[name]) for name in table.column_names}
+    columns: Columns = {name: _values(table[name]) for name in table.column_names}
     for name, feature in features.items():
         if isinstance(feature, datasets.ClassLabel):
             columns[name] = [None if value is None else feature.int2str(value) for value in columns[name]]

@@ -4,18 +4,21 @@ Each row has the path of an image relative to the table, in the column `file_nam
 is in a column called `split`, or in one that contains only names of splits.
 """
 
-import os
 import posixpath
 import re
-import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import compress
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from resnext_hub.data.sources.finders import Find, finder
 from resnext_hub.data.sources.folders import image_table
-from resnext_hub.data.sources.names import EVAL_NAMES, TRAIN_NAMES, likely_splits, loose_role, split_role
+from resnext_hub.data.sources.names import EVAL_NAMES, TRAIN_NAMES, likely_splits, loose_role, split_folder, split_role
 from resnext_hub.data.sources.source import OpenDataset
 from resnext_hub.data.sources.table_files import Columns, read_table
+from resnext_hub.data.sources.texts import Files
 from resnext_hub.data.sources.walk import Tree, ignored
 from resnext_hub.errors import RequestError, one_line, setting
 from resnext_hub.text import listing, printable
@@ -123,7 +126,7 @@ def label_column_of(tree: Tree, tables: Sequence[Table], requested: str | None, 
     if requested is None and not classless and not folders & {table.folder for table in tables}:
         return None
     others = [name for name in columns if name not in (FILE_NAME, *splits)]
-    classless = classless or len(folders) == 1 or all(map(_split_folder, tree.images))
+    classless = classless or len(folders) == 1 or all(map(split_folder, tree.images))
     if len(others) == 1 and requested is None and classless:
         return others[0]
     where = printable(tree.root / tables[0].path)
@@ -157,14 +160,13 @@ def _holds_splits(tables: Sequence[Table], name: str) -> bool:
     """Return whether a column is called `split`, or contains only names of splits and is not named like labels."""
     if name.casefold() in (SPLIT, *LABEL_NAMES):
         return name.casefold() == SPLIT
-    values = {str(value) for table in tables for value in table.columns.get(name, ()) if value is not None}
-    return bool(values) and (
-        all(map(split_role, values)) or {loose_role(value) for value in values} == {"train", "eval"}
-    )
-
-
-Find = Callable[[Table, str], int | None]
-"""Finds the image of a row, given the table and the file name."""
+    names: set[str] = set()
+    for value in (value for table in tables for value in table.columns.get(name, ()) if value is not None):
+        if str(value) not in names:
+            if not split_role(str(value)) and not loose_role(str(value)):
+                return False  # early, because most columns have other values, perhaps a million of them
+            names.add(str(value))
+    return bool(names) and (all(map(split_role, names)) or {loose_role(value) for value in names} == {"train", "eval"})
 
 
 def open_tables(
@@ -185,28 +187,13 @@ def open_tables(
         RequestError: If no row has a file, or a file has two labels or two splits.
     """
     _require_one_label_column(tree, tables, label_column)
-    find = find or finder(tree)
-    labels: dict[int, Any] = {}
-    splits: dict[int, str] = {}
-    missing: list[str] = []
     tables = [table for table in tables if label_column in table.columns]
     split_column = _split_column_of(tree, tables, label_column)
-    for table in tables:
-        wanted = table.columns.get(split_column or "", [None] * table.rows)
-        for name, label, split in zip(table.columns[FILE_NAME], table.columns[label_column], wanted, strict=True):
-            place = find(table, str(name))
-            if place is None:
-                missing.append(str(name))
-                continue
-            first = labels.setdefault(place, label)
-            if first is not label and first != label:  # a NaN differs from itself
-                _reject_two(tree, table, name, "labels", first, label)
-            stated = "" if split is None else str(split).strip()
-            if stated and splits.setdefault(place, stated) != stated:
-                _reject_two(tree, table, name, "splits", splits[place], stated)
+    rows = _match(tree, tables, label_column, split_column, find or finder(tree))
+    del find  # its index
     where = printable(tree.root / tables[0].path)
-    if not labels:
-        example = f", such as {printable(missing[0])}" if missing else ""
+    if not rows.images:
+        example = f", such as {printable(rows.example)}" if rows.missing else ""
         raise RequestError(
             f"none of the files in {where} exists{example}; expected {FILE_NAME} to be the path relative to the table"
         )
@@ -217,31 +204,79 @@ def open_tables(
     unused = dict.fromkeys(name for table in tables for name in (*table.columns, *table.skipped) if name not in used)
     if unused:
         notes.append(f"unused columns: {listing(unused)}")
-    unlabelled = [path for i, path in enumerate(tree.images) if i not in labels]
-    if missing:
-        notes.append(f"ignored {len(missing)} rows whose file does not exist, such as {printable(missing[0])}")
+    unlabelled = [path for path, label in zip(tree.images, rows.labels, strict=True) if label is _NO_ROW]
+    if rows.missing:
+        notes.append(f"ignored {rows.missing} rows whose file does not exist, such as {printable(rows.example)}")
     if unlabelled:
         notes.append(f"ignored {len(unlabelled)} images without a row, such as {printable(unlabelled[0])}")
-    roles = [{_role_of(path) for path in part} for part in ((tree.images[i] for i in labels), unlabelled)]
+    roles = [{_role_of(path) for path in part} for part in ((tree.images[i] for i in rows.images), unlabelled)]
     if "train" in roles[1] - roles[0] and "eval" in roles[0]:
         raise RequestError(
             f"{where} labels only an evaluation split, and the training split has no labels; add a metadata.csv for "
             f"it, or move {printable(tables[0].path)} elsewhere"
         )
-    if split_column and splits:
-        splits = _require_all(tree, splits, labels, f"the column {printable(split_column)} of {where}")
-        _require_evaluation(sorted(set(splits.values())), where, eval_split)
+    if split_column and any(rows.splits):
+        splits = _require_all(tree, rows, f"the column {printable(split_column)} of {where}")
+        _require_evaluation(sorted(set(splits)), where, eval_split)
     else:
-        splits = _splits_of(tree, labels, where)
+        splits = _splits_of(tree, rows, where)
+    parts = {split: array("q", compress(rows.images, map(split.__eq__, splits))) for split in sorted(set(splits))}
     return OpenDataset(
-        tables={
-            split: _image_table(tree, [i for i in sorted(labels) if splits[i] == split], label_column, labels, where)
-            for split in sorted(set(splits.values()))
-        },
-        files=tuple((tree.images[i], tree.sizes[i]) for i in sorted(labels)),
+        tables={split: _image_table(tree, part, label_column, rows.labels, where) for split, part in parts.items()},
+        files=Files(tree.images, tree.sizes, rows.images),
         roots=None,
         notes=tuple(notes),
     )
+
+
+_NO_ROW = object()
+"""In place of the label of an image without a row."""
+
+
+@dataclass
+class _Rows:
+    """What the rows of tables state about the images."""
+
+    labels: list[Any]
+    """Label of each image of the dataset, or `_NO_ROW`."""
+    splits: list[str]
+    """Split of each image according to a column; empty if there is none."""
+    missing: int = 0
+    """Number of rows without an image."""
+    example: str = ""
+    """The file name of the first of them."""
+
+    @cached_property
+    def images(self) -> Sequence[int]:
+        """Indices of the images that have a row."""
+        return array("q", (i for i, label in enumerate(self.labels) if label is not _NO_ROW))
+
+
+def _match(tree: Tree, tables: Sequence[Table], label_column: str, split_column: str | None, find: Find) -> _Rows:
+    """Return the label and the split of each image.
+
+    Raises:
+        RequestError: If an image has two labels or two splits.
+    """
+    found = _Rows([_NO_ROW] * len(tree.images), [""] * len(tree.images))
+    for table in tables:
+        wanted = table.columns.get(split_column or "", [None] * table.rows)
+        for name, label, split in zip(table.columns[FILE_NAME], table.columns[label_column], wanted, strict=True):
+            place = find(table, str(name))
+            if place is None:
+                found.example = found.example if found.missing else str(name)
+                found.missing += 1
+                continue
+            first = found.labels[place]
+            if first is _NO_ROW:
+                found.labels[place] = label
+            elif first is not label and first != label:  # a NaN differs from itself
+                _reject_two(tree, table, name, "labels", first, label)
+            stated = "" if split is None else str(split).strip()
+            if stated and found.splits[place] not in ("", stated):
+                _reject_two(tree, table, name, "splits", found.splits[place], stated)
+            found.splits[place] = stated or found.splits[place]
+    return found
 
 
 def _reject_two(tree: Tree, table: Table, name: Any, what: str, first: Any, second: Any) -> NoReturn:
@@ -295,53 +330,20 @@ def _require_one_label_column(tree: Tree, tables: Sequence[Table], label_column:
             )
 
 
-_ODD_PATH = re.compile(r"[^\x20-\x7e]|\\|//|(?:^|/)\.{1,2}(?:/|$)|^/|/$")
-"""Paths that could refer to a file although they are spelled differently from its own."""
-
-
-def finder(tree: Tree) -> Find:
-    """Return a function that finds the image of a row by its path relative to the table.
-
-    File names may be absolute, contain backslashes, or differ from the file's path in Unicode normalization.
-    """
-    exact = {path: i for i, path in enumerate(tree.images)}
-    alike: dict[str, int | None] = {}
-    for path, i in exact.items():
-        if not path.isascii():
-            normal = unicodedata.normalize("NFC", path)
-            alike[normal] = None if normal in alike else i
-    roots = [os.path.join(folder, "") for folder in (os.path.abspath(tree.root), os.path.realpath(tree.root))]
-
-    def find(table: Table, name: str) -> int | None:
-        folder = table.folder
-        place = exact.get(f"{folder}/{name}" if folder else name)
-        if place is not None or not _ODD_PATH.search(name):
-            return place
-        for written in (name, name.replace("\\", "/")):
-            path = posixpath.normpath(posixpath.join(folder, written))
-            for root in roots:
-                path = path.removeprefix(root)
-            place = exact.get(path, alike.get(unicodedata.normalize("NFC", path)))
-            if place is not None:
-                return place
-        return None
-
-    return find
-
-
-def _require_all(tree: Tree, splits: dict[int, str], labels: dict[int, Any], where: str) -> dict[int, str]:
-    """Return the splits from a column after checking it.
+def _require_all(tree: Tree, rows: _Rows, where: str) -> list[str]:
+    """Return the split of each image with a row after checking the column of splits.
 
     Raises:
         RequestError: If the column is empty for some images, or the names of splits differ only in case.
     """
-    without = [i for i in labels if i not in splits]
+    without = [i for i in rows.images if not rows.splits[i]]
     if without:
         raise RequestError(
-            f"{where} is empty for {len(without)} of {len(labels)} images, such as "
+            f"{where} is empty for {len(without)} of {len(rows.images)} images, such as "
             f"{printable(tree.images[without[0]])}; complete or remove it"
         )
-    names = sorted(set(splits.values()))
+    splits = [rows.splits[i] for i in rows.images]
+    names = sorted(set(splits))
     if len({name.casefold() for name in names}) < len(names):
         raise RequestError(
             f"{where} has the splits {listing(names)}, some of which differ only in case; use one spelling for each"
@@ -349,41 +351,36 @@ def _require_all(tree: Tree, splits: dict[int, str], labels: dict[int, Any], whe
     return splits
 
 
-def _splits_of(tree: Tree, labels: dict[int, Any], where: str) -> dict[int, str]:
-    """Return the split of each image: the topmost of its folders that is named like one.
+def _splits_of(tree: Tree, rows: _Rows, where: str) -> list[str]:
+    """Return the split of each image with a row: the topmost of its folders that is named like one.
 
     Folders that only contain the name of a split, such as training_set/ and test_set/, are splits if they have a label
     in common; bullet_train/ and test_tube/ could be classes.
     """
-    found = {i: _split_folder(tree.images[i]) for i in sorted(labels)}
-    names = {split for split in found.values() if split is not None}
-    inside = {
-        role: {str(labels[i]) for i, split in found.items() if split and loose_role(split) == role}
-        for role in ("train", "eval")
-    }
+    found = [split_folder(tree.images[i]) for i in rows.images]
+    names = {split for split in found if split is not None}
+    inside: dict[str | None, set[str]] = {"train": set(), "eval": set()}
+    for i, split in zip(rows.images, found, strict=True):
+        if split:
+            inside[loose_role(split)].add(str(rows.labels[i]))
     exact = {split_role(name) for name in names} >= {"train", "eval"}
     if not all(inside.values()) or not (exact or inside["train"] & inside["eval"]):
-        return dict.fromkeys(found, "train")
-    outside = [tree.images[i] for i, split in found.items() if split is None]
+        return ["train"] * len(found)
+    outside = [tree.images[i] for i, split in zip(rows.images, found, strict=True) if split is None]
     if outside:
         raise RequestError(
             f"{where} labels images of the splits {listing(sorted(names))} and {len(outside)} images outside them, "
             f"such as {printable(outside[0])}; add a column named split"
         )
-    return {i: str(split) for i, split in found.items()}
-
-
-def _split_folder(path: str) -> str | None:
-    folders = path.split("/")[:-1]
-    return next(filter(split_role, folders), None) or next(filter(loose_role, folders), None)
+    return [str(split) for split in found]
 
 
 def _role_of(path: str) -> str | None:
-    folder = _split_folder(path)
+    folder = split_folder(path)
     return loose_role(folder) if folder else None
 
 
-def _image_table(tree: Tree, images: Sequence[int], column: str, labels: dict[int, Any], where: str) -> Any:
+def _image_table(tree: Tree, images: Sequence[int], column: str, labels: Sequence[Any], where: str) -> Any:
     import datasets
     import pyarrow
 

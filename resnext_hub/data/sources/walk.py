@@ -2,8 +2,9 @@
 
 import os
 import re
+from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableSequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,7 +35,7 @@ class Tree:
     root: Path
     images: list[str] = field(default_factory=list)
     """Files with the suffix of an image, sorted by the parts of their paths, including dangling links."""
-    sizes: list[int] = field(default_factory=list)
+    sizes: MutableSequence[int] = field(default_factory=lambda: array("q"))
     """Size in bytes of each image; -1 for a dangling link."""
     others: list[str] = field(default_factory=list)
     """All other files that are not hidden."""
@@ -67,7 +68,7 @@ def walk(root: Path) -> Tree:
         raise RequestError(f"{printable(root)} is the root of the file system; expected a folder of images")
     above = [*map(str, top.parents), *_NEVER_ENTERED]
     seen = {_identity(folder) for folder in above if os.path.isdir(folder)}
-    found: list[tuple[str, int]] = []
+    found = list[str]()
     folders, links = [""], list[str]()
     while folders or links:
         if not folders:
@@ -86,11 +87,26 @@ def walk(root: Path) -> Tree:
             raise RequestError(
                 f"{where} cannot be read: {reason}; fix its permissions, or move it out of the dataset"
             ) from error
-    found.sort(key=lambda entry: entry[0].split("/"))
-    tree.images = [path for path, _ in found]
-    tree.sizes = [size for _, size in found]
+    tree.images, tree.sizes = sorted_images(found)
     tree.others.sort()
     return tree
+
+
+def image_entry(path: str, size: int) -> str:
+    """Return the path and size of an image as one string for `sorted_images`, which takes less memory than a pair."""
+    sortable = path.replace("/", "\0")  # no name contains it, and it sorts before all characters, as parts do
+    return f"{sortable}\0\0{size}"
+
+
+def sorted_images(entries: list[str]) -> tuple[list[str], MutableSequence[int]]:
+    """Sort entries from `image_entry` in place by the parts of their paths; return the paths, and the size of each."""
+    entries.sort()
+    sizes = array("q")
+    for i, entry in enumerate(entries):
+        path, _, size = entry.partition("\0\0")
+        entries[i] = path.replace("\0", "/")
+        sizes.append(int(size))
+    return entries, sizes
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -102,36 +118,37 @@ def list_images(folder: Path) -> list[Path]:
     return [folder / path for path in walk(folder).images]
 
 
-def _scan(tree: Tree, place: str, found: list[tuple[str, int]], folders: list[str], links: list[str]) -> None:
-    with os.scandir(os.path.join(tree.root, place)) as entries:
-        inside = list(entries)
-    if place and is_run_folder({entry.name for entry in inside}):
-        tree.runs.append(place)
-        return
+def _scan(tree: Tree, place: str, found: list[str], folders: list[str], links: list[str]) -> None:
+    folder = os.path.join(tree.root, place)
     if place:
+        with os.scandir(folder) as entries:
+            if is_run_folder(entry.name for entry in entries):
+                tree.runs.append(place)
+                return
         tree.folders.append(place)
-    for entry in inside:
-        path = f"{place}/{entry.name}" if place else entry.name
-        is_link = entry.is_symlink()
-        if _is_folder(entry):
-            if is_hidden(entry.name):
-                tree.junk.append(path)
+    with os.scandir(folder) as entries:  # once more, because the entries of a large folder take much memory
+        for entry in entries:
+            path = f"{place}/{entry.name}" if place else entry.name
+            is_link = entry.is_symlink()
+            if _is_folder(entry):
+                if is_hidden(entry.name):
+                    tree.junk.append(path)
+                else:
+                    (links if is_link else folders).append(path)
+            elif is_hidden(entry.name):
+                tree.hidden += 1
+            elif is_image(entry.name):
+                found.append(image_entry(path, _size(entry, is_link)))
+            elif is_link and not os.path.exists(entry.path):
+                tree.dangling.append(path)
             else:
-                (links if is_link else folders).append(path)
-        elif is_hidden(entry.name):
-            tree.hidden += 1
-        elif is_image(entry.name):
-            found.append((path, _size(entry, is_link)))
-        elif is_link and not os.path.exists(entry.path):
-            tree.dangling.append(path)
-        else:
-            tree.others.append(path)
+                tree.others.append(path)
 
 
 def is_run_folder(names: Iterable[str]) -> bool:
     """Return whether a folder with these entries is a run folder."""
-    names = set(names)
-    return "config.yaml" in names and bool(_RUN_MARKS & names)
+    marks = {name for name in names if name == "config.yaml" or name in _RUN_MARKS}
+    return "config.yaml" in marks and len(marks) > 1
 
 
 def is_hidden(name: str) -> bool:
