@@ -38,7 +38,10 @@ def finder(tree: Tree) -> Find:
     roots = [os.path.join(folder, "") for folder in (os.path.abspath(tree.root), os.path.realpath(tree.root))]
 
     def exact(path: str) -> int | None:
-        return next((i for i in index.find(path) if tree.images[i] == path), None)
+        for i in index.find(path):
+            if tree.images[i] == path:
+                return i
+        return None
 
     def find(table: "Table", name: str) -> int | None:
         folder = table.folder
@@ -70,9 +73,10 @@ class ImageFinder:
         self._tree = tree
         self._exact = finder(tree)
         self._root = unicodedata.normalize("NFC", os.path.abspath(tree.root)).split("/")
-        folders = {posixpath.dirname(path) for path in tree.images}
-        self._folders = {part for folder in folders for part in unicodedata.normalize("NFC", folder).split("/")}
-        self._depth = len(self._root) + max((folder.count("/") + 1 for folder in folders), default=0)
+        self._folders = {
+            part for folder in tree.image_folders for part in unicodedata.normalize("NFC", folder).split("/")
+        }
+        self._depth = len(self._root) + max((folder.count("/") + 1 for folder in tree.image_folders), default=0)
         self._ends: dict[tuple[int, str | None], _Ends] = {}
         self.count = len(tree.images)
 
@@ -134,7 +138,8 @@ class _Ends:
 
     def _keys(self, path: str) -> tuple[str, str]:
         """Return the end of a path with and without the suffix of the file; impossible ones for a path without it."""
-        *folders, name = unicodedata.normalize("NFC", path).split("/")
+        folder, _, name = unicodedata.normalize("NFC", path).rpartition("/")
+        folders = folder.split("/") if folder and (self._depth or self._within) else []
         if self._within is not None and self._within not in folders:
             return _NOTHING
         if self._depth:

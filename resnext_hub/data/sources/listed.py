@@ -6,10 +6,9 @@ images contains the file names. They may lack folders or the suffix, as long as 
 
 import logging
 import os
-import posixpath
 import re
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -68,15 +67,16 @@ class ListedImages:
 
     def open(self, request: "Request") -> OpenDataset:
         """Open the images that it lists."""
-        return _open(request, request.tree, request.listed)
+        return _open(request, request.tree, request.listed, request.finder)
 
 
-def find_listed(tree: Tree, requested: str | None) -> list[Table]:
+def find_listed(tree: Tree, requested: str | None, find: Callable[[], ImageFinder]) -> list[Table]:
     """Return the table that lists the images of a folder without class folders, or those of its splits.
 
     Args:
         tree: The files of the dataset.
         requested: The requested label column.
+        find: Returns what finds the image of a row; only called if there is a table.
 
     Raises:
         RequestError: If several tables list images and are not those of splits, or the only table cannot be read.
@@ -84,7 +84,7 @@ def find_listed(tree: Tree, requested: str | None) -> list[Table]:
     if not tree.images or not _without_classes(tree):
         return []
     wanted = {SPLIT, *LABEL_NAMES, requested or SPLIT}
-    find, found, errors = ImageFinder(tree), list[Table](), list[RequestError]()
+    found, errors = list[Table](), list[RequestError]()
     for path in tree.others:
         if path.lower().endswith(LABEL_TABLES):
             try:
@@ -95,7 +95,7 @@ def find_listed(tree: Tree, requested: str | None) -> list[Table]:
                 errors.append(error)
                 continue
             read = Table(path, columns, tuple(skipped))
-            table = _as_listed(read, find, needed=0.0 if split_of(read) else 0.5)
+            table = _as_listed(read, find(), needed=0.0 if split_of(read) else 0.5)
             if table is not None and len(table.columns) > 1:
                 found.append(table)
     if not found and errors:
@@ -112,11 +112,11 @@ def find_listed(tree: Tree, requested: str | None) -> list[Table]:
     ]
 
 
-def _open(request: "Request", tree: Tree, tables: list[Table]) -> OpenDataset:
+def _open(request: "Request", tree: Tree, tables: list[Table], find: ImageFinder) -> OpenDataset:
     request.require_no_streaming()
     label_column = label_column_of(tree, tables, request.config.label_column, classless=True)
     assert label_column is not None
-    opened = open_tables(tree, tables, label_column, request.config.eval_split, ImageFinder(tree))
+    opened = open_tables(tree, tables, label_column, request.config.eval_split, find)
     return opened.with_notes(ignored(tree, [table.path for table in tables]))
 
 
@@ -135,12 +135,11 @@ def _without_classes(tree: Tree) -> bool:
     def could_be_class(name: str) -> bool:
         return loose_role(name) is None and name.lower() not in IMAGE_FOLDERS
 
-    folders = {posixpath.dirname(path) for path in tree.images}
-    return len({tuple(filter(could_be_class, folder.split("/"))) for folder in folders}) == 1
+    return len({tuple(filter(could_be_class, folder.split("/"))) for folder in tree.image_folders}) == 1
 
 
-def _requested(path: Path, label_column: str | None) -> tuple[Tree, list[Table]]:
-    """Return the images around a requested table, and the table.
+def _requested(path: Path, label_column: str | None) -> tuple[Tree, list[Table], ImageFinder]:
+    """Return the images around a requested table, the table, and what finds the image of a row.
 
     Raises:
         RequestError: If none of its columns contains names of images.
@@ -148,7 +147,8 @@ def _requested(path: Path, label_column: str | None) -> tuple[Tree, list[Table]]
     columns, skipped = read_table(path, {SPLIT, *LABEL_NAMES, label_column or SPLIT})
     tree = _images_around(path, columns.values())
     name = os.path.relpath(path.absolute(), tree.root.absolute()).replace(os.sep, "/")
-    table = _as_listed(Table(name, columns, tuple(skipped)), ImageFinder(tree), needed=0.0)
+    find = ImageFinder(tree)
+    table = _as_listed(Table(name, columns, tuple(skipped)), find, needed=0.0)
     if table is None:
         texts = (str(value) for values in columns.values() for value in values[:1] if isinstance(value, str))
         example = next(filter(is_image, texts), None)
@@ -159,7 +159,7 @@ def _requested(path: Path, label_column: str | None) -> tuple[Tree, list[Table]]
             else f"{printable(path)} has no column of images, or of the names of images in {printable(path.parent)}; "
             f"its columns: {listing(columns)}"
         )
-    return tree, [table]
+    return tree, [table], find
 
 
 def _as_listed(table: Table, find: ImageFinder, needed: float) -> Table | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from resnext_hub.data.config import DataConfig
 from resnext_hub.data.sources.digits import BUNDLED
+from resnext_hub.data.sources.finders import ImageFinder
 from resnext_hub.data.sources.listed import find_listed
 from resnext_hub.data.sources.parquet import has_images, parquet_files, read_part
 from resnext_hub.data.sources.refusals import LAYOUTS, reject_linked_splits
@@ -94,7 +95,12 @@ class Request:
         """
         if self.tables or self.config.layout is not None:
             return []
-        return find_listed(self.tree, self.config.label_column)
+        return find_listed(self.tree, self.config.label_column, lambda: self.finder)
+
+    @cached_property
+    def finder(self) -> ImageFinder:
+        """What finds the images that tables list."""
+        return ImageFinder(self.tree)
 
     @cached_property
     def webdataset(self) -> list[str]:

@@ -122,7 +122,7 @@ def label_column_of(tree: Tree, tables: Sequence[Table], requested: str | None, 
         for table in tables:
             _reject_other_classes(tree, table)
         return known[0]
-    folders = {posixpath.dirname(path) for path in tree.images}
+    folders = tree.image_folders
     if requested is None and not classless and not folders & {table.folder for table in tables}:
         return None
     others = [name for name in columns if name not in (FILE_NAME, *splits)]
@@ -190,7 +190,6 @@ def open_tables(
     tables = [table for table in tables if label_column in table.columns]
     split_column = _split_column_of(tree, tables, label_column)
     rows = _match(tree, tables, label_column, split_column, find or finder(tree))
-    del find  # its index
     where = printable(tree.root / tables[0].path)
     if not rows.images:
         example = f", such as {printable(rows.example)}" if rows.missing else ""

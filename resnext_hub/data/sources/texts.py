@@ -163,14 +163,21 @@ class NameIndex:
 
         hashes = numpy.fromiter(map(hash, names), numpy.int64)
         order = numpy.argsort(hashes, kind="stable")
+        hashes = hashes[order]
+        bits = max(len(hashes).bit_length() - 1, 1)
+        self._half, self._shift = 1 << (bits - 1), 64 - bits
+        # buckets of hashes with the same first bits, about two in each
+        bounds = numpy.arange(-self._half, self._half, dtype=numpy.int64) << self._shift
+        starts = numpy.append(numpy.searchsorted(hashes, bounds), len(hashes))
         # arrays of the standard library return their elements sooner than NumPy's
-        self._places = array("q", order.tobytes())
-        self._hashes = array("q", hashes[order].tobytes())
+        self._hashes = array("q", hashes.tobytes())
+        self._places, self._starts = (array("i", values.astype(numpy.int32).tobytes()) for values in (order, starts))
 
     def find(self, name: str) -> Iterator[int]:
         """Yield the places of a name in their order, and perhaps those of other names."""
         wanted = hash(name)
-        at = bisect_left(self._hashes, wanted)
+        bucket = (wanted >> self._shift) + self._half
+        at = bisect_left(self._hashes, wanted, self._starts[bucket], self._starts[bucket + 1])
         while at < len(self._hashes) and self._hashes[at] == wanted:
             yield self._places[at]
             at += 1

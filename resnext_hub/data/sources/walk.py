@@ -6,6 +6,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, MutableSequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from resnext_hub.errors import RequestError
@@ -51,6 +52,11 @@ class Tree:
     """Links to folders that were found elsewhere, or that contain the dataset itself."""
     dangling: list[str] = field(default_factory=list)
     """Dangling links without the suffix of an image."""
+
+    @cached_property
+    def image_folders(self) -> set[str]:
+        """The folders that images are in."""
+        return {path.rpartition("/")[0] for path in self.images}
 
 
 def walk(root: Path) -> Tree:
