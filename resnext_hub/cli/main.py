@@ -132,6 +132,10 @@ class _PrintableFormatter(logging.Formatter):
         return "\n".join(map(printable, super().format(record).split("\n")))
 
 
+_LIBRARIES = {"huggingface_hub": "HF_HUB_VERBOSITY", "datasets": "DATASETS_VERBOSITY"}
+"""Libraries that log what they also raise, such as each failed request, with the variable that sets their level."""
+
+
 def _set_up_logging(is_main: bool) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_PrintableFormatter("%(message)s"))
@@ -139,5 +143,9 @@ def _set_up_logging(is_main: bool) -> None:
     logger.handlers = [handler]
     logger.setLevel(logging.INFO if is_main else logging.ERROR)
     logger.propagate = False
+    for name, variable in _LIBRARIES.items():
+        # their errors are raised as well, and become one line here; the variable is read when the library is imported
+        if os.environ.setdefault(variable, "error") == "error":
+            logging.getLogger(name).setLevel(logging.ERROR)
     if not is_main:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

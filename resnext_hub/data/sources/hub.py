@@ -51,7 +51,7 @@ def load_from_hub(name: str, config: str | None, revision: str | None, streaming
     """
     import datasets
     from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
 
     check_cache()
     try:
@@ -84,7 +84,8 @@ def load_from_hub(name: str, config: str | None, revision: str | None, streaming
         cause = error.__cause__ or error
         require_space(cause)
         raise RequestError(f"{name} on the Hub cannot be read: {one_line(cause)}") from error
-    except (OSError, OfflineModeIsEnabled, HfHubHTTPError) as error:  # OSError: datasets hides the connection error
+    # HTTPError: of the Hub and of its client's HTTP library; OSError: datasets hides the connection error
+    except (OSError, OfflineModeIsEnabled, HTTPError) as error:
         raise RunError(
             f"{name} is not a local folder, and the Hub could not be reached: {one_line(error)}; retry later, or use a "
             "local folder"
