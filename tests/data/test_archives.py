@@ -1,10 +1,12 @@
 """Zip and tar archives open as the folder that they contain; hostile ones write nothing outside of it."""
 
+import gzip
 import io
 import os
 import stat
 import tarfile
 import threading
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,7 @@ from pytest import LogCaptureFixture, MonkeyPatch, fixture, mark, raises
 from support.layouts import add, folders, image, shards, tarred, zipped
 
 from resnext_hub.data.config import DataConfig
-from resnext_hub.data.sources import archives, open_source
+from resnext_hub.data.sources import archives, limits, open_source
 from resnext_hub.data.splits import Splits, load_splits
 from resnext_hub.errors import RequestError, RunError
 
@@ -133,17 +135,106 @@ def tar_of(size: int, path: Path) -> Path:
 def test_a_decompression_bomb_is_refused_before_it_fills_the_disk(
     write: Callable[[int, Path], Path], name: str, tmp_path: Path, cache: Path, monkeypatch: MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(archives, "SPARE_BYTES", 1 << 20)
+    monkeypatch.setattr(limits, "SPARE_BYTES", 1 << 20)
     path = write(1 << 25, tmp_path / name)
     assert "may be a decompression bomb" in refused(path)
     assert sum(file.stat().st_size for file in cache.rglob("*") if file.is_file()) < 1 << 24
+
+
+def bomb_of_skipped_files(path: Path) -> None:
+    """Files of 4 MB that no dataset has, and hidden ones."""
+    with tarfile.open(path, "w:gz") as archive:
+        for number in range(8):
+            add(archive, f"{'.' * (number % 2)}{number}", bytes(1 << 22))
+
+
+def bomb_of_headers(path: Path) -> None:
+    """Links of a few bytes with names of half a megabyte each."""
+    with tarfile.open(path, "w:gz", format=tarfile.GNU_FORMAT) as archive:
+        for number in range(64):
+            info = tarfile.TarInfo(f".{number}/{'x' * (1 << 19)}")
+            info.type = tarfile.SYMTYPE
+            archive.addfile(info)
+
+
+def bomb_of_one_header(path: Path) -> None:
+    """A file with 32 extended headers of a megabyte."""
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 1 << 20
+    with gzip.open(path, "wb") as file:
+        for _ in range(32):
+            file.write(info.tobuf(tarfile.GNU_FORMAT) + bytes(1 << 20))
+        file.write(tarfile.TarInfo("cat/1.bmp").tobuf() + bytes(tarfile.RECORDSIZE))
+
+
+def bomb_beside_a_sample(path: Path) -> None:
+    """A WebDataset shard with a large file that is not part of a sample."""
+    with tarfile.open(path, "w:gz") as archive:
+        for number in range(4):
+            add(archive, f"{number}.jpg", image(number))
+            add(archive, f"{number}.cls", str(number % 2).encode())
+        add(archive, ".x", bytes(1 << 25))
+
+
+@mark.parametrize(
+    ("write", "words"),
+    [
+        (bomb_of_skipped_files, "may be a decompression bomb"),
+        (bomb_of_headers, "may be a decompression bomb"),
+        (bomb_of_one_header, "the headers of a file have more than 4194304 bytes"),
+        (bomb_beside_a_sample, "may be a decompression bomb"),
+    ],
+)
+def test_skipped_files_and_headers_count_toward_the_limit_of_a_bomb(
+    write: Callable[[Path], None], words: str, tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "SPARE_BYTES", 1 << 20)
+    write(tmp_path / "a.tar.gz")
+    tracemalloc.start()
+    error = refused(tmp_path / "a.tar.gz")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert words in error
+    assert peak < 1 << 24
+
+
+@mark.parametrize("write", [zipped(folders), tarred(folders, ".tar"), tarred(folders, ".tar.gz")])
+def test_a_changed_archive_is_unpacked_again_though_its_size_and_times_are_the_same(
+    write: Callable[[Path], Path], tmp_path: Path, monkeypatch: MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a")
+    stat_of = os.fstat(os.open(path, os.O_RDONLY))
+    monkeypatch.setattr(os, "fstat", lambda descriptor: stat_of)  # a file system without change times
+    before = archives._version_of(path)
+    assert archives._version_of(path) == before
+    content = bytearray(path.read_bytes())
+    for place in (3, len(content) // 2, len(content) - 3):
+        changed = content.copy()
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        assert archives._version_of(path) != before
+
+
+def test_the_version_of_a_large_archive_depends_on_the_directory_of_a_zip_but_reads_little(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for number in range(60_000):  # a directory of 5 MB
+            archive.writestr(zipfile.ZipInfo(f"{'long' * 10}/{number}"), b"")
+    with open(path, "rb") as file:
+        size = path.stat().st_size
+        start, length = archives._zip_directory(file, size)
+        file.seek(start)
+        assert file.read(4) == b"PK\x01\x02"
+        assert 4 << 20 < length < size
+        assert start + length == size - 22
+        assert archives._zip_directory(file, 100) == (0, 0)
 
 
 def test_a_zip_that_understates_its_size_is_refused(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     path = zip_of(1 << 25, tmp_path / "a.zip")
     content = path.read_bytes()
     path.write_bytes(content.replace((1 << 25).to_bytes(4, "little"), (100).to_bytes(4, "little")))
-    monkeypatch.setattr(archives, "SPARE_BYTES", 1 << 20)
+    monkeypatch.setattr(limits, "SPARE_BYTES", 1 << 20)
     assert "cannot be unpacked" in refused(path)
 
 

@@ -19,30 +19,34 @@ from typing import IO, NamedTuple
 
 from filelock import FileLock
 
+from resnext_hub.data.sources.limits import content_limit, require_room
 from resnext_hub.data.sources.parquet import pointer_reason
 from resnext_hub.data.sources.tar_files import headers, open_tar
 from resnext_hub.data.sources.walk import is_hidden
 from resnext_hub.errors import RequestError, RunError, one_line
-from resnext_hub.files import remove_folder, write_atomic
+from resnext_hub.files import remove_folder, require_regular, write_atomic
 from resnext_hub.machine import cache_folder
 from resnext_hub.text import printable
 
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 """Suffixes of archives that can be unpacked."""
 
-MAX_RATIO = 200
-"""Greatest size of the content, as a multiple of the size of the archive; images are hardly ever compressed by it."""
-
-SPARE_BYTES = 1 << 30
-"""Size of the content that is accepted in any case."""
-
 MAX_MEMBERS = 50_000_000
 """Most files in an archive."""
 
-_FORMAT = 1
+_FORMAT = 2
 """Version of the rules by which archives are unpacked; increment it when they change."""
 
 _CHUNK = 1 << 20
+
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
+"""Number and size of the samples of an archive that are part of its version."""
+
+_DIRECTORY_BYTES = 1 << 26
+"""Most bytes of the directory of a zip file that are part of its version; those of a million files."""
+
+_END_BYTES = 22 + (1 << 16)
+"""Most bytes from the last record of a zip file, which states the size of the directory, to its end."""
 
 _ENTRY = 4096
 """Bytes that each entry counts besides its content, for the file system."""
@@ -143,21 +147,45 @@ def _fill(path: Path, target: Path) -> None:
 
 
 def _version_of(path: Path) -> str:
-    """Return a digest that changes when the file is written or replaced."""
-    status = path.stat()
-    facts = (_FORMAT, str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    return hashlib.sha256(repr(facts).encode(errors="surrogateescape")).hexdigest()[:16]
+    """Return a digest that changes when the file is written or replaced.
+
+    Times may be preserved or missing, so parts of the content count as well: the start, the end, samples of the rest,
+    and the directory of a zip file, which has a checksum of each file. Of a large archive, only these parts are read.
+    """
+    require_regular(path)
+    with open(path, "rb") as file:
+        status = os.fstat(file.fileno())
+        facts = (_FORMAT, str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        digest = hashlib.sha256(repr(facts).encode(errors="surrogateescape"))
+        places = [(0, _CHUNK), (max(0, status.st_size - _CHUNK), _CHUNK)]
+        places += [(status.st_size * i // _SAMPLES, _SAMPLE_BYTES) for i in range(1, _SAMPLES)]
+        for start, length in (*places, _zip_directory(file, status.st_size)):
+            file.seek(start)
+            digest.update(file.read(length))
+    return digest.hexdigest()[:16]
+
+
+def _zip_directory(file: IO[bytes], size: int) -> tuple[int, int]:
+    """Return offset and length of the directory of a zip file, at most `_DIRECTORY_BYTES` long, or zeros."""
+    start = max(0, size - _END_BYTES)
+    file.seek(start)
+    end = file.read(_END_BYTES)
+    at = end.rfind(b"PK\x05\x06")
+    if at < 0 or len(end) < at + 16:
+        return 0, 0
+    length = min(int.from_bytes(end[at + 12 : at + 16], "little"), _DIRECTORY_BYTES, start + at)
+    return start + at - length, length
 
 
 def _unpack(path: Path, folder: Path) -> None:
-    limit = SPARE_BYTES + MAX_RATIO * path.stat().st_size
+    limit = content_limit(path)
     links: list[_Member] = []
     with _reported(path):
         for number, member in enumerate(_members(path, limit)):
             if number >= MAX_MEMBERS:
                 raise ValueError(f"it has more than {MAX_MEMBERS:,} files")
             limit -= _ENTRY + member.skipped
-            _require_room(limit)
+            require_room(limit)
             if member.path is None:
                 continue
             if member.content is None:
@@ -191,7 +219,7 @@ def _copy_links(folder: Path, links: Sequence[_Member], limit: int) -> list[_Mem
                 continue
             for file, path in found:
                 limit -= _ENTRY + file.stat().st_size
-                _require_room(limit)
+                require_room(limit)
                 place = _place(folder, path)
                 if not place.exists():
                     shutil.copyfile(file, place)
@@ -219,7 +247,7 @@ def _members(path: Path, limit: int) -> Iterator[_Member]:
     """
     if path.name.lower().endswith(".zip"):
         with zipfile.ZipFile(path) as archive:
-            _require_room(limit - sum(info.file_size for info in archive.infolist()))
+            require_room(limit - sum(info.file_size for info in archive.infolist()))
             for info in archive.infolist():
                 kept = None if info.is_dir() else _path_of(info.filename)
                 if kept is None:
@@ -279,14 +307,6 @@ def _write(content: IO[bytes], place: Path, limit: int) -> int:
     with open(place, "wb") as file:
         while chunk := content.read(_CHUNK):
             written += len(chunk)
-            _require_room(limit - written)
+            require_room(limit - written)
             file.write(chunk)
     return written
-
-
-def _require_room(left: int) -> None:
-    if left < 0:
-        raise ValueError(
-            f"its content is more than {MAX_RATIO} times as large as the archive itself, so it may be a decompression "
-            "bomb; if it is not, unpack it and use the folder"
-        )
