@@ -10,6 +10,7 @@ from resnext_hub.data.config import NO_TEST, DataConfig
 from resnext_hub.data.examine import Examined, examine_images
 from resnext_hub.data.exclude import Entry, read_exclusions
 from resnext_hub.data.images import IndexedImages
+from resnext_hub.data.sources import public_name
 from resnext_hub.data.splits import Splits, load_splits
 from resnext_hub.errors import RequestError, setting
 from resnext_hub.text import printable
@@ -53,7 +54,7 @@ def survey(config: DataConfig, workers: int | None = None) -> Survey:
         raise RequestError(f"{setting('streaming', True)}: a stream cannot be checked; omit this setting")
     loaded, splits, label_names = _all_splits(config)
     total = sum(map(len, splits.values()))
-    _logger.info("%s: reading %d images", printable(config.dataset), total)
+    _logger.info("%s: reading %d images", printable(public_name(config.dataset)), total)
     examined = examine_images(splits, workers)
     return Survey(
         label_names=label_names,

@@ -19,7 +19,8 @@ class DataConfig:
 
     dataset: str = "digits"
     """Bundled `digits`, a folder with one subfolder per class, a table of file names and labels, parquet files,
-    WebDataset shards, a zip or tar file of one of these, or a dataset ID on the Hub."""
+    WebDataset shards, a zip or tar file of one of these, the URL of such a file (https, http, hf or s3), or a
+    dataset ID on the Hub."""
     dataset_config: str | None = None
     """Configuration (subset) to use if a Hub dataset, or a local clone of one, has several."""
     dataset_revision: str | None = None

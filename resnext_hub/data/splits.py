@@ -18,7 +18,7 @@ from resnext_hub.data.exclude import read_exclusions
 from resnext_hub.data.groups import duplicates_in
 from resnext_hub.data.holdout import hold_out, keep_together, likely_mistakes, similar_names
 from resnext_hub.data.images import IndexedImages, StreamedImages
-from resnext_hub.data.sources import BUNDLED, OpenDataset, Request, open_source
+from resnext_hub.data.sources import BUNDLED, OpenDataset, Request, is_url, open_source, public_name
 from resnext_hub.data.sources import check_source as check_source
 from resnext_hub.data.sources.names import likely_splits, loose_role
 from resnext_hub.errors import RequestError, setting
@@ -42,7 +42,7 @@ class Splits:
     eval: Images
     label_names: tuple[str, ...]
     dataset_id: str
-    """Hub ID, `digits`, or the last part of a local path."""
+    """Hub ID, `digits`, a URL without secrets, or the last part of a local path."""
     hub_id: str | None
     revision: str | None
     """Commit of a Hub dataset."""
@@ -90,7 +90,7 @@ def load_splits(config: DataConfig) -> Splits:
         RunError: If the Hub cannot be reached.
     """
     source = open_source(config)
-    name = printable(config.dataset)
+    name = printable(public_name(config.dataset))
     for note in source.notes:
         _logger.info("%s: %s", name, note)
     roles = _find_splits(config, source.tables)
@@ -111,7 +111,7 @@ def load_splits(config: DataConfig) -> Splits:
 
 
 def _load(config: DataConfig, source: OpenDataset, roles: _Roles) -> Splits:
-    name = printable(config.dataset)
+    name = printable(public_name(config.dataset))
     stored = {part: source.tables[split] for part, split in roles.used().items()}
     image_column, tables = find_image_column(name, config.image_column, stored)
     label_column = find_label_column(name, config.label_column, tables["training"], image_column)
@@ -150,16 +150,17 @@ class _Found:
 def _found(config: DataConfig, source: OpenDataset, roles: _Roles, image_column: str, label_column: str) -> _Found:
     request = Request(config)
     path = request.path
-    hub_id = config.dataset if path is None and not request.is_bundled else None
+    asked = public_name(config.dataset)
+    hub_id = config.dataset if path is None and not request.is_bundled and not is_url(config.dataset) else None
     # a link to a file may have the suffix and the neighbors that its target lacks
     place = path if path is None else path.resolve() if path.is_dir() else path.absolute()
     return _Found(
-        dataset_id=hub_id or (BUNDLED if place is None else printable(place.name)),
+        dataset_id=hub_id or printable(place.name if place is not None else BUNDLED if request.is_bundled else asked),
         hub_id=hub_id,
         revision=source.revision,
         config=replace(
             config,
-            dataset=config.dataset if path is None else str(place),
+            dataset=asked if path is None else str(place),
             dataset_config=config.dataset_config or source.configuration,
             train_split=roles.train,
             eval_split=roles.eval,
@@ -184,7 +185,7 @@ def _groups(config: DataConfig, roles: _Roles) -> bool:
     holds_out = not config.streaming and (roles.eval is None or config.test_fraction > 0)
     if config.group_duplicates and not holds_out:
         raise RequestError(
-            f"{setting('group_duplicates', True)} has no effect, because no images of {printable(config.dataset)} are "
+            f"{setting('group_duplicates', True)} has no effect, because no images of {printable(public_name(config.dataset))} are "
             "held out; omit it (resnext-hub check finds duplicates across stored splits)"
         )
     return holds_out if config.group_duplicates is None else config.group_duplicates
@@ -192,7 +193,7 @@ def _groups(config: DataConfig, roles: _Roles) -> bool:
 
 def _streamed(source: OpenDataset, found: _Found, labelled: Sequence[LabelledTable]) -> Splits:
     config, roles = found.config, found.roles
-    name = printable(config.dataset)
+    name = printable(public_name(config.dataset))
     for field, needed in (("exclude", None), ("test_fraction", 0.0)):
         if getattr(config, field) != needed:
             raise RequestError(f"{setting(field)} is not possible with {setting('streaming', True)}; omit one of them")
@@ -221,7 +222,7 @@ def _streamed(source: OpenDataset, found: _Found, labelled: Sequence[LabelledTab
 
 def _indexed(source: OpenDataset, found: _Found, labelled: Sequence[LabelledTable]) -> Splits:
     config, roles = found.config, found.roles
-    name = printable(config.dataset)
+    name = printable(public_name(config.dataset))
     label_names, labels = read_labels(name, found.label_column, labelled)
     digest = _digest_of(source, roles.train, labels["training"])
     excluded = read_exclusions(config.exclude)
@@ -278,13 +279,13 @@ def _find_splits(config: DataConfig, tables: Mapping[str, Any]) -> _Roles:
     if train is None and only is not None:
         if loose_role(only) == "eval":
             raise RequestError(
-                f"{printable(config.dataset)} has no training split, only {printable(only)}; use "
+                f"{printable(public_name(config.dataset))} has no training split, only {printable(only)}; use "
                 f"{setting('train_split', only)} to train on it and hold out part of it for evaluation"
             )
         train = only
     if train is None:
         raise RequestError(
-            f"{printable(config.dataset)} has no split called train; choose one of {listing(tables)} with "
+            f"{printable(public_name(config.dataset))} has no split called train; choose one of {listing(tables)} with "
             f"{setting('train_split')}"
         )
     test = None if config.test_split in (None, NO_TEST) else _pick_split(tables, config.test_split, "test")

@@ -21,6 +21,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from resnext_hub.data.sources.digits import BUNDLED
 from resnext_hub.data.sources.hub import is_hub_id
+from resnext_hub.data.sources.urls import is_url
 from resnext_hub.errors import RequestError, RunError, one_line, setting
 from resnext_hub.files import link_or_copy, new_folder
 from resnext_hub.hub.remote import commit_files, differing_files, files_under, no_bars, persist
@@ -182,7 +183,8 @@ def fetched_settings(settings: Mapping[str, Any], asked: Container[str], where: 
     """
     model, dataset = str(settings.get("model", "")), str(settings.get("dataset", ""))
     on_the_hub = is_hub_id(dataset) and "/" in dataset and not os.path.lexists(dataset)
-    if "dataset" not in asked and dataset != BUNDLED and not on_the_hub:
+    elsewhere = on_the_hub or is_url(dataset) or dataset == BUNDLED
+    if "dataset" not in asked and not elsewhere:
         raise RequestError(
             f"{setting('resume_from', where)}: the dataset {printable(dataset)} of that run may be a local folder; "
             f"pass it as {setting('dataset')}"

@@ -7,6 +7,7 @@ import torch
 
 from resnext_hub.data.config import DataConfig
 from resnext_hub.data.images import IndexedImages
+from resnext_hub.data.sources import public_name
 from resnext_hub.data.splits import load_splits
 from resnext_hub.errors import RequestError, setting
 from resnext_hub.export.runtime import CALIBRATION_IMAGES, Int8
@@ -42,8 +43,8 @@ def prepare_int8(model: LoadedModel, dataset: str | None, max_drop: float) -> In
     splits = load_splits(data)
     if splits.label_names != model.label_names:
         raise RequestError(
-            f"{setting('calibration', data.dataset)} has the classes {listing(splits.label_names)}; expected those of "
-            f"the model, {listing(model.label_names)}"
+            f"{setting('calibration', public_name(data.dataset))} has the classes "
+            f"{listing(splits.label_names)}; expected those of the model, {listing(model.label_names)}"
         )
     train = splits.train
     if isinstance(train, IndexedImages):  # evenly spaced, because images of a folder are ordered by class
@@ -58,7 +59,7 @@ def prepare_int8(model: LoadedModel, dataset: str | None, max_drop: float) -> In
             break
     if images == 0:
         raise RequestError(
-            f"none of the training images of {printable(data.dataset)} is readable; choose another "
+            f"none of the training images of {printable(public_name(data.dataset))} is readable; choose another "
             f"{setting('calibration')} dataset"
         )
     return Int8(

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import yaml
 
-from resnext_hub.data.sources import dataset_name
+from resnext_hub.data.sources import dataset_name, is_url
 from resnext_hub.data.splits import Splits, load_splits
 from resnext_hub.data.transforms import resolve_input
 from resnext_hub.errors import RequestError, setting
@@ -229,6 +229,9 @@ def plan_study(
     settings = {name: value for name, value in settings.items() if name not in OWN}
     training = TrainConfig.from_flat(settings)
     splits = load_splits(training.data)
+    if is_url(training.data.dataset):
+        settings["dataset"] = splits.found.dataset  # without secrets; the runs use the copy in the cache
+        training = TrainConfig.from_flat(settings)
     if splits.revision is not None:
         settings["dataset_revision"] = splits.revision
     architecture = find_model(base.variant().name, False)

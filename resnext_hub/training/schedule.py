@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from resnext_hub.data.sources import public_name
 from resnext_hub.errors import RequestError, setting
 from resnext_hub.training.config import TrainConfig
 
@@ -61,8 +62,8 @@ def plan_schedule(config: TrainConfig, count: int | None) -> Schedule:
     if count is None:
         if config.max_steps is None:
             raise RequestError(
-                f"{config.data.dataset} does not provide its number of samples, so {setting('streaming', True)} needs "
-                f"{setting('max_steps')}"
+                f"{public_name(config.data.dataset)} does not provide its number of samples, so "
+                f"{setting('streaming', True)} needs {setting('max_steps')}"
             )
         warmup = config.max_steps // 20 if config.optim.warmup_epochs else 0
         return Schedule(steps=config.max_steps, warmup_steps=warmup, evaluations=frozenset({config.max_steps}))

@@ -17,6 +17,7 @@ from resnext_hub.data.sources.saved import SavedDataset
 from resnext_hub.data.sources.single_file import SingleFile
 from resnext_hub.data.sources.source import OpenDataset, Part, Source
 from resnext_hub.data.sources.tables import MetadataTables
+from resnext_hub.data.sources.urls import check_url, download, is_url, public_name
 from resnext_hub.data.sources.walk import IMAGE_SUFFIXES, list_images
 from resnext_hub.data.sources.webdataset import WebDatasetShards
 from resnext_hub.errors import RequestError, setting
@@ -33,10 +34,12 @@ __all__ = [
     "Source",
     "check_source",
     "dataset_name",
+    "is_url",
     "list_images",
     "load_digits_table",
     "load_from_hub",
     "open_source",
+    "public_name",
 ]
 
 SOURCES: tuple[Source, ...] = (
@@ -61,11 +64,14 @@ def dataset_name(config: DataConfig) -> str:
 
 
 def check_source(config: DataConfig) -> None:
-    """Check that a dataset is a local path or could be on the Hub, before anything is downloaded.
+    """Check that a dataset is a local path, a URL or could be on the Hub, before anything is downloaded.
 
     Raises:
-        RequestError: If it is neither, or a local path has the name of the bundled dataset.
+        RequestError: If it is none of these, or a local path has the name of the bundled dataset.
     """
+    if is_url(config.dataset):
+        check_url(config.dataset)
+        return
     request = Request(config)
     if config.dataset == BUNDLED and os.path.lexists(BUNDLED):
         raise RequestError(
@@ -80,7 +86,7 @@ def check_source(config: DataConfig) -> None:
     if not request.is_bundled and request.path is None and not is_hub_id(config.dataset):
         raise RequestError(
             f"{setting('dataset', config.dataset)} does not exist and is not a valid dataset ID on the Hub; expected a "
-            f"folder, a table, a parquet file, or an ID such as owner/name"
+            f"folder, a table, a parquet file, a URL, or an ID such as owner/name"
         )
 
 
@@ -93,6 +99,8 @@ def open_source(config: DataConfig) -> OpenDataset:
     """
     check_source(config)
     request = Request(config)
+    if is_url(config.dataset):
+        request = Request(replace(config, dataset=str(download(config.dataset))))
     if request.path is not None and is_archive(request.path) and not request.webdataset:
         request = Request(replace(config, dataset=str(unpack(request.path))))
     found = next(source for source in SOURCES if source.matches(request)).open(request)
@@ -102,8 +110,9 @@ def open_source(config: DataConfig) -> OpenDataset:
             f"({setting('dataset_config')} also for a folder of parquet files with configs in its README.md)"
         )
     if config.layout and found.roots is not None:
+        name = printable(public_name(config.dataset))
         raise RequestError(
-            f"{setting('layout', config.layout)} is for folders of images, and {printable(config.dataset)} is not one; "
-            f"omit {setting('layout')}"
+            f"{setting('layout', config.layout)} is for folders of images, and {name} is not one; omit "
+            f"{setting('layout')}"
         )
     return found

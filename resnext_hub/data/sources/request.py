@@ -11,6 +11,7 @@ from resnext_hub.data.sources.listed import find_listed
 from resnext_hub.data.sources.parquet import has_images, parquet_files, read_part
 from resnext_hub.data.sources.refusals import LAYOUTS, reject_linked_splits
 from resnext_hub.data.sources.tables import Table, find_tables, label_column_of
+from resnext_hub.data.sources.urls import is_url, public_name
 from resnext_hub.data.sources.walk import Tree, is_run_folder, walk
 from resnext_hub.data.sources.webdataset import find_shards
 from resnext_hub.errors import RequestError, setting
@@ -35,6 +36,8 @@ class Request:
     @cached_property
     def path(self) -> Path | None:
         """The requested local path, or None if it does not exist."""
+        if is_url(self.config.dataset):
+            return None
         path = Path(os.path.expanduser(self.config.dataset))
         return path if not self.is_bundled and os.path.lexists(path) else None
 
@@ -46,7 +49,7 @@ class Request:
     @property
     def name(self) -> str:
         """A short name, such as the last part of a path."""
-        path = Path(os.path.expanduser(self.config.dataset))
+        path = Path(os.path.expanduser(public_name(self.config.dataset)))
         return BUNDLED if self.is_bundled else path.name or path.resolve().name
 
     @cached_property
