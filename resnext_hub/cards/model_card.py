@@ -244,9 +244,7 @@ def _dataset_link(record: RunRecord) -> str:
         return f"[{markdown(dataset.hub_id)}](https://huggingface.co/datasets/{quote(printable(dataset.hub_id))})"
     if dataset.id == "digits":
         return "scikit-learn's handwritten digits (1,797 images of 8 x 8 pixels)"
-    if dataset.id.startswith(("http://", "https://")):
-        return f"[{markdown(dataset.id)}](<{quote(printable(dataset.id), '/:%')}>)"
-    return f"{code_span(dataset.id)}, {'downloaded' if '://' in dataset.id else 'a local dataset'}"
+    return f"{code_span(dataset.id)}, a {'downloaded file' if '://' in dataset.id else 'local dataset'}"
 
 
 def split_name(record: RunRecord, part: Literal["evaluation", "test"]) -> str:

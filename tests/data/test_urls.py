@@ -248,7 +248,7 @@ def test_secrets_of_a_url_are_neither_logged_nor_published(packed: Path, server:
         assert b"AbCd" not in text
     public = f"{server.url}/data/photos.zip"
     assert f'"id": "{public}"' in (tmp_path / "run/record.json").read_text()
-    assert f"<{public}>" in (tmp_path / "run/model/README.md").read_text()
+    assert f"`{public}`, a downloaded file" in (tmp_path / "run/model/README.md").read_text()
 
 
 def test_a_file_of_a_dataset_on_the_hub_is_downloaded_and_revalidated(packed: Path, tmp_path: Path) -> None:

@@ -78,6 +78,8 @@ class ImageFinder:
         }
         self._depth = len(self._root) + max((folder.count("/") + 1 for folder in tree.image_folders), default=0)
         self._ends: dict[tuple[int, str | None], _Ends] = {}
+        self._within: dict[str, str | None] = {}
+        """The folder that has to contain the images of a table, if any."""
         self.count = len(tree.images)
 
     def __call__(self, table: "Table", name: str) -> int | None:
@@ -108,8 +110,10 @@ class ImageFinder:
         if exact is not None:
             return (exact,)
         path = unicodedata.normalize("NFC", name.replace("\\", "/")).strip("/")
-        split = split_of(table)
-        return tuple(islice(self._ending(path, split if split in self._folders else None), 2))
+        if table.path not in self._within:
+            split = split_of(table)
+            self._within[table.path] = split if split in self._folders else None
+        return tuple(islice(self._ending(path, self._within[table.path]), 2))
 
     def _ending(self, path: str, within: str | None) -> Iterator[int]:
         """Yield the images whose path has this end, inside a folder if one is given."""

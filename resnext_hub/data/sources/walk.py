@@ -232,6 +232,8 @@ def stored_path(path: str) -> str:
 
 def real_path(stored: str) -> str:
     """Return the path that `stored_path` encoded."""
+    if "\0" not in stored:
+        return stored
     return re.sub("\0([89a-f][0-9a-f])", lambda byte: chr(0xDC00 + int(byte[1], 16)), stored)
 
 
