@@ -186,8 +186,8 @@ def _groups(config: DataConfig, roles: _Roles) -> bool:
     if config.group_duplicates and not holds_out:
         raise RequestError(
             f"{setting('group_duplicates', True)} has no effect, because no images of "
-            f"{printable(public_name(config.dataset))} are held out; omit it (resnext-hub check finds duplicates across "
-            "stored splits)"
+            f"{printable(public_name(config.dataset))} are held out; omit it (resnext-hub check finds duplicates "
+            "across stored splits)"
         )
     return holds_out if config.group_duplicates is None else config.group_duplicates
 
