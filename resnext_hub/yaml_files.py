@@ -16,14 +16,20 @@ YAML_FLOAT = r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+
 """Pattern of floats in YAML 1.2; PyYAML follows YAML 1.1, where `1e-3` is text and `1:30` is 90."""
 
 
-def read_yaml(path: Path, way_out: str) -> dict[str, Any]:
+def read_yaml(path: Path, way_out: str, *, most: int = YAML_BYTES, any_names: bool = False) -> dict[str, Any]:
     """Read a YAML file with a mapping from names to plain values: text, numbers, booleans, null and lists.
+
+    Args:
+        path: The file.
+        way_out: What to do about an unreadable file, for the message.
+        most: Largest size in bytes.
+        any_names: Whether names such as 7 and true, which YAML reads as other values, are taken as text.
 
     Raises:
         RequestError: If it is not a regular file, cannot be read, or has other content.
     """
     try:
-        return parse_yaml(read_regular(path, YAML_BYTES).decode("utf-8-sig"))
+        return parse_yaml(read_regular(path, most).decode("utf-8-sig"), any_names=any_names)
     except OSError as error:
         raise RequestError(
             f"{printable(path)} cannot be read: {error.strerror or one_line(error)}; {way_out}"
@@ -32,7 +38,7 @@ def read_yaml(path: Path, way_out: str) -> dict[str, Any]:
         raise RequestError(f"{printable(path)} cannot be read: {one_line(error)}; {way_out}") from error
 
 
-def parse_yaml(text: str) -> dict[str, Any]:
+def parse_yaml(text: str, *, any_names: bool = False) -> dict[str, Any]:
     """Parse YAML text to a mapping; empty text is an empty mapping.
 
     Tags, aliases (which can expand without bound) and repeated names are refused. Scalars follow YAML 1.2: `1e-3` is a
@@ -52,6 +58,8 @@ def parse_yaml(text: str) -> dict[str, Any]:
         raise ValueError(one_line(error)) from error
     if content is None:
         return {}
+    if any_names and isinstance(content, dict):
+        content = {str(name).lower() if isinstance(name, bool) else str(name): value for name, value in content.items()}
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise ValueError("expected settings, one `name: value` per line")
     return content

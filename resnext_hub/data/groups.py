@@ -4,6 +4,7 @@ Finding them means decoding every image, so the result is kept in the cache, onc
 """
 
 import contextlib
+import hashlib
 import logging
 from pathlib import Path
 
@@ -27,7 +28,7 @@ _MENTIONED = 2000
 """Number of images above which the search takes long enough to mention it."""
 
 
-def duplicates_in(images: IndexedImages, digest: str) -> list[np.ndarray]:
+def duplicates_in(images: IndexedImages, digest: str, configuration: str | None) -> list[np.ndarray]:
     """Return groups of images with the same content, as indices.
 
     Of several processes that ask for the same dataset at once, one searches and the others wait.
@@ -35,11 +36,13 @@ def duplicates_in(images: IndexedImages, digest: str) -> list[np.ndarray]:
     Args:
         images: All images of a split.
         digest: Identifies their dataset, for the cache.
+        configuration: The configuration of the dataset that they are from, if it has several.
 
     Raises:
         RunError: If reading fails.
     """
-    kept = cache_folder() / "duplicates" / f"{digest[:32]}-{_VERSION}.json"
+    key = hashlib.sha256(msgspec.json.encode([_VERSION, digest, images.image_column, configuration])).hexdigest()
+    kept = cache_folder() / "duplicates" / f"{key[:32]}.json"
     lock = FileLock(f"{kept}.lock")
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)

@@ -93,31 +93,34 @@ def keep_together(
     Raises:
         RequestError: If nothing would be left in a part.
     """
-    owner = np.full(len(labels), "", dtype=object)
-    for name, rows in parts.items():
-        owner[rows] = name
-    lacking: Counter[tuple[str, int]] = Counter()  # images of a class that a held-out part has lost
+    names = list(parts)
+    owner, training = np.full(len(labels), -1), names.index("training")
+    for number, rows in enumerate(parts.values()):
+        owner[rows] = number
+    lacking: Counter[tuple[int, int]] = Counter()  # images of a class that a held-out part has lost
     for group in groups:
-        owners = dict.fromkeys(owner[group])
+        owners = list(dict.fromkeys(owner[group].tolist()))
         if len(owners) == 1:
             continue
-        target = "training"
-        for name in owners:
-            gained = Counter(labels[group[owner[group] != name]].tolist())
-            if name != "training" and all(lacking[name, label] >= count for label, count in gained.items()):
-                target = name
-        for row in group[owner[group] != target]:
-            lacking[owner[row], int(labels[row])] += 1
+        target = training
+        for number in owners:
+            gained = Counter(labels[group[owner[group] != number]].tolist())
+            if number != training and all(lacking[number, label] >= count for label, count in gained.items()):
+                target = number
+        for row in group[owner[group] != target].tolist():
+            lacking[int(owner[row]), int(labels[row])] += 1
             lacking[target, int(labels[row])] -= 1
             owner[row] = target
     single = np.ones(len(labels), dtype=bool)
     single[np.concatenate([*groups, np.empty(0, dtype=np.int64)])] = False
-    spare = np.random.RandomState(seed).permutation(np.flatnonzero(single & (owner == "training")))
-    for (name, label), count in lacking.items():
-        if name != "training" and count > 0:
-            owner[spare[labels[spare] == label][:count]] = name
-            spare = spare[owner[spare] == "training"]
-    kept = {name: np.flatnonzero(owner == name) for name in parts}
+    spare = np.random.RandomState(seed).permutation(np.flatnonzero(single & (owner == training)))
+    spare = spare[np.argsort(labels[spare], kind="stable")]
+    for (number, label), count in lacking.items():
+        if number != training and count > 0:
+            first, last = np.searchsorted(labels[spare], [label, label + 1])
+            unused = spare[first:last][owner[spare[first:last]] == training]
+            owner[unused[:count]] = number
+    kept = {name: np.flatnonzero(owner == number) for number, name in enumerate(names)}
     if not all(map(len, kept.values())):
         raise RequestError(
             "no images can be held out, because each has a copy that is needed for training; remove the copies, which "

@@ -171,6 +171,11 @@ class StreamedImages:
                     yield Record(int(shard), number, row or {"bytes": None, "path": None}, label)
                     number += 1
 
+    def is_labelled(self) -> bool:
+        """Return whether the first records have labels that are classes."""
+        first: dict[str, list[Any]] = next(self._batches(0), {})
+        return all(label is not None and 0 <= label < self.classes for label in first.get(self.label_column, []))
+
     def _batches(self, shard: int) -> Iterator[dict[str, list[Any]]]:
         # `iter`, because a plain loop would split the shards between data-loading workers
         rows = self.rows.shard(num_shards=self.shards, index=int(shard)).iter(batch_size=16)

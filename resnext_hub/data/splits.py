@@ -30,6 +30,9 @@ _FILES_AT_ONCE = 10_000
 """Files of a dataset that are written as JSON together for its fingerprint."""
 
 
+MOST_GROUPED = 100_000
+"""Most images of a split that is searched for duplicates by default; the time grows faster than their number."""
+
 Images = IndexedImages | StreamedImages
 """The images of a split."""
 
@@ -167,7 +170,7 @@ def _found(config: DataConfig, source: OpenDataset, roles: _Roles, image_column:
             test_split=None if config.test_fraction else roles.test or NO_TEST,
             image_column=image_column,
             label_column=label_column,
-            group_duplicates=_groups(config, roles),
+            group_duplicates=_groups(config, roles, source),
             exclude=config.exclude and os.path.abspath(os.path.expanduser(config.exclude)),
         ),
         roles=roles,
@@ -176,7 +179,7 @@ def _found(config: DataConfig, source: OpenDataset, roles: _Roles, image_column:
     )
 
 
-def _groups(config: DataConfig, roles: _Roles) -> bool:
+def _groups(config: DataConfig, roles: _Roles, source: OpenDataset) -> bool:
     """Return whether to keep duplicates together.
 
     Raises:
@@ -189,7 +192,17 @@ def _groups(config: DataConfig, roles: _Roles) -> bool:
             f"{printable(public_name(config.dataset))} are held out; omit it (resnext-hub check finds duplicates "
             "across stored splits)"
         )
-    return holds_out if config.group_duplicates is None else config.group_duplicates
+    if config.group_duplicates is not None or not holds_out:
+        return bool(config.group_duplicates)
+    count = len(source.tables[roles.train])
+    if count > MOST_GROUPED:
+        _logger.warning(
+            "%s: images are held out without looking for duplicates, because that takes long for %d images; "
+            "--group-duplicates does it",
+            printable(public_name(config.dataset)),
+            count,
+        )
+    return count <= MOST_GROUPED
 
 
 def _streamed(source: OpenDataset, found: _Found, labelled: Sequence[LabelledTable]) -> Splits:
@@ -216,6 +229,9 @@ def _streamed(source: OpenDataset, found: _Found, labelled: Sequence[LabelledTab
         )
         for split, part in zip(roles.used().values(), labelled, strict=True)
     }
+    test = images.get("test")
+    if test is not None and not test.is_labelled():
+        raise RequestError(f"the first images of the test split have no labels; choose another {setting('test_split')}")
     nothing = np.empty(0, dtype=np.int64)
     facts = chain(source.files, [(source.revision or "", 0)])
     return found.splits(images, label_names, _fingerprint(label_names, [nothing] * len(labelled), facts))
@@ -235,7 +251,8 @@ def _indexed(source: OpenDataset, found: _Found, labelled: Sequence[LabelledTabl
         split = roles.used()[stored]
         rows = rows[excluded.kept(split, len(labels[stored]))[rows]]
         if not len(rows):
-            raise RequestError(f"{setting('exclude')} lists all images of {printable(split)}")
+            what = printable(split) if part in tables else f"the {part} part of {printable(split)}"
+            raise RequestError(f"{setting('exclude')} lists all images of {what}")
         table = tables[stored].select_columns([found.image_column])
         return IndexedImages(table, found.image_column, rows, labels[stored][rows], source.roots)
 
@@ -246,7 +263,7 @@ def _indexed(source: OpenDataset, found: _Found, labelled: Sequence[LabelledTabl
         table = tables["training"].select_columns([found.image_column])
         everything = IndexedImages(table, found.image_column, rows["training"], labels["training"], source.roots)
         of_training = {part: chosen for part, chosen in divided.items() if part == "training" or part not in rows}
-        groups = duplicates_in(everything, digest)
+        groups = duplicates_in(everything, digest, config.dataset_config)
         divided |= keep_together(of_training, groups, labels["training"], config.split_seed)
     parts = {part: images(part, chosen) for part, chosen in divided.items()}
     for part, chosen in parts.items():
@@ -304,7 +321,7 @@ def _find_splits(config: DataConfig, tables: Mapping[str, Any]) -> _Roles:
             raise RequestError(f"{setting('eval_split', evaluation)} is also the test split; choose another")
     else:
         # a split with a name such as test is for evaluation only if no other one is
-        names = likely_splits(others, "test") if config.test_split is None and not config.test_fraction else []
+        names = likely_splits(others, "test")
         validation = [split for split in others if split not in names]
         evaluation = _pick_split(validation, None, "eval") or _pick_split(others, None, "eval")
     if config.test_split is None and not config.test_fraction and evaluation is not None:

@@ -32,7 +32,7 @@ _SECONDS = 3.0
 """Time after which the measurement of steps at one image size, or of evaluation, ends."""
 
 _MOST = 20
-"""Most steps at one image size, and most evaluation batches, to measure."""
+"""Most steps over all image sizes, and most evaluation batches, to measure."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ def _time_steps(
         for size in sizes:
             at = next(step for step in range(steps) if size_at(step, steps, first, full) == size)
             times: list[float] = []
-            for _ in range(_MOST):
+            for _ in range(max(_MOST // len(sizes), 3)):
                 begin = time.monotonic()
                 batch = next(batches, None)
                 if batch is None:
@@ -121,7 +121,7 @@ def _time_steps(
                 if len(times) > 2 and sum(times) > _SECONDS:
                     break
             measured = times[1:] or times  # the first one prepares the kernels
-            found[size] = sum(measured) / len(measured)
+            found[size] = sum(measured) / max(len(measured), 1)
     return found
 
 

@@ -53,8 +53,7 @@ def execute(plan: Plan, peers: Peers) -> RunRecord:
         StoppedRun: After SIGTERM or Ctrl-C; the state was saved.
     """
     config = plan.config
-    for part, images in plan.splits.evaluated.items():
-        require_readable(evaluation_samples(images, plan.input, config.loader.max_image_pixels), part)
+    require_readable_splits(plan)
     accelerator = start_accelerator(plan)
     with contextlib.ExitStack() as stack:
         peers.from_main(lambda: _claim_folder(plan, stack))
@@ -73,6 +72,12 @@ def execute(plan: Plan, peers: Peers) -> RunRecord:
         record = peers.from_main(lambda: write_results(plan, outcome, accelerator))
     accelerator.end_training()
     return record
+
+
+def require_readable_splits(plan: Plan) -> None:
+    """Raise RequestError if a split to evaluate on has no readable image."""
+    for part, images in plan.splits.evaluated.items():
+        require_readable(evaluation_samples(images, plan.input, plan.config.loader.max_image_pixels), part)
 
 
 def start_accelerator(plan: Plan) -> "Accelerator":

@@ -5,6 +5,7 @@ Every process does this, but only the main process reads the run folder. Nothing
 
 import dataclasses
 import logging
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,6 +75,10 @@ def merge_settings(
         version = from_file.pop("format_version", CONFIG_VERSION)
         if version != CONFIG_VERSION:
             raise RequestError(f"{setting('config', file)} has format version {shown(version)}; update resnext-hub")
+    if from_file.get("group_duplicates"):  # the default wherever images are held out
+        del from_file["group_duplicates"]
+    if "test_fraction" in asked:
+        from_file.pop("test_split", None)
     if recipe is None and not {"dataset"} & (from_file.keys() | asked.keys()):
         recipe = QUICKSTART
     if recipe is not None and recipe not in RECIPES:
@@ -178,11 +183,13 @@ def _continue(config: TrainConfig, folder: RunFolder, before: Mapping[str, Any],
             f"{setting('output_dir')}, or remove the run"
         )
     data = config.data
-    if before and before.get("dataset") == data.dataset:
+    path = Path(data.dataset).expanduser()
+    if before and before.get("dataset") in (data.dataset, str(path.absolute()), str(path.resolve())):
         if data.dataset_revision is None:
             data = dataclasses.replace(data, dataset_revision=before.get("dataset_revision"))
         if before["test_split"] == NO_TEST and data.test_split is None and not data.test_fraction:
-            data = dataclasses.replace(data, test_split=NO_TEST)
+            evaluation = data.eval_split or before.get("eval_split")
+            data = dataclasses.replace(data, test_split=NO_TEST, eval_split=evaluation)
         if before["group_duplicates"] is False and data.group_duplicates is None:
             data = dataclasses.replace(data, group_duplicates=False)
     return dataclasses.replace(config, data=data)
@@ -240,7 +247,7 @@ def _resolve(config: TrainConfig, source: ModelSource, splits: Splits, input: In
 
 
 def _absolute(class_weights: str) -> str:
-    return class_weights if class_weights in ("auto", "none") else str(Path(class_weights).expanduser().absolute())
+    return class_weights if class_weights in ("auto", "none") else os.path.abspath(os.path.expanduser(class_weights))
 
 
 def _three(values: tuple[float, ...]) -> tuple[float, float, float]:

@@ -16,7 +16,7 @@ from resnext_hub.run_folder import RunFolder
 from resnext_hub.runs.agreement import shared_facts
 from resnext_hub.runs.estimate import estimate
 from resnext_hub.runs.existing import read_config
-from resnext_hub.runs.job import execute, publish_run, start_accelerator
+from resnext_hub.runs.job import execute, publish_run, require_readable_splits, start_accelerator
 from resnext_hub.runs.request import merge_settings, prepare
 from resnext_hub.runs.summary import describe, log_warnings
 from resnext_hub.training.config import TrainConfig
@@ -131,6 +131,7 @@ def plan_only(
         lambda: _plan(asked, peers, recipe=recipe, file=file, output_dir=output_dir, resume=resume), shared_facts
     )
     with _as_run_errors(plan.config):
+        require_readable_splits(plan)
         accelerator = start_accelerator(plan)
         lines = describe(plan, accelerator, estimate(plan, accelerator))
     log_warnings(plan)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,10 @@ IMBALANCED = 10.0
 
 SMALL_CLASS = 10
 """Evaluation images below which a class is too small to evaluate: its accuracy moves in steps of 10 % or more."""
+
+
+_BYTES = 1 << 22
+"""Largest file of class weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +123,7 @@ def resolve_balance(
         weights = 1 / effective_numbers(np.maximum(counts, 1))
         weights *= len(weights) / weights.sum()
     elif config.class_weights != "none":
-        weights = _read_weights(Path(config.class_weights).expanduser(), label_names)
+        weights = _read_weights(Path(os.path.expanduser(config.class_weights)), label_names)
     frequencies = np.maximum(counts, 0.5) / counts.sum()
     return Balance(class_weights=weights, log_prior=np.log(frequencies) if config.logit_adjustment else None)
 
@@ -130,7 +135,9 @@ def _uncountable(what: str) -> RequestError:
 def _read_weights(path: Path, label_names: tuple[str, ...]) -> np.ndarray:
     where = setting("class_weights", shown(str(path)))
     try:
-        content = read_yaml(path, "expected auto, none, or a file with one `class: weight` per line")
+        content = read_yaml(
+            path, "expected auto, none, or a file with one `class: weight` per line", most=_BYTES, any_names=True
+        )
     except RequestError as error:
         raise RequestError(f"{where}: {error}") from error
     unknown = [name for name in content if name not in label_names]

@@ -24,7 +24,7 @@ from resnext_hub.record import UnreadableImage
 from resnext_hub.training.evaluation import Evaluation, EvaluationStoppedError
 from resnext_hub.training.evaluator import Evaluator
 from resnext_hub.training.feed import StepInputs, training_loader
-from resnext_hub.training.objective import build_objective, weight_of
+from resnext_hub.training.objective import build_objective, weights_of
 from resnext_hub.training.optim import lr_at, set_lr
 from resnext_hub.training.plan import Plan
 from resnext_hub.training.recorder import Recorder
@@ -328,7 +328,7 @@ def _weight_per_process(targets: torch.Tensor, plan: Plan, accelerator: "Acceler
     weights = plan.balance.class_weights
     if weights is None:
         return None
-    total = weight_of(targets, torch.tensor(weights, dtype=torch.float32, device=targets.device))
+    total = weights_of(targets, torch.tensor(weights, dtype=torch.float32, device=targets.device)).sum()
     mean: torch.Tensor = accelerator.reduce(total, "mean")
     return mean.clamp(min=1e-12)  # a batch of classes with weight 0 has no loss
 

@@ -14,8 +14,9 @@ class Objective(nn.Module):
         model: The training view of the model.
         label_smoothing: Fraction of the target that is spread over all classes, 0 to 1.
         class_weights: Weights of the classes, `(classes,)`, or None.
-        offsets: What to add to the logits, `(classes,)`, or None: logit adjustment (Menon et al., 2021, arXiv
-            2007.07314).
+        log_prior: Logarithms of the frequencies of the classes, `(classes,)`, for logit adjustment (Menon et al., 2021,
+            arXiv 2007.07314), or None.
+        adjustment: The multiple of them that is added to the logits.
     """
 
     def __init__(
@@ -23,12 +24,14 @@ class Objective(nn.Module):
         model: nn.Module,
         label_smoothing: float,
         class_weights: torch.Tensor | None = None,
-        offsets: torch.Tensor | None = None,
+        log_prior: torch.Tensor | None = None,
+        adjustment: float = 0.0,
     ) -> None:
         super().__init__()
         self.model = model
         self.label_smoothing = label_smoothing
-        self.class_weights, self.offsets = class_weights, offsets
+        self.class_weights, self.log_prior = class_weights, log_prior
+        self.offsets = None if log_prior is None else adjustment * log_prior
 
     def forward(
         self, images: torch.Tensor, labels: torch.Tensor, total: torch.Tensor | None = None
@@ -41,25 +44,35 @@ class Objective(nn.Module):
             total: The weight to divide the sum of the weighted losses by, a scalar; needed with class weights.
         """
         logits = self.model(images).float()
-        adjusted = logits if self.offsets is None else logits + self.offsets
-        smoothing = self.label_smoothing
-        if self.class_weights is None or total is None:
-            loss = F.cross_entropy(adjusted, labels, label_smoothing=smoothing)
+        if self.class_weights is not None and total is not None:
+            # by the true class of an image: torch would also weight the smoothed part, in favor of rare classes
+            losses = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="none")
+            loss = (losses * weights_of(labels, self.class_weights)).sum() / total
+        elif self.offsets is not None and self.log_prior is not None:
+            loss = F.cross_entropy(logits + self.offsets, self._smoothed(labels, self.log_prior.exp()))
         else:
-            weights = self.class_weights
-            loss = F.cross_entropy(adjusted, labels, weights, label_smoothing=smoothing, reduction="sum") / total
+            loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         classes = labels if labels.ndim == 1 else labels.argmax(dim=1)
         return loss, (logits.detach().argmax(dim=1) == classes).float().mean()
 
+    def _smoothed(self, labels: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
+        """Return targets `(N, classes)` that are smoothed by the frequencies of the classes.
 
-def weight_of(labels: torch.Tensor, class_weights: torch.Tensor) -> torch.Tensor:
-    """Return the total weight of labels `(N,)` or soft targets `(N, classes)`, a scalar.
+        After the adjustment this is uniform smoothing. If the targets themselves were smoothed uniformly, the bounded
+        margin that smoothing leaves would be smaller than the adjustment, and rare classes would always win.
+        """
+        targets = F.one_hot(labels, len(prior)).float() if labels.ndim == 1 else labels
+        return (1 - self.label_smoothing) * targets + self.label_smoothing * prior / prior.sum()
+
+
+def weights_of(labels: torch.Tensor, class_weights: torch.Tensor) -> torch.Tensor:
+    """Return the weight of each label `(N,)` or soft target `(N, classes)`, `(N,)`.
 
     Args:
         labels: The labels.
         class_weights: Weights of the classes, `(classes,)`.
     """
-    return class_weights[labels].sum() if labels.ndim == 1 else (labels @ class_weights).sum()
+    return class_weights[labels] if labels.ndim == 1 else labels @ class_weights
 
 
 def build_objective(plan: Plan, view: nn.Module, device: torch.device) -> Objective:
@@ -69,4 +82,4 @@ def build_objective(plan: Plan, view: nn.Module, device: torch.device) -> Object
         None if values is None else torch.tensor(values, dtype=torch.float32, device=device)
         for values in (balance.class_weights, balance.log_prior)
     )
-    return Objective(view, plan.config.label_smoothing, weights, None if prior is None else strength * prior)
+    return Objective(view, plan.config.label_smoothing, weights, prior, strength)

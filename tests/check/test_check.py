@@ -279,6 +279,19 @@ def test_the_search_for_duplicates_runs_once_per_version_of_a_dataset(
     assert len(list((tmp_path / "cache" / "duplicates").glob("*.json"))) == 2
 
 
+def test_each_image_column_has_its_own_duplicates(patches: list[Image.Image], tmp_path: Path) -> None:
+    import datasets
+
+    features = datasets.Features({name: datasets.Image() for name in "ab"} | {"label": datasets.Value("string")})
+    columns = {"a": patches[:24], "b": [patches[index // 2] for index in range(24)], "label": ["x", "y"] * 12}
+    columns["label"] = [("x", "y")[index // 2 % 2] for index in range(24)]
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "set" / "data.parquet")
+    for column in "ab":
+        splits = load_splits(DataConfig(dataset=str(tmp_path / "set"), image_column=column, eval_fraction=0.25))
+    pairs = set((splits.eval.indices // 2).tolist())
+    assert not pairs & set((splits.train.indices // 2).tolist())
+
+
 def test_grouping_duplicates_is_refused_where_nothing_is_held_out(photos: Path) -> None:
     with raises(RequestError, match="group_duplicates=True has no effect, because no images of"):
         load_splits(DataConfig(dataset=str(photos), group_duplicates=True))

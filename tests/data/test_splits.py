@@ -256,6 +256,9 @@ def test_a_split_is_a_test_only_beside_a_validation_split(
 def test_the_test_split_is_chosen_or_left_out_by_its_setting(tmp_path: Path) -> None:
     root = three_splits(tmp_path, "train", "val", "test")
     assert load(root, test_split="none").test is None
+    named = three_splits(root / "named", "train", "eval", "test")
+    for settings in ({}, {"test_split": "none"}, {"test_fraction": 0.1}):
+        assert load(named, **settings).found.eval_split == "eval"
     assert load(root, test_split="none").fingerprint == load(root, test_split="none", eval_split="val").fingerprint
     assert load(root).fingerprint != load(root, test_split="none").fingerprint
     chosen = load(root, eval_split="test", test_split="val")
@@ -325,6 +328,9 @@ def test_a_test_split_without_labels_is_left_out_unless_requested(tmp_path: Path
     assert "the split test is not used for a test: label -1 at index 0 of the test split is out of range" in caplog.text
     with raises(RequestError, match="label -1 at index 0 of the test split is out of range"):
         load(tmp_path, test_split="test")
+    assert load(tmp_path, streaming=True).test is None
+    with raises(RequestError, match="the first images of the test split have no labels"):
+        load(tmp_path, streaming=True, test_split="test")
 
 
 def test_a_class_that_is_missing_from_the_test_split_is_not_fatal(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import timm
 import torch
 import yaml
 from PIL import Image
-from pytest import TempPathFactory, fixture
+from pytest import MonkeyPatch, TempPathFactory, fixture
 from support.processes import TINY, run_process, write_images
 from support.runs import lines
 
@@ -108,12 +108,21 @@ def test_the_unreadable_test_image_and_all_predictions_are_recorded(run: Path) -
 
 
 def test_a_finished_run_of_a_version_without_tests_is_still_recognized(
-    vehicles: Path, tmp_path: Path, command: Command
+    vehicles: Path, tmp_path: Path, command: Command, monkeypatch: MonkeyPatch
 ) -> None:
-    flags = ("train", *TINY, "--dataset", vehicles, "--image-size", 32, "--max-steps", 2, "--batch-size", 16)
+    monkeypatch.chdir(vehicles.parent)  # by a relative path, which the file has as an absolute one
+    flags = ("train", *TINY, "--dataset", vehicles.name, "--image-size", 32, "--max-steps", 2, "--batch-size", 16)
     assert command(*flags, "--test-split", "none", "--output-dir", tmp_path / "run")[0] == 0
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    for name in ("test_split", "test_fraction", "class_weights", "sampling", "logit_adjustment", "best_by"):
+    for name in (
+        "test_split",
+        "test_fraction",
+        "group_duplicates",
+        "class_weights",
+        "sampling",
+        "logit_adjustment",
+        "best_by",
+    ):
         del config[name]
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     code, out, err = command(*flags, "--output-dir", tmp_path / "run")

@@ -96,3 +96,23 @@ def test_unreadable_images_are_named_before_training(folder_of_classes: Path, co
     _, out, err = command("train", *FLAGS, "--dataset", folder_of_classes, "--dry-run")
     assert re.search(r"1 of 31 sampled images are unreadable: \w+: car/003\.png \(not an image", err)
     assert "60 x 50 px, RGB, L (30 sampled)" in out
+
+
+def test_progressive_sizes_are_measured_one_by_one(folder_of_classes: Path, command: Command) -> None:
+    code, out, err = command(
+        "train", *TINY, "--dataset", folder_of_classes, "--image-size", 64, "--progressive-size", 32, "--batch-size", 2,
+        "--max-steps", estimate.FEWEST_STEPS, "--dry-run",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "estimated time" in out
+
+
+def test_a_dry_run_refuses_a_split_without_readable_images(tmp_path: Path, command: Command) -> None:
+    for split in ("train", "val"):
+        for name, shade in (("cat", 60), ("dog", 180)):
+            write_images(tmp_path / "set" / split / name, 3, shade)
+    for path in (tmp_path / "set" / "val").glob("*/*.png"):
+        path.write_bytes(b"no image")
+    code, _, err = command("train", *FLAGS, "--dataset", tmp_path / "set", "--dry-run")
+    assert code == 2
+    assert "none of the 6 images of the evaluation split is readable" in err

@@ -18,7 +18,7 @@ from resnext_hub.training.balance import (
     resolve_balance,
 )
 from resnext_hub.training.evaluation import Evaluation
-from resnext_hub.training.objective import Objective, weight_of
+from resnext_hub.training.objective import Objective, weights_of
 from resnext_hub.training.state import Best, score_of
 
 NAMES = ("cat", "dog", "horse")
@@ -74,8 +74,10 @@ def test_weights_are_read_by_class_name(tmp_path: Path) -> None:
     balance = resolve_balance(config, images(1, 1, 1), NAMES)
     assert balance.class_weights is not None
     assert balance.class_weights.tolist() == [0.0, 2.5, 1.0]
-    numbers = written(tmp_path, '"0": 1\n"1": 2\n')
-    assert resolve_balance(numbers, images(1, 1), ("0", "1")).class_weights is not None
+    for text in ('"0": 1\n"1": 2\n', "0: 1\n1: 2\n"):
+        numbers = resolve_balance(written(tmp_path, text), images(1, 1), ("0", "1")).class_weights
+        assert numbers is not None
+        assert numbers.tolist() == [1.0, 2.0]
 
 
 @mark.parametrize(
@@ -132,7 +134,7 @@ def test_the_weighted_loss_is_the_same_for_any_micro_batches(mixed: bool, smooth
     pixels, labels = torch.randn(8, 3, 2, 2), torch.tensor([0, 0, 0, 1, 2, 0, 0, 1])
     targets = F.one_hot(labels, 3) * 0.7 + F.one_hot(labels.flip(0), 3) * 0.3 if mixed else labels
     objective = Objective(model, smoothing, WEIGHTS)
-    total = weight_of(targets, WEIGHTS)
+    total = weights_of(targets, WEIGHTS).sum()
 
     def gradient(*sizes: int) -> torch.Tensor:
         model.zero_grad()
@@ -143,8 +145,43 @@ def test_the_weighted_loss_is_the_same_for_any_micro_batches(mixed: bool, smooth
     for sizes in ((3, 3, 2), (1,) * 8):
         torch.testing.assert_close(gradient(*sizes), gradient(8))
     if not mixed:
-        reference = F.cross_entropy(model(pixels), labels, WEIGHTS, label_smoothing=smoothing)
+        losses = F.cross_entropy(model(pixels), labels, label_smoothing=smoothing, reduction="none")
+        reference = (losses * WEIGHTS[labels]).sum() / WEIGHTS[labels].sum()
         torch.testing.assert_close(objective(pixels, labels, total)[0], reference)
+        if not smoothing:
+            torch.testing.assert_close(reference, F.cross_entropy(model(pixels), labels, WEIGHTS))
+
+
+def test_a_class_of_weight_0_has_no_loss() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    objective = Objective(model, 0.1, torch.tensor([0.0, 1.0, 1.0]))
+    loss, _ = objective(torch.randn(2, 3, 2, 2), torch.tensor([0, 0]), torch.tensor(1e-12))
+    assert loss == 0
+
+
+@mark.parametrize("correction", ["weights", "adjustment"])
+def test_label_smoothing_does_not_make_a_rare_class_win(correction: str) -> None:
+    """A model of two separable classes, 100 to 1, is right about both, as without a correction."""
+    torch.manual_seed(0)
+    counts = np.array([1000, 10])
+    pixels = torch.cat([torch.randn(1000, 4) + 3, torch.randn(10, 4) - 3])
+    labels = torch.tensor([0] * 1000 + [1] * 10)
+    if correction == "weights":
+        weights = torch.tensor(1 / counts, dtype=torch.float32)
+        objective = Objective(nn.Linear(4, 2), 0.1, weights)
+        total = weights_of(labels, weights).sum()
+    else:
+        objective = Objective(nn.Linear(4, 2), 0.1, None, torch.tensor(np.log(counts / 1010), dtype=torch.float32), 1.0)
+        total = None
+    optimizer = torch.optim.Adam(objective.parameters(), lr=0.1)
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss, _ = objective(pixels, labels, total)
+        loss.backward()
+        optimizer.step()
+    right = objective.model(pixels).argmax(dim=1) == labels
+    assert right[:1000].float().mean() > 0.99
+    assert right[1000:].float().mean() > 0.99
 
 
 def test_logit_adjustment_adds_the_log_frequencies_in_training_only() -> None:
@@ -155,7 +192,7 @@ def test_logit_adjustment_adds_the_log_frequencies_in_training_only() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
     pixels, labels = torch.randn(4, 3, 2, 2), torch.tensor([0, 1, 2, 2])
     prior = torch.tensor(balance.log_prior, dtype=torch.float32)
-    loss, top1 = Objective(model, 0.0, offsets=2 * prior)(pixels, labels)
+    loss, top1 = Objective(model, 0.0, None, prior, 2.0)(pixels, labels)
     torch.testing.assert_close(loss, F.cross_entropy(model(pixels) + 2 * prior, labels))
     assert top1 == (model(pixels).argmax(dim=1) == labels).float().mean()
 
