@@ -351,6 +351,7 @@ def test_the_metadata_of_the_card_is_valid_for_the_hub(finished: Path) -> None:
     assert {r.metric_type: r.metric_value for r in card.data.eval_results}.keys() == {
         "accuracy",
         "f1",
+        "recall",
         "expected_calibration_error",
     }
     result = card.data.eval_results[0]

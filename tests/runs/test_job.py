@@ -64,7 +64,10 @@ def test_metrics_have_the_documented_fields_and_follow_the_schedule(finished: Pa
     assert set(logs[0]) == {"step", "epoch", "lr", "loss", "top1", "images_per_second", "data_wait"}
     # 1437 samples in batches of 64: the step that completes epoch 1 is 23, that of epoch 2 is 45
     assert [line["step"] for line in evaluations] == [23, 45, 60]
-    assert set(evaluations[0]) == {"step", "epoch", "eval_loss", "eval_top1", "eval_correct", "eval_count"}
+    assert set(evaluations[0]) == {
+        *("step", "epoch", "eval_loss", "eval_top1", "eval_correct", "eval_count"),
+        *("eval_macro_recall", "eval_macro_f1", "eval_recall"),
+    }
     assert evaluations[-1]["eval_count"] == 360
     assert logs[-1]["loss"] < logs[0]["loss"]
 
