@@ -49,18 +49,17 @@ def train(
         RunError: If training fails; the last checkpoint is kept.
         StoppedRun: After SIGTERM or Ctrl-C; the state was saved.
     """
-    from resnext_hub.runs.train import train_run
+    from resnext_hub.runs.train import TrainRequest, train_run
 
-    done = train_run(
-        dict(settings),
-        join(),
+    request = TrainRequest(
+        asked=dict(settings),
         recipe=recipe,
         file=None if config is None else Path(config),
         output_dir=None if output_dir is None else Path(output_dir),
         resume=resume,
         resume_from=resume_from,
     )
-    return done.plan.folder
+    return train_run(request, join()).plan.folder
 
 
 def evaluate(

@@ -52,31 +52,23 @@ def run(options: argparse.Namespace, peers: Peers) -> None:
         return {name: value for name, value in vars(options).items() if name in flat_fields()}
 
     asked = peers.together(ready)
-    from resnext_hub.runs.train import plan_only, train_run
+    from resnext_hub.runs.train import TrainRequest, plan_only, train_run
 
+    request = TrainRequest(
+        asked=asked,
+        recipe=options.recipe,
+        file=options.config,
+        output_dir=options.output_dir,
+        resume=options.resume,
+        resume_from=options.resume_from,
+    )
     if options.dry_run:
-        if options.resume_from:
+        if request.resume_from:
             raise RequestError("--dry-run does not download the run of --resume-from; omit one of them")
-        lines = plan_only(
-            asked,
-            peers,
-            recipe=options.recipe,
-            file=options.config,
-            output_dir=options.output_dir,
-            resume=options.resume,
-        )
-        write("".join(f"{line}\n" for line in lines))
+        write("".join(f"{line}\n" for line in plan_only(request, peers)))
         return
     with _bars_beside_logs():
-        done = train_run(
-            asked,
-            peers,
-            recipe=options.recipe,
-            file=options.config,
-            output_dir=options.output_dir,
-            resume=options.resume,
-            resume_from=options.resume_from,
-        )
+        done = train_run(request, peers)
     folder, record = done.plan.folder, done.record
     if done.plan.finished:
         write(f"the run in {folder} is already finished; nothing was computed (to train longer, increase --epochs)\n")

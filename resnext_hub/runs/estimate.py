@@ -107,9 +107,7 @@ def _time_steps(
             times: list[float] = []
             for _ in range(max(_MOST // len(sizes), 3)):
                 begin = time.monotonic()
-                batch = next(batches, None)
-                if batch is None:
-                    break
+                batch = next(batches)  # a measured run has more steps than are measured
                 images, targets = inputs(batch, at)
                 optimizer.zero_grad()
                 for some, labels in zip(images.split(micro), targets.split(micro), strict=True):
@@ -121,7 +119,7 @@ def _time_steps(
                 if len(times) > 2 and sum(times) > _SECONDS:
                     break
             measured = times[1:] or times  # the first one prepares the kernels
-            found[size] = sum(measured) / max(len(measured), 1)
+            found[size] = sum(measured) / len(measured)
     return found
 
 

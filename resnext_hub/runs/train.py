@@ -33,45 +33,37 @@ class Trained:
     """The publication by the main process, if `push_to_hub` is set."""
 
 
-def train_run(
-    asked: Mapping[str, Any],
-    peers: Peers,
-    *,
-    recipe: str | None = None,
-    file: Path | None = None,
-    output_dir: Path | None = None,
-    resume: bool | None = None,
-    resume_from: str | None = None,
-) -> Trained:
+@dataclass(frozen=True, kw_only=True)
+class TrainRequest:
+    """What the user asked for."""
+
+    asked: Mapping[str, Any]
+    """Flat settings."""
+    recipe: str | None = None
+    """Name of a recipe, which the settings override."""
+    file: Path | None = None
+    """A YAML file of settings; it overrides the recipe."""
+    output_dir: Path | None = None
+    """The run folder; `runs/{dataset}-{model}` if not given."""
+    resume: bool | None = None
+    """Whether to resume a run in the folder; see `prepare`."""
+    resume_from: str | None = None
+    """`hub:owner/name`, to resume from a checkpoint on the Hub."""
+
+
+def train_run(request: TrainRequest, peers: Peers) -> Trained:
     """Plan, train and, if requested, publish a run; if it is already finished, only read its record.
 
     Args:
-        asked: Flat settings that the user gave.
+        request: What the user asked for.
         peers: The processes of the run; their group is closed at the end.
-        recipe: Name of a recipe, which the settings override.
-        file: A YAML file of settings; it overrides the recipe.
-        output_dir: The run folder; `runs/{dataset}-{model}` if not given.
-        resume: Whether to resume a run in the folder; see `prepare`.
-        resume_from: `hub:owner/name`, to resume from a checkpoint on the Hub.
 
     Raises:
         RequestError: If the request is invalid; nothing was computed.
         RunError: If training or publishing fails.
         StoppedRun: After SIGTERM or Ctrl-C; the state was saved.
     """
-
-    plan = peers.agree(
-        lambda: _plan(
-            asked,
-            peers,
-            recipe=recipe,
-            file=file,
-            output_dir=output_dir,
-            resume=resume,
-            resume_from=resume_from,
-        ),
-        shared_facts,
-    )
+    plan = peers.agree(lambda: _plan(request, peers), shared_facts)
     if plan.finished:
         record = peers.from_main(lambda: RunRecord.load(plan.folder.record))
     else:
@@ -82,54 +74,14 @@ def train_run(
     return Trained(plan=plan, record=record, publication=publication)
 
 
-def _plan(
-    asked: Mapping[str, Any],
-    peers: Peers,
-    *,
-    recipe: str | None,
-    file: Path | None,
-    output_dir: Path | None,
-    resume: bool | None,
-    resume_from: str | None = None,
-) -> Plan:
-    state = fetch_run(resume_from) if resume_from else None
-    fetched = None
-    if state is not None and file is None:
-        fetched = fetched_settings(read_config(RunFolder(state)), asked, str(resume_from))
-    settings, name = merge_settings(asked, recipe, file, fetched)
-    with _as_request_errors():
-        plan = prepare(
-            settings,
-            asked=asked,
-            recipe=name,
-            output_dir=output_dir,
-            resume=resume,
-            resume_from=state,
-            peers=peers,
-        )
-    with named_extras():
-        require_packages("train")
-    return plan
-
-
-def plan_only(
-    asked: Mapping[str, Any],
-    peers: Peers,
-    *,
-    recipe: str | None = None,
-    file: Path | None = None,
-    output_dir: Path | None = None,
-    resume: bool | None = None,
-) -> list[str]:
+def plan_only(request: TrainRequest, peers: Peers) -> list[str]:
     """Return what a run would do and take, as lines, without writing its folder; arguments as of `train_run`.
 
     Raises:
         RequestError: If the request is invalid.
         RunError: If its first steps fail.
     """
-    plan = peers.agree(
-        lambda: _plan(asked, peers, recipe=recipe, file=file, output_dir=output_dir, resume=resume), shared_facts
-    )
+    plan = peers.agree(lambda: _plan(request, peers), shared_facts)
     with _as_run_errors(plan.config):
         require_readable_splits(plan)
         accelerator = start_accelerator(plan)
@@ -138,6 +90,27 @@ def plan_only(
     peers.close()
     finished = ["the run folder holds this run, finished"] if plan.finished else []
     return [*lines, *finished, "dry run: nothing was written"]
+
+
+def _plan(request: TrainRequest, peers: Peers) -> Plan:
+    state = fetch_run(request.resume_from) if request.resume_from else None
+    fetched = None
+    if state is not None and request.file is None:
+        fetched = fetched_settings(read_config(RunFolder(state)), request.asked, str(request.resume_from))
+    settings, name = merge_settings(request.asked, request.recipe, request.file, fetched)
+    with _as_request_errors():
+        plan = prepare(
+            settings,
+            asked=request.asked,
+            recipe=name,
+            output_dir=request.output_dir,
+            resume=request.resume,
+            resume_from=state,
+            peers=peers,
+        )
+    with named_extras():
+        require_packages("train")
+    return plan
 
 
 @contextlib.contextmanager
