@@ -11,6 +11,7 @@ EXTRA_OF_PACKAGE = {
         (
             "accelerate",
             "datasets",
+            "fsspec",
             "imagehash",
             "jinja2",
             "matplotlib",
