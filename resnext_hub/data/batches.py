@@ -6,6 +6,7 @@ copies the pixels.
 """
 
 import signal
+import time
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,6 +20,9 @@ from resnext_hub.errors import RunError, one_line, setting
 
 GRACE = 25
 """Seconds after SIGTERM at which a worker exits by itself; launchers allow the whole run 30."""
+
+LAST_WORD = 1
+"""Seconds to wait for torch's own account of a lost worker: its signal may arrive after the transfer has broken off."""
 
 PREFETCH = 2
 """Batches that a worker loads in advance."""
@@ -199,13 +203,23 @@ def read_items(loader: DataLoader[Any]) -> Generator[Any, None, None]:
 def lost_worker(error: Exception) -> RunError | None:
     """Return the error for a worker that exited unexpectedly, or None if the error has another cause.
 
-    torch raises it wherever the training process happens to be, or the transfer from the worker breaks off.
+    Returns after `LAST_WORD` seconds, or earlier if torch gives the reason in the meantime.
     """
-    text = str(error)
-    broken_off = isinstance(error, (ConnectionError, EOFError)) and not text.startswith("Caught ")
-    if not broken_off and not text.startswith("DataLoader worker"):
+    if not _is_lost(error):
         return None
+    try:  # torch raises once more, wherever the process is when the worker's signal arrives; here it does no harm
+        time.sleep(LAST_WORD)
+    except RuntimeError as cause:
+        if _is_lost(cause):
+            error = cause
     return RunError(
         f"a data-loading worker exited unexpectedly ({one_line(error)[:100]}); if memory ran out (in a container, "
         f"possibly /dev/shm), reduce {setting('workers')} or {setting('batch_size')}"
     )
+
+
+def _is_lost(error: Exception) -> bool:
+    """Return whether an error says that a worker exited: torch's own, or a transfer from the worker that broke off."""
+    if str(error).startswith("Caught "):  # raised by the dataset, in a worker that still runs
+        return False
+    return isinstance(error, (ConnectionError, EOFError)) or str(error).startswith("DataLoader worker")

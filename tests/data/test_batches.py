@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from shutil import which
 
@@ -26,6 +27,7 @@ from resnext_hub.data.batches import (
     Unreadable,
     build_loader,
     read_batches,
+    read_items,
 )
 from resnext_hub.errors import RunError
 
@@ -115,6 +117,26 @@ def test_a_killed_worker_is_reported_in_one_line() -> None:
     advice = r"if memory ran out \(in a container, possibly /dev/shm\), reduce workers or batch_size"
     with raises(RunError, match=rf"^a data-loading worker exited unexpectedly \(.*\); {advice}$"):
         list(batches)
+
+
+def test_a_worker_whose_signal_arrives_late_is_reported_with_its_reason() -> None:
+    """The transfer breaks off first; torch raises the reason from the handler of a signal that follows."""
+
+    def reason(*_: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    def broken_off() -> Iterator[Batch]:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        raise ConnectionResetError("Connection reset by peer")
+        yield
+
+    before = signal.signal(signal.SIGALRM, reason)
+    try:
+        with raises(RunError, match="killed by signal: Killed"):
+            list(read_items(broken_off()))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 SHORT = """
