@@ -10,7 +10,7 @@ from resnext_hub.inference.classifier import Classifier, load
 from resnext_hub.processes.peers import join
 from resnext_hub.record import RunRecord
 from resnext_hub.run_folder import RunFolder
-from resnext_hub.training.evaluation import Evaluation
+from resnext_hub.training.evaluation import AnyEvaluation
 from resnext_hub.training.keywords import TrainSettings
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def train(
 
 def evaluate(
     run: "str | os.PathLike[str]", *, split: Literal["evaluation", "test"] = "evaluation", threads: str = "auto"
-) -> Evaluation:
+) -> AnyEvaluation:
     """Evaluate the model folder of a finished run.
 
     Args:
@@ -82,14 +82,15 @@ def evaluate(
 
 
 def predict(
-    model: "Classifier | str | os.PathLike[str]", images: "ImageInput | Sequence[ImageInput]", *, top: int = 1
+    model: "Classifier | str | os.PathLike[str]", images: "ImageInput | Sequence[ImageInput]", *, top: int | None = None
 ) -> "list[Prediction | Unread]":
     """Classify images.
 
     Args:
         model: A classifier, or what `load` takes.
         images: An image or a sequence of them: paths, encoded bytes, PIL images or uint8 arrays.
-        top: Number of classes for each image.
+        top: Number of classes for each image; if not given, the most probable one, or all labels from their thresholds
+            on if an image can have several.
 
     Returns:
         For each image its most probable classes, or the reason why it cannot be decoded.

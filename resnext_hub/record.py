@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 3
 """Version 2 made the confusion matrix sparse; version 3 renamed `broken_pictures` to `unreadable_images`."""
 
-PLOTS = ("curves.png", "confusion_matrix.png")
+PLOTS = ("curves.png", "confusion_matrix.png", "labels.png")
 """Plots of a model folder, which its card shows and which are published."""
 
 _Count = Annotated[int, Meta(ge=0)]
@@ -84,14 +84,32 @@ class DatasetFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LabelFacts:
+    """Results for one label of images that can have several."""
+
+    positives: _Count
+    """Images that have the label."""
+    predicted: _Count
+    """Images for which it is predicted."""
+    true_positives: _Count
+    """Images for which it is predicted and that have it."""
+    average_precision: _Fraction | None
+    """Average precision over all thresholds; None if no image has the label."""
+    threshold: _Fraction
+    """Probability from which it is predicted, chosen on the evaluation split."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationFacts:
     """Results of the published weights on the evaluation or the test split."""
 
     step: _Count
     epoch: _Amount
     correct: _Count
+    """Images whose class is right, or with several labels, of which all are right."""
     count: _Some
     top1: _Fraction
+    """The fraction of these images."""
     loss: float
     top5: _Fraction | None
     """None with too few classes for top-5 accuracy to mean much."""
@@ -103,7 +121,12 @@ class EvaluationFacts:
     batch_size: _Some
     """Batch size of every forward pass; the last bits of float32 logits depend on it."""
     confusion: list[list[tuple[_Count, _Some]]]
-    """For each true class, the predicted classes with their counts; only those that occur."""
+    """For each true class, the predicted classes with their counts; only those that occur. Empty if an image can have
+    several labels."""
+    labels: list[LabelFacts] | None = None
+    """Results for each label if an image can have several, else None."""
+    mean_average_precision: _Fraction | None = None
+    """Mean of the average precisions of the labels that occur, if an image can have several."""
 
     def __post_init__(self) -> None:
         """Refuse results that contradict themselves, as in a damaged file.
@@ -111,6 +134,9 @@ class EvaluationFacts:
         Raises:
             ValueError: If two parts contradict each other.
         """
+        if self.labels is not None:
+            self._require_labels(self.labels)
+            return
         classes, columns = len(self.confusion), [column for row in self.confusion for column, _ in row]
         right = sum(count for label, row in enumerate(self.confusion) for column, count in row if column == label)
         for holds, what in (
@@ -123,6 +149,29 @@ class EvaluationFacts:
         ):
             if not holds:
                 raise ValueError(f"expected {what}")
+
+    def _require_labels(self, labels: list[LabelFacts]) -> None:
+        for holds, what in (
+            (self.mean_average_precision is not None, "mean_average_precision"),
+            (not self.confusion, "no confusion of several labels"),
+            (0 <= self.correct <= self.count, "0 <= correct <= count"),
+            (abs(self.top1 * self.count - self.correct) < 1e-6, "top1 to be correct / count"),
+            (
+                all(max(label.positives, label.predicted) <= self.count for label in labels),
+                "positives and predicted <= count",
+            ),
+            (
+                all(label.true_positives <= min(label.positives, label.predicted) for label in labels),
+                "true_positives <= positives and predicted",
+            ),
+        ):
+            if not holds:
+                raise ValueError(f"expected {what}")
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether an image can have several labels."""
+        return self.labels is not None
 
     @property
     def matrix(self) -> "np.ndarray":
@@ -138,6 +187,8 @@ class EvaluationFacts:
     @property
     def measured(self) -> list[int]:
         """Number of readable evaluation images of each class."""
+        if self.labels is not None:
+            return [label.positives for label in self.labels]
         return [sum(count for _, count in row) for row in self.confusion]
 
 
@@ -147,9 +198,15 @@ class SampleFacts:
 
     index: _Count
     """Index in the evaluation split."""
-    label: str
+    label: str | list[str]
+    """Its class, or its labels if an image can have several."""
     output: list[tuple[str, _Fraction]]
     """The most probable classes with their probabilities, the first one first."""
+
+    @property
+    def labels(self) -> list[str]:
+        """Its class or classes."""
+        return [self.label] if isinstance(self.label, str) else self.label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +266,7 @@ class RunRecord:
     decoders: list[str] = field(default_factory=list)
     """Decoders of the training images, in order of use: several if a run was resumed with another one."""
     unreadable_images: list[UnreadableImage] = field(default_factory=list)
-    plots: list[str] = field(default_factory=lambda: list(PLOTS))
+    plots: list[str] = field(default_factory=lambda: list(PLOTS[:2]))
     """Plots in the model folder."""
     merged_groups: dict[str, _Some] = field(default_factory=dict)
     """Number of neighboring groups that were computed as one in training, by layer name."""
@@ -233,7 +290,7 @@ class RunRecord:
             evaluations.append((self.test, dataset.test_count))
         size = self.model.input.get("input_size")
         for holds, what in (
-            (all(len(part.confusion) == classes for part, _ in evaluations), "a row of confusion for each class"),
+            (all(len(part.measured) == classes for part, _ in evaluations), "results for each class"),
             (all(part.count <= count for part, count in evaluations), "count <= eval_count and test_count"),
             (
                 all(part.step <= self.steps for part, _ in evaluations),
@@ -243,6 +300,7 @@ class RunRecord:
             (_is_count_of(dataset.train_counts, classes), "train_counts of each class"),
             (_is_count_of(dataset.eval_counts, classes), "eval_counts of each class"),
             (_is_count_of(dataset.test_counts, classes), "test_counts of each class"),
+            (len({part.is_multi_label for part, _ in evaluations}) == 1, "the same kind of labels in both splits"),
             (self.class_weights is None or len(self.class_weights) == classes, "class_weights of each class"),
             (set(self.changed) <= self.config.keys(), "settings in changed that are in config"),
             (self.config.keys() >= _CARD_SETTINGS, f"config with {', '.join(sorted(_CARD_SETTINGS))}"),
@@ -252,7 +310,7 @@ class RunRecord:
             ),
             (self.sample.output, "an output of the sample"),
             (
-                {*self.label_names} >= {self.sample.label, *(name for name, _ in self.sample.output)},
+                {*self.label_names} >= {*self.sample.labels, *(name for name, _ in self.sample.output)},
                 "classes in sample that are in label_names",
             ),
             (set(self.plots) <= set(PLOTS), f"plots of {', '.join(PLOTS)}"),

@@ -229,5 +229,5 @@ def test_every_command_refuses_a_damaged_run_in_one_line(
 
 def test_contradictions_are_found_when_a_record_is_made_too() -> None:
     record = a_record()
-    with raises(ValueError, match="a row of confusion for each class"):
+    with raises(ValueError, match="results for each class"):
         dataclasses.replace(record, label_names=["bus"])

@@ -28,7 +28,13 @@ NAME = 100
 TAGS = ("image-classification", "timm", "transformers", "resnext")
 
 
-CHOSEN_BY = {"top1": "accuracy", "macro-recall": "macro recall", "macro-f1": "macro-F1", "loss": "cross-entropy"}
+CHOSEN_BY = {
+    "top1": "accuracy",
+    "macro-recall": "macro recall",
+    "macro-f1": "macro-F1",
+    "map": "mean average precision",
+    "loss": "cross-entropy",
+}
 """What the values of `best_by` are called."""
 
 
@@ -68,7 +74,8 @@ def _body(record: RunRecord, repo_id: str | None, license: str | None) -> str:
         "cls": class_name,
     }
     reported, dataset, settings = record.reported, record.dataset, record.config
-    rows = [row for row in _per_class(record) if row["count"] or len(record.label_names) <= MOST_CLASSES]
+    every = _per_label(record) if reported.is_multi_label else _per_class(record)
+    rows = [row for row in every if row["count"] or len(record.label_names) <= MOST_CLASSES]
     unmeasured = [name for name, count in zip(record.label_names, reported.measured, strict=True) if not count]
     results = [(split_name(record, part), facts) for part, facts in _results(record)]
     return environment.from_string(template).render(
@@ -79,7 +86,9 @@ def _body(record: RunRecord, repo_id: str | None, license: str | None) -> str:
         conflict=license_conflict(record.base_model, license),
         dataset_link=_dataset_link(record),
         reported=reported,
-        chosen_by=CHOSEN_BY[str(record.config.get("best_by", "top1"))],
+        several=reported.is_multi_label,
+        thresholds=_thresholds(record),
+        chosen_by=CHOSEN_BY[str(record.config.get("best_by") or "top1")],
         part="evaluation" if record.test is None else "test",
         results=[(name, facts, wilson_interval(facts.correct, facts.count)) for name, facts in results],
         eval_name=split_name(record, "evaluation"),
@@ -88,6 +97,7 @@ def _body(record: RunRecord, repo_id: str | None, license: str | None) -> str:
         class_list=list_names(record.label_names),
         unmeasured=unmeasured,
         unmeasured_list=list_names(unmeasured),
+        sample_labels=", ".join(map(class_name, record.sample.labels)) or "none",
         interval=wilson_interval(reported.correct, reported.count),
         percent=_percent,
         size=record.model.input["input_size"][-1],
@@ -132,7 +142,8 @@ def _metadata(record: RunRecord, repo_id: str | None, license: str | None) -> st
             )
             for part, facts in _results(record)
             for kind, name, value in (
-                ("accuracy", "Top-1 accuracy", facts.top1),
+                ("mean_average_precision", _macro_name("Mean average precision", facts), facts.mean_average_precision),
+                ("accuracy", "All labels right" if facts.is_multi_label else "Top-1 accuracy", facts.top1),
                 ("accuracy", "Top-5 accuracy", facts.top5),
                 ("f1", _macro_name("Macro-F1", facts), facts.macro_f1),
                 ("recall", _macro_name("Macro recall", facts), facts.macro_recall),
@@ -197,6 +208,33 @@ def _per_class(record: RunRecord) -> list[dict[str, Any]]:
             }
         )
     return sorted(rows, key=lambda row: float(row["order"])) if len(rows) > MOST_CLASSES else rows
+
+
+def _thresholds(record: RunRecord) -> str:
+    """Return the thresholds of the labels as Python code; many are only in config.json."""
+    labels = record.reported.labels or []
+    if len(labels) > MOST_CLASSES:
+        return f"[0.5] * {len(labels)}  # the best ones are in config.json, in resnext_hub.thresholds"
+    return str([float(f"{label.threshold:.6g}") for label in labels])
+
+
+def _per_label(record: RunRecord) -> list[dict[str, Any]]:
+    """Return a row per label of images that can have several; if there are many, sorted by average precision."""
+    rows = []
+    for name, label in zip(record.label_names, record.reported.labels or [], strict=True):
+        value = label.average_precision
+        rows.append(
+            {
+                "name": class_name(name),
+                "count": label.positives,
+                "ap": "not measured" if value is None else _percent(value),
+                "threshold": f"{label.threshold:.3f}",
+                "precision": _percent(label.true_positives / label.predicted) if label.predicted else "never predicted",
+                "recall": _percent(label.true_positives / label.positives) if label.positives else "not measured",
+                "order": 2.0 if value is None else value,
+            }
+        )
+    return sorted(rows, key=lambda row: float(str(row["order"]))) if len(rows) > MOST_CLASSES else rows
 
 
 def _paper(variant: str | None) -> str | None:

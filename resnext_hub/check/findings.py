@@ -3,11 +3,10 @@
 from collections import Counter
 from dataclasses import dataclass
 
-import numpy as np
-
 from resnext_hub.check.survey import Survey
 from resnext_hub.data.duplicates import duplicate_groups
 from resnext_hub.data.examine import Facts
+from resnext_hub.data.images import count_labels
 from resnext_hub.training.balance import SMALL_CLASS
 
 
@@ -23,9 +22,9 @@ class Group:
     """The splits that they are in; parts of one split count as one if training keeps duplicates together."""
 
     @property
-    def labels(self) -> tuple[int, ...]:
-        """Their labels."""
-        return tuple(sorted({facts.label for facts in self.images}))
+    def labels(self) -> tuple[tuple[int, ...], ...]:
+        """What they are labeled with, without repetitions."""
+        return tuple(sorted({facts.labels for facts in self.images}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +34,8 @@ class Findings:
     label_names: tuple[str, ...]
     counts: dict[str, tuple[int, ...]]
     """Images of each class, by split."""
+    totals: dict[str, int]
+    """Images by split."""
     sizes: dict[str, tuple[int, int]]
     """Width and height of the smallest, the median and the largest image, by number of pixels."""
     modes: dict[str, int]
@@ -107,9 +108,10 @@ def examine(survey: Survey) -> Findings:
     return Findings(
         label_names=survey.label_names,
         counts={
-            name: tuple(np.bincount(split.labels, minlength=len(survey.label_names)).tolist())
+            name: tuple(count_labels(split.labels, len(survey.label_names)).tolist())
             for name, split in survey.splits.items()
         },
+        totals={name: len(split) for name, split in survey.splits.items()},
         sizes={what: by_pixels[place] for what, place in places.items()} if by_pixels else {},
         modes=dict(Counter(facts.mode for facts in readable).most_common()),
         unreadable=tuple(facts for facts in images if facts.size is None),

@@ -23,7 +23,7 @@ from resnext_hub.machine import cores, device_type
 from resnext_hub.processes.accelerator import set_threads
 from resnext_hub.runs.reopen import reopen
 from resnext_hub.text import printable
-from resnext_hub.training.evaluation import predict_batch
+from resnext_hub.training.evaluation import log_probabilities, predict_batch
 from resnext_hub.training.feed import evaluation_samples
 
 _logger = logging.getLogger(__name__)
@@ -128,6 +128,11 @@ def check_labels(path: Path, workers: int | None = None) -> LabelFindings:
         raise RequestError(
             f"{printable(path)} was trained with {setting('streaming', True)}, and a stream cannot be checked"
         )
+    if run.record.evaluation.is_multi_label:
+        raise RequestError(
+            f"{printable(path)} was trained on images with several labels, and wrong ones can only be found if each "
+            "has one"
+        )
     splits = run.load_splits()
     classifier = load(f"local-dir:{run.folder.model}")
     device = torch.device(device_type())
@@ -178,7 +183,7 @@ def _predict(
     batches = samples.batches(batch_size, 0, 1, workers, pin_memory=device.type == "cuda")
     with contextlib.closing(batches):
         for batch in batches:
-            rows = predict_batch(model, batch.images, batch_size, device).exp()
+            rows = log_probabilities(predict_batch(model, batch.images, batch_size, device)).exp()
             for entry in batch.unreadable:
                 rows[batch.indices == entry.index] = torch.nan
             parts.append(Probabilities.of_batch(rows, batch.labels))

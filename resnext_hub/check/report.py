@@ -50,7 +50,7 @@ def as_json(findings: Findings) -> dict[str, Any]:
             {
                 "exact": group.exact,
                 "across_splits": len(group.splits) > 1,
-                "images": [_facts(facts) | {"label": findings.label_names[facts.label]} for facts in group.images],
+                "images": [_facts(facts) | _label(facts, findings.label_names) for facts in group.images],
                 "different_labels": len(group.labels) > 1,
             }
             for group in findings.groups
@@ -71,7 +71,7 @@ def _classes(findings: Findings) -> str:
     for i in shown:
         cells = ["…", *["…"] * len(splits)] if i is None else [printable(findings.label_names[i]), *map(str, counts[i])]
         rows.append(cells)
-    rows.append(["total", *(f"{sum(of_split)}" for of_split in findings.counts.values())])
+    rows.append(["total" if _sums_up(findings) else "images", *map(str, findings.totals.values())])
     return aligned(rows)
 
 
@@ -112,11 +112,26 @@ def listed(title: str, lines: Iterable[str], shown: int = SHOWN) -> list[str]:
 def _group(group: Group, label_names: Sequence[str] = ()) -> str:
     """Return the images of a group in one line, with their labels if names are given."""
     names = [
-        f"{_name(facts)} ({printable(label_names[facts.label])})" if label_names else _name(facts)
+        f"{_name(facts)} ({labels_of(facts, label_names)})" if label_names else _name(facts)
         for facts in group.images[:4]
     ]
     more = f" and {len(group.images) - 4} more" if len(group.images) > 4 else ""
     return f"{' = ' if group.exact else ' ~ '}".join(names) + more
+
+
+def labels_of(facts: Facts, label_names: Sequence[str]) -> str:
+    """Return the names of the labels of an image."""
+    return ", ".join(printable(label_names[i]) for i in facts.labels) or "none"
+
+
+def _label(facts: Facts, label_names: Sequence[str]) -> dict[str, Any]:
+    names = [label_names[i] for i in facts.labels]
+    return {"label": names[0]} if len(names) == 1 else {"labels": names}
+
+
+def _sums_up(findings: Findings) -> bool:
+    """Return whether each image is in exactly one class."""
+    return all(sum(counts) == findings.totals[split] for split, counts in findings.counts.items())
 
 
 def _name(facts: Facts) -> str:

@@ -87,8 +87,22 @@ def _all_splits(config: DataConfig) -> tuple[Splits, dict[str, IndexedImages], t
         names += [name for name in other.label_names if name not in names]
         number = np.array([names.index(name) for name in other.label_names])
         assert isinstance(other.eval, IndexedImages)
-        splits[split] = replace(other.eval, labels=number[other.eval.labels])
+        splits[split] = replace(other.eval, labels=_renumbered(other.eval, number))
+    if loaded.is_multi_label:  # other splits can have more labels
+        splits = {
+            split: replace(images, labels=np.pad(images.labels, ((0, 0), (0, len(names) - images.labels.shape[1]))))
+            for split, images in splits.items()
+        }
     return loaded, splits, tuple(names)
+
+
+def _renumbered(images: IndexedImages, number: np.ndarray) -> np.ndarray:
+    """Return the labels of images with other numbers."""
+    if not images.is_multi_label:
+        return np.asarray(number[images.labels])
+    labels = np.zeros((len(images), number.max() + 1), dtype=bool)
+    labels[:, number] = images.labels
+    return labels
 
 
 def used_images(loaded: Splits) -> dict[str, IndexedImages]:

@@ -141,7 +141,7 @@ def _draw(surveyed: "Survey", findings: "Findings", path: Path) -> None:
             Tile(
                 row=surveyed.splits[facts.split].row(facts.index),
                 name=f"{facts.split}: {facts.name}",
-                label=names[facts.label],
+                label=", ".join(names[i] for i in facts.labels) or "none",
             )
             for facts in group.images[:COLUMNS]
         ]

@@ -22,7 +22,8 @@ def run(options: argparse.Namespace) -> None:
     from resnext_hub.files import sha256_of
     from resnext_hub.models.saved import WEIGHTS
     from resnext_hub.run_folder import RunFolder
-    from resnext_hub.runs.evaluate import evaluate_run
+    from resnext_hub.runs.evaluate import evaluate_run, same_counts
+    from resnext_hub.training.recorder import summary_of
 
     evaluations, record = evaluate_run(options.run, options.threads)
     texts = []
@@ -30,11 +31,10 @@ def run(options: argparse.Namespace) -> None:
         recorded = record.test if part == "test" else record.evaluation
         assert recorded is not None
         text = (
-            f"{'test ' if part == 'test' else ''}accuracy {100 * evaluation.top1:.2f} % "
-            f"({evaluation.correct}/{evaluation.count}), loss "
+            f"{'test ' if part == 'test' else ''}{summary_of(evaluation)}, loss "
             f"{evaluation.loss:.6f}; recorded: {recorded.correct}/{recorded.count}, loss {recorded.loss:.6f}"
         )
-        if evaluation.confusion(len(record.label_names)) != recorded.confusion:
+        if not same_counts(evaluation, recorded):
             raise RunError(f"the counts differ from the record: {text}")
         texts.append(text)
     if sha256_of(RunFolder(options.run).model / WEIGHTS) != record.model.weights_sha256:

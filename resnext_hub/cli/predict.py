@@ -22,7 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("path", type=existing_path, nargs="+", metavar="PATH", help="image, or folder of images")
     parser.add_argument(
-        "--top", type=count(BATCH), default=1, metavar="N", help="number of most likely classes per image (default: 1)"
+        "--top",
+        type=count(BATCH),
+        metavar="N",
+        help="number of most likely classes per image (default: 1, or if an image can have several labels, all from "
+        "their thresholds on)",
     )
     parser.add_argument(
         "--json",

@@ -5,7 +5,7 @@ import contextlib
 import importlib
 import logging
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from resnext_hub.cli.output import write
 from resnext_hub.cli.parser import add_config_flags, existing_path, new_path
@@ -14,6 +14,9 @@ from resnext_hub.extras import named_extras
 from resnext_hub.processes.peers import Peers
 from resnext_hub.text import printable, python_string
 from resnext_hub.training.config import flat_fields
+
+if TYPE_CHECKING:
+    from resnext_hub.record import EvaluationFacts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,16 +77,22 @@ def run(options: argparse.Namespace, peers: Peers) -> None:
         write(f"the run in {folder} is already finished; nothing was computed (to train longer, increase --epochs)\n")
     if done.publication is not None:
         write(f"published and verified: {done.publication.address}\n")
-    evaluation, test = record.evaluation, record.test
     write(
-        f"accuracy {100 * evaluation.top1:.2f} % ({evaluation.correct}/{evaluation.count} held-out images)\n"
-        + (f"test accuracy {100 * test.top1:.2f} % ({test.correct}/{test.count} images)\n" if test else "")
+        f"{_result(record.evaluation, 'held-out images')}\n"
+        + (f"test {_result(record.test, 'images')}\n" if record.test else "")
         + f"model folder: {printable(folder.model)}\n\n"
         f"    import timm\n"
         + ("    import resnext_hub\n" if record.model.needs_plugin else "")
         + f"    model = timm.create_model({python_string(f'local-dir:{folder.model}')}, pretrained=True).eval()\n"
         f"    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
     )
+
+
+def _result(facts: "EvaluationFacts", what: str) -> str:
+    """Return the main result of an evaluation in words."""
+    if facts.mean_average_precision is not None:
+        return f"mAP {100 * facts.mean_average_precision:.2f} % ({facts.count} {what})"
+    return f"accuracy {100 * facts.top1:.2f} % ({facts.correct}/{facts.count} {what})"
 
 
 @contextlib.contextmanager

@@ -43,7 +43,8 @@ class Sample:
     """An image `(C, H, W)` with its label and index, and the unreadable images that it replaces."""
 
     image: torch.Tensor
-    label: int
+    label: int | np.ndarray
+    """Its class, or with several labels, which it has, `(classes,)` bool."""
     index: int
     unreadable: list[Unreadable]
     erased: Edges = NOTHING
@@ -58,6 +59,8 @@ class Position(NamedTuple):
 
 class Batch(NamedTuple):
     """Images `(N, C, H, W)`, labels and indices `(N,)` int64, and the unreadable images.
+
+    If an image can have several labels, `labels` is `(N, classes)` bool.
 
     Training images are uint8 and channels last in memory; `erased` `(N, 4)` int64 holds the edges of the rectangle to
     erase in each. Evaluation images are float32 and normalized. `end` is the position after the global batch, or None
@@ -76,8 +79,10 @@ class Parcel(NamedTuple):
     """A batch in transit, see `Batch`. One from a worker has to be opened before the next one is taken."""
 
     images: torch.Tensor
+    labels: np.ndarray
+    """`(N,)` int64 or `(N, classes)` bool."""
     numbers: np.ndarray
-    """Label, index and the four edges of the erased rectangle of each sample; `(N, 6)` int64."""
+    """Index and the four edges of the erased rectangle of each sample; `(N, 5)` int64."""
     unreadable: list[Unreadable]
     end: Position | None
 
@@ -86,10 +91,10 @@ class Parcel(NamedTuple):
         numbers = torch.from_numpy(self.numbers)
         return Batch(
             images=self.images.clone() if self.images.is_shared() else self.images,
-            labels=numbers[:, 0],
-            indices=numbers[:, 1],
+            labels=torch.from_numpy(self.labels),
+            indices=numbers[:, 0],
             unreadable=self.unreadable,
-            erased=numbers[:, 2:],
+            erased=numbers[:, 1:],
             end=self.end,
         )
 
@@ -113,7 +118,8 @@ class Packer:
         stacked = torch.stack(images, out=self._buffer(images) if get_worker_info() else None)
         return Parcel(
             images=stacked.permute(0, 3, 1, 2) if channels_last else stacked,
-            numbers=np.array([(sample.label, sample.index, *sample.erased) for sample in samples], dtype=np.int64),
+            labels=np.array([sample.label for sample in samples]),
+            numbers=np.array([(sample.index, *sample.erased) for sample in samples], dtype=np.int64),
             unreadable=[entry for sample in samples for entry in sample.unreadable],
             end=end,
         )

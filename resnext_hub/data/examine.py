@@ -36,7 +36,8 @@ class Facts:
     row: int
     """Its row in the split as it is stored."""
     name: str
-    label: int
+    labels: tuple[int, ...]
+    """Its class, or which of several labels it has."""
     digest: bytes = b""
     """SHA-256 of the encoded image."""
     size: tuple[int, int] | None = None
@@ -106,7 +107,7 @@ class _Examination(Dataset[Any]):
             index=index,
             row=int(images.indices[index]),
             name=images.name(index),
-            label=int(images.labels[index]),
+            labels=images.label_set(index),
         )
         return _examine(facts, images)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from resnext_hub.data.config import DataConfig
+from resnext_hub.data.images import count_labels
 from resnext_hub.errors import RequestError, setting
 from resnext_hub.text import listing
 
@@ -46,6 +47,18 @@ def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
+def strata_of(labels: np.ndarray) -> np.ndarray:
+    """Return what to stratify by, `(N,)`: the labels, or of several labels of an image the rarest one.
+
+    So a rare label is divided as evenly as a class. Images without labels form a stratum of their own.
+    """
+    if labels.ndim == 1:
+        return labels
+    order = np.argsort(labels.sum(axis=0), kind="stable")
+    rarest: np.ndarray = order[labels[:, order].argmax(axis=1)]
+    return np.where(labels.any(axis=1), rarest, labels.shape[1])
+
+
 def hold_out(config: DataConfig, labels: np.ndarray, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return the rows of each part of a run, holding out the parts that have no split of their own.
 
@@ -53,7 +66,7 @@ def hold_out(config: DataConfig, labels: np.ndarray, rows: Mapping[str, np.ndarr
 
     Args:
         config: How much to hold out.
-        labels: Labels of the training split, `(N,)`.
+        labels: Labels of the training split, `(N,)`, or what else to stratify by.
         rows: Rows of the stored splits by part: `training`, and `evaluation` and `test` if they are stored.
 
     Raises:
@@ -134,11 +147,11 @@ def likely_mistakes(names: Sequence[str], train: np.ndarray, other: np.ndarray, 
 
     Args:
         names: Names of the classes.
-        train: Labels of the training split.
+        train: Labels of the training split, `(N,)` or `(N, classes)`.
         other: Labels of the other split.
         part: Name of the other split.
     """
-    in_train, in_other = (np.bincount(labels, minlength=len(names)) for labels in (train, other))
+    in_train, in_other = (count_labels(labels, len(names)) for labels in (train, other))
     untrained = [names[int(i)] for i in np.flatnonzero((in_train == 0) & (in_other > 0))]
     return [f"no training images for {listing(untrained)}, but the {part} split has some"] if untrained else []
 

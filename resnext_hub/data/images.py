@@ -24,7 +24,8 @@ class IndexedImages:
     """Labeled images by index.
 
     `rows` is the whole table as it was loaded, without a selection of its own; it holds encoded images (bytes or a
-    path). `indices` are the rows that belong to this split, `labels` `(N,)` int64 their labels.
+    path). `indices` are the rows that belong to this split, `labels` `(N,)` int64 their labels, or `(N, classes)` bool
+    which of several labels each has.
     """
 
     rows: "datasets.Dataset"
@@ -39,6 +40,19 @@ class IndexedImages:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether an image can have any number of labels, instead of exactly one."""
+        return self.labels.ndim == 2
+
+    def label(self, index: int) -> int | np.ndarray:
+        """Return the label of an image, or with several labels, which it has, `(classes,)` bool."""
+        return self.labels[index] if self.is_multi_label else int(self.labels[index])
+
+    def label_set(self, index: int) -> tuple[int, ...]:
+        """Return all labels of an image in ascending order."""
+        return tuple(np.flatnonzero(self.labels[index]).tolist()) if self.is_multi_label else (int(self.labels[index]),)
 
     @property
     def count(self) -> int | None:
@@ -80,6 +94,16 @@ class IndexedImages:
         except UnicodeDecodeError:  # parquet does not check that text is UTF-8
             path = row["path"].as_buffer().to_pybytes()
             return {"bytes": row["bytes"].as_py(), "path": path.decode("utf-8", "surrogateescape")}
+
+
+def count_labels(labels: np.ndarray, classes: int) -> np.ndarray:
+    """Return the number of images of each class, `(classes,)` int64.
+
+    Args:
+        labels: Labels of the images, `(N,)`, or `(N, classes)` bool if each can have several.
+        classes: Number of classes.
+    """
+    return labels.sum(axis=0) if labels.ndim == 2 else np.bincount(labels, minlength=classes)
 
 
 def short_name(path: str) -> str:
@@ -148,6 +172,11 @@ class StreamedImages:
     """Number of images according to the source."""
     roots: tuple[str, ...] | None = ()
     """Folders, or prefixes of URLs, that must contain the files that rows refer to by path."""
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether an image can have any number of labels; never in a stream."""
+        return False
 
     @property
     def shards(self) -> int:

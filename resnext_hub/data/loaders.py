@@ -78,7 +78,7 @@ class TrainingSamples(Dataset[Sample]):
                     ) from None
                 draw = np.random.SeedSequence((place.sample, len(unreadable))).generate_state(1, np.uint64)[0]
                 index = int(draw % len(self.images))
-        return Sample(image, int(self.images.labels[index]), place.sample, unreadable, erased)
+        return Sample(image, self.images.label(index), place.sample, unreadable, erased)
 
 
 def read_transformed(row: dict[str, Any], transform: Transform, mode: str, max_pixels: int) -> torch.Tensor:
@@ -112,12 +112,17 @@ class EvaluationSamples(Dataset[Sample]):
         except UnreadableImageError as error:
             unreadable = [Unreadable(index, self.images.name(index), str(error))]
             image = self.transform(Image.new(self.mode, (8, 8)))
-        return Sample(image, int(self.images.labels[index]), index, unreadable)
+        return Sample(image, self.images.label(index), index, unreadable)
 
     @property
     def count(self) -> int:
         """Number of samples."""
         return len(self)
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """Which labels each sample has, `(N, classes)` bool; None if each has exactly one."""
+        return self.images.labels if self.images.is_multi_label else None
 
     def batches(
         self, batch_size: int, process: int, processes: int, workers: int, pin_memory: bool

@@ -11,13 +11,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from resnext_hub.data.columns import LabelledTable, class_names, find_image_column, find_label_column, read_labels
+from resnext_hub.data.columns import find_image_column, find_label_column
 from resnext_hub.data.config import NO_TEST
 from resnext_hub.data.config import DataConfig as DataConfig
 from resnext_hub.data.exclude import read_exclusions
 from resnext_hub.data.groups import duplicates_in
-from resnext_hub.data.holdout import hold_out, keep_together, likely_mistakes, similar_names
+from resnext_hub.data.holdout import hold_out, keep_together, likely_mistakes, similar_names, strata_of
 from resnext_hub.data.images import IndexedImages, StreamedImages
+from resnext_hub.data.labels import LabelledTable, class_names, read_labels
 from resnext_hub.data.sources import BUNDLED, OpenDataset, Request, is_url, open_source, public_name
 from resnext_hub.data.sources import check_source as check_source
 from resnext_hub.data.sources.names import likely_splits, loose_role
@@ -59,6 +60,11 @@ class Splits:
     """All splits of the dataset, used or not."""
     source_digest: str | None = None
     """SHA-256 that identifies the rows of the dataset as it is stored; None for a stream."""
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether an image can have any number of labels, instead of exactly one."""
+        return self.train.is_multi_label
 
     @property
     def evaluated(self) -> dict[str, Images]:
@@ -258,13 +264,14 @@ def _indexed(source: OpenDataset, found: _Found, labelled: Sequence[LabelledTabl
 
     # split first, so that leaving an image out does not move others between the parts
     rows = {part: np.arange(len(own)) for part, own in labels.items()}
-    divided = hold_out(config, labels["training"], rows)
+    strata = strata_of(labels["training"])
+    divided = hold_out(config, strata, rows)
     if config.group_duplicates:
         table = tables["training"].select_columns([found.image_column])
         everything = IndexedImages(table, found.image_column, rows["training"], labels["training"], source.roots)
         of_training = {part: chosen for part, chosen in divided.items() if part == "training" or part not in rows}
         groups = duplicates_in(everything, digest, config.dataset_config)
-        divided |= keep_together(of_training, groups, labels["training"], config.split_seed)
+        divided |= keep_together(of_training, groups, strata, config.split_seed)
     parts = {part: images(part, chosen) for part, chosen in divided.items()}
     for part, chosen in parts.items():
         if part != "training":
@@ -361,5 +368,5 @@ def _fingerprint(names: Sequence[str], labels: Iterable[np.ndarray], files: Iter
     digest.update(b"]]")
     for split in labels:
         digest.update(len(split).to_bytes(8, "little"))
-        digest.update(split.astype("<i8").tobytes())
+        digest.update(np.packbits(split).tobytes() if split.ndim == 2 else split.astype("<i8").tobytes())
     return digest.hexdigest()

@@ -268,7 +268,10 @@ def _inside(edges: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
 
 
 def mix_pairs(images: torch.Tensor, labels: torch.Tensor, mix: Mix, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mix images `(N, C, H, W)` 2j and 2j+1 with each other; return them and their targets `(N, classes)`."""
+    """Mix images `(N, C, H, W)` 2j and 2j+1 with each other; return them and their targets `(N, classes)`.
+
+    Labels are classes, `(N,)`, or targets already.
+    """
     share = mix.share.to(images.device).repeat_interleave(2)
     boxes = mix.boxes.to(images.device).repeat_interleave(2, dim=0)
     partner = torch.arange(len(images), device=images.device) ^ 1
@@ -277,6 +280,6 @@ def mix_pairs(images: torch.Tensor, labels: torch.Tensor, mix: Mix, classes: int
     own = share.view(-1, 1, 1, 1)
     blended = images * own + others * (1.0 - own)
     mixed = torch.where(cut, torch.where(_inside(boxes, images), others, images), blended)
-    one_hot = torch.nn.functional.one_hot(labels, classes).to(images.dtype)
-    targets = one_hot * share.view(-1, 1) + one_hot[partner] * (1.0 - share.view(-1, 1))
+    own_targets = labels if labels.ndim == 2 else torch.nn.functional.one_hot(labels, classes).to(images.dtype)
+    targets = own_targets * share.view(-1, 1) + own_targets[partner] * (1.0 - share.view(-1, 1))
     return mixed, targets

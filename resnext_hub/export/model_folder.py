@@ -12,6 +12,7 @@ from resnext_hub.errors import RequestError, RunError
 from resnext_hub.files import new_folder, sha256_of, write_json
 from resnext_hub.models.input_config import InputConfig
 from resnext_hub.models.saved import CONFIG, WEIGHTS, SavedModel, read_model
+from resnext_hub.models.saved_config import MULTI_LABEL
 
 
 def export_model(model: nn.Module, folder: Path, **facts: Any) -> str:
@@ -34,6 +35,7 @@ def write_model(
     label_names: Sequence[str],
     license: str | None,
     plugin_facts: Mapping[str, Any],
+    thresholds: Sequence[float] | None = None,
 ) -> str:
     """Write `model.safetensors` and `config.json`, load them back, and compare weights and logits.
 
@@ -47,6 +49,7 @@ def write_model(
         license: License of the weights, if known.
         plugin_facts: Facts of this package for the top-level key `resnext_hub`; timm ignores unknown keys there but
             rejects them inside pretrained_cfg.
+        thresholds: Probability from which each label is predicted, if an image can have several.
 
     Returns:
         SHA-256 of the weights file.
@@ -62,6 +65,7 @@ def write_model(
         label_names=label_names,
         license=license,
         plugin_facts=plugin_facts,
+        thresholds=thresholds,
     )
     # safetensors rejects channels_last tensors, which are not contiguous
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -84,6 +88,7 @@ def build_config(
     label_names: Sequence[str],
     license: str | None,
     plugin_facts: Mapping[str, Any],
+    thresholds: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """Return the content of config.json; see `write_model` for the arguments."""
     known: dict[str, Any] = getattr(model, "pretrained_cfg", {})
@@ -103,8 +108,9 @@ def build_config(
         "num_features": model.num_features,
         "label_names": list(label_names),
         **({"model_args": dict(model_args)} if model_args else {}),
+        **({} if thresholds is None else {"problem_type": MULTI_LABEL}),
         "pretrained_cfg": {key: value for key, value in pretrained_cfg.items() if value is not None},
-        "resnext_hub": dict(plugin_facts),
+        "resnext_hub": dict(plugin_facts) | ({} if thresholds is None else {"thresholds": list(thresholds)}),
     }
 
 

@@ -276,10 +276,17 @@ def _example_and_facts(model: LoadedModel) -> tuple[torch.Tensor, dict[str, str]
         "source": str(model.source.base_id),
         "architecture": model.source.architecture,
     }
+    if model.thresholds is not None:
+        facts["thresholds"] = json.dumps(model.thresholds)
+    meaning = (
+        "softmax gives the probabilities. "
+        if model.thresholds is None
+        else "sigmoid gives the probability of each label, which is predicted from its entry of thresholds on. "
+    )
     resizing = RESIZING.get(model.input.crop_mode, RESIZING["center"])
     text = (
         f"images: {resizing}; divide by 255, subtract mean, divide by std, channels first. "
-        "logits: one per entry of label_names; softmax gives the probabilities. "
+        f"logits: one per entry of label_names; {meaning}"
         "All values are in the metadata properties; size is the height and width of input_size."
     )
     return torch.zeros(2, *model.input.input_size), facts, text

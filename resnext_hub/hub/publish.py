@@ -24,7 +24,7 @@ from resnext_hub.files import read_json, read_regular, sha256_of, write_json
 from resnext_hub.hub.remote import commit_files, differing_files, fetch_text, no_bars, persist, status_of
 from resnext_hub.models.fetch import HUB_ERRORS, check_revision
 from resnext_hub.models.saved import WEIGHTS
-from resnext_hub.models.saved_config import parse_config
+from resnext_hub.models.saved_config import MULTI_LABEL, parse_config
 from resnext_hub.record import PLOTS, RunRecord
 from resnext_hub.text import listing, printable
 from resnext_hub.yaml_files import yaml_fields
@@ -201,7 +201,7 @@ def _published_files(folder: Path) -> dict[str, Path]:
 
 _CONFIG_KEYS = frozenset(
     {"architecture", "num_classes", "num_features", "global_pool", "label_names", "model_args", "pretrained_cfg"}
-    | {"resnext_hub"}
+    | {"resnext_hub", "problem_type"}
 )
 
 
@@ -211,10 +211,16 @@ def _check_config(config: Mapping[str, Any], record: RunRecord, where: str) -> N
     if unknown:
         raise RequestError(f"{where}: config.json has unexpected keys: {listing(unknown)}; {WAY_OUT}")
     parse_config(dict(config), where)
-    cfg = config["pretrained_cfg"]
+    cfg, labels = config["pretrained_cfg"], record.evaluation.labels
     for name, found, expected in (
         ("architecture", config["architecture"], record.model.architecture),
         ("label_names", config.get("label_names"), record.label_names),
+        ("problem_type", config.get("problem_type"), MULTI_LABEL if labels is not None else None),
+        (
+            "resnext_hub.thresholds",
+            (config.get("resnext_hub") or {}).get("thresholds"),
+            None if labels is None else [label.threshold for label in labels],
+        ),
         ("model_args", config.get("model_args") or {}, record.model.model_args),
         *((f"pretrained_cfg.{name}", cfg.get(name), value) for name, value in record.model.input.items()),
     ):

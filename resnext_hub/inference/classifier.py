@@ -37,12 +37,17 @@ class Classifier(LoadedModel):
     """
 
     temperature: float = 1.0
-    """Divides the logits before the softmax; probabilities are less confident above 1."""
+    """Divides the logits before the softmax or sigmoid; probabilities are less confident above 1."""
 
     def __post_init__(self) -> None:
         value = self.temperature
         if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
             raise RequestError(f"temperature={shown(repr(value))}: expected a positive number")
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether an image can have any number of labels, each with a probability of its own."""
+        return self.thresholds is not None
 
     @property
     def device(self) -> torch.device:
@@ -65,6 +70,8 @@ class Classifier(LoadedModel):
     def __call__(self, images: "ImageInput | Sequence[ImageInput]", *, batch_size: int = 32) -> torch.Tensor:
         """Return the probabilities of images, `(N, classes)` float64 on the CPU.
 
+        They sum up to 1 if each image has exactly one class, and are independent if it can have several labels.
+
         Args:
             images: An image or a list of them: paths, encoded bytes, PIL images, or uint8 arrays `(H, W)` or
                 `(H, W, C)`.
@@ -84,7 +91,7 @@ class Classifier(LoadedModel):
         return torch.stack(found) if found else torch.empty(0, len(self.label_names), dtype=torch.float64)
 
     def predict(
-        self, images: "ImageInput | Sequence[ImageInput]", *, top: int = 1, batch_size: int = 32
+        self, images: "ImageInput | Sequence[ImageInput]", *, top: int | None = None, batch_size: int = 32
     ) -> "list[Prediction | Unread]":
         """Return the most probable classes of each image, or the reason if it is unreadable.
 
@@ -202,7 +209,7 @@ def from_hub(repo_id: str, *, revision: str | None = None, verify: bool = True) 
 
 
 def _classifier(loaded: LoadedModel) -> Classifier:
-    return Classifier(loaded.model, loaded.input, loaded.label_names, loaded.source)
+    return Classifier(loaded.model, loaded.input, loaded.label_names, loaded.source, loaded.thresholds)
 
 
 def _listed(images: Any) -> "Sequence[ImageInput]":

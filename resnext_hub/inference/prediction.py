@@ -45,7 +45,7 @@ class Guess:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most probable classes of an image, in descending order."""
+    """The most probable classes of an image, in descending order of their probability."""
 
     image: ImageInput
     guesses: tuple[Guess, ...]
@@ -96,7 +96,7 @@ def predict(
     *,
     batch_size: int = 32,
     device: torch.device | None = None,
-    top: int = 1,
+    top: int | None = None,
     decoder: str = "pil",
     max_pixels: int = MAX_IMAGE_PIXELS,
 ) -> Iterator[Prediction | Unread]:
@@ -107,7 +107,8 @@ def predict(
         images: Images to classify.
         batch_size: Batch size of the forward passes, at most the number of images.
         device: Device to compute on; the accelerator by default, if there is one.
-        top: Number of classes for each image, at most all.
+        top: Number of classes for each image, at most all; if not given, the most probable one, or all labels from
+            their thresholds on if an image can have several.
         decoder: `pil`, as for the accuracy on the card, or `simplejpeg`, which is faster with nearly equal pixels.
         max_pixels: An image with more pixels is unreadable.
 
@@ -116,24 +117,33 @@ def predict(
         RunError: If probabilities are not finite.
         ModuleNotFoundError: If the decoder is simplejpeg and it is not installed.
     """
-    if not _is_count(top):
+    if top is not None and not _is_count(top):
         raise RequestError(f"{setting('top', top)}: expected a whole number of at least 1")
     rows = probabilities(
         classifier, images, batch_size=batch_size, device=device, decoder=decoder, max_pixels=max_pixels
     )
-    return _ranked(classifier.label_names, images, rows, top)
+    return _ranked(classifier, images, rows, top)
 
 
 def _ranked(
-    names: Sequence[str], images: Sequence[ImageInput], rows: Iterator[torch.Tensor | str], top: int
+    classifier: "Classifier", images: Sequence[ImageInput], rows: Iterator[torch.Tensor | str], top: int | None
 ) -> Iterator[Prediction | Unread]:
+    names, limits = classifier.label_names, None
+    if classifier.thresholds is not None and top is None:
+        # the temperature moves a threshold as it moves a probability
+        limits = (torch.tensor(classifier.thresholds, dtype=torch.float64).logit() / classifier.temperature).sigmoid()
     for image, row in zip(images, rows, strict=True):
         if isinstance(row, str):
             yield Unread(image, row)
             continue
         # stable: of equally probable classes the first wins, as with argmax
         values, indices = row.sort(descending=True, stable=True)
-        best = zip(indices[:top].tolist(), values[:top].tolist(), strict=True)
+        if limits is None:
+            values, indices = values[: top or 1], indices[: top or 1]
+        else:
+            chosen = values >= limits[indices]
+            values, indices = values[chosen], indices[chosen]
+        best = zip(indices.tolist(), values.tolist(), strict=True)
         yield Prediction(image, tuple(Guess(index, names[index], value) for index, value in best))
 
 
@@ -185,7 +195,7 @@ def _computed(
     )
     for batch in loader:
         tensors = [entry for entry in batch if isinstance(entry, torch.Tensor)]
-        rows = iter(_probabilities(model, tensors, batch_size, device, classifier.temperature))
+        rows = iter(_probabilities(classifier, model, tensors, batch_size, device))
         for entry in batch:
             yield entry if isinstance(entry, str) else next(rows)
 
@@ -263,14 +273,18 @@ def _from_array(pixels: np.ndarray) -> Image.Image:
 
 @torch.inference_mode()
 def _probabilities(
-    model: nn.Module, images: Sequence[torch.Tensor], batch_size: int, device: torch.device, temperature: float
+    classifier: "Classifier", model: nn.Module, images: Sequence[torch.Tensor], batch_size: int, device: torch.device
 ) -> torch.Tensor:
     """Return the probabilities `(N, classes)` of up to a batch of images `(C, H, W)`; the batch is padded."""
     if not images:
         return torch.empty(0)
     stacked = F.pad(torch.stack(list(images)), (0,) * 7 + (batch_size - len(images),))
     logits = model(stacked.to(device).contiguous(memory_format=torch.channels_last))[: len(images)].float()
-    found = F.log_softmax(logits / temperature, dim=1).cpu().double().exp()
+    logits = logits / classifier.temperature
+    several = classifier.is_multi_label
+    found: torch.Tensor = (
+        logits.cpu().double().sigmoid() if several else F.log_softmax(logits, dim=1).cpu().double().exp()
+    )
     if not found.isfinite().all():
         raise RunError(
             "the probabilities are not finite: check the model's weights, and the mean and std in its config.json"

@@ -63,7 +63,7 @@ class ModelSource:
         saved = self.saved
         if saved.config.num_classes < 1:
             raise RequestError(f"{saved.where} has no classes and returns features; expected a classifier")
-        return LoadedModel(saved.load(), saved.input, saved.label_names, self)
+        return LoadedModel(saved.load(), saved.input, saved.label_names, self, saved.config.thresholds)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +77,8 @@ class LoadedModel:
     label_names: tuple[str, ...]
     """A name for each logit: as stated, ImageNet's for timm's ImageNet weights, else the class index."""
     source: ModelSource
+    thresholds: tuple[float, ...] | None = None
+    """Probability from which each label is predicted, if an image can have several; None if it has exactly one."""
 
     @property
     def revision(self) -> str | None:

@@ -41,6 +41,9 @@ timm's transforms; 123.675 is for pixels from 0 to 255."""
 
 WAY_OUT = "correct config.json or use another model"
 
+MULTI_LABEL = "multi_label_classification"
+"""Value of `problem_type`, a key of transformers, if an image can have several labels."""
+
 _STEERING = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load", "label_offset")
 """Keys of pretrained_cfg that make timm load other weights than those beside config.json, or only a part of them."""
 
@@ -51,6 +54,7 @@ _Crop = Annotated[float, Meta(ge=CROP[0], le=CROP[1])]
 _Mean = Annotated[float, Meta(ge=MEAN[0], le=MEAN[1])]
 _Std = Annotated[float, Meta(ge=STD[0], le=STD[1])]
 _Classes = Annotated[int, Meta(ge=0, le=10_000_000)]
+_Probability = Annotated[float, Meta(ge=0.0, le=1.0)]
 _Rate = Annotated[float, Meta(ge=0.0, lt=1.0)]
 _Width = Annotated[int, Meta(ge=1, le=1024)]
 _Blocks = Annotated[int, Meta(ge=1, le=200)]
@@ -81,6 +85,8 @@ class _Config(Struct):
     num_classes: _Classes | None = None
     label_names: list[str] | dict[str, str] | None = None
     model_args: dict[str, Any] | None = None
+    problem_type: str | None = None
+    resnext_hub: dict[str, Any] | None = None
 
 
 class _CommonArgs(Struct):
@@ -141,6 +147,8 @@ class ModelConfig:
     """A name per class, in order; None if not stated."""
     pretrained_cfg: dict[str, Any]
     """By timm's keys: input size and preprocessing, tag and license."""
+    thresholds: tuple[float, ...] | None = None
+    """Probability from which each label is predicted, if an image can have several; None if it has exactly one."""
 
 
 def named_config(architecture: str, cfg: PretrainedCfg | None) -> ModelConfig:
@@ -217,7 +225,20 @@ class _Reader:
             pretrained_cfg=self.input_facts(facts, model_args)
             | _layers_of(architecture, model_args)
             | {"num_classes": classes},
+            thresholds=self.thresholds(config.resnext_hub or {}, classes)
+            if config.problem_type == MULTI_LABEL
+            else None,
         )
+
+    def thresholds(self, facts: dict[str, Any], classes: int) -> tuple[float, ...]:
+        """Return the stated thresholds of the labels, or 0.5 for each."""
+        stated = facts.get("thresholds")
+        if stated is None:
+            return (0.5,) * classes
+        found = self.convert(stated, list[_Probability], "resnext_hub.thresholds")
+        if len(found) != classes:
+            raise self.error("resnext_hub.thresholds", stated, f"expected {classes} numbers, one per class")
+        return tuple(found)
 
     def architecture(self, name: str) -> str:
         """Return an architecture if timm knows it."""

@@ -35,14 +35,16 @@ def plot_curves(record: RunRecord, letters: Lettering) -> "Figure":
     points: dict[str, Any] = dict(color="C1", marker="o", markersize=3, zorder=3)
     _line(loss, epochs, [s["loss"] for s in steps], color="C0", alpha=0.7, marker=marker, label="training (augmented)")
     _line(loss, at, [e["eval_loss"] for e in evaluations], label="evaluation", **points)
-    loss.set(title="Cross-entropy loss", xlabel="epoch")
+    best = record.evaluation
+    loss.set(title="Binary cross-entropy" if best.is_multi_label else "Cross-entropy loss", xlabel="epoch")
     loss.set_ylim(bottom=0.0)
     figure.legend(frameon=False, loc="lower left", fontsize=8, ncols=2)
 
-    best = record.evaluation
-    _line(accuracy, at, [100 * e["eval_top1"] for e in evaluations], **points)
-    _line(accuracy, [best.epoch], [100 * best.top1], marker="o", color="C3", markersize=8, fillstyle="none")
-    accuracy.set(title=f"Top-1 accuracy (best {100 * best.top1:.2f} %)", xlabel="epoch")
+    key, what = ("eval_map", "mAP") if best.is_multi_label else ("eval_top1", "Top-1 accuracy")
+    value = best.top1 if best.mean_average_precision is None else best.mean_average_precision
+    _line(accuracy, at, [100 * e[key] for e in evaluations], **points)
+    _line(accuracy, [best.epoch], [100 * value], marker="o", color="C3", markersize=8, fillstyle="none")
+    accuracy.set(title=f"{what} (best {100 * value:.2f} %)", xlabel="epoch")
 
     _line(rate, epochs, [s["lr"] for s in steps], color="C2", marker=marker)
     rate.set(title="Learning rate", xlabel="epoch")

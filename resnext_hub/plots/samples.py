@@ -9,7 +9,8 @@ import numpy as np
 from resnext_hub.data.decode import MAX_IMAGE_PIXELS, UnreadableImageError, decode
 from resnext_hub.data.images import IndexedImages
 from resnext_hub.plots.lettering import Lettering
-from resnext_hub.training.evaluation import Evaluation
+from resnext_hub.training.evaluation import AnyEvaluation
+from resnext_hub.training.multi_label import MultiLabelEvaluation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,16 +35,18 @@ CAPTION = 0.6
 
 def plot_samples(
     images: IndexedImages,
-    evaluation: Evaluation,
+    evaluation: AnyEvaluation,
     label_names: Sequence[str],
     letters: Lettering,
     max_pixels: int = MAX_IMAGE_PIXELS,
     count: int = 24,
 ) -> "Figure":
-    """Draw up to `count` evaluation images with true and predicted class, the most confident mistakes first."""
+    """Draw up to `count` evaluation images with true and predicted class or labels, the worst mistakes first."""
     from matplotlib.figure import Figure
 
+    several = isinstance(evaluation, MultiLabelEvaluation)
     wrong = evaluation.labels != evaluation.predictions
+    wrong = wrong.any(axis=1) if several else wrong
     shown = _chosen(evaluation, wrong, count)
     columns = min(COLUMNS, len(shown))
     rows = -(-len(shown) // columns)
@@ -56,24 +59,33 @@ def plot_samples(
         center, bottom = CELL[0] * (place % columns + 0.5), CELL[1] * (place // columns + 1)
         place_image(axes, image, center, bottom, IMAGE)
         label, prediction = (
-            letters.name(label_names, int(index), 22)
-            for index in (evaluation.labels[entry], evaluation.predictions[entry])
+            _names(found[entry], label_names, letters) for found in (evaluation.labels, evaluation.predictions)
         )
-        confidence = percent(float(evaluation.probabilities[entry]))
-        text = f"{label}\nas {prediction}\n{confidence}" if wrong[entry] else f"{label}\n{confidence}"
+        text = f"{label}\nas {prediction}" if wrong[entry] else label
+        if not several:
+            text += f"\n{percent(float(evaluation.probabilities[entry]))}"
         color = "C3" if wrong[entry] else "black"
         axes.text(center, bottom - IMAGE - 0.05, text, fontsize=8, color=color, ha="center", va="bottom")
-    caption = "red: true class, then predicted class; black: correct; percentage: probability of the prediction"
-    if not wrong.any():
-        caption = "all correct; percentage: probability of the prediction"
+    what = "labels" if several else "class"
+    caption = f"red: true {what}, then predicted {what}; black: correct" if wrong.any() else "all correct"
+    caption += "" if several else "; percentage: probability of the prediction"
     caption = textwrap.fill(caption + letters.note(label_names), 24 * columns)
     axes.text(width / 2, height - CAPTION / 2, caption, fontsize=8, ha="center", va="center")
     return figure
 
 
-def _chosen(evaluation: Evaluation, wrong: np.ndarray, count: int) -> list[int]:
-    """Return entries to show: mistakes for up to half, most confident first, then correct ones spread evenly."""
-    order = np.lexsort((-evaluation.probabilities, ~wrong))
+def _names(found: Any, label_names: Sequence[str], letters: Lettering) -> str:
+    """Return the name of a class by its index, or those of several labels, which are true, in at most two lines."""
+    if np.ndim(found) == 0:
+        return letters.name(label_names, int(found), 22)
+    names = [letters.name(label_names, int(index), 22) for index in np.flatnonzero(found)]
+    return "\n".join(textwrap.wrap(", ".join(names) or "none", 24, max_lines=2, placeholder=" …"))
+
+
+def _chosen(evaluation: AnyEvaluation, wrong: np.ndarray, count: int) -> list[int]:
+    """Return entries to show: mistakes for up to half, the worst first, then correct ones spread evenly."""
+    worst = evaluation.losses if isinstance(evaluation, MultiLabelEvaluation) else evaluation.probabilities
+    order = np.lexsort((-worst, ~wrong))
     mistakes = order[: min(count // 2, int(wrong.sum()))]
     correct = np.flatnonzero(~wrong)
     spread = correct[np.linspace(0, len(correct) - 1, min(count - len(mistakes), len(correct))).astype(np.int64)]

@@ -17,9 +17,10 @@ from resnext_hub.errors import one_line
 from resnext_hub.plots.confusion import plot_confusion
 from resnext_hub.plots.curves import plot_curves
 from resnext_hub.plots.lettering import Lettering, choose_lettering
+from resnext_hub.plots.per_label import plot_per_label
 from resnext_hub.plots.samples import plot_samples
 from resnext_hub.record import PLOTS, RunRecord
-from resnext_hub.training.evaluation import Evaluation
+from resnext_hub.training.evaluation import AnyEvaluation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,10 +32,12 @@ _FAILURES = (OSError, ValueError, TypeError, LookupError, ArithmeticError, Runti
 
 
 def write_plots(record: RunRecord, folder: Path) -> list[str]:
-    """Write curves.png and confusion_matrix.png; return the names of the files that were written."""
+    """Write the curves, and the confusion matrix or the results by label; return the names of the written files."""
     names = tuple(record.label_names)
     written = []
-    for name, draw in zip(PLOTS, (plot_curves, plot_confusion), strict=True):
+    for name, draw in zip(PLOTS, (plot_curves, plot_confusion, plot_per_label), strict=True):
+        if draw is (plot_confusion if record.evaluation.is_multi_label else plot_per_label):
+            continue
         if save_plot(folder / name, names, partial(draw, record)):
             written.append(name)
     return written
@@ -42,7 +45,7 @@ def write_plots(record: RunRecord, folder: Path) -> list[str]:
 
 def write_samples(
     images: IndexedImages,
-    evaluation: Evaluation,
+    evaluation: AnyEvaluation,
     label_names: Sequence[str],
     path: Path,
     max_pixels: int = MAX_IMAGE_PIXELS,

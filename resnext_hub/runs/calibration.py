@@ -31,6 +31,11 @@ def prepare_int8(model: LoadedModel, dataset: str | None, max_drop: float) -> In
     Raises:
         RequestError: If there is no dataset, its classes differ, or none of its images is readable.
     """
+    if model.thresholds is not None:
+        raise RequestError(
+            f"{setting('int8', True)} needs exactly one label per image, and this model predicts several; export in "
+            "float32"
+        )
     settings = read_config(RunFolder(model.folder.parent)) if model.folder is not None else {}
     if dataset is not None:
         data = DataConfig(dataset=dataset)

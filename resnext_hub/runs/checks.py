@@ -116,6 +116,7 @@ def check_model(
         label_names=splits.label_names,
         license=None,
         plugin_facts={},
+        thresholds=[0.5] * classes if splits.is_multi_label else None,
     )
     check_saving(setting("model", config.model), content, model)
     return 4 * sum(parameter.numel() for parameter in model.parameters())

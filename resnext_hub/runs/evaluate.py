@@ -2,20 +2,24 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from resnext_hub.errors import RequestError
 from resnext_hub.inference.classifier import load
 from resnext_hub.machine import device_type
 from resnext_hub.processes.accelerator import set_threads
-from resnext_hub.record import RunRecord
+from resnext_hub.record import EvaluationFacts, RunRecord
 from resnext_hub.runs.reopen import reopen
 from resnext_hub.text import printable
-from resnext_hub.training.evaluation import Evaluation, evaluate
+from resnext_hub.training.evaluation import AnyEvaluation, evaluate
 from resnext_hub.training.feed import evaluation_samples
+from resnext_hub.training.multi_label import MultiLabelEvaluation
 
 
-def evaluate_run(path: Path, threads: str = "auto", only: str | None = None) -> tuple[dict[str, Evaluation], RunRecord]:
+def evaluate_run(
+    path: Path, threads: str = "auto", only: str | None = None
+) -> tuple[dict[str, AnyEvaluation], RunRecord]:
     """Evaluate the model folder of a finished run as the run itself did, on its evaluation and its test split.
 
     Args:
@@ -44,8 +48,20 @@ def evaluate_run(path: Path, threads: str = "auto", only: str | None = None) -> 
             evaluation_samples(images, classifier.input, run.config.loader.max_image_pixels),
             batch_size=run.record.evaluation.batch_size,
             device=device,
+            thresholds=None if classifier.thresholds is None else np.array(classifier.thresholds),
         )
         for part, images in splits.evaluated.items()
         if only in (None, part)
     }
     return evaluations, run.record
+
+
+def same_counts(evaluation: AnyEvaluation, recorded: EvaluationFacts) -> bool:
+    """Return whether an evaluation has the counts of every class that are recorded."""
+    if not isinstance(evaluation, MultiLabelEvaluation):
+        return evaluation.confusion(len(recorded.confusion)) == recorded.confusion
+    columns = (evaluation.positives, evaluation.predicted, evaluation.true_positives)
+    counts = list(zip(*(column.tolist() for column in columns), strict=True))
+    labels = recorded.labels or []
+    stated = [(label.positives, label.predicted, label.true_positives) for label in labels]
+    return counts == stated and evaluation.correct == recorded.correct

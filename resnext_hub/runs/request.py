@@ -219,6 +219,7 @@ def _resolve(config: TrainConfig, source: ModelSource, splits: Splits, input: In
     """Return the configuration with every open field derived from model, data and device."""
     optim, loader = config.optim, config.loader
     found = splits.found
+    default_smoothing = 0.0 if splits.is_multi_label else 0.1
     if splits.revision is not None:
         found = dataclasses.replace(found, dataset_revision=splits.revision)
     return dataclasses.replace(
@@ -239,7 +240,12 @@ def _resolve(config: TrainConfig, source: ModelSource, splits: Splits, input: In
             loader,
             workers=derive_workers(device, local_processes()) if loader.workers is None else loader.workers,
         ),
-        balance=dataclasses.replace(config.balance, class_weights=_absolute(config.balance.class_weights)),
+        label_smoothing=default_smoothing if config.label_smoothing is None else config.label_smoothing,
+        balance=dataclasses.replace(
+            config.balance,
+            class_weights=_absolute(config.balance.class_weights),
+            best_by=config.balance.best_by or ("map" if splits.is_multi_label else "top1"),
+        ),
         optim=dataclasses.replace(
             optim, lr=optim.lr or derive_lr(optim.optimizer, config.batch_size, source.pretrained)
         ),

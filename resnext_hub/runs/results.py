@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 
@@ -32,6 +33,7 @@ from resnext_hub.record import (
     DatasetFacts,
     EvaluationFacts,
     HardwareFacts,
+    LabelFacts,
     ModelFacts,
     RunRecord,
     SampleFacts,
@@ -43,9 +45,10 @@ from resnext_hub.runs.summary import class_counts
 from resnext_hub.settings import flag_of
 from resnext_hub.text import listing, printable
 from resnext_hub.training.config import TrainConfig
-from resnext_hub.training.evaluation import Evaluation
+from resnext_hub.training.evaluation import AnyEvaluation
 from resnext_hub.training.feed import evaluation_samples
 from resnext_hub.training.loop import Outcome
+from resnext_hub.training.multi_label import MultiLabelEvaluation
 from resnext_hub.training.plan import Plan
 
 if TYPE_CHECKING:
@@ -86,7 +89,7 @@ def _write_files(plan: Plan, outcome: Outcome, accelerator: "Accelerator") -> No
     _move_foreign_files(folder.model, folder.model, _MODEL_FILES)
     _move_foreign_files(folder.plots, folder.plots, {*PLOTS, _SAMPLES})
     with new_folder(folder.model) as model:
-        digest = _write_model(plan, outcome.model, model)
+        digest = _write_model(plan, outcome, model)
         record = _record_of(plan, outcome, accelerator, digest)
         _write_predictions(evaluation, folder.predictions)
         if outcome.test is not None:
@@ -110,12 +113,13 @@ def _write_files(plan: Plan, outcome: Outcome, accelerator: "Accelerator") -> No
     record.save(folder.record)
 
 
-def _write_model(plan: Plan, model: torch.nn.Module, folder: Path) -> str:
+def _write_model(plan: Plan, outcome: Outcome, folder: Path) -> str:
     """Write weights and config.json; return the SHA-256 of the weights."""
+    evaluation = outcome.evaluation
     architecture, model_args = portable_architecture(plan.source)
     variant = variant_of(plan.source)
     return write_model(
-        model,
+        outcome.model,
         folder,
         architecture=architecture,
         model_args=model_args,
@@ -128,6 +132,7 @@ def _write_model(plan: Plan, model: torch.nn.Module, folder: Path) -> str:
             "cardinality": variant.cardinality if variant else None,
             "base_width": variant.base_width if variant else None,
         },
+        thresholds=evaluation.thresholds.tolist() if isinstance(evaluation, MultiLabelEvaluation) else None,
     )
 
 
@@ -203,8 +208,10 @@ def _dataset_facts(plan: Plan, outcome: Outcome) -> DatasetFacts:
     )
 
 
-def _evaluation_facts(plan: Plan, outcome: Outcome, evaluation: Evaluation) -> EvaluationFacts:
+def _evaluation_facts(plan: Plan, outcome: Outcome, evaluation: AnyEvaluation) -> EvaluationFacts:
     classes = len(plan.splits.label_names)
+    several = evaluation if isinstance(evaluation, MultiLabelEvaluation) else None
+    single = None if isinstance(evaluation, MultiLabelEvaluation) else evaluation
     return EvaluationFacts(
         step=outcome.step,
         epoch=outcome.epoch,
@@ -212,13 +219,30 @@ def _evaluation_facts(plan: Plan, outcome: Outcome, evaluation: Evaluation) -> E
         count=evaluation.count,
         top1=evaluation.top1,
         loss=evaluation.loss,
-        top5=evaluation.top5 if classes > TOP5_CLASSES else None,
+        top5=single.top5 if single is not None and classes > TOP5_CLASSES else None,
         macro_f1=evaluation.macro_f1,
         macro_recall=evaluation.macro_recall,
         calibration_error=evaluation.calibration_error,
         batch_size=plan.config.eval_batch_size,
-        confusion=evaluation.confusion(classes),
+        confusion=[] if single is None else single.confusion(classes),
+        labels=None if several is None else _label_facts(several),
+        mean_average_precision=None if several is None else several.mean_average_precision,
     )
+
+
+def _label_facts(evaluation: MultiLabelEvaluation) -> list[LabelFacts]:
+    columns = (evaluation.positives, evaluation.predicted, evaluation.true_positives, evaluation.thresholds)
+    rows = zip(*(column.tolist() for column in columns), evaluation.average_precisions, strict=True)
+    return [
+        LabelFacts(
+            positives=positives,
+            predicted=predicted,
+            true_positives=right,
+            average_precision=average_precision,
+            threshold=threshold,
+        )
+        for positives, predicted, right, threshold, average_precision in rows
+    ]
 
 
 def _kept_of_card(folder: RunFolder) -> Kept | None:
@@ -287,26 +311,32 @@ def _sample(plan: Plan, model: torch.nn.Module) -> SampleFacts:
     with contextlib.closing(samples.batches(1, process=0, processes=1, workers=0, pin_memory=False)) as batches:
         batch = next(batch for batch in batches if not batch.unreadable)
     images = batch.images.to(device).contiguous(memory_format=torch.channels_last)
-    probabilities, classes = model(images).float().softmax(dim=1)[0].cpu().topk(min(3, len(names)))
+    logits, own = model(images).float(), batch.labels[0]
+    several = own.ndim == 1
+    scores = logits.sigmoid() if several else logits.softmax(dim=1)
+    probabilities, classes = scores[0].cpu().topk(min(3, len(names)))
     return SampleFacts(
         index=int(batch.indices[0]),
-        label=names[int(batch.labels[0])],
+        label=[names[int(i)] for i in own.nonzero()] if several else names[int(own)],
         output=[(names[int(i)], round(float(value), 4)) for i, value in zip(classes, probabilities, strict=True)],
     )
 
 
-def _write_predictions(evaluation: Evaluation, path: Path) -> None:
+def _write_predictions(evaluation: AnyEvaluation, path: Path) -> None:
+    """Write a row for each readable image; with several labels, label and prediction are lists."""
     import pyarrow
     from pyarrow import parquet
 
-    table = pyarrow.table(
-        {
-            "index": evaluation.indices,
-            "label": evaluation.labels,
-            "prediction": evaluation.predictions,
-            "probability": evaluation.probabilities,
-        }
-    )
+    columns: dict[str, Any] = {
+        "index": evaluation.indices,
+        "label": evaluation.labels,
+        "prediction": evaluation.predictions,
+        "probability": evaluation.probabilities,
+    }
+    if isinstance(evaluation, MultiLabelEvaluation):
+        columns |= {name: [np.flatnonzero(row) for row in columns[name]] for name in ("label", "prediction")}
+        columns["probability"] = list(evaluation.probabilities.astype(np.float32))
+    table = pyarrow.table(columns)
     buffer = io.BytesIO()
     parquet.write_table(table, buffer)
     write_atomic(path, buffer.getvalue())

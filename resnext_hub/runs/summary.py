@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from resnext_hub.data.images import IndexedImages, StreamedImages
+from resnext_hub.data.images import IndexedImages, StreamedImages, count_labels
 from resnext_hub.data.splits import Splits
 from resnext_hub.processes.launcher import processes
 from resnext_hub.runs.estimate import Estimate
@@ -30,7 +30,7 @@ def describe(plan: Plan, accelerator: "Accelerator", expected: Estimate | None) 
     images += [f"{_count(found)} {name} images ({_origin(splits, name)})" for name, found in splits.evaluated.items()]
     lines = [
         f"model: {printable(config.model)}, {_weights(plan)}, {plan.input.image_size} px",
-        f"{splits.dataset_id}: {', '.join(images)}, {len(splits.label_names)} classes",
+        f"{splits.dataset_id}: {', '.join(images)}, {_classes(splits)}",
         *_balance(plan),
         *_look(plan),
         f"{schedule.steps} steps of {config.batch_size} images: {accelerator.num_processes} process(es) x {part}, "
@@ -54,10 +54,19 @@ def log_plan(plan: Plan, accelerator: "Accelerator", expected: Estimate | None) 
 
 
 def duration(seconds: float) -> str:
-    """Return a duration in words: `45 s`, `12 min` or `3.5 h`."""
+    """Return a duration in words: `45 s`, `2.5 min`, `12 min` or `3.5 h`."""
+    minutes = seconds / 60
     if seconds < 90:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return f"{minutes:.{int(minutes < 10)}f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+def _classes(splits: Splits) -> str:
+    """Describe the classes, and how many labels an image has."""
+    classes, train = len(splits.label_names), splits.train
+    if isinstance(train, StreamedImages) or not train.is_multi_label:
+        return f"{classes} classes"
+    return f"{classes} labels, of which a training image has {train.labels.sum(axis=1).mean():.3g} on average"
 
 
 def _look(plan: Plan) -> list[str]:
@@ -95,7 +104,7 @@ def _balance(plan: Plan) -> list[str]:
     )
     if isinstance(train, StreamedImages) or not (is_imbalanced(train) or not correction.startswith("not")):
         return []
-    counts = np.bincount(train.labels, minlength=len(plan.splits.label_names))
+    counts = count_labels(train.labels, len(plan.splits.label_names))
     least, most = counts[counts > 0].min(), counts.max()
     few, many = effective_numbers(np.array([least, most]))
     return [
@@ -163,4 +172,4 @@ def class_counts(images: IndexedImages | StreamedImages, classes: int) -> list[i
     """Return the number of images of each class; None for a stream."""
     if isinstance(images, StreamedImages):
         return None
-    return [int(n) for n in np.bincount(images.labels, minlength=classes)]
+    return [int(n) for n in count_labels(images.labels, classes)]

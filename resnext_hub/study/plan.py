@@ -229,6 +229,11 @@ def plan_study(
     settings = {name: value for name, value in settings.items() if name not in OWN}
     training = TrainConfig.from_flat(settings)
     splits = load_splits(training.data)
+    if splits.is_multi_label:
+        raise RequestError(
+            f"{setting('dataset', dataset_name(training.data))} has several labels per image, and a study compares "
+            "accuracies; choose a dataset with one label per image"
+        )
     if is_url(training.data.dataset):
         settings["dataset"] = splits.found.dataset  # without secrets; the runs use the copy in the cache
         training = TrainConfig.from_flat(settings)

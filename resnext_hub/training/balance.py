@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from resnext_hub.data.images import IndexedImages, StreamedImages
+from resnext_hub.data.images import IndexedImages, StreamedImages, count_labels
 from resnext_hub.errors import RequestError, setting
 from resnext_hub.settings import Range, check_fields, shown
 from resnext_hub.text import listing
@@ -44,9 +44,10 @@ class BalanceConfig:
     logit_adjustment: Annotated[float, Range(0, 100)] = 0.0
     """Strength of logit adjustment (Menon et al., 2021): in training, this multiple of the logarithm of each class's
     frequency is added to its logit; 1 corrects for the imbalance, 0 turns it off."""
-    best_by: Literal["top1", "macro-recall", "macro-f1", "loss"] = "top1"
+    best_by: Literal["top1", "macro-recall", "macro-f1", "map", "loss"] | None = None
     """What chooses the best weights of the run on the evaluation split: top-1 accuracy, the mean recall or F1 score of
-    the classes, or the loss."""
+    the classes, the mean average precision (map), or the loss; if not given, top1, or map if an image can have several
+    labels."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -87,8 +88,8 @@ def digest_of(class_weights: Sequence[float] | None) -> str | None:
 
 
 def is_imbalanced(images: IndexedImages | StreamedImages) -> bool:
-    """Return whether a training split is imbalanced; False for a stream, whose classes are not counted."""
-    if isinstance(images, StreamedImages):
+    """Return whether the classes of a training split are imbalanced; False for a stream, or with several labels."""
+    if isinstance(images, StreamedImages) or images.is_multi_label:
         return False
     counts = np.unique(images.labels, return_counts=True)[1]
     return bool(counts.max() >= IMBALANCED * counts.min())
@@ -107,6 +108,13 @@ def resolve_balance(
     Raises:
         RequestError: If the file of weights is invalid, or a stream would have to be counted.
     """
+    if train.is_multi_label:
+        _reject_corrections(config)
+    elif config.best_by == "map":
+        raise RequestError(
+            f"{setting('best_by', 'map')} is for images that can have several labels; use top1, macro-recall, macro-f1 "
+            "or loss"
+        )
     counts = np.ones(len(label_names), dtype=np.int64)
     if isinstance(train, StreamedImages):
         if config.class_weights == "auto":
@@ -116,7 +124,7 @@ def resolve_balance(
         if config.logit_adjustment:
             raise _uncountable(setting("logit_adjustment"))
     else:
-        counts = np.bincount(train.labels, minlength=len(label_names))
+        counts = count_labels(train.labels, len(label_names))
     weights = None
     if config.class_weights == "auto":
         # a class without images has no effect; the weight of a single one keeps the division defined
@@ -126,6 +134,22 @@ def resolve_balance(
         weights = _read_weights(Path(os.path.expanduser(config.class_weights)), label_names)
     frequencies = np.maximum(counts, 0.5) / counts.sum()
     return Balance(class_weights=weights, log_prior=np.log(frequencies) if config.logit_adjustment else None)
+
+
+def _reject_corrections(config: BalanceConfig) -> None:
+    """Raise RequestError for settings that need exactly one label per image."""
+    for name, neutral in (("class_weights", "none"), ("sampling", "natural"), ("logit_adjustment", 0.0)):
+        value = getattr(config, name)
+        if value != neutral:
+            raise RequestError(
+                f"{setting(name, shown(value))} needs exactly one label per image, and this dataset has several; omit "
+                "it"
+            )
+    if config.best_by == "top1":
+        raise RequestError(
+            f"{setting('best_by', 'top1')} needs exactly one label per image, and this dataset has several; use map, "
+            "macro-f1, macro-recall or loss"
+        )
 
 
 def _uncountable(what: str) -> RequestError:

@@ -155,8 +155,9 @@ class TrainConfig:
     """Images per forward and backward pass of a process, for gradient accumulation; no accumulation if not given."""
     eval_batch_size: Annotated[int, Range(1, BATCH)] = 32
     """Images per forward pass of a process during evaluation."""
-    label_smoothing: Annotated[float, Range(0, 1, below=True)] = 0.1
-    """Label smoothing: fraction of the target spread evenly over all classes, at least 0 and below 1."""
+    label_smoothing: Annotated[float, Range(0, 1, below=True)] | None = None
+    """Label smoothing: fraction of the target spread evenly over all classes, at least 0 and below 1; if not given,
+    0.1, or 0 if an image can have several labels."""
     ema: Annotated[float, Range(0, 1, above=True, below=True)] | None = None
     """Decay of an exponential moving average (EMA) of the weights, such as 0.9998; the average is evaluated and
     published. No EMA if not given."""

@@ -18,6 +18,7 @@ from resnext_hub.data.loaders import EvaluationSamples
 from resnext_hub.data.stream import StreamedEvaluation
 from resnext_hub.errors import RunError, setting
 from resnext_hub.text import printable
+from resnext_hub.training.multi_label import MultiLabelEvaluation, choose_thresholds
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +106,10 @@ class Evaluation:
         return rows
 
 
+AnyEvaluation = Evaluation | MultiLabelEvaluation
+"""The results of an evaluation: of images with one label each, or with any number of them."""
+
+
 class EvaluationStoppedError(Exception):
     """A process was asked to stop before the evaluation was complete."""
 
@@ -125,7 +130,8 @@ def evaluate(
     processes: int = 1,
     sum_over_processes: Callable[[torch.Tensor], torch.Tensor] = _identity,
     stop_requested: Callable[[], bool] = lambda: False,
-) -> Evaluation:
+    thresholds: np.ndarray | None = None,
+) -> AnyEvaluation:
     """Evaluate a model once on every sample.
 
     Args:
@@ -138,6 +144,8 @@ def evaluate(
         processes: Number of processes that share the work.
         sum_over_processes: Sums a float64 CPU tensor over the processes.
         stop_requested: Called before each batch; evaluation ends early if it returns True in any process.
+        thresholds: Probability from which each label is predicted, `(classes,)`, if an image can have several labels;
+            the best ones for these samples if not given.
 
     Raises:
         EvaluationStoppedError: In every process, if any was asked to stop.
@@ -161,14 +169,40 @@ def evaluate(
         model.train(was_training)
     if sum_over_processes(torch.tensor([stopped], dtype=torch.float64)).item():
         raise EvaluationStoppedError
-    values = torch.zeros(6, samples.count, dtype=torch.float64)
+    labels = samples.labels if isinstance(samples, EvaluationSamples) else None
+    values = torch.zeros(6 if labels is None else 2 + labels.shape[1], samples.count, dtype=torch.float64)
     for indices, columns in parts:
         values[:, indices] = columns
     summed = sum_over_processes(values).numpy()
-    found = np.flatnonzero(summed[5])
-    if not len(found):
+    if not summed[0].any():
         raise RunError(_describe_unreadable(samples.count, unreadable), everywhere=True)
-    label, prediction, probability, losses, rank = summed[:5, found]
+    return _results(summed, labels, thresholds, unreadable)
+
+
+def _results(
+    values: np.ndarray, labels: np.ndarray | None, thresholds: np.ndarray | None, unreadable: list[Unreadable]
+) -> AnyEvaluation:
+    """Return the results of readable samples.
+
+    Args:
+        values: The results of `_columns` for all samples.
+        labels: Which labels each sample has, if it can have several.
+        thresholds: Probability from which each label is predicted; the best ones if not given.
+        unreadable: Images that this process could not read.
+    """
+    found, total = np.flatnonzero(values[0]), values.shape[1]
+    if labels is not None:
+        probabilities = values[2:, found].T.copy()
+        return MultiLabelEvaluation(
+            indices=found,
+            labels=labels[found],
+            probabilities=probabilities,
+            losses=values[1, found],
+            thresholds=choose_thresholds(labels[found], probabilities) if thresholds is None else thresholds,
+            unreadable=unreadable,
+            total=total,
+        )
+    losses, label, prediction, probability, rank = values[1:, found]
     return Evaluation(
         indices=found,
         labels=label.astype(np.int64),
@@ -177,12 +211,12 @@ def evaluate(
         losses=losses,
         ranks=rank.astype(np.int64),
         unreadable=unreadable,
-        total=samples.count,
+        total=total,
     )
 
 
 def predict_batch(model: nn.Module, images: torch.Tensor, batch_size: int, device: torch.device) -> torch.Tensor:
-    """Return the logarithms of the probabilities of at most `batch_size` images, `(N, classes)` float64 on the CPU.
+    """Return the logits of at most `batch_size` images, `(N, classes)` float32 on the device of the model.
 
     Args:
         model: The unwrapped model, in evaluation mode.
@@ -191,21 +225,34 @@ def predict_batch(model: nn.Module, images: torch.Tensor, batch_size: int, devic
         device: Device of the model.
     """
     padded = F.pad(images, (0,) * 7 + (batch_size - len(images),)).to(device)
-    logits = model(padded.contiguous(memory_format=torch.channels_last))[: len(images)].float()
+    logits: torch.Tensor = model(padded.contiguous(memory_format=torch.channels_last))
+    return logits[: len(images)].float()
+
+
+def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """Return the logarithms of the probabilities of classes that exclude each other, float64 on the CPU."""
     return F.log_softmax(logits, dim=1).cpu().double()
 
 
 def _columns(model: nn.Module, batch: Batch, batch_size: int, device: torch.device) -> torch.Tensor:
-    """Return label, prediction, probability, loss, rank and readability (0 or 1) of each sample, `(6, N)` float64."""
-    size = len(batch.indices)
-    log_probabilities = predict_batch(model, batch.images, batch_size, device)
-    best, prediction = log_probabilities.max(dim=1)
-    losses = F.nll_loss(log_probabilities, batch.labels, reduction="none")
-    ranks = _ranks(log_probabilities, batch.labels).double()
-    read = torch.ones(size, dtype=torch.float64)
+    """Return readability (0 or 1) and loss of each sample, and what else its result consists of, float64.
+
+    That is label, prediction, its probability and the rank of the label, `(6, N)` in total, or with several labels the
+    probability of each, `(2 + classes, N)`.
+    """
+    logits = predict_batch(model, batch.images, batch_size, device)
+    read = torch.ones(len(batch.indices), dtype=torch.float64)
     for index in (entry.index for entry in batch.unreadable):
         read[batch.indices == index] = 0.0
-    return torch.stack([batch.labels.double(), prediction.double(), best.exp(), losses, ranks, read])
+    if batch.labels.ndim == 2:
+        scores = logits.cpu().double()
+        every = F.binary_cross_entropy_with_logits(scores, batch.labels.double(), reduction="none")
+        return torch.cat([torch.stack([read, every.mean(dim=1)]), scores.sigmoid().T])
+    found = log_probabilities(logits)
+    best, prediction = found.max(dim=1)
+    losses = F.nll_loss(found, batch.labels, reduction="none")
+    ranks = _ranks(found, batch.labels).double()
+    return torch.stack([read, losses, batch.labels.double(), prediction.double(), best.exp(), ranks])
 
 
 def _describe_unreadable(count: int, unreadable: list[Unreadable]) -> str:

@@ -2,10 +2,11 @@
 
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
-from resnext_hub.training.evaluation import Evaluation, evaluate
+from resnext_hub.training.evaluation import AnyEvaluation, evaluate
 from resnext_hub.training.feed import evaluation_samples
 from resnext_hub.training.plan import Plan
 from resnext_hub.training.state import TrainingState
@@ -30,12 +31,19 @@ class Evaluator:
             part: evaluation_samples(images, plan.input, most) for part, images in plan.splits.evaluated.items()
         }
 
-    def __call__(self, model: nn.Module, part: Literal["evaluation", "test"] = "evaluation") -> Evaluation:
+    def __call__(
+        self,
+        model: nn.Module,
+        part: Literal["evaluation", "test"] = "evaluation",
+        thresholds: np.ndarray | None = None,
+    ) -> AnyEvaluation:
         """Evaluate a model.
 
         Args:
             model: The model.
             part: The split to evaluate it on.
+            thresholds: Probability from which each label is predicted, if an image can have several labels; the best
+                ones for this split if not given.
 
         Raises:
             EvaluationStoppedError: If any process received SIGTERM or Ctrl-C.
@@ -55,6 +63,7 @@ class Evaluator:
             processes=accelerator.num_processes,
             sum_over_processes=self._sum,
             stop_requested=lambda: self._stop.requested,
+            thresholds=thresholds,
         )
         missing = evaluation.total - evaluation.count
         self._unreadable.note(part, evaluation.total, evaluation.unreadable, missing)

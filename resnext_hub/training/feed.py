@@ -114,9 +114,14 @@ class StepInputs:
         self._size = plan.input.image_size
 
     def __call__(self, batch: Batch, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return images `(N, C, H, W)` and labels `(N,)`, or mixed targets `(N, classes)`, on the device."""
+        """Return images `(N, C, H, W)` and labels `(N,)`, or targets `(N, classes)`, on the device.
+
+        Targets are for mixed images, and for images that can have several labels.
+        """
         transform = self._config.transform
         labels = batch.labels.to(self._device, non_blocking=True)
+        if labels.dtype == torch.bool:
+            labels = labels.float()
         images = normalize(batch.images.to(self._device, non_blocking=True), self._mean, self._std)
         if transform.random_erasing:
             images = erase(images, batch.erased)

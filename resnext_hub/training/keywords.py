@@ -18,7 +18,7 @@ class TrainSettings(TypedDict, total=False):
     batch_size: int
     micro_batch_size: int | None
     eval_batch_size: int
-    label_smoothing: float
+    label_smoothing: float | None
     ema: float | None
     seed: int
     deterministic: bool | None
@@ -75,7 +75,7 @@ class TrainSettings(TypedDict, total=False):
     class_weights: str
     sampling: Literal["natural", "balanced"]
     logit_adjustment: float
-    best_by: Literal["top1", "macro-recall", "macro-f1", "loss"]
+    best_by: Literal["top1", "macro-recall", "macro-f1", "map", "loss"] | None
     push_to_hub: bool
     push_checkpoints: bool
     repo_id: str | None

@@ -21,9 +21,10 @@ from resnext_hub.machine import quiet_compilers
 from resnext_hub.processes.launcher import WAIT
 from resnext_hub.processes.peers import Peers
 from resnext_hub.record import UnreadableImage
-from resnext_hub.training.evaluation import Evaluation, EvaluationStoppedError
+from resnext_hub.training.evaluation import AnyEvaluation, EvaluationStoppedError
 from resnext_hub.training.evaluator import Evaluator
 from resnext_hub.training.feed import StepInputs, training_loader
+from resnext_hub.training.multi_label import MultiLabelEvaluation
 from resnext_hub.training.objective import build_objective, weights_of
 from resnext_hub.training.optim import lr_at, set_lr
 from resnext_hub.training.plan import Plan
@@ -43,9 +44,9 @@ class Outcome:
     """Result of training: the model with its best weights, their evaluations, and facts about the run."""
 
     model: nn.Module
-    evaluation: Evaluation
+    evaluation: AnyEvaluation
     """On the split that chose the weights."""
-    test: Evaluation | None
+    test: AnyEvaluation | None
     """On the test split, if there is one."""
     step: int
     """Step of the best weights."""
@@ -243,7 +244,8 @@ class _Run:
         state.model.load_state_dict(state.best.tensors)
         try:
             evaluation = self.evaluator(state.model)
-            test = None if self.plan.splits.test is None else self.evaluator(state.model, "test")
+            thresholds = evaluation.thresholds if isinstance(evaluation, MultiLabelEvaluation) else None
+            test = None if self.plan.splits.test is None else self.evaluator(state.model, "test", thresholds)
         except EvaluationStoppedError:
             self.stop.stopping()
             self.raise_stopped()

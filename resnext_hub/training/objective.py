@@ -7,6 +7,35 @@ from torch.nn import functional as F
 from resnext_hub.training.plan import Plan
 
 
+class MultiLabelObjective(nn.Module):
+    """Model and loss in one module, as `Objective`, for images that can have several labels.
+
+    Args:
+        model: The training view of the model.
+        label_smoothing: How far targets are moved from 0 and 1 towards 0.5, 0 to 1.
+    """
+
+    def __init__(self, model: nn.Module, label_smoothing: float) -> None:
+        super().__init__()
+        self.model = model
+        self.label_smoothing = label_smoothing
+
+    def forward(
+        self, images: torch.Tensor, targets: torch.Tensor, total: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the mean binary cross entropy, and the fraction of images with exactly the right labels, both scalars.
+
+        Args:
+            images: Images `(N, C, H, W)`.
+            targets: Targets `(N, classes)`, 0 to 1.
+            total: Not used, since labels are not weighted.
+        """
+        logits = self.model(images).float()
+        smoothed = (1 - self.label_smoothing) * targets + self.label_smoothing / 2
+        loss = F.binary_cross_entropy_with_logits(logits, smoothed)
+        return loss, ((logits.detach() > 0) == (targets > 0.5)).all(dim=1).float().mean()
+
+
 class Objective(nn.Module):
     """Model and loss in one module, so that wrappers for autocast and data parallelism do not touch the model itself.
 
@@ -75,11 +104,15 @@ def weights_of(labels: torch.Tensor, class_weights: torch.Tensor) -> torch.Tenso
     return class_weights[labels] if labels.ndim == 1 else labels @ class_weights
 
 
-def build_objective(plan: Plan, view: nn.Module, device: torch.device) -> Objective:
+def build_objective(plan: Plan, view: nn.Module, device: torch.device) -> Objective | MultiLabelObjective:
     """Return the objective of a run over the training view of its model."""
     balance, strength = plan.balance, plan.config.balance.logit_adjustment
+    smoothing = plan.config.label_smoothing
+    assert smoothing is not None
+    if plan.splits.is_multi_label:
+        return MultiLabelObjective(view, smoothing)
     weights, prior = (
         None if values is None else torch.tensor(values, dtype=torch.float32, device=device)
         for values in (balance.class_weights, balance.log_prior)
     )
-    return Objective(view, plan.config.label_smoothing, weights, prior, strength)
+    return Objective(view, smoothing, weights, prior, strength)

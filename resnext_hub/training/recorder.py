@@ -8,8 +8,9 @@ import torch
 
 from resnext_hub.data.batches import Batch
 from resnext_hub.training.balance import is_imbalanced
-from resnext_hub.training.evaluation import Evaluation
+from resnext_hub.training.evaluation import AnyEvaluation
 from resnext_hub.training.metrics import METRICS, LineLog, read_lines
+from resnext_hub.training.multi_label import MultiLabelEvaluation
 from resnext_hub.training.plan import Plan
 from resnext_hub.training.state import TrainingState
 from resnext_hub.training.timer import Timer
@@ -19,6 +20,22 @@ _logger = logging.getLogger(__name__)
 
 MOST_CLASSES = 100
 """Number of classes up to which metrics.jsonl has the recall of each."""
+
+
+def summary_of(evaluation: AnyEvaluation, macro: bool = False) -> str:
+    """Return the main results of an evaluation in words.
+
+    Args:
+        evaluation: The evaluation.
+        macro: Whether to state the macro recall of images with one label each.
+    """
+    counts = f"{100 * evaluation.top1:.2f} % ({evaluation.correct}/{evaluation.count})"
+    if isinstance(evaluation, MultiLabelEvaluation):
+        return (
+            f"mAP {100 * evaluation.mean_average_precision:.2f} %, macro-F1 {evaluation.macro_f1:.4f}, all labels "
+            f"right {counts}"
+        )
+    return f"accuracy {counts}" + (f", macro recall {100 * evaluation.macro_recall:.2f} %" if macro else "")
 
 
 class Recorder:
@@ -32,7 +49,7 @@ class Recorder:
     def __init__(self, plan: Plan, state: TrainingState) -> None:
         self.timer = Timer(state.wall_seconds, state.step)
         self._plan, self._state = plan, state
-        self._macro = is_imbalanced(plan.splits.train) or plan.config.balance.best_by.startswith("macro")
+        self._macro = is_imbalanced(plan.splits.train) or str(plan.config.balance.best_by).startswith("macro")
         self._metrics: LineLog | None = None
         self._samples: LineLog | None = None
 
@@ -77,7 +94,7 @@ class Recorder:
             pixels = [hashlib.sha256(image.cpu().numpy().tobytes()).hexdigest()[:16] for image in images]
             self._samples.write(step=self._state.step, indices=batch.indices.tolist(), pixels=pixels)
 
-    def log_evaluation(self, evaluation: Evaluation) -> None:
+    def log_evaluation(self, evaluation: AnyEvaluation) -> None:
         """Write and log the metrics of an evaluation."""
         facts: dict[str, Any] = {
             "eval_loss": evaluation.loss,
@@ -91,17 +108,16 @@ class Recorder:
         if classes <= MOST_CLASSES:
             recalls = evaluation.recall_by_class(classes)
             facts["eval_recall"] = [None if recall is None else round(recall, 6) for recall in recalls]
+        if isinstance(evaluation, MultiLabelEvaluation):
+            facts["eval_map"] = evaluation.mean_average_precision
         if self._metrics:
             self._metrics.write(step=self._state.step, epoch=self._state.epoch, **facts)
         _logger.info(
-            "epoch %g, step %d of %d: accuracy %.2f %% (%d/%d), %sloss %.4f",
+            "epoch %g, step %d of %d: %s, loss %.4f",
             self._state.epoch,
             self._state.step,
             self._plan.schedule.steps,
-            100 * evaluation.top1,
-            evaluation.correct,
-            evaluation.count,
-            f"macro recall {100 * evaluation.macro_recall:.2f} %, " if self._macro else "",
+            summary_of(evaluation, self._macro),
             evaluation.loss,
         )
 

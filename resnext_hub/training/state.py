@@ -25,7 +25,8 @@ from resnext_hub.processes.peers import Peers
 from resnext_hub.text import printable
 from resnext_hub.training.checkpoint import BestFacts, Checkpoint, StateFacts, latest_checkpoint, save_checkpoint
 from resnext_hub.training.config import fixed_settings
-from resnext_hub.training.evaluation import Evaluation
+from resnext_hub.training.evaluation import AnyEvaluation
+from resnext_hub.training.multi_label import MultiLabelEvaluation
 from resnext_hub.training.optim import build_optimizer, optimizer_state, require_same_kind, restore_optimizer
 from resnext_hub.training.plan import Plan
 
@@ -55,15 +56,18 @@ class Best:
         return (score, -loss) > (self.score, -self.loss)
 
 
-def score_of(evaluation: Evaluation, best_by: str) -> float:
+def score_of(evaluation: AnyEvaluation, best_by: str | None) -> float:
     """Return the number by which weights are compared; more is better.
 
     Args:
         evaluation: Their evaluation.
-        best_by: `top1`, `macro-recall`, `macro-f1` or `loss`.
+        best_by: `top1`, `macro-recall`, `macro-f1`, `map` or `loss`.
     """
     if best_by == "top1":
         return evaluation.correct
+    if best_by == "map":
+        assert isinstance(evaluation, MultiLabelEvaluation)
+        return evaluation.mean_average_precision
     if best_by == "loss":
         return -evaluation.loss
     return evaluation.macro_recall if best_by == "macro-recall" else evaluation.macro_f1
@@ -153,7 +157,7 @@ class TrainingState:
         """Return the first step, over all processes, at which the loss was not finite."""
         return int(self.accelerator.gather(self._first_bad_step).min())
 
-    def keep_best(self, evaluation: Evaluation) -> None:
+    def keep_best(self, evaluation: AnyEvaluation) -> None:
         """Keep a copy of the weights if they are the best so far."""
         score = score_of(evaluation, self.plan.config.balance.best_by)
         if self.best is None or self.best.beaten_by(score, evaluation.loss):

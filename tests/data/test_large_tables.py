@@ -14,7 +14,7 @@ from pytest import mark
 from resnext_hub.data.config import DataConfig
 from resnext_hub.data.sources import open_source
 from resnext_hub.data.sources.finders import ImageFinder
-from resnext_hub.data.sources.tables import Table
+from resnext_hub.data.sources.table_columns import Table
 from resnext_hub.data.sources.texts import Files, TextColumn, Texts
 from resnext_hub.data.sources.walk import Tree
 from resnext_hub.data.splits import load_splits

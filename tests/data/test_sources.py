@@ -293,7 +293,7 @@ def test_a_split_column_defines_the_splits(tmp_path: Path) -> None:
         (
             "file_name,label",
             ["0.png,0.5", "1.png,1.5"],
-            "no label column (integers, strings or ClassLabel)",
+            "no label column (integers, strings or ClassLabel,",
         ),
         ("file_name,label", ["0.png,x", "1.png,", "2.png,y"], "1 empty labels out of 3"),
         (
@@ -1282,7 +1282,11 @@ def test_labels_of_shards_and_splits_are_matched_by_name(tmp_path: Path) -> None
             "has the label -1, which does not look like a class (the others: 0, 1)",
         ),
         (([0.0, 1.0], datasets.Value("float32")), None, "does not hold classes in train.parquet: it has type float32"),
-        (([[0], [1]], datasets.List(datasets.Value("int64"))), None, "does not hold classes in train.parquet"),
+        (
+            ([[[0]], [[1]]], datasets.List(datasets.List(datasets.Value("int64")))),
+            None,
+            "does not hold classes in train.parquet",
+        ),
         ((["a", "b", None], datasets.Value("string")), None, "has 1 empty labels out of 3"),
         ((["a", "b", ""], datasets.Value("string")), None, "has 1 empty labels out of 3"),
         (

@@ -15,7 +15,7 @@ from resnext_hub.errors import RequestError
 from resnext_hub.text import listing, printable
 
 if TYPE_CHECKING:
-    from resnext_hub.data.sources.tables import Table
+    from resnext_hub.data.sources.table_columns import Table
 
 Find = Callable[["Table", str], int | None]
 """Finds the image of a row, given the table and the file name."""

@@ -16,18 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from resnext_hub.data.sources.finders import ImageFinder, split_of
 from resnext_hub.data.sources.folders import IMAGE_FOLDERS
-from resnext_hub.data.sources.names import FILE_COLUMN, loose_role
+from resnext_hub.data.sources.names import FILE_COLUMN, LABEL_NAMES, loose_role
 from resnext_hub.data.sources.parquet import has_images, read_part
 from resnext_hub.data.sources.source import OpenDataset
+from resnext_hub.data.sources.table_columns import FILE_NAME, SPLIT, Table, label_column_of
 from resnext_hub.data.sources.table_files import LABEL_TABLES, read_table
-from resnext_hub.data.sources.tables import (
-    FILE_NAME,
-    LABEL_NAMES,
-    SPLIT,
-    Table,
-    label_column_of,
-    open_tables,
-)
+from resnext_hub.data.sources.tables import open_tables
 from resnext_hub.data.sources.texts import TextColumn
 from resnext_hub.data.sources.walk import Tree, ignored, image_entry, is_hidden, is_image, sorted_images, walk
 from resnext_hub.errors import RequestError, setting

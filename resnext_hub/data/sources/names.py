@@ -18,8 +18,21 @@ EVAL_NAMES = ("validation", "valid", "val", "dev", *TEST_NAMES, "eval", "evaluat
 FILE_COLUMN = re.compile(r"(?:^|[^a-z])(?:id|image|img|file|filename|path|name)(?:$|[^a-z])", re.IGNORECASE)
 """Usual names of columns of file names; only in these are numbers without a suffix taken for file names."""
 
+LABEL_NAMES = ("label", "labels", "class", "class_name", "category", "target")
+"""Usual names of label columns, in any case, in order of preference."""
+
 Role = Literal["train", "eval"]
 """Whether a split is trained or evaluated on."""
+
+
+def is_label_name(name: str) -> bool:
+    """Return whether a column has a usual name for labels."""
+    return name.casefold() in LABEL_NAMES
+
+
+def names_split(name: str) -> bool:
+    """Return whether a column of truth values tells by its name that they stand for a split, such as `is_valid`."""
+    return bool(re.match(rf"is[_ -]?({'|'.join((*TRAIN_NAMES, *EVAL_NAMES))})", name, re.IGNORECASE))
 
 
 def split_role(name: str) -> Role | None:

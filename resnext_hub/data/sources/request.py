@@ -10,7 +10,8 @@ from resnext_hub.data.sources.finders import ImageFinder
 from resnext_hub.data.sources.listed import find_listed
 from resnext_hub.data.sources.parquet import has_images, parquet_files, read_part
 from resnext_hub.data.sources.refusals import LAYOUTS, reject_linked_splits
-from resnext_hub.data.sources.tables import Table, find_tables, label_column_of
+from resnext_hub.data.sources.table_columns import Table, label_column_of
+from resnext_hub.data.sources.tables import find_tables
 from resnext_hub.data.sources.urls import is_url, public_name
 from resnext_hub.data.sources.walk import Tree, is_run_folder, walk
 from resnext_hub.data.sources.webdataset import find_shards

@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from resnext_hub.data.sources.flags import as_flag
 from resnext_hub.data.sources.parquet import DAMAGED
 from resnext_hub.data.sources.texts import TextColumn, Texts
 from resnext_hub.data.sources.walk import is_image
@@ -32,7 +33,10 @@ MAX_ROWS = 10_000_000
 """Rows that a table may have if the number of images is not known."""
 
 MAX_OTHERS = 16
-"""Number of columns that are kept in addition to the wanted ones."""
+"""Number of columns that are kept in addition to the wanted ones and those of 0 and 1."""
+
+MAX_FLAGS = 1000
+"""Number of columns that are kept because their first value is 0 or 1, so that they may be labels."""
 
 Columns = dict[str, Sequence[Any]]
 
@@ -73,11 +77,20 @@ class _Kept:
         self.wanted = {name.casefold() for name in wanted}
         self.rows = rows
         self.others: set[str] = set()
+        self.flags: set[str] = set()
         self.skipped: list[str] = []
 
-    def keeps(self, name: str) -> bool:
-        """Return whether to keep a column, and record the decision."""
-        if name.casefold() in self.wanted or name in self.others:
+    def keeps(self, name: str, first: str | None = None) -> bool:
+        """Return whether to keep a column, and record the decision.
+
+        Args:
+            name: Its name.
+            first: Its first value as text, if it is known.
+        """
+        if name.casefold() in self.wanted or name in self.others or name in self.flags:
+            return True
+        if first is not None and as_flag(first) is not None and len(self.flags) < MAX_FLAGS:
+            self.flags.add(name)
             return True
         if len(self.others) < MAX_OTHERS:
             self.others.add(name)
@@ -129,8 +142,11 @@ def _read_csv(data: bytes, kept: _Kept) -> Columns:
     if any(map(is_image, names)):
         rows, names = chain([first], rows), [str(i) for i in range(len(names))]
     _reject_repeated(names)
+    second = next(rows, None)
+    values = [""] * len(names) if second is None or len(second[1]) != len(names) else second[1]
+    rows = rows if second is None else chain([second], rows)
     # a column without a name is the index that pandas writes
-    places = [(i, Texts()) for i, name in enumerate(names) if name and kept.keeps(name)]
+    places = [(i, Texts()) for i, name in enumerate(names) if name and kept.keeps(name, values[i])]
     count = 0
     for number, row in rows:
         if not any(map(str.strip, row)):
@@ -183,7 +199,11 @@ def _read_jsonl(data: bytes, kept: _Kept) -> Columns:
         if len(line) > MAX_LINE:
             raise ValueError(f"line {number} is longer than {MAX_LINE >> 20} MB")
         try:
-            row = {name: msgspec.json.decode(raw) for name, raw in decoder.decode(line).items() if kept.keeps(name)}
+            row = {
+                name: msgspec.json.decode(raw)
+                for name, raw in decoder.decode(line).items()
+                if kept.keeps(name, bytes(raw).decode() if len(raw) < 6 else None)
+            }
         except msgspec.DecodeError as error:
             raise ValueError(f"line {number}: {one_line(error)}") from error
         for name, value in row.items():
@@ -205,8 +225,13 @@ def _read_parquet(data: bytes, kept: _Kept) -> Columns:
         kept.check(content.metadata.num_rows)
         schema = content.schema_arrow
         _reject_repeated(schema.names)
-        fields = [field for field in schema if _could_name(field.type) or field.name.casefold() in kept.wanted]
-        fields = [field for field in fields if kept.keeps(field.name)]
+        flags = _flags_of(content.metadata, schema)
+        fields = [
+            field
+            for field in schema
+            if _could_name(field.type) or field.name in flags or field.name.casefold() in kept.wanted
+        ]
+        fields = [field for field in fields if kept.keeps(field.name, "0" if field.name in flags else None)]
         texts = [field.name for field in fields if pyarrow.types.is_string(field.type)]
         # dictionaries store repeated texts once
         content = parquet.ParquetFile(pyarrow.BufferReader(data), read_dictionary=texts)
@@ -221,16 +246,32 @@ def _read_parquet(data: bytes, kept: _Kept) -> Columns:
     for name, feature in features.items():
         if isinstance(feature, datasets.ClassLabel):
             columns[name] = [None if value is None else feature.int2str(value) for value in columns[name]]
+        elif isinstance(getattr(feature, "feature", None), datasets.ClassLabel):
+            columns[name] = [None if value is None else feature.feature.int2str(value) for value in columns[name]]
     return columns
 
 
+def _flags_of(metadata: Any, fields: Iterable[Any]) -> set[str]:
+    """Return the columns of a parquet file that hold truth values, or numbers from 0 to 1 according to the footer."""
+    from pyarrow import types
+
+    found = {field.name for field in fields if types.is_boolean(field.type)}
+    numbers = {field.name for field in fields if types.is_integer(field.type) or types.is_floating(field.type)}
+    for i in range(metadata.num_columns if metadata.num_row_groups else 0):
+        column = metadata.row_group(0).column(i)
+        facts = column.statistics if column.path_in_schema in numbers else None
+        if facts is not None and facts.has_min_max and (facts.min, facts.max) in ((0, 0), (0, 1), (1, 1)):
+            found.add(column.path_in_schema)
+    return found
+
+
 def _could_name(kind: Any) -> bool:
-    """Return whether a column of this type could contain file names, splits or classes."""
+    """Return whether a column of this type could contain file names, splits or labels."""
     from pyarrow import types
 
     tests: Iterable[Callable[[Any], bool]] = (
         types.is_string, types.is_large_string, types.is_string_view, types.is_integer, types.is_boolean,
-        types.is_dictionary,
+        types.is_dictionary, types.is_list, types.is_large_list,
     )  # fmt: skip
     return any(test(kind) for test in tests)
 

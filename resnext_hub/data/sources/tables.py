@@ -7,17 +7,32 @@ is in a column called `split`, or in one that contains only names of splits.
 import posixpath
 import re
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import compress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from resnext_hub.data.sources.finders import Find, finder
+from resnext_hub.data.sources.flags import split_columns
 from resnext_hub.data.sources.folders import image_table
-from resnext_hub.data.sources.names import EVAL_NAMES, TRAIN_NAMES, likely_splits, loose_role, split_folder, split_role
+from resnext_hub.data.sources.names import (
+    LABEL_NAMES,
+    likely_splits,
+    loose_role,
+    split_folder,
+    split_role,
+)
 from resnext_hub.data.sources.source import OpenDataset
-from resnext_hub.data.sources.table_files import Columns, read_table
+from resnext_hub.data.sources.table_columns import (
+    FILE_NAME,
+    SPLIT,
+    Table,
+    combined,
+    require_one_label_column,
+    split_column_of,
+)
+from resnext_hub.data.sources.table_files import read_table
 from resnext_hub.data.sources.texts import Files
 from resnext_hub.data.sources.walk import Tree, ignored
 from resnext_hub.errors import RequestError, one_line, setting
@@ -25,11 +40,6 @@ from resnext_hub.text import listing, printable
 
 if TYPE_CHECKING:
     from resnext_hub.data.sources.request import Request
-
-FILE_NAME = "file_name"
-SPLIT = "split"
-LABEL_NAMES = ("label", "labels", "class", "class_name", "category", "target")
-"""Usual names of label columns, in any case, in order of preference."""
 
 
 class MetadataTables:
@@ -45,26 +55,6 @@ class MetadataTables:
         assert request.label_column is not None
         opened = open_tables(request.tree, request.tables, request.label_column, request.config.eval_split)
         return opened.with_notes(ignored(request.tree, [table.path for table in request.tables]))
-
-
-@dataclass(frozen=True)
-class Table:
-    """The columns of a metadata file."""
-
-    path: str
-    columns: Columns
-    skipped: tuple[str, ...] = ()
-    """Columns that were not read, because there are too many."""
-
-    @property
-    def folder(self) -> str:
-        """The folder that its file names are relative to."""
-        return posixpath.dirname(self.path)
-
-    @property
-    def rows(self) -> int:
-        """Number of rows."""
-        return len(self.columns[FILE_NAME])
 
 
 def find_tables(tree: Tree, requested: str | None) -> list[Table]:
@@ -91,84 +81,6 @@ def find_tables(tree: Tree, requested: str | None) -> list[Table]:
     return found
 
 
-def label_column_of(tree: Tree, tables: Sequence[Table], requested: str | None, classless: bool = False) -> str | None:
-    """Return the label column, or None if the tables have none and folders can define the classes.
-
-    Unless one is requested, it is the one with a usual name, or the only column if folders cannot define the classes.
-
-    Args:
-        tree: The files of the dataset.
-        tables: Its tables, with their file names in `file_name`.
-        requested: The requested label column.
-        classless: Whether it is known that folders cannot define the classes.
-
-    Raises:
-        RequestError: If the requested one does not exist or does not hold labels, if it is ambiguous, or if there is
-            none although images are in the folder of a table, so no class folder defines their class.
-    """
-    columns = dict.fromkeys(name for table in tables for name in table.columns)
-    splits = [name for name in columns if _holds_splits(tables, name)]
-    if requested in columns and (requested == FILE_NAME or requested.casefold() == SPLIT):
-        what = "file names" if requested == FILE_NAME else "splits"
-        others = [name for name in columns if name not in (FILE_NAME, *splits)]
-        raise RequestError(
-            f"{setting('label_column', requested)}: this column of {printable(tree.root / tables[0].path)} contains "
-            f"{what}; expected a column of classes (other columns: {listing(others) or 'none'})"
-        )
-    if requested in columns:
-        return requested
-    known = _called_like_labels(columns)
-    if known and requested is None:
-        for table in tables:
-            _reject_other_classes(tree, table)
-        return known[0]
-    folders = tree.image_folders
-    if requested is None and not classless and not folders & {table.folder for table in tables}:
-        return None
-    others = [name for name in columns if name not in (FILE_NAME, *splits)]
-    classless = classless or len(folders) == 1 or all(map(split_folder, tree.images))
-    if len(others) == 1 and requested is None and classless:
-        return others[0]
-    where = printable(tree.root / tables[0].path)
-    what = (
-        f"{setting('label_column', requested)}: {where} has no such column"
-        if requested
-        else f"{where} has no column named label"
-    )
-    remedy = "" if classless else f", or use the folders as classes with {setting('layout', 'classes')}"
-    raise RequestError(f"{what}; its columns: {listing(columns)}; choose one with {setting('label_column')}{remedy}")
-
-
-def _reject_other_classes(tree: Tree, table: Table) -> None:
-    """Raise RequestError if several columns named like labels define different classes."""
-    names = _called_like_labels(table.columns)
-    for other in names[1:]:
-        pairs = {(str(a), str(b)) for a, b in zip(table.columns[names[0]], table.columns[other], strict=True)}
-        if len(pairs) > min((len(set(part)) for part in zip(*pairs, strict=True)), default=0):
-            raise RequestError(
-                f"{printable(tree.root / table.path)} has the columns {printable(names[0])} and {printable(other)}, "
-                f"which define different classes; choose one with {setting('label_column')}"
-            )
-
-
-def _called_like_labels(columns: Iterable[str]) -> list[str]:
-    """Return the columns named like labels, in order of preference."""
-    return [column for name in LABEL_NAMES for column in columns if column.casefold() == name]
-
-
-def _holds_splits(tables: Sequence[Table], name: str) -> bool:
-    """Return whether a column is called `split`, or contains only names of splits and is not named like labels."""
-    if name.casefold() in (SPLIT, *LABEL_NAMES):
-        return name.casefold() == SPLIT
-    names: set[str] = set()
-    for value in (value for table in tables for value in table.columns.get(name, ()) if value is not None):
-        if str(value) not in names:
-            if not split_role(str(value)) and not loose_role(str(value)):
-                return False  # early, because most columns have other values, perhaps a million of them
-            names.add(str(value))
-    return bool(names) and (all(map(split_role, names)) or {loose_role(value) for value in names} == {"train", "eval"})
-
-
 def open_tables(
     tree: Tree, tables: Sequence[Table], label_column: str, eval_split: str | None = None, find: Find | None = None
 ) -> OpenDataset:
@@ -186,9 +98,12 @@ def open_tables(
     Raises:
         RequestError: If no row has a file, or a file has two labels or two splits.
     """
-    _require_one_label_column(tree, tables, label_column)
+    columns = dict.fromkeys(name for table in tables for name in table.columns)
+    several = split_columns(label_column, columns)
+    tables = [combined(table, several) for table in tables]
+    require_one_label_column(tree, tables, label_column)
     tables = [table for table in tables if label_column in table.columns]
-    split_column = _split_column_of(tree, tables, label_column)
+    split_column = split_column_of(tree, tables, label_column)
     rows = _match(tree, tables, label_column, split_column, find or finder(tree))
     where = printable(tree.root / tables[0].path)
     if not rows.images:
@@ -196,7 +111,8 @@ def open_tables(
         raise RequestError(
             f"none of the files in {where} exists{example}; expected {FILE_NAME} to be the path relative to the table"
         )
-    notes = [f"labels from column {printable(label_column)} of {listing(table.path for table in tables)}"]
+    what = f"columns {listing(several)}" if len(several) > 1 else f"column {printable(label_column)}"
+    notes = [f"labels from {what} of {listing(table.path for table in tables)}"]
     if split_column:
         notes.append(f"splits from column {printable(split_column)}")
     used = {FILE_NAME, label_column, split_column}
@@ -220,8 +136,11 @@ def open_tables(
     else:
         splits = _splits_of(tree, rows, where)
     parts = {split: array("q", compress(rows.images, map(split.__eq__, splits))) for split in sorted(set(splits))}
+    tables_of_splits = {
+        split: _image_table(tree, part, label_column, several, rows.labels, where) for split, part in parts.items()
+    }
     return OpenDataset(
-        tables={split: _image_table(tree, part, label_column, rows.labels, where) for split, part in parts.items()},
+        tables=tables_of_splits,
         files=Files(tree.images, tree.sizes, rows.images),
         roots=None,
         notes=tuple(notes),
@@ -285,29 +204,6 @@ def _reject_two(tree: Tree, table: Table, name: Any, what: str, first: Any, seco
     )
 
 
-def _split_column_of(tree: Tree, tables: Sequence[Table], label_column: str) -> str | None:
-    """Return the split column, or None.
-
-    Raises:
-        RequestError: If several differ, or a column such as `is_valid` encodes a split in its name.
-    """
-    columns = dict.fromkeys(name for table in tables for name in table.columns if name not in (FILE_NAME, label_column))
-    found = [name for name in columns if _holds_splits(tables, name)]
-    where = printable(tree.root / tables[0].path)
-    if any(table.columns.get(found[0]) != table.columns.get(other) for other in found[1:] for table in tables):
-        raise RequestError(f"{where} has several split columns that differ ({listing(found)}); remove all but one")
-    if found:
-        return found[0]
-    names = "|".join((*TRAIN_NAMES, *EVAL_NAMES))
-    named = next((name for name in columns if re.match(rf"is[_ -]?({names})", name, re.IGNORECASE)), None)
-    if named:
-        raise RequestError(
-            f"{where} has a column {printable(named)}, which is not supported; replace it with a column named split "
-            "(values: train, val or test), or remove it"
-        )
-    return None
-
-
 def _require_evaluation(names: Sequence[str], where: str, requested: str | None) -> None:
     """Raise RequestError if there are other splits than the training split, but none named like an evaluation split."""
     others = [name for name in names if name not in likely_splits(names, "train")]
@@ -316,17 +212,6 @@ def _require_evaluation(names: Sequence[str], where: str, requested: str | None)
             f"{where} has the splits {listing(names)}, but none of them has a usual name for an evaluation split "
             f"(val, test …); choose one, such as {setting('eval_split', others[0])}"
         )
-
-
-def _require_one_label_column(tree: Tree, tables: Sequence[Table], label_column: str) -> None:
-    """Raise RequestError if the label columns of tables have different names, since one would be ignored."""
-    for table in tables:
-        other = next(iter(_called_like_labels(table.columns)), None)
-        if label_column not in table.columns and other:
-            raise RequestError(
-                f"{printable(tree.root / table.path)} has its labels in column {printable(other)}, but another table "
-                f"has them in {printable(label_column)}; use the same column name in all tables"
-            )
 
 
 def _require_all(tree: Tree, rows: _Rows, where: str) -> list[str]:
@@ -379,13 +264,19 @@ def _role_of(path: str) -> str | None:
     return loose_role(folder) if folder else None
 
 
-def _image_table(tree: Tree, images: Sequence[int], column: str, labels: Sequence[Any], where: str) -> Any:
+def _image_table(
+    tree: Tree, images: Sequence[int], column: str, names: Sequence[str], labels: Sequence[Any], where: str
+) -> Any:
     import datasets
     import pyarrow
 
     try:
-        values = pyarrow.array([labels[i] for i in images])
-        feature = datasets.features.features.generate_from_arrow_type(values.type)
+        if len(names) > 1:
+            feature = datasets.List(datasets.ClassLabel(names=names))
+            values = pyarrow.array([labels[i] for i in images], pyarrow.list_(pyarrow.int64()))
+        else:
+            values = pyarrow.array([labels[i] for i in images])
+            feature = datasets.features.features.generate_from_arrow_type(values.type)
     except (pyarrow.ArrowException, ValueError, TypeError, OverflowError) as error:
         raise RequestError(
             f"column {printable(column)} of {where} contains values of several types ({one_line(error)}); expected "

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resnext_hub.data.decode import MAX_IMAGE_PIXELS
+from resnext_hub.data.sources.names import LABEL_NAMES
 from resnext_hub.data.sources.parquet import check_cache, pointer_reason, quiet_library, require_space
 from resnext_hub.data.sources.shards import splits_of
 from resnext_hub.data.sources.source import OpenDataset
-from resnext_hub.data.sources.tables import LABEL_NAMES
 from resnext_hub.data.sources.tar_files import headers, open_tar
 from resnext_hub.data.sources.walk import ignored, is_hidden, is_image
 from resnext_hub.errors import RequestError, one_line, setting
@@ -190,6 +190,11 @@ def _label_of(key: str, fields: Mapping[str, bytes], label_key: str | None) -> t
         raise ValueError(f"{printable(key)}.json is nested too deeply") from error
     names = [label_key] if label_key else [n for n in LABEL_NAMES if isinstance(facts, dict) and n in facts]
     label = facts.get(names[0]) if names and isinstance(facts, dict) else None
+    if isinstance(label, list):
+        raise ValueError(
+            f"{printable(key)}.json has a list of labels; several labels per image are not supported in WebDataset "
+            "shards, but they are in parquet files and tables"
+        )
     if not isinstance(label, (int, str)) or isinstance(label, bool) or label == "":
         shown = listing(facts, 6) if isinstance(facts, dict) else "not an object"
         wanted = f"no key {printable(label_key)} with" if label_key else "no"
