@@ -89,8 +89,8 @@ def predict(
     Args:
         model: A classifier, or what `load` takes.
         images: An image or a sequence of them: paths, encoded bytes, PIL images or uint8 arrays.
-        top: Number of classes for each image; if not given, the most probable one, or all labels from their thresholds
-            on if an image can have several.
+        top: Number of classes for each image; if not given, the most probable one, or if an image can have several
+            labels, all that reach their thresholds.
 
     Returns:
         For each image its most probable classes, or the reason why it cannot be decoded.

@@ -96,7 +96,7 @@ class LabelFacts:
     average_precision: _Fraction | None
     """Average precision over all thresholds; None if no image has the label."""
     threshold: _Fraction
-    """Probability from which it is predicted, chosen on the evaluation split."""
+    """Lowest probability at which it is predicted, chosen on the evaluation split."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--top",
         type=count(BATCH),
         metavar="N",
-        help="number of most likely classes per image (default: 1, or if an image can have several labels, all from "
-        "their thresholds on)",
+        help="number of most likely classes per image (default: 1, or if an image can have several labels, all that "
+        "reach their thresholds)",
     )
     parser.add_argument(
         "--json",

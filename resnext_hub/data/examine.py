@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from resnext_hub.data.batches import defer_stop_signals, read_items
 from resnext_hub.data.decode import MAX_IMAGE_PIXELS, UnreadableImageError, opened, read_bytes, upright
@@ -139,8 +140,10 @@ def _read(splits: Mapping[str, IndexedImages], workers: int) -> Iterator[tuple[F
         collate_fn=_unchanged,
         worker_init_fn=defer_stop_signals if workers else None,
     )
-    for batch in read_items(loader):
-        yield from batch
+    with tqdm(total=sum(map(len, splits.values())), unit="image", disable=None) as bar:  # shown on a terminal
+        for batch in read_items(loader):
+            yield from batch
+            bar.update(len(batch))
 
 
 def _unchanged(items: Sequence[Any]) -> Sequence[Any]:

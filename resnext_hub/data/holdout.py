@@ -84,7 +84,15 @@ def hold_out(config: DataConfig, labels: np.ndarray, rows: Mapping[str, np.ndarr
             "leave too little to train on: expected at most 0.9 in total"
         )
     kept = parts["training"]
-    train, test = stratified_split(labels[kept], config.test_fraction / remaining, config.split_seed)
+    try:
+        train, test = stratified_split(labels[kept], config.test_fraction / remaining, config.split_seed)
+    except RequestError as error:
+        if "evaluation" in rows:
+            raise
+        raise RequestError(
+            f"{setting('test_fraction', config.test_fraction)}: no images are left for a test, because each class has "
+            "only one after the evaluation images are held out; add images, or omit it"
+        ) from error
     return parts | {"training": kept[train], "test": kept[test]}
 
 

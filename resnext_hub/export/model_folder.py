@@ -49,7 +49,7 @@ def write_model(
         license: License of the weights, if known.
         plugin_facts: Facts of this package for the top-level key `resnext_hub`; timm ignores unknown keys there but
             rejects them inside pretrained_cfg.
-        thresholds: Probability from which each label is predicted, if an image can have several.
+        thresholds: Lowest probability at which each label is predicted, if an image can have several.
 
     Returns:
         SHA-256 of the weights file.

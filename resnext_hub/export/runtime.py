@@ -281,7 +281,7 @@ def _example_and_facts(model: LoadedModel) -> tuple[torch.Tensor, dict[str, str]
     meaning = (
         "softmax gives the probabilities. "
         if model.thresholds is None
-        else "sigmoid gives the probability of each label, which is predicted from its entry of thresholds on. "
+        else "sigmoid gives the probability of each label; those that reach their entry of thresholds are predicted. "
     )
     resizing = RESIZING.get(model.input.crop_mode, RESIZING["center"])
     text = (

@@ -107,8 +107,8 @@ def predict(
         images: Images to classify.
         batch_size: Batch size of the forward passes, at most the number of images.
         device: Device to compute on; the accelerator by default, if there is one.
-        top: Number of classes for each image, at most all; if not given, the most probable one, or all labels from
-            their thresholds on if an image can have several.
+        top: Number of classes for each image, at most all; if not given, the most probable one, or if an image can
+            have several labels, all that reach their thresholds.
         decoder: `pil`, as for the accuracy on the card, or `simplejpeg`, which is faster with nearly equal pixels.
         max_pixels: An image with more pixels is unreadable.
 

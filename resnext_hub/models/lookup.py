@@ -78,7 +78,7 @@ class LoadedModel:
     """A name for each logit: as stated, ImageNet's for timm's ImageNet weights, else the class index."""
     source: ModelSource
     thresholds: tuple[float, ...] | None = None
-    """Probability from which each label is predicted, if an image can have several; None if it has exactly one."""
+    """Lowest probability at which each label is predicted, if an image can have several; None if it has exactly one."""
 
     @property
     def revision(self) -> str | None:

@@ -148,7 +148,7 @@ class ModelConfig:
     pretrained_cfg: dict[str, Any]
     """By timm's keys: input size and preprocessing, tag and license."""
     thresholds: tuple[float, ...] | None = None
-    """Probability from which each label is predicted, if an image can have several; None if it has exactly one."""
+    """Lowest probability at which each label is predicted, if an image can have several; None if it has exactly one."""
 
 
 def named_config(architecture: str, cfg: PretrainedCfg | None) -> ModelConfig:

@@ -144,8 +144,8 @@ def evaluate(
         processes: Number of processes that share the work.
         sum_over_processes: Sums a float64 CPU tensor over the processes.
         stop_requested: Called before each batch; evaluation ends early if it returns True in any process.
-        thresholds: Probability from which each label is predicted, `(classes,)`, if an image can have several labels;
-            the best ones for these samples if not given.
+        thresholds: Lowest probability at which each label is predicted, `(classes,)`, if an image can have several; the
+            best ones for these samples if not given.
 
     Raises:
         EvaluationStoppedError: In every process, if any was asked to stop.
@@ -187,7 +187,7 @@ def _results(
     Args:
         values: The results of `_columns` for all samples.
         labels: Which labels each sample has, if it can have several.
-        thresholds: Probability from which each label is predicted; the best ones if not given.
+        thresholds: Lowest probability at which each label is predicted; the best ones if not given.
         unreadable: Images that this process could not read.
     """
     found, total = np.flatnonzero(values[0]), values.shape[1]

@@ -42,8 +42,8 @@ class Evaluator:
         Args:
             model: The model.
             part: The split to evaluate it on.
-            thresholds: Probability from which each label is predicted, if an image can have several labels; the best
-                ones for this split if not given.
+            thresholds: Lowest probability at which each label is predicted, if an image can have several; the best ones
+                for this split if not given.
 
         Raises:
             EvaluationStoppedError: If any process received SIGTERM or Ctrl-C.

@@ -21,7 +21,7 @@ class MultiLabelEvaluation:
     losses: np.ndarray
     """Binary cross entropy in nats, the mean over the labels, without label smoothing; `(N,)`."""
     thresholds: np.ndarray
-    """Probability from which each label is predicted, `(classes,)`."""
+    """Lowest probability at which each label is predicted, `(classes,)`."""
     unreadable: list[Unreadable]
     """Images that this process could not read, and why; they are excluded from the arrays."""
     total: int
@@ -112,7 +112,7 @@ class MultiLabelEvaluation:
 
 
 def choose_thresholds(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """Return for each label the probability from which on predicting it has the best F1 score, `(classes,)` float64.
+    """Return for each label the threshold of its probability with the best F1 score, `(classes,)` float64.
 
     A threshold is in the middle between two probabilities, so that rounding does not change a prediction. It is 0.5 for
     a label that no image has, and of equally good ones the one that is closest to 0.5.

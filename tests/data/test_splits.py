@@ -291,9 +291,13 @@ def test_a_test_is_held_out_beside_a_stored_evaluation_split(tmp_path: Path) -> 
     assert [len(part) for part in (splits.train, splits.eval, splits.test)] == [6, 8, 2]
 
 
-def test_holding_out_too_much_is_refused() -> None:
+def test_holding_out_too_much_is_refused(tmp_path: Path) -> None:
     with raises(RequestError, match=r"test_fraction=0\.6 and eval_fraction=0\.4 leave too little to train on"):
         load("digits", eval_fraction=0.4, test_fraction=0.6)
+    for name in ("bus", "car"):
+        write_images(tmp_path / "two" / name, 2, 90 if name == "bus" else 160)
+    with raises(RequestError, match=r"test_fraction=0\.2: no images are left for a test, because each class has only"):
+        load(str(tmp_path / "two"), test_fraction=0.2)
     with raises(RequestError, match=r"test_fraction=0\.1 and test_split=test exclude each other"):
         load("digits", test_split="test", test_fraction=0.1)
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from long_tail import tail_of
 from pytest import approx, mark, raises
 from torch import nn
 from torch.nn import functional as F
@@ -236,3 +237,10 @@ def test_of_equal_scores_the_lower_loss_is_better() -> None:
     assert best.beaten_by(0.5, 0.9)
     assert not best.beaten_by(0.5, 1.0)
     assert not best.beaten_by(0.4, 0.1)
+
+
+def test_a_long_tail_keeps_every_class_in_proportion() -> None:
+    labels = np.repeat(np.arange(10), 1000)
+    kept = tail_of(labels, 100)
+    assert np.bincount(labels[kept]).tolist() == [1000, 599, 359, 215, 129, 77, 46, 28, 17, 10]
+    assert (np.diff(kept) > 0).all()
