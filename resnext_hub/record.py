@@ -246,6 +246,8 @@ class RunRecord:
     dataset: DatasetFacts
     label_names: list[str]
     steps: _Count
+    planned_steps: _Count | None = None
+    """Steps that the run would have had without early stopping; None in records of versions without it."""
     epochs: _Amount
     """Passes over the training split."""
     evaluation: EvaluationFacts
@@ -272,6 +274,11 @@ class RunRecord:
     """Number of neighboring groups that were computed as one in training, by layer name."""
     class_weights: list[_Amount] | None = None
     """Weight of each class in the training loss; None if all were equal."""
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the run ended before its last step, because it did not improve any more."""
+        return self.planned_steps is not None and self.steps < self.planned_steps
 
     @property
     def reported(self) -> EvaluationFacts:

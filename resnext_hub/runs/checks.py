@@ -78,6 +78,7 @@ def check_model(
     """
     classes = len(splits.label_names)
     model = without_values(lambda: source.saved.build(classes, config.drop_rate, config.drop_path))
+    config.finetune.check_model(model, source.pretrained)
     full = input.image_size
     size = config.progressive_size or full
     if size > full:

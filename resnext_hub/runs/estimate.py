@@ -17,6 +17,7 @@ from resnext_hub.data.batches import Position, read_batches
 from resnext_hub.data.images import IndexedImages
 from resnext_hub.kernels.training_view import agree_on_factors, build_training_view
 from resnext_hub.training.feed import StepInputs, evaluation_samples, training_loader
+from resnext_hub.training.finetune import freeze, set_training
 from resnext_hub.training.objective import build_objective
 from resnext_hub.training.optim import build_optimizer
 from resnext_hub.training.plan import Plan
@@ -97,7 +98,10 @@ def _time_steps(
         pin_memory=device.type == "cuda",
     )
     inputs = StepInputs(plan, device=device, process=accelerator.process_index)
-    objective = build_objective(plan, build_training_view(model, factors), device).train()
+    freeze(model, config.finetune.frozen(model, head_only=False))
+    view = build_training_view(model, factors)
+    objective = build_objective(plan, view, device).train()
+    set_training(view)
     optimizer = build_optimizer(model, config.optim)
     micro = config.micro_batch_size or config.batch_size
     found = {}

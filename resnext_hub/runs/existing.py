@@ -39,7 +39,7 @@ class ExistingRun:
     settings: dict[str, Any]
     """Flat settings of the run; empty if there is no run."""
     steps: int | None = None
-    """Steps of the run, if it is finished."""
+    """Steps of the run, if it is finished; those that were planned if it stopped early."""
     fingerprint: str | None = None
     """Fingerprint of the dataset, if the run is finished."""
     state: tuple[str | None, ...] = ()
@@ -70,7 +70,7 @@ def read_existing(folder: RunFolder) -> ExistingRun:
         fault = str(error)
     return ExistingRun(
         settings=settings,
-        steps=record.steps,
+        steps=record.steps if record.planned_steps is None else record.planned_steps,
         fingerprint=record.dataset.fingerprint,
         class_weights=digest_of(record.class_weights),
         state=state,

@@ -149,6 +149,7 @@ def _record_of(plan: Plan, outcome: Outcome, accelerator: "Accelerator", weights
         dataset=_dataset_facts(plan, outcome),
         label_names=list(splits.label_names),
         steps=outcome.steps,
+        planned_steps=outcome.planned_steps,
         epochs=outcome.epochs,
         evaluation=_evaluation_facts(plan, outcome, outcome.evaluation),
         test=None if outcome.test is None else _evaluation_facts(plan, outcome, outcome.test),

@@ -32,6 +32,7 @@ def describe(plan: Plan, accelerator: "Accelerator", expected: Estimate | None) 
         f"model: {printable(config.model)}, {_weights(plan)}, {plan.input.image_size} px",
         f"{splits.dataset_id}: {', '.join(images)}, {_classes(splits)}",
         *_balance(plan),
+        *_finetune(plan),
         *_look(plan),
         f"{schedule.steps} steps of {config.batch_size} images: {accelerator.num_processes} process(es) x {part}, "
         f"{min(config.micro_batch_size or part, part)} per pass; {accelerator.device.type}, "
@@ -111,6 +112,21 @@ def _balance(plan: Plan) -> list[str]:
         f"balance: {least} to {most} images per class ({most / least:.0f}:1), effective numbers {few:.0f} to "
         f"{many:.0f}; {correction}"
     ]
+
+
+def _finetune(plan: Plan) -> list[str]:
+    """Return a line about layers that are kept, or trained later or more slowly than others; none without them."""
+    config, schedule = plan.config.finetune, plan.schedule
+    kept = {"none": "", "head": "only the classifier is trained", "bn": "batch norm layers are kept"}
+    parts = [
+        kept.get(config.freeze, f"the first {config.freeze} stages are kept"),
+        f"only the classifier in the first {schedule.head_steps} steps" if schedule.head_steps else "",
+        f"layer decay {config.layer_decay:g}" if config.layer_decay < 1 else "",
+        f"learning rate of the classifier {config.head_lr:g}" if config.head_lr is not None else "",
+        f"early stopping after {config.early_stopping} evaluations" if config.early_stopping else "",
+    ]
+    found = ", ".join(filter(None, parts))
+    return [f"training: {found}"] if found else []
 
 
 def log_warnings(plan: Plan) -> None:

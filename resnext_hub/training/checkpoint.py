@@ -87,6 +87,10 @@ class StateFacts:
     """Fingerprint of the dataset."""
     decoders: list[str] = field(default_factory=lambda: ["pil"])
     merged_groups: dict[str, int] | None = field(default_factory=dict)
+    stale: int = 0
+    """Evaluations in a row without an improvement."""
+    reached: float | None = None
+    """The score from which an improvement counts."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Settings that determine the result; empty in checkpoints of versions that did not record them."""
 

@@ -33,6 +33,7 @@ from resnext_hub.settings import (
 )
 from resnext_hub.training.balance import BalanceConfig
 from resnext_hub.training.checkpoint import CheckpointConfig
+from resnext_hub.training.finetune import FinetuneConfig
 from resnext_hub.training.optim import OptimConfig
 
 STEPS = 1_000_000_000
@@ -191,6 +192,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     publish: PublishConfig = field(default_factory=PublishConfig)
 
     def __post_init__(self) -> None:

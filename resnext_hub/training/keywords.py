@@ -76,6 +76,12 @@ class TrainSettings(TypedDict, total=False):
     sampling: Literal["natural", "balanced"]
     logit_adjustment: float
     best_by: Literal["top1", "macro-recall", "macro-f1", "map", "loss"] | None
+    freeze: str
+    layer_decay: float
+    head_lr: float | None
+    head_epochs: float
+    early_stopping: int | None
+    early_stopping_delta: float
     push_to_hub: bool
     push_checkpoints: bool
     repo_id: str | None

@@ -24,9 +24,10 @@ from resnext_hub.record import UnreadableImage
 from resnext_hub.training.evaluation import AnyEvaluation, EvaluationStoppedError
 from resnext_hub.training.evaluator import Evaluator
 from resnext_hub.training.feed import StepInputs, training_loader
+from resnext_hub.training.finetune import freeze, set_training
 from resnext_hub.training.multi_label import MultiLabelEvaluation
 from resnext_hub.training.objective import build_objective, weights_of
-from resnext_hub.training.optim import lr_at, set_lr
+from resnext_hub.training.optim import set_lr
 from resnext_hub.training.plan import Plan
 from resnext_hub.training.recorder import Recorder
 from resnext_hub.training.state import TrainingState
@@ -54,6 +55,8 @@ class Outcome:
     """Passes over the training split at that step."""
     steps: int
     """Steps of the run."""
+    planned_steps: int
+    """Steps that it would have had without early stopping."""
     epochs: float
     """Passes over the training split in the whole run."""
     history: list[dict[str, Any]]
@@ -99,26 +102,22 @@ def train(
     recorder = Recorder(plan, state)
     run = _Run(plan, state, stop, unreadable, evaluator, recorder, on_checkpoint)
 
-    view = state.build_view()
-    if config.compile:
-        view.compile(dynamic=False)
-    # the model is on its device already; if Accelerate moved it again, its buffers would be replaced by copies
-    objective, optimizer = accelerator.prepare(
-        build_objective(plan, view, accelerator.device), state.optimizer, device_placement=[False, False]
-    )
-    require_shared_tensors(view, state.model)
+    head_only = plan.schedule.head_only(state.step)
+    objective = run.prepare_objective()
+    optimizer = accelerator.prepare(state.optimizer, device_placement=[False])
     with stop, recorder, contextlib.ExitStack() as stack:
         if not state.evaluated and not run.evaluate_step():
             run.raise_stopped()
         batches = stack.enter_context(contextlib.closing(read_batches(run.build_loader())))
-        objective.train()
         compiling = config.compile
         bar = stack.enter_context(run.progress_bar())
         recorder.timer.restart(state.step)  # exclude the time before the first step from the training speed
         while not state.done:
             with recorder.timer.waiting():
                 batch = next(batches)
-            lr = lr_at(state.step, plan.schedule.steps, plan.schedule.warmup_steps, config.optim.lr or 0.0)
+            if head_only and not plan.schedule.head_only(state.step):
+                head_only, objective = False, run.prepare_objective()
+            lr = plan.schedule.lr_at(state.step, config.optim.lr or 0.0)
             set_lr(state.optimizer, lr)
             _seed_step(config.seed, state.step, accelerator.process_index)
             images, targets = inputs(batch, state.step)
@@ -140,10 +139,18 @@ def train(
                     bar.set_postfix(recorder.log_step(lr, loss, top1))
             if not state.evaluated:
                 stopping = stopping or not run.evaluate_step()
+                save_now = save_now or state.stopped_early
             if save_now or stopping:
                 run.save()
             if stopping:
                 run.raise_stopped()
+        if state.stopped_early:
+            _logger.info(
+                "stopped early at step %d of %d: %d evaluations in a row without an improvement",
+                state.step,
+                plan.schedule.steps,
+                state.stale,
+            )
         return run.finish()
 
 
@@ -170,6 +177,22 @@ class _Run:
             processes=state.accelerator.num_processes,
             pin_memory=state.accelerator.device.type == "cuda",
         )
+
+    def prepare_objective(self) -> nn.Module:
+        """Return the objective over a new training view, ready to train what is trained at the current step."""
+        plan, state = self.plan, self.state
+        freeze(state.model, plan.config.finetune.frozen(state.model, plan.schedule.head_only(state.step)))
+        view = state.build_view()
+        if plan.config.compile:
+            view.compile(dynamic=False)
+        # the model is on its device already; if Accelerate moved it again, its buffers would be replaced by copies
+        objective: nn.Module = state.accelerator.prepare(
+            build_objective(plan, view, state.accelerator.device), device_placement=[False]
+        )
+        require_shared_tensors(view, state.model)
+        objective.train()
+        set_training(view)
+        return objective
 
     def progress_bar(self) -> "tqdm[Any]":
         """Return the progress bar over steps; it is shown by the main process, on a terminal."""
@@ -264,7 +287,8 @@ class _Run:
             test=test,
             step=state.best.step,
             epoch=state.best.epoch,
-            steps=self.plan.schedule.steps,
+            steps=state.step,
+            planned_steps=self.plan.schedule.steps,
             epochs=state.epoch,
             history=self.recorder.history(),
             wall_seconds=self.recorder.timer.wall_seconds,

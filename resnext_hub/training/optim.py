@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from resnext_hub.errors import RequestError, one_line, setting
+from resnext_hub.models.saved import classifier_names
 from resnext_hub.settings import Range, check_fields, did_you_mean, shown
 
 
@@ -90,7 +91,13 @@ def lr_at(step: int, total_steps: int, warmup_steps: int, lr: float) -> float:
     return lr * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, scaled: bool = False) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module,
+    config: OptimConfig,
+    scaled: bool = False,
+    layer_decay: float = 1.0,
+    head_lr: float | None = None,
+) -> torch.optim.Optimizer:
     """Build timm's optimizer for a model; weight decay applies to weights of linear and convolution layers only.
 
     The fused implementation of torch is used where there is one, except with scaled gradients.
@@ -100,6 +107,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig, scaled: bool = False)
         config: The optimizer and its settings.
         scaled: Whether gradients are scaled for fp16. A fused optimizer skips a step that overflows internally, so it
             could not be counted.
+        layer_decay: Factor of the learning rate from each group of layers to the one before it.
+        head_lr: Learning rate of the classifier; that of all other layers if not given.
     """
     from timm.optim import create_optimizer_v2, get_optimizer_class
 
@@ -110,9 +119,26 @@ def build_optimizer(model: nn.Module, config: OptimConfig, scaled: bool = False)
         lr=config.lr,
         weight_decay=config.weight_decay,
         momentum=config.momentum,
+        layer_decay=layer_decay if layer_decay < 1 else None,
         **({"fused": True} if fuses and not scaled and _can_fuse(model) else {}),
     )
+    if head_lr is not None:
+        assert config.lr is not None
+        _scale_head(optimizer, model, head_lr / config.lr)
     return optimizer
+
+
+def _scale_head(optimizer: torch.optim.Optimizer, model: nn.Module, scale: float) -> None:
+    """Give the classifier parameter groups of its own, whose learning rate is scaled."""
+    head = classifier_names(model)
+    own = {id(parameter) for name, parameter in model.named_parameters() if name in head}
+    groups: list[dict[str, Any]] = optimizer.param_groups
+    for group in list(groups):
+        mine = [parameter for parameter in group["params"] if id(parameter) in own]
+        if mine:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+            groups.append({**group, "params": mine, "lr_scale": scale})
+    groups[:] = [group for group in groups if group["params"]]
 
 
 def _can_fuse(model: nn.Module) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from resnext_hub.data.sources import public_name
 from resnext_hub.errors import RequestError, setting
 from resnext_hub.training.config import TrainConfig
+from resnext_hub.training.optim import lr_at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +15,25 @@ class Schedule:
 
     steps: int
     warmup_steps: int
+    """Steps of linear warmup after the head steps."""
     evaluations: frozenset[int]
+    head_steps: int = 0
+    """Steps at the beginning in which only the classifier is trained."""
+
+    def head_only(self, step: int) -> bool:
+        """Return whether only the classifier is trained at a step, counted from 0."""
+        return step < self.head_steps
+
+    def lr_at(self, step: int, lr: float) -> float:
+        """Return the learning rate of a step, counted from 0; the head steps and the others have a cosine of their own.
+
+        Args:
+            step: The step.
+            lr: The peak learning rate.
+        """
+        if self.head_only(step):
+            return lr_at(step, self.head_steps, min(self.warmup_steps, self.head_steps // 2), lr)
+        return lr_at(step - self.head_steps, self.steps - self.head_steps, self.warmup_steps, lr)
 
 
 GROWTH = 0.75
@@ -65,6 +84,11 @@ def plan_schedule(config: TrainConfig, count: int | None) -> Schedule:
                 f"{public_name(config.data.dataset)} does not provide its number of samples, so "
                 f"{setting('streaming', True)} needs {setting('max_steps')}"
             )
+        if config.finetune.head_epochs:
+            raise RequestError(
+                f"{setting('head_epochs', config.finetune.head_epochs)} needs the number of training images, which "
+                "this stream does not state; omit it"
+            )
         warmup = config.max_steps // 20 if config.optim.warmup_epochs else 0
         return Schedule(steps=config.max_steps, warmup_steps=warmup, evaluations=frozenset({config.max_steps}))
     per_epoch = count / config.batch_size
@@ -74,5 +98,11 @@ def plan_schedule(config: TrainConfig, count: int | None) -> Schedule:
     number = 0 if config.data.streaming else int(steps / apart)
     # rounded, because 3 * 0.1 is a little more than 0.3
     evaluations.update(step for k in range(1, number + 1) if (step := math.ceil(round(k * apart, 6))) < steps)
-    warmup = min(round(config.optim.warmup_epochs * per_epoch), steps // 2)
-    return Schedule(steps=steps, warmup_steps=warmup, evaluations=frozenset(evaluations))
+    head = round(config.finetune.head_epochs * per_epoch)
+    if head >= steps:
+        raise RequestError(
+            f"{setting('head_epochs', config.finetune.head_epochs)} leaves no step of this run for the other layers: "
+            f"it has {steps} steps, {per_epoch:.4g} per epoch; use fewer, or {setting('freeze', 'head')}"
+        )
+    warmup = min(round(config.optim.warmup_epochs * per_epoch), (steps - head) // 2)
+    return Schedule(steps=steps, warmup_steps=warmup, evaluations=frozenset(evaluations), head_steps=head)

@@ -88,7 +88,13 @@ class TrainingState:
         config = plan.config
         self.model = model.to(accelerator.device).to(memory_format=torch.channels_last)
         self.ema = ModelEmaV3(self.model, decay=config.ema, use_warmup=True) if config.ema else None
-        self.optimizer = build_optimizer(self.model, config.optim, scaled=accelerator.scaler is not None)
+        self.optimizer = build_optimizer(
+            self.model,
+            config.optim,
+            scaled=accelerator.scaler is not None,
+            layer_decay=config.finetune.layer_decay,
+            head_lr=config.finetune.head_lr,
+        )
         self.how = {
             "processes": accelerator.num_processes,
             "threads": torch.get_num_threads(),
@@ -107,6 +113,10 @@ class TrainingState:
         self.evaluated = True
         """Whether no evaluation is due at this step, or it is done."""
         self.best: Best | None = None
+        self.stale = 0
+        """Evaluations in a row without an improvement that counts for early stopping."""
+        self.reached: float | None = None
+        """The score, per image if it is a count, from which an improvement counts."""
         self.wall_seconds = 0.0
         """Wall time of the run up to the checkpoint that it resumed from."""
         self._first_bad_step = torch.tensor(_NEVER, device=accelerator.device)
@@ -118,8 +128,14 @@ class TrainingState:
 
     @property
     def done(self) -> bool:
-        """Whether all steps are done."""
-        return self.step >= self.plan.schedule.steps
+        """Whether all steps are done, or the run stopped early."""
+        return self.step >= self.plan.schedule.steps or self.stopped_early
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether too many evaluations in a row brought no improvement."""
+        patience = self.plan.config.finetune.early_stopping
+        return patience is not None and self.stale >= patience
 
     @property
     def epoch(self) -> float:
@@ -158,8 +174,14 @@ class TrainingState:
         return int(self.accelerator.gather(self._first_bad_step).min())
 
     def keep_best(self, evaluation: AnyEvaluation) -> None:
-        """Keep a copy of the weights if they are the best so far."""
-        score = score_of(evaluation, self.plan.config.balance.best_by)
+        """Keep a copy of the weights if they are the best so far, and count evaluations without an improvement."""
+        best_by = self.plan.config.balance.best_by
+        score = score_of(evaluation, best_by)
+        value = score / evaluation.count if best_by == "top1" else score
+        if self.reached is None or value > self.reached + self.plan.config.finetune.early_stopping_delta:
+            self.stale, self.reached = 0, value
+        else:
+            self.stale += 1
         if self.best is None or self.best.beaten_by(score, evaluation.loss):
             tensors = {name: tensor.detach().cpu().clone() for name, tensor in self.published.state_dict().items()}
             self.best = Best(
@@ -231,6 +253,7 @@ class TrainingState:
         self._restore_tensors(checkpoint)
         self.step, self.resumes = checkpoint.step, facts.resumes + 1
         self.skipped_steps = facts.skipped_steps
+        self.stale, self.reached = facts.stale, facts.reached
         self.evaluated = facts.evaluated
         self.position = Position(*facts.position)
         self.wall_seconds = facts.wall_seconds
@@ -325,6 +348,8 @@ class TrainingState:
             wall_seconds=wall_seconds(),
             resumes=self.resumes,
             skipped_steps=self.skipped_steps,
+            stale=self.stale,
+            reached=self.reached,
             merged_groups=self.merged_groups,
             evaluated=self.evaluated,
             position=(self.position.epoch, self.position.place),

@@ -1,0 +1,133 @@
+"""Fine-tuning: which parameters are trained, from when on, and with which learning rates."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from resnext_hub.errors import RequestError, setting
+from resnext_hub.models.saved import classifier_names
+from resnext_hub.settings import FREE, Range, check_fields, shown
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Fine-tuning."""
+
+    freeze: str = "none"
+    """Parameters to keep as they are: none; head trains only the classifier; bn keeps the batch norm layers; a number
+    keeps this many stages, of which the stem is the first. Batch norm layers that are kept use their stored statistics.
+    """
+    layer_decay: Annotated[float, Range(0, 1, above=True)] = 1.0
+    """Factor of the learning rate from each group of layers to the one before it, above 0 and at most 1; the groups are
+    timm's, the classifier has the full rate, and 1 gives all the same rate."""
+    head_lr: Annotated[float, Range(0, 1000, above=True)] | None = None
+    """Peak learning rate of the classifier; that of the other layers (--lr) if not given."""
+    head_epochs: Annotated[float, Range(0, 1_000_000)] = 0.0
+    """Epochs at the beginning of the run in which only the classifier is trained (LP-FT; Kumar et al., 2022); each of
+    the two parts has its own warmup and cosine decay."""
+    early_stopping: Annotated[int, Range(1, 1_000_000)] | None = field(default=None, metadata=FREE)
+    """Stop after this many evaluations in a row without an improvement of the metric of --best-by; never if not
+    given."""
+    early_stopping_delta: Annotated[float, Range(0, 1_000_000)] = field(default=0.0, metadata=FREE)
+    """With --early-stopping: smallest difference that counts as an improvement, in the unit of the metric; accuracy is
+    a fraction from 0 to 1."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not re.fullmatch(r"none|head|bn|[1-9]\d{0,2}", self.freeze):
+            raise RequestError(
+                f"{setting('freeze', shown(self.freeze))}: expected none, head, bn or a number of stages, such as 2"
+            )
+        if self.freeze == "head" and self.head_epochs:
+            raise RequestError(
+                f"{setting('head_epochs', self.head_epochs)} has no effect with {setting('freeze', 'head')}, which "
+                "trains only the classifier in the whole run; omit one of them"
+            )
+
+    def check_model(self, model: nn.Module, pretrained: bool) -> None:
+        """Check that a model has the parts that are named here.
+
+        Args:
+            model: The model, with or without values.
+            pretrained: Whether it starts from pretrained weights.
+
+        Raises:
+            RequestError: If it has no such parts, or they would be kept at random values.
+        """
+        keeps = self.freeze != "none" or self.head_epochs > 0
+        if keeps and not pretrained:
+            name, value = ("freeze", self.freeze) if self.freeze != "none" else ("head_epochs", self.head_epochs)
+            raise RequestError(
+                f"{setting(name, value)} keeps layers at their initial values, which are random here; add "
+                f"{setting('pretrained', True)}, or omit it"
+            )
+        if keeps and not classifier_names(model):
+            raise RequestError(f"{setting('freeze', self.freeze)}: the model has no classifier of its own to train")
+        if self.freeze == "bn" and not _batch_norms(model):
+            raise RequestError(f"{setting('freeze', 'bn')}: the model has no batch norm layers; omit it")
+        if self.freeze.isdigit() and int(self.freeze) > len(_stages(model)):
+            raise RequestError(
+                f"{setting('freeze', self.freeze)}: the model has only {len(_stages(model))} stages before its "
+                "classifier; use fewer, or head"
+            )
+
+    def frozen(self, model: nn.Module, head_only: bool) -> frozenset[str]:
+        """Return the names of the parameters that are not trained.
+
+        Args:
+            model: The model.
+            head_only: Whether only the classifier is trained at this step, see `head_epochs`.
+        """
+        names = frozenset(name for name, _ in model.named_parameters())
+        if head_only or self.freeze == "head":
+            return names - classifier_names(model)
+        if self.freeze == "bn":
+            return frozenset(_batch_norms(model))
+        stages = _stages(model)[: int(self.freeze)] if self.freeze.isdigit() else []
+        return frozenset(name for stage in stages for name in stage)
+
+
+def _batch_norms(model: nn.Module) -> list[str]:
+    """Return the names of the parameters of batch norm layers."""
+    layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, _BatchNorm))
+    return [f"{name}.{own}" for name, layer in layers for own, _ in layer.named_parameters(recurse=False)]
+
+
+def _stages(model: nn.Module) -> list[list[str]]:
+    """Return the names of the parameters of each stage before the classifier, by timm's coarse groups of layers."""
+    from timm.models import group_parameters
+
+    matcher: Any = model.group_matcher
+    groups: dict[int, list[str]] = group_parameters(model, matcher(coarse=True))
+    head = classifier_names(model)
+    return [names for _, names in sorted(groups.items()) if not head & set(names)]
+
+
+def freeze(model: nn.Module, frozen: Iterable[str]) -> None:
+    """Set which parameters of a model need gradients."""
+    frozen = set(frozen)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+
+
+def set_training(model: nn.Module) -> None:
+    """Put a model into training mode, except for layers none of whose parameters needs gradients.
+
+    These compute as in evaluation, so their batch norm uses, and keeps, its stored statistics.
+    """
+    model.train()
+    for layer in model.children():
+        _set_layer(layer)
+
+
+def _set_layer(layer: nn.Module) -> None:
+    parameters = list(layer.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        layer.eval()
+        return
+    for child in layer.children():
+        _set_layer(child)
