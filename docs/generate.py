@@ -56,14 +56,13 @@ def settings() -> str:
 
 
 def recipes() -> str:
-    """Return a table of the recipes: what each sets over the defaults."""
-    names = dict.fromkeys(name for recipe in RECIPES.values() for name in recipe)
-    defaults = {name: field.default for name, field in flat_fields().items()}
-    rows = [
-        (f"`{name}`", _default(defaults[name]), *(_default(recipe.get(name)) for recipe in RECIPES.values()))
-        for name in names
-    ]
-    return _table(("setting", "default", *(f"`{name}`" for name in RECIPES)), rows)
+    """Return a table of the recipes, and for each what it sets over the defaults, and where that comes from."""
+    parts = [_table(("recipe", "purpose"), [(f"`{name}`", recipe.purpose) for name, recipe in RECIPES.items()])]
+    for name, recipe in RECIPES.items():
+        rows = [(f"`{key}`", _default(value)) for key, value in recipe.settings.items()]
+        parts.append(f"### {name}\n\nSource: {recipe.source}.\n\nResult: {recipe.result}.")
+        parts.append(_table(("setting", "value"), rows))
+    return "\n\n".join(parts)
 
 
 def variants() -> str:

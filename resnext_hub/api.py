@@ -34,7 +34,7 @@ def train(
     Under `torchrun` or `accelerate launch`, call it in every process.
 
     Args:
-        recipe: A recipe: `quickstart`, `finetune`, `study` or `imagenet`; `quickstart` if no dataset is named.
+        recipe: A recipe, such as `finetune` (`resnext-hub recipes` lists them); `quickstart` if no dataset is named.
         config: A YAML file of settings, such as a run's config.yaml; it overrides the recipe.
         output_dir: The run folder; `runs/DATASET-MODEL` if not given.
         resume: Whether to resume a run in the folder: None resumes one if there is one, False refuses a used folder.

@@ -21,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=existing_path,
         metavar="FILE",
-        help="output file (default: model.onnx or model.xml next to the model, or in the current folder for a model "
-        "from the Hub or from timm; with --int8, model-int8.onnx or model-int8.xml)",
+        help="output file (default: RUN/model.onnx; for a model folder, FOLDER.onnx beside it; for a model from "
+        "the Hub or timm, NAME.onnx in the current folder; .xml for OpenVINO; with --int8, -int8 is added to its name)",
     )
     parser.add_argument(
         "--merge-groups",

@@ -25,6 +25,7 @@ COMMANDS = {
     "export": "export a trained model to ONNX or OpenVINO",
     "push": "publish a run's model or a study to the Hub in one commit",
     "info": "list the variants with their parameters and multiply-adds (MACs)",
+    "recipes": "list the recipes, or show one with its settings and sources",
     "benchmark": "measure throughput against baselines",
     "study": "compare cardinality, width and depth at controlled cost",
 }

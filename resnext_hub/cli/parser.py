@@ -75,7 +75,8 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 def add_config_flags(parser: argparse.ArgumentParser, fields: Mapping[str, FlatField]) -> None:
     """Add a flag for every setting, in groups; flags that are not given leave no trace in the parsed options."""
-    parser.usage = "%(prog)s [--FLAG VALUE ...]"  # the list of all flags would fill a screen
+    words = [str(action.metavar or action.dest) for action in parser._actions if not action.option_strings]
+    parser.usage = " ".join(["%(prog)s [--FLAG VALUE ...]", *words])  # the list of all flags would fill a screen
     groups: dict[str, Any] = {}
     for name, field in fields.items():
         group = groups.get(field.group) or groups.setdefault(field.group, parser.add_argument_group(field.group))

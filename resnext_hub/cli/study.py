@@ -29,7 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(
             "--dry-run", action="store_true", help="print members, cost and expected time; train nothing"
         )
-        group.add_argument("--shard", type=_shard, metavar="I/N", help="train the I-th of N parts of the runs")
+        group.add_argument(
+            "--shard",
+            type=_shard,
+            metavar="I/N",
+            help="divide the runs into N shards and train only the I-th, for example to use several machines",
+        )
         group.add_argument(
             "--merge",
             nargs="+",

@@ -34,8 +34,8 @@ class DataConfig:
     """Split to evaluate on; inferred from the split names if not given. Without one, part of the training split is held
     out."""
     test_split: str | None = None
-    """Split that measures the final weights, once, at the end of the run; inferred from the split names if not given.
-    Use none to leave it out."""
+    """Split on which the best weights are evaluated, once, at the end of the run; inferred from the split names if not
+    given. Use none to leave it out."""
     image_column: str | None = None
     """Column with the images; inferred from the column types if not given."""
     label_column: str | None = None
@@ -43,14 +43,15 @@ class DataConfig:
     eval_fraction: Annotated[float, Range(0, 0.9, above=True)] = 0.2
     """Fraction of each class to hold out if there is no evaluation split, above 0 and at most 0.9."""
     test_fraction: Annotated[float, Range(0, 0.9)] = 0.0
-    """Fraction of each class to hold out for a test at the end of the run if there is no test split, from 0 to 0.9; by
-    default nothing is held out for it."""
+    """Fraction of each class of the training split to hold out for a test at the end of the run, even if the dataset
+    has a test split, from 0 to 0.9; by default nothing is held out for it."""
     split_seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     """Random seed of the held-out split; separate from the training seed, so runs with different seeds share one
     evaluation split."""
     group_duplicates: bool | None = None
-    """Keep images with the same content, resized and mirrored copies included, on one side when holding images out; on
-    unless --no-group-duplicates is given. Decodes every image once, and keeps the result in the cache."""
+    """Keep copies of an image, resized and mirrored ones included, on the same side of the split when holding images
+    out; by default, on for up to 100,000 training images and off for more. Decodes every image once, and keeps the
+    result in the cache."""
     exclude: str | None = field(default=None, metadata=FREE_PER_PROCESS)
     """File with a list of images to leave out, as written by `check --write-exclude`; none if not given."""
     max_bad_fraction: Annotated[float, Range(0, 1)] = field(default=0.01, metadata=FREE_PER_PROCESS)

@@ -53,7 +53,9 @@ def read_labels(
         label_names, labels = _read_column(dataset, columns[0], splits)
     if all(rows.ndim == 2 and (rows.sum(axis=1) == 1).all() for rows in labels.values()):
         labels = {split: rows.argmax(axis=1) for split, rows in labels.items()}
-        _logger.info("%s: every image has exactly one label, so labels are classes that exclude each other", dataset)
+        _logger.info(
+            "%s: every image has exactly one label, so labels are treated as mutually exclusive classes", dataset
+        )
     _check_trainable(dataset, label_names, labels, splits)
     return label_names, labels
 

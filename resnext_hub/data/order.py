@@ -32,10 +32,16 @@ class Order:
         labels: Labels of the samples, `(count,)`, for balanced epochs, in which all classes have equally many places:
             samples of small classes are repeated, and each epoch takes another part of the large ones. Without them,
             each sample has one place.
+        repeats: How often each sample of an epoch occurs, for repeated augmentation; each epoch then takes another part
+            of the samples.
+        apart: Number of places from one occurrence of a sample to the next.
     """
 
-    def __init__(self, count: int, seed: int, labels: np.ndarray | None = None) -> None:
+    def __init__(
+        self, count: int, seed: int, labels: np.ndarray | None = None, repeats: int = 1, apart: int = 1
+    ) -> None:
         self.count, self._seed = count, seed
+        self._repeats, self._apart = repeats, apart
         self._members = None if labels is None else [np.flatnonzero(labels == label) for label in np.unique(labels)]
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
 
@@ -52,11 +58,19 @@ class Order:
         """Return the sample of each place of an epoch, and how often the epoch had it before; the last two are kept."""
         if epoch not in self._epochs:
             self._epochs = {old: kept for old, kept in self._epochs.items() if old == epoch - 1}
-            self._epochs[epoch] = self._plain(epoch) if self._members is None else self._balanced(epoch)
+            plain = self._plain if self._repeats == 1 else self._repeated
+            self._epochs[epoch] = plain(epoch) if self._members is None else self._balanced(epoch)
         return self._epochs[epoch]
 
-    def _plain(self, epoch: int) -> tuple[np.ndarray, None]:
+    def _plain(self, epoch: int) -> tuple[np.ndarray, np.ndarray | None]:
         return np.random.default_rng((self._seed, epoch)).permutation(self.count), None
+
+    def _repeated(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return blocks of `apart` samples, each block `repeats` times in a row."""
+        samples, _ = self._plain(epoch)
+        block, inside = np.divmod(np.arange(self.count), self._apart * self._repeats)
+        repeat, place = np.divmod(inside, self._apart)
+        return samples[(block * self._apart + place) % self.count], repeat
 
     def _balanced(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         assert self._members is not None

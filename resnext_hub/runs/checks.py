@@ -63,6 +63,26 @@ def check_input(config: TrainConfig, input: InputConfig) -> None:
         )
 
 
+def check_loss(config: TrainConfig, splits: Splits) -> None:
+    """Check that the loss fits the labels, and the settings that it has to support.
+
+    Raises:
+        RequestError: If it does not.
+    """
+    if config.loss == "cross-entropy" and splits.is_multi_label:
+        raise RequestError(
+            f"{setting('loss', 'cross-entropy')} needs exactly one label per image, and this dataset has several; omit "
+            "it"
+        )
+    balance = config.balance
+    for name, neutral in (("class_weights", "none"), ("logit_adjustment", 0.0)):
+        if config.loss == "bce" and not splits.is_multi_label and getattr(balance, name) != neutral:
+            raise RequestError(
+                f"{setting('loss', 'bce')} does not support {setting(name, getattr(balance, name))}; use "
+                f"{setting('loss', 'cross-entropy')} or {setting('sampling', 'balanced')}"
+            )
+
+
 def check_model(
     config: TrainConfig, source: ModelSource, splits: Splits, input: InputConfig, schedule: Schedule
 ) -> int:

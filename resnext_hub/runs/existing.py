@@ -25,7 +25,13 @@ _logger = logging.getLogger(__name__)
 CONFIG_VERSION = 1
 """Format version of config.yaml; files of versions before 0.3 do not state it and have version 1."""
 
-_BEFORE = {"test_split": NO_TEST, "group_duplicates": False, "best_by": "top1", "label_smoothing": 0.1}
+_BEFORE = {
+    "test_split": NO_TEST,
+    "group_duplicates": False,
+    "best_by": "top1",
+    "loss": "cross-entropy",
+    "label_smoothing": 0.1,
+}
 """What runs of earlier versions did, where it differs from today's default; their files do not state it."""
 
 _LAST_SETTING = "private"

@@ -25,11 +25,11 @@ from resnext_hub.models.lookup import ModelSource, find_model
 from resnext_hub.processes.launcher import check_launcher, local_processes
 from resnext_hub.processes.peers import Peers
 from resnext_hub.run_folder import RunFolder
-from resnext_hub.runs.checks import check_batch, check_input, check_model, check_space
+from resnext_hub.runs.checks import check_batch, check_input, check_loss, check_model, check_space
 from resnext_hub.runs.existing import CONFIG_VERSION, is_finished, read_config, read_existing
 from resnext_hub.runs.public import public_model
-from resnext_hub.runs.recipes import QUICKSTART, RECIPES
-from resnext_hub.settings import did_you_mean, shown
+from resnext_hub.runs.recipes import QUICKSTART, find_recipe
+from resnext_hub.settings import shown
 from resnext_hub.text import printable
 from resnext_hub.training.balance import resolve_balance
 from resnext_hub.training.config import TrainConfig
@@ -81,10 +81,11 @@ def merge_settings(
         from_file.pop("test_split", None)
     if recipe is None and not {"dataset"} & (from_file.keys() | asked.keys()):
         recipe = QUICKSTART
-    if recipe is not None and recipe not in RECIPES:
-        hint = did_you_mean(recipe, RECIPES)
-        raise RequestError(f"{setting('recipe', shown(recipe))} does not exist; available: {', '.join(RECIPES)}{hint}")
-    return {**(RECIPES[recipe] if recipe else {}), **from_file, **asked}, recipe
+    try:
+        named = find_recipe(recipe).settings if recipe is not None else {}
+    except RequestError as error:
+        raise RequestError(f"{setting('recipe', shown(recipe))} {error}") from error
+    return {**named, **from_file, **asked}, recipe
 
 
 def prepare(
@@ -133,6 +134,7 @@ def prepare(
     input = resolve_input(config.transform, source.pretrained_cfg)
     check_input(config, input)
     config = _resolve(config, source, splits, input, device)
+    check_loss(config, splits)
     check_optimizer(config.optim, device)
     schedule = plan_schedule(config, splits.train.count)
     balance = resolve_balance(config.balance, splits.train, splits.label_names)
@@ -240,6 +242,7 @@ def _resolve(config: TrainConfig, source: ModelSource, splits: Splits, input: In
             loader,
             workers=derive_workers(device, local_processes()) if loader.workers is None else loader.workers,
         ),
+        loss=config.loss or ("bce" if splits.is_multi_label else "cross-entropy"),
         label_smoothing=default_smoothing if config.label_smoothing is None else config.label_smoothing,
         balance=dataclasses.replace(
             config.balance,

@@ -101,7 +101,7 @@ def _balance(plan: Plan) -> list[str]:
         if config.sampling == "balanced"
         else f"logit adjustment {config.logit_adjustment:g}"
         if config.logit_adjustment
-        else "not corrected (--sampling balanced or --logit-adjustment 1 would)"
+        else "not corrected (use --sampling balanced or --logit-adjustment 1)"
     )
     if isinstance(train, StreamedImages) or not (is_imbalanced(train) or not correction.startswith("not")):
         return []

@@ -346,5 +346,8 @@ def read_study(folder: StudyFolder, flag: str = "study_dir") -> dict[str, Any]:
             f"reads version {STUDY_VERSION}; update resnext-hub, or choose another {setting(flag)}"
         )
     if content.get("kind") not in KINDS:
-        raise RequestError(f"{printable(folder.config)} is damaged: its kind is {printable(content.get('kind'))[:40]}")
+        raise RequestError(
+            f"{printable(folder.config)} is damaged: kind is {printable(content.get('kind'))[:40]}; expected one of "
+            f"{', '.join(KINDS)}; restore the file, or choose another {setting(flag)}"
+        )
     return content

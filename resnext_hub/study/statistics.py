@@ -128,7 +128,9 @@ def _seeds_needed(mean: float, sd: float, comparisons: int, seeds: int) -> int |
 
 def sentence(difference: Difference) -> str:
     """Return the verdict in words, which follow from the interval alone."""
-    pair = f"{difference.member} and {difference.baseline}"
+    # without quotes, a comma in a name such as "deeper, 38 layers" would end a clause
+    member, baseline = (f'"{name}"' if " " in name else name for name in (difference.member, difference.baseline))
+    pair = f"{member} and {baseline}"
     if difference.mean is None:
         return f"**Not compared**: {pair} have no finished seed in common."
     count = len(difference.seeds)
@@ -138,14 +140,14 @@ def sentence(difference: Difference) -> str:
         return f"**Undecided**: {pair} have one finished seed in common ({points}); an interval needs at least two."
     interval = f"{points}, interval {difference.low:+.2f} to {difference.high:+.2f}, {over}"
     if difference.verdict == "gain":
-        return f"**{difference.member} is more accurate than {difference.baseline}** ({interval})."
+        return f"**{member} is more accurate than {baseline}** ({interval})."
     if difference.verdict == "loss":
-        return f"**{difference.member} is less accurate than {difference.baseline}** ({interval})."
+        return f"**{member} is less accurate than {baseline}** ({interval})."
     if difference.seeds_needed is None:
         more = f"more than {MOST_SEEDS:,} seeds would be needed to resolve a difference this small"
     else:
         missing = difference.seeds_needed - count
         seeds = "1 more seed" if missing == 1 else f"{missing} more seeds"
         more = f"about {seeds} would be needed to resolve a difference of this size"
-    versus = f"{difference.member} from {difference.baseline}"
+    versus = f"{member} from {baseline}"
     return f"**Undecided**: the data do not distinguish {versus} ({interval}); {more}."

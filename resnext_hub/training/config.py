@@ -152,10 +152,16 @@ class TrainConfig:
     """Number of optimizer steps; overrides --epochs."""
     batch_size: Annotated[int, Range(1, BATCH)] = 128
     """Global batch size: images per optimizer step, summed over all processes."""
+    repeated_augmentation: Annotated[int, Range(1, 64)] = 1
+    """Number of times that each image occurs in a batch, each time augmented differently (Hoffer et al., 2020); an
+    epoch keeps its length, so it contains fewer images."""
     micro_batch_size: Annotated[int, Range(1, BATCH)] | None = None
     """Images per forward and backward pass of a process, for gradient accumulation; no accumulation if not given."""
     eval_batch_size: Annotated[int, Range(1, BATCH)] = 32
     """Images per forward pass of a process during evaluation."""
+    loss: Literal["cross-entropy", "bce"] | None = None
+    """Loss: cross-entropy of mutually exclusive classes, or bce, the binary cross-entropy of each class against
+    all others (Wightman et al., 2021); if not given, cross-entropy, or bce if an image can have several labels."""
     label_smoothing: Annotated[float, Range(0, 1, below=True)] | None = None
     """Label smoothing: fraction of the target spread evenly over all classes, at least 0 and below 1; if not given,
     0.1, or 0 if an image can have several labels."""
@@ -201,6 +207,17 @@ class TrainConfig:
             raise RequestError(
                 f"{setting('merge_groups', shown(self.merge_groups))}: expected auto, off or a width in channels "
                 f"from 1 to {WIDTHS:,}, such as 32"
+            )
+        if self.repeated_augmentation > 1 and (self.data.streaming or self.balance.sampling == "balanced"):
+            other = setting("streaming", True) if self.data.streaming else setting("sampling", "balanced")
+            raise RequestError(
+                f"{setting('repeated_augmentation', self.repeated_augmentation)} is not possible with {other}; omit "
+                "one of them"
+            )
+        if self.repeated_augmentation > self.batch_size:
+            raise RequestError(
+                f"{setting('repeated_augmentation', self.repeated_augmentation)} needs a {setting('batch_size')} of at "
+                "least as many images"
             )
         if self.data.streaming and self.eval_every != round(self.eval_every):
             raise RequestError(

@@ -230,7 +230,7 @@ def predict_batch(model: nn.Module, images: torch.Tensor, batch_size: int, devic
 
 
 def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
-    """Return the logarithms of the probabilities of classes that exclude each other, float64 on the CPU."""
+    """Return the logarithms of the probabilities of mutually exclusive classes, float64 on the CPU."""
     return F.log_softmax(logits, dim=1).cpu().double()
 
 

@@ -90,7 +90,8 @@ def training_loader(
         return build_stream_loader(batches, workers, pin_memory)
     samples = TrainingSamples(images, augment, config.seed)
     labels = images.labels if config.balance.sampling == "balanced" else None
-    order = Order(len(images), config.seed, labels)
+    repeats = config.repeated_augmentation
+    order = Order(len(images), config.seed, labels, repeats, max(config.batch_size // repeats, 1))
     sampler = StepSampler(order, config.batch_size, start, stop, process, processes)
     return build_train_loader(samples, sampler, workers, pin_memory)
 

@@ -19,8 +19,7 @@ class FinetuneConfig:
 
     freeze: str = "none"
     """Parameters to keep as they are: none; head trains only the classifier; bn keeps the batch norm layers; a number
-    keeps this many stages, of which the stem is the first. Batch norm layers that are kept use their stored statistics.
-    """
+    keeps this many stages, of which the stem is the first. Kept batch norm layers use their stored statistics."""
     layer_decay: Annotated[float, Range(0, 1, above=True)] = 1.0
     """Factor of the learning rate from each group of layers to the one before it, above 0 and at most 1; the groups are
     timm's, the classifier has the full rate, and 1 gives all the same rate."""

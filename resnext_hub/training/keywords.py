@@ -16,8 +16,10 @@ class TrainSettings(TypedDict, total=False):
     epochs: float
     max_steps: int | None
     batch_size: int
+    repeated_augmentation: int
     micro_batch_size: int | None
     eval_batch_size: int
+    loss: Literal["cross-entropy", "bce"] | None
     label_smoothing: float | None
     ema: float | None
     seed: int

@@ -7,33 +7,48 @@ from torch.nn import functional as F
 from resnext_hub.training.plan import Plan
 
 
-class MultiLabelObjective(nn.Module):
-    """Model and loss in one module, as `Objective`, for images that can have several labels.
+class BinaryObjective(nn.Module):
+    """Model and binary cross-entropy in one module, as `Objective`: each class is a question of its own.
+
+    For images that can have several labels, and for mutually exclusive classes as in Wightman et al. (2021, arXiv
+    2110.00476).
 
     Args:
         model: The training view of the model.
-        label_smoothing: How far targets are moved from 0 and 1 towards 0.5, 0 to 1.
+        label_smoothing: How far targets are moved from 0 and 1 towards `baseline`, 0 to 1.
+        baseline: What smoothing moves targets towards: 1 / 2, or 1 / classes if each image has exactly one.
+        exclusive: Whether each image has exactly one class.
     """
 
-    def __init__(self, model: nn.Module, label_smoothing: float) -> None:
+    def __init__(
+        self, model: nn.Module, label_smoothing: float, baseline: float = 0.5, exclusive: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.baseline, self.exclusive = label_smoothing, baseline, exclusive
 
     def forward(
-        self, images: torch.Tensor, targets: torch.Tensor, total: torch.Tensor | None = None
+        self, images: torch.Tensor, labels: torch.Tensor, total: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the mean binary cross entropy, and the fraction of images with exactly the right labels, both scalars.
+        """Return the mean loss over images and classes, and how many images are right, a fraction; both are scalars.
+
+        An image is right if its class has the largest logit, or if all of its labels are right.
 
         Args:
             images: Images `(N, C, H, W)`.
-            targets: Targets `(N, classes)`, 0 to 1.
-            total: Not used, since labels are not weighted.
+            labels: Labels `(N,)`, or targets `(N, classes)`, 0 to 1.
+            total: Not used, since classes are not weighted.
         """
         logits = self.model(images).float()
-        smoothed = (1 - self.label_smoothing) * targets + self.label_smoothing / 2
+        targets = F.one_hot(labels, logits.shape[1]).float() if labels.ndim == 1 else labels
+        smoothed = (1 - self.label_smoothing) * targets + self.label_smoothing * self.baseline
         loss = F.binary_cross_entropy_with_logits(logits, smoothed)
-        return loss, ((logits.detach() > 0) == (targets > 0.5)).all(dim=1).float().mean()
+        found = logits.detach()
+        if self.exclusive:
+            right = found.argmax(dim=1) == targets.argmax(dim=1)
+        else:
+            right = ((found > 0) == (targets > 0.5)).all(dim=1)
+        return loss, right.float().mean()
 
 
 class Objective(nn.Module):
@@ -104,13 +119,15 @@ def weights_of(labels: torch.Tensor, class_weights: torch.Tensor) -> torch.Tenso
     return class_weights[labels] if labels.ndim == 1 else labels @ class_weights
 
 
-def build_objective(plan: Plan, view: nn.Module, device: torch.device) -> Objective | MultiLabelObjective:
+def build_objective(plan: Plan, view: nn.Module, device: torch.device) -> Objective | BinaryObjective:
     """Return the objective of a run over the training view of its model."""
     balance, strength = plan.balance, plan.config.balance.logit_adjustment
     smoothing = plan.config.label_smoothing
     assert smoothing is not None
     if plan.splits.is_multi_label:
-        return MultiLabelObjective(view, smoothing)
+        return BinaryObjective(view, smoothing)
+    if plan.config.loss == "bce":
+        return BinaryObjective(view, smoothing, 1 / len(plan.splits.label_names), exclusive=True)
     weights, prior = (
         None if values is None else torch.tensor(values, dtype=torch.float32, device=device)
         for values in (balance.class_weights, balance.log_prior)

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import multiprocessing
 import os
 import tempfile
@@ -267,7 +268,7 @@ def test_a_file_with_wrong_settings_is_refused(tmp_path: Path) -> None:
 
 @mark.parametrize("name", RECIPES)
 def test_every_recipe_is_a_right_configuration(name: str) -> None:
-    config = TrainConfig.from_flat(RECIPES[name])
+    config = TrainConfig.from_flat(RECIPES[name].settings)
     assert TrainConfig.from_flat(config.to_flat()) == config
 
 
@@ -298,3 +299,23 @@ def test_an_explicit_precision_wins_over_the_launchers_and_that_over_the_machine
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
     monkeypatch.setattr(machine, "_cpu_computes_bf16", lambda: fast)
     assert machine.resolve_precision(asked, "cpu") == resolved
+
+
+def test_recipes_are_listed_and_shown_with_settings_and_sources(command: Command) -> None:
+    code, out, _ = command("recipes")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()[: len(RECIPES)]] == list(RECIPES)
+    for name, recipe in RECIPES.items():
+        code, out, _ = command("recipes", name)
+        assert code == 0
+        assert f"source: {recipe.source}\nresult: {recipe.result}\n" in out
+        assert all(flag_of(setting) in out for setting in recipe.settings)
+        code, out, _ = command("recipes", name, "--json")
+        assert json.loads(out) == recipe.settings
+    code, _, err = command("recipes", "finetun")
+    assert code == 2
+    assert "did you mean finetune?" in err
+    code, _, err = command("train", "--recipe", "imagenet")
+    assert code == 2
+    assert "--recipe imagenet does not exist" in err
+    assert "it is called paper now" in err

@@ -1,5 +1,7 @@
 """The order of the samples is a function of seed and epoch, also if the classes are balanced."""
 
+from collections import Counter
+
 import numpy as np
 from pytest import mark
 
@@ -57,3 +59,25 @@ def test_places_that_cannot_be_shared_equally_go_to_varying_classes() -> None:
     order = Order(3, 0, labels)
     drawn = [sorted(labels[[place.sample for place in places_of_epoch(order, epoch)]].tolist()) for epoch in range(20)]
     assert {tuple(epoch) for epoch in drawn} == {(0, 0, 1), (0, 1, 1)}
+
+
+@mark.parametrize(("count", "batch", "repeats"), [(120, 12, 3), (100, 12, 3), (50, 8, 4), (7, 4, 4), (30, 10, 3)])
+def test_repeated_augmentation_puts_each_image_into_a_batch_several_times(count: int, batch: int, repeats: int) -> None:
+    order = Order(count, 5, repeats=repeats, apart=batch // repeats)
+    places = places_of_epoch(order, 0)
+    assert len(places) == len(set(places)) == count  # every occurrence is augmented differently
+    samples = Counter(place.sample for place in places)
+    assert max(samples.values()) <= repeats
+    assert len(samples) <= count // repeats + batch // repeats
+    apart = batch // repeats
+    whole = places[: count // (apart * repeats) * apart * repeats]
+    for start in range(0, len(whole), apart * repeats):
+        block = whole[start : start + apart * repeats]
+        assert Counter(place.sample for place in block) == dict.fromkeys({place.sample for place in block}, repeats)
+        if apart > 1:
+            assert all(one.sample != other.sample for one, other in zip(block[::2], block[1::2], strict=False))
+    assert {place.sample for place in places_of_epoch(order, 1)} != set(samples) or count < 20
+
+
+def test_without_repeats_the_order_is_the_same_as_before() -> None:
+    assert Order(40, 3).step(2, 8) == Order(40, 3, repeats=1, apart=5).step(2, 8)

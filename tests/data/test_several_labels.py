@@ -175,7 +175,7 @@ def test_exactly_one_label_of_every_image_makes_classes(kind: str, tmp_path: Pat
     assert not found.is_multi_label
     assert set(found.label_names) == {"bird", "cat", "dog"}
     assert np.bincount(found.train.labels).tolist() != [0, 0, 0]
-    assert "every image has exactly one label, so labels are classes that exclude each other" in caplog.text
+    assert "every image has exactly one label, so labels are treated as mutually exclusive classes" in caplog.text
 
 
 def test_a_label_without_images_keeps_its_column(tmp_path: Path) -> None:

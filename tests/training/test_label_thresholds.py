@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from resnext_hub.training.multi_label import MultiLabelEvaluation, choose_thresholds
-from resnext_hub.training.objective import MultiLabelObjective
+from resnext_hub.training.objective import BinaryObjective
 
 
 @fixture
@@ -73,11 +73,26 @@ def test_the_loss_is_the_mean_binary_cross_entropy_with_targets_smoothed_towards
     model, images = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), torch.randn(4, 3, 2, 2)
     targets = torch.tensor([[1.0, 0, 1], [0, 0, 0], [0.3, 0.7, 0], [1, 1, 1]])
     for smoothing in (0.0, 0.2):
-        loss, _ = MultiLabelObjective(model, smoothing)(images, targets)
+        loss, _ = BinaryObjective(model, smoothing)(images, targets)
         smoothed = targets * (1 - smoothing) + smoothing / 2
         probabilities = model(images).sigmoid()
         expected = -(smoothed * probabilities.log() + (1 - smoothed) * (1 - probabilities).log()).mean()
         torch.testing.assert_close(loss, expected)
-    _, right = MultiLabelObjective(model, 0.0)(images, (model(images) > 0).float())
+    _, right = BinaryObjective(model, 0.0)(images, (model(images) > 0).float())
     assert right == 1.0
-    assert F.binary_cross_entropy_with_logits(model(images), (model(images) > 0).float()) < 1
+
+
+def test_binary_cross_entropy_of_exclusive_classes_agrees_with_timm() -> None:
+    from timm.loss import BinaryCrossEntropy
+
+    torch.manual_seed(0)
+    model, images = nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), torch.randn(6, 3, 2, 2)
+    labels = torch.tensor([0, 4, 2, 2, 1, 3])
+    mixed = 0.7 * F.one_hot(labels, 5) + 0.3 * F.one_hot(labels.flip(0), 5)
+    for smoothing in (0.0, 0.1):
+        objective = BinaryObjective(model, smoothing, 1 / 5, exclusive=True)
+        loss, right = objective(images, labels)
+        torch.testing.assert_close(loss, BinaryCrossEntropy(smoothing=smoothing)(model(images), labels))
+        assert right == (model(images).argmax(1) == labels).float().mean()
+    loss, _ = BinaryObjective(model, 0.0, 1 / 5, exclusive=True)(images, mixed)
+    torch.testing.assert_close(loss, BinaryCrossEntropy(smoothing=0.0)(model(images), mixed))
