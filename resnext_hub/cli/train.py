@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import importlib
 import logging
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +13,15 @@ from resnext_hub.cli.parser import add_config_flags, existing_path, new_path
 from resnext_hub.errors import RequestError
 from resnext_hub.extras import named_extras
 from resnext_hub.processes.peers import Peers
+from resnext_hub.run_folder import RunFolder
 from resnext_hub.text import printable, python_string
 from resnext_hub.training.config import flat_fields
 
 if TYPE_CHECKING:
-    from resnext_hub.record import EvaluationFacts
+    from resnext_hub.record import EvaluationFacts, RunRecord
+
+WEAKEST = 5
+"""Number of classes that are named at the end of a run because they are recognized worst."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,15 +82,45 @@ def run(options: argparse.Namespace, peers: Peers) -> None:
         write(f"the run in {folder} is already finished; nothing was computed (to train longer, increase --epochs)\n")
     if done.publication is not None:
         write(f"published and verified: {done.publication.address}\n")
-    write(
-        f"{_result(record.evaluation, 'held-out images')}\n"
-        + (f"test {_result(record.test, 'images')}\n" if record.test else "")
-        + f"model folder: {printable(folder.model)}\n\n"
-        f"    import timm\n"
-        + ("    import resnext_hub\n" if record.model.needs_plugin else "")
-        + f"    model = timm.create_model({python_string(f'local-dir:{folder.model}')}, pretrained=True).eval()\n"
-        f"    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n"
-    )
+    write(_summary(folder, record))
+
+
+def _summary(folder: RunFolder, record: "RunRecord") -> str:
+    """Return the results of a run, where they are, and what to do with them."""
+    best, name = record.evaluation, shlex.quote(printable(folder))
+    lines = [
+        _result(best, "held-out images"),
+        *([f"test {_result(record.test, 'images')}"] if record.test else []),
+        f"best weights: step {best.step} of {record.steps} (epoch {round(best.epoch, 1):g})",
+        *_weakest(record),
+        f"model folder: {printable(folder.model)}",
+        f"plots and predictions: {printable(folder)}",
+        "",
+        "    import timm",
+        *(["    import resnext_hub"] if record.model.needs_plugin else []),
+        f"    model = timm.create_model({python_string(f'local-dir:{folder.model}')}, pretrained=True).eval()",
+        "    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
+        "",
+        f"classify images:  resnext-hub predict {name} IMAGE",
+        f"publish:          resnext-hub push {name} --repo-id OWNER/NAME --license LICENSE",
+    ]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _weakest(record: "RunRecord") -> list[str]:
+    """Return a line about the classes with the lowest recall, or labels with the lowest average precision."""
+    facts, names = record.reported, record.label_names
+    if facts.labels is not None:
+        what, values = "average precision", [label.average_precision for label in facts.labels]
+    else:
+        what = "recall"
+        values = [
+            dict(row).get(label, 0) / count if (count := sum(n for _, n in row)) else None
+            for label, row in enumerate(facts.confusion)
+        ]
+    found = sorted((value, label) for label, value in enumerate(values) if value is not None and value < 1)
+    shown = ", ".join(f"{printable(names[label])} {100 * value:.1f} %" for value, label in found[:WEAKEST])
+    return [f"lowest {what}: {shown}"] if found else []
 
 
 def _result(facts: "EvaluationFacts", what: str) -> str:

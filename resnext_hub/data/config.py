@@ -67,6 +67,6 @@ class DataConfig:
         check_fields(self)
         if self.test_fraction and self.test_split is not None:
             raise RequestError(
-                f"{setting('test_fraction', self.test_fraction)} and {setting('test_split', self.test_split)} exclude "
-                "each other; omit one of them"
+                f"{setting('test_fraction', self.test_fraction)} and {setting('test_split', self.test_split)} are "
+                "mutually exclusive; omit one of them"
             )

@@ -317,7 +317,7 @@ def class_names(dataset: str, column: str, splits: Sequence[LabelledTable]) -> t
     names = class_names_of(first, f"column {printable(column)} of {dataset}")
     if len(set(names.values())) < len(first):
         raise RequestError(
-            f"column {printable(column)} of {dataset} has one class in two Unicode spellings; use "
+            f"column {printable(column)} of {dataset} has the same class name in two Unicode normalization forms; use "
             f"{setting('streaming', False)} to merge them"
         )
     if len(first) < 2:

@@ -63,7 +63,7 @@ def check_input(config: TrainConfig, input: InputConfig) -> None:
         )
 
 
-def check_loss(config: TrainConfig, splits: Splits) -> None:
+def _check_loss(config: TrainConfig, splits: Splits) -> None:
     """Check that the loss fits the labels, and the settings that it has to support.
 
     Raises:
@@ -86,7 +86,7 @@ def check_loss(config: TrainConfig, splits: Splits) -> None:
 def check_model(
     config: TrainConfig, source: ModelSource, splits: Splits, input: InputConfig, schedule: Schedule
 ) -> int:
-    """Check that the model accepts the image sizes of the run, and that batch norm gets several values per channel.
+    """Check that the model accepts the settings and image sizes of the run, and that batch norm gets several values.
 
     The model is built on the meta device, so nothing is computed.
 
@@ -96,6 +96,7 @@ def check_model(
     Raises:
         RequestError: If a check fails.
     """
+    _check_loss(config, splits)
     classes = len(splits.label_names)
     model = without_values(lambda: source.saved.build(classes, config.drop_rate, config.drop_path))
     config.finetune.check_model(model, source.pretrained)

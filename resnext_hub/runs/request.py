@@ -25,7 +25,7 @@ from resnext_hub.models.lookup import ModelSource, find_model
 from resnext_hub.processes.launcher import check_launcher, local_processes
 from resnext_hub.processes.peers import Peers
 from resnext_hub.run_folder import RunFolder
-from resnext_hub.runs.checks import check_batch, check_input, check_loss, check_model, check_space
+from resnext_hub.runs.checks import check_batch, check_input, check_model, check_space
 from resnext_hub.runs.existing import CONFIG_VERSION, is_finished, read_config, read_existing
 from resnext_hub.runs.public import public_model
 from resnext_hub.runs.recipes import QUICKSTART, find_recipe
@@ -134,7 +134,6 @@ def prepare(
     input = resolve_input(config.transform, source.pretrained_cfg)
     check_input(config, input)
     config = _resolve(config, source, splits, input, device)
-    check_loss(config, splits)
     check_optimizer(config.optim, device)
     schedule = plan_schedule(config, splits.train.count)
     balance = resolve_balance(config.balance, splits.train, splits.label_names)

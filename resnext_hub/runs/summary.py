@@ -59,7 +59,7 @@ def duration(seconds: float) -> str:
     minutes = seconds / 60
     if seconds < 90:
         return f"{seconds:.0f} s"
-    return f"{minutes:.{int(minutes < 10)}f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+    return f"{minutes:.{int(minutes < 9.95)}f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
 
 
 def _classes(splits: Splits) -> str:

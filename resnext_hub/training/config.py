@@ -139,8 +139,8 @@ class TrainConfig:
     model: str = "resnext_g32"
     """timm model name, hf-hub:owner/name, or local-dir:FOLDER."""
     pretrained: bool | None = None
-    """Start from pretrained weights; by default, on for models given as hf-hub:... or local-dir:... and in the recipe
-    finetune, otherwise off."""
+    """Start from pretrained weights; by default, on for models given as hf-hub:... or local-dir:... and in the recipes
+    finetune and linear-probe, otherwise off."""
     drop_rate: Annotated[float, Range(0, 1, below=True)] = 0.0
     """Dropout probability before the classifier, at least 0 and below 1."""
     drop_path: Annotated[float, Range(0, 1, below=True)] = 0.0
@@ -154,7 +154,7 @@ class TrainConfig:
     """Global batch size: images per optimizer step, summed over all processes."""
     repeated_augmentation: Annotated[int, Range(1, 64)] = 1
     """Number of times that each image occurs in a batch, each time augmented differently (Hoffer et al., 2020); an
-    epoch keeps its length, so it contains fewer images."""
+    epoch keeps its length, so it contains fewer distinct images."""
     micro_batch_size: Annotated[int, Range(1, BATCH)] | None = None
     """Images per forward and backward pass of a process, for gradient accumulation; no accumulation if not given."""
     eval_batch_size: Annotated[int, Range(1, BATCH)] = 32

@@ -18,11 +18,12 @@ class FinetuneConfig:
     """Fine-tuning."""
 
     freeze: str = "none"
-    """Parameters to keep as they are: none; head trains only the classifier; bn keeps the batch norm layers; a number
-    keeps this many stages, of which the stem is the first. Kept batch norm layers use their stored statistics."""
+    """Parameters to freeze: none; head, all except the classifier, as in linear probing; bn, the batch norm layers; or
+    a number, that many stages, counting the stem as the first. Frozen batch norm layers use their stored statistics."""
     layer_decay: Annotated[float, Range(0, 1, above=True)] = 1.0
-    """Factor of the learning rate from each group of layers to the one before it, above 0 and at most 1; the groups are
-    timm's, the classifier has the full rate, and 1 gives all the same rate."""
+    """Layer-wise learning rate decay: the learning rate of each group of layers (as defined by timm) is this multiple
+    of that of the next group, and the classifier has the full rate; above 0 and at most 1, which gives all groups the
+    same rate."""
     head_lr: Annotated[float, Range(0, 1000, above=True)] | None = None
     """Peak learning rate of the classifier; that of the other layers (--lr) if not given."""
     head_epochs: Annotated[float, Range(0, 1_000_000)] = 0.0
@@ -57,15 +58,15 @@ class FinetuneConfig:
         Raises:
             RequestError: If it has no such parts, or they would be kept at random values.
         """
-        keeps = self.freeze != "none" or self.head_epochs > 0
-        if keeps and not pretrained:
-            name, value = ("freeze", self.freeze) if self.freeze != "none" else ("head_epochs", self.head_epochs)
+        freezes = self.freeze != "none" or self.head_epochs > 0
+        name, value = ("freeze", self.freeze) if self.freeze != "none" else ("head_epochs", self.head_epochs)
+        if freezes and not pretrained:
             raise RequestError(
-                f"{setting(name, value)} keeps layers at their initial values, which are random here; add "
-                f"{setting('pretrained', True)}, or omit it"
+                f"{setting(name, value)} freezes layers at their initial values, which are random here; add "
+                f"{setting('pretrained', True)}, or omit {setting(name)}"
             )
-        if keeps and not classifier_names(model):
-            raise RequestError(f"{setting('freeze', self.freeze)}: the model has no classifier of its own to train")
+        if freezes and not classifier_names(model):
+            raise RequestError(f"{setting(name, value)}: the model has no separate classifier layer to train")
         if self.freeze == "bn" and not _batch_norms(model):
             raise RequestError(f"{setting('freeze', 'bn')}: the model has no batch norm layers; omit it")
         if self.freeze.isdigit() and int(self.freeze) > len(_stages(model)):

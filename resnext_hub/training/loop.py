@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from resnext_hub.data.batches import Parcel, read_batches
 from resnext_hub.errors import RunError, StoppedRun, one_line, setting
@@ -29,6 +28,7 @@ from resnext_hub.training.multi_label import MultiLabelEvaluation
 from resnext_hub.training.objective import build_objective, weights_of
 from resnext_hub.training.optim import set_lr
 from resnext_hub.training.plan import Plan
+from resnext_hub.training.progress import Progress
 from resnext_hub.training.recorder import Recorder
 from resnext_hub.training.state import TrainingState
 from resnext_hub.training.stop import StopSignal
@@ -110,7 +110,7 @@ def train(
             run.raise_stopped()
         batches = stack.enter_context(contextlib.closing(read_batches(run.build_loader())))
         compiling = config.compile
-        bar = stack.enter_context(run.progress_bar())
+        progress = stack.enter_context(contextlib.closing(run.progress()))
         recorder.timer.restart(state.step)  # exclude the time before the first step from the training speed
         while not state.done:
             with recorder.timer.waiting():
@@ -128,7 +128,7 @@ def train(
             if compiling:
                 recorder.log_compiled()
                 compiling = False
-            bar.update()
+            progress.advance()
             recorder.log_samples(batch, images)
 
             stopping = stop.agreed()
@@ -136,7 +136,9 @@ def train(
             if recorder.log_due() or save_now:
                 loss, top1 = run.mean_metrics(metrics)
                 if recorder.log_due():
-                    bar.set_postfix(recorder.log_step(lr, loss, top1))
+                    speed, wait = recorder.log_step(lr, loss, top1)
+                    left = run.seconds_left(speed)
+                    progress.show(loss=loss, top1=top1, lr=lr, speed=speed, wait=wait, seconds_left=left)
             if not state.evaluated:
                 stopping = stopping or not run.evaluate_step()
                 save_now = save_now or state.stopped_early
@@ -144,13 +146,6 @@ def train(
                 run.save()
             if stopping:
                 run.raise_stopped()
-        if state.stopped_early:
-            _logger.info(
-                "stopped early at step %d of %d: %d evaluations in a row without an improvement",
-                state.step,
-                plan.schedule.steps,
-                state.stale,
-            )
         return run.finish()
 
 
@@ -194,10 +189,22 @@ class _Run:
         set_training(view)
         return objective
 
-    def progress_bar(self) -> "tqdm[Any]":
-        """Return the progress bar over steps; it is shown by the main process, on a terminal."""
-        hidden = None if self.recorder.is_main else True
-        return tqdm(total=self.plan.schedule.steps, initial=self.state.step, unit="step", disable=hidden)
+    def progress(self) -> Progress:
+        """Return the progress of the run from the current step on; the main process shows it."""
+        count = self.plan.splits.train.count
+        return Progress(
+            steps=self.plan.schedule.steps,
+            step=self.state.step,
+            per_epoch=count / self.plan.config.batch_size if count else None,
+            visible=self.recorder.is_main,
+        )
+
+    def seconds_left(self, speed: float) -> float:
+        """Return the estimated seconds to the end of the run, at a number of images per second."""
+        schedule, step = self.plan.schedule, self.state.step
+        evaluations = sum(at > step for at in schedule.evaluations) + 1  # the best weights are evaluated once more
+        training = (schedule.steps - step) * self.plan.config.batch_size / max(speed, 1e-9)
+        return training + evaluations * self.recorder.timer.evaluation
 
     def mean_metrics(self, metrics: torch.Tensor) -> tuple[float, float]:
         """Return the mean loss and the top-1 accuracy of the global batch.
@@ -217,15 +224,14 @@ class _Run:
             Whether the evaluation completed; False if a signal interrupted it.
         """
         try:
-            with self.recorder.timer.apart():
+            with self.recorder.timer.evaluating():
                 evaluation = self.evaluator(self.state.published)
         except EvaluationStoppedError:
             self.stop.stopping()
             return False
         if not math.isfinite(evaluation.loss):
             self._raise_not_finite(f"loss on the evaluation split is {evaluation.loss}", self.state.step)
-        self.recorder.log_evaluation(evaluation)
-        self.state.keep_best(evaluation)
+        self.recorder.log_evaluation(evaluation, self.state.keep_best(evaluation))
         self.state.evaluated = True
         return True
 
@@ -262,6 +268,13 @@ class _Run:
     def finish(self) -> Outcome:
         """Load the best weights, evaluate them once more and on the test split, and return the outcome of the run."""
         state = self.state
+        if state.stopped_early:
+            _logger.info(
+                "stopped early at step %d of %d: %d evaluations in a row without an improvement",
+                state.step,
+                self.plan.schedule.steps,
+                state.stale,
+            )
         if state.best is None:  # the only evaluation was interrupted at the last step, and again after a resume
             self.raise_stopped()
         state.model.load_state_dict(state.best.tensors)

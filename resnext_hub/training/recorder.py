@@ -12,6 +12,7 @@ from resnext_hub.training.evaluation import AnyEvaluation
 from resnext_hub.training.metrics import METRICS, LineLog, read_lines
 from resnext_hub.training.multi_label import MultiLabelEvaluation
 from resnext_hub.training.plan import Plan
+from resnext_hub.training.progress import clock
 from resnext_hub.training.state import TrainingState
 from resnext_hub.training.timer import Timer
 
@@ -77,8 +78,8 @@ class Recorder:
         step, steps = self._state.step, self._plan.schedule.steps
         return step % self._plan.config.log_every == 0 or step == steps
 
-    def log_step(self, lr: float, loss: float, top1: float) -> dict[str, str]:
-        """Write the metrics of a step; return the ones to show on the progress bar.
+    def log_step(self, lr: float, loss: float, top1: float) -> tuple[float, float]:
+        """Write the metrics of a step; return the images per second, and the fraction of time spent waiting for data.
 
         Loss and accuracy are those of this step's batch, as it was augmented.
         """
@@ -86,7 +87,7 @@ class Recorder:
         if self._metrics:
             facts = {"lr": lr, "loss": loss, "top1": top1, "images_per_second": speed, "data_wait": wait}
             self._metrics.write(step=self._state.step, epoch=self._state.epoch, **facts)
-        return {"loss": f"{loss:.3f}", "images/s": f"{speed:.0f}", "data_wait": f"{wait:.0%}"}
+        return speed, wait
 
     def log_samples(self, batch: Batch, images: torch.Tensor) -> None:
         """Write the indices of a step's samples and hashes of their pixels, if `log_samples` is set."""
@@ -94,8 +95,13 @@ class Recorder:
             pixels = [hashlib.sha256(image.cpu().numpy().tobytes()).hexdigest()[:16] for image in images]
             self._samples.write(step=self._state.step, indices=batch.indices.tolist(), pixels=pixels)
 
-    def log_evaluation(self, evaluation: AnyEvaluation) -> None:
-        """Write and log the metrics of an evaluation."""
+    def log_evaluation(self, evaluation: AnyEvaluation, is_best: bool) -> None:
+        """Write and log the metrics of an evaluation.
+
+        Args:
+            evaluation: The evaluation.
+            is_best: Whether its weights are the best so far.
+        """
         facts: dict[str, Any] = {
             "eval_loss": evaluation.loss,
             "eval_top1": evaluation.top1,
@@ -113,12 +119,14 @@ class Recorder:
         if self._metrics:
             self._metrics.write(step=self._state.step, epoch=self._state.epoch, **facts)
         _logger.info(
-            "epoch %g, step %d of %d: %s, loss %.4f",
+            "epoch %g, step %d of %d: %s, loss %.4f%s (%s)",
             self._state.epoch,
             self._state.step,
             self._plan.schedule.steps,
             summary_of(evaluation, self._macro),
             evaluation.loss,
+            ", best so far" if is_best else "",
+            clock(self.timer.wall_seconds),
         )
 
     def log_compiled(self) -> None:

@@ -173,8 +173,12 @@ class TrainingState:
         """Return the first step, over all processes, at which the loss was not finite."""
         return int(self.accelerator.gather(self._first_bad_step).min())
 
-    def keep_best(self, evaluation: AnyEvaluation) -> None:
-        """Keep a copy of the weights if they are the best so far, and count evaluations without an improvement."""
+    def keep_best(self, evaluation: AnyEvaluation) -> bool:
+        """Keep a copy of the weights if they are the best so far, and count evaluations without an improvement.
+
+        Returns:
+            Whether they are the best so far.
+        """
         best_by = self.plan.config.balance.best_by
         score = score_of(evaluation, best_by)
         value = score / evaluation.count if best_by == "top1" else score
@@ -182,7 +186,8 @@ class TrainingState:
             self.stale, self.reached = 0, value
         else:
             self.stale += 1
-        if self.best is None or self.best.beaten_by(score, evaluation.loss):
+        is_best = self.best is None or self.best.beaten_by(score, evaluation.loss)
+        if is_best:
             tensors = {name: tensor.detach().cpu().clone() for name, tensor in self.published.state_dict().items()}
             self.best = Best(
                 step=self.step,
@@ -192,6 +197,7 @@ class TrainingState:
                 epoch=self.epoch,
                 tensors=tensors,
             )
+        return is_best
 
     def synchronize_buffers(self) -> None:
         """Broadcast the batch norm statistics of the main process, because each process has its own."""

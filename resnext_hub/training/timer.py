@@ -19,6 +19,8 @@ class Timer:
         self._checkpoint = self._lap = now
         self._step = step
         self._waited = self._apart = 0.0
+        self.evaluation = 0.0
+        """Seconds that the last evaluation took."""
 
     @property
     def wall_seconds(self) -> float:
@@ -47,6 +49,14 @@ class Timer:
         begin = time.monotonic()
         yield
         self._apart += time.monotonic() - begin
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Time an evaluation, and exclude it from the training speed."""
+        begin = time.monotonic()
+        with self.apart():
+            yield
+        self.evaluation = time.monotonic() - begin
 
     def restart(self, step: int) -> float:
         """Start a new lap at a step; return the seconds of the old one, which do not count."""

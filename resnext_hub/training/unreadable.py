@@ -116,7 +116,7 @@ class UnreadableLog:
             return
         self._known.add((split, entry.index))
         name, reason = printable(entry.name), printable(entry.reason)
-        effect = "replaced by other images" if split == "training" else "excluded"
+        effect = "replaced by another image" if split == "training" else "excluded"
         if number <= MAX_LOGGED:
             _logger.warning("%s of the %s split is unreadable (%s); it is %s", name, split, reason, effect)
         if number == MAX_LOGGED:

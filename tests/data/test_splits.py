@@ -298,7 +298,7 @@ def test_holding_out_too_much_is_refused(tmp_path: Path) -> None:
         write_images(tmp_path / "two" / name, 2, 90 if name == "bus" else 160)
     with raises(RequestError, match=r"test_fraction=0\.2: no images are left for a test, because each class has only"):
         load(str(tmp_path / "two"), test_fraction=0.2)
-    with raises(RequestError, match=r"test_fraction=0\.1 and test_split=test exclude each other"):
+    with raises(RequestError, match=r"test_fraction=0\.1 and test_split=test are mutually exclusive"):
         load("digits", test_split="test", test_fraction=0.1)
 
 

@@ -18,7 +18,10 @@ Command = Callable[..., tuple[int, str, str]]
 FLAGS = (*TINY, "--image-size", 32, "--batch-size", 8)
 
 
-@mark.parametrize(("seconds", "words"), [(3.4, "3 s"), (89, "89 s"), (95, "2 min"), (5000, "83 min"), (9000, "2.5 h")])
+@mark.parametrize(
+    ("seconds", "words"),
+    [(3.4, "3 s"), (89, "89 s"), (95, "1.6 min"), (599, "10 min"), (700, "12 min"), (5000, "83 min"), (9000, "2.5 h")],
+)
 def test_durations_are_rounded_to_what_an_estimate_can_know(seconds: float, words: str) -> None:
     assert duration(seconds) == words
 

@@ -75,8 +75,8 @@ def test_layers_that_are_kept_compute_as_in_evaluation() -> None:
         ({"freeze": "all"}, True, r"^freeze=all: expected none, head, bn or a number of stages"),
         ({"freeze": "0"}, True, r"^freeze=0: expected none"),
         ({"freeze": "6"}, True, r"^freeze=6: the model has only 5 stages before its classifier"),
-        ({"freeze": "head"}, False, r"^freeze=head keeps layers at their initial values, which are random here"),
-        ({"head_epochs": 1.0}, False, r"^head_epochs=1.0 keeps layers at their initial values"),
+        ({"freeze": "head"}, False, r"^freeze=head freezes layers at their initial values, which are random here"),
+        ({"head_epochs": 1.0}, False, r"^head_epochs=1.0 freezes layers at their initial values"),
         ({"freeze": "head", "head_epochs": 1.0}, True, r"^head_epochs=1.0 has no effect with freeze=head"),
     ],
 )
