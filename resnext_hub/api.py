@@ -82,7 +82,11 @@ def evaluate(
 
 
 def predict(
-    model: "Classifier | str | os.PathLike[str]", images: "ImageInput | Sequence[ImageInput]", *, top: int | None = None
+    model: "Classifier | str | os.PathLike[str]",
+    images: "ImageInput | Sequence[ImageInput]",
+    *,
+    top: int | None = None,
+    threshold: float | None = None,
 ) -> "list[Prediction | Unread]":
     """Classify images.
 
@@ -91,12 +95,13 @@ def predict(
         images: An image or a sequence of them: paths, encoded bytes, PIL images or uint8 arrays.
         top: Number of classes for each image; if not given, the most probable one, or if an image can have several
             labels, all that reach their thresholds.
+        threshold: Probability that a class has to reach, 0 to 1; with several labels, in place of their thresholds.
 
     Returns:
         For each image its most probable classes, or the reason why it cannot be decoded.
     """
     classifier = model if isinstance(model, Classifier) else load(os.fspath(model))
-    return classifier.predict(images, top=top)
+    return classifier.predict(images, top=top, threshold=threshold)
 
 
 def publish(

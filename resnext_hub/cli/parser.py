@@ -179,6 +179,17 @@ def existing_path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
+def fraction(text: str) -> float:
+    """Return a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{shown(text)}: expected a number from 0 to 1")
+    return value
+
+
 def new_path(text: str) -> Path:
     """Return a path to write to, which for safetensors and Parquet has to be valid UTF-8."""
     if any("\ud800" <= character <= "\udfff" for character in text):

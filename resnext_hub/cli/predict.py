@@ -1,13 +1,20 @@
 """`resnext-hub predict`: classify images."""
 
 import argparse
-import dataclasses
 import logging
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from resnext_hub.cli.output import json_line, write
-from resnext_hub.cli.parser import add_threads, count, existing_path
-from resnext_hub.errors import RunError
+from resnext_hub.cli.parser import add_threads, count, existing_path, fraction, new_path
+from resnext_hub.errors import RequestError, RunError
 from resnext_hub.text import printable
+
+if TYPE_CHECKING:
+    from resnext_hub.cli.predictions import Writer
+    from resnext_hub.inference.classifier import Classifier
 
 _logger = logging.getLogger(__name__)
 
@@ -20,7 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="RUN_OR_MODEL", help="run folder, model folder, hf-hub:owner/name, or timm model name"
     )
-    parser.add_argument("path", type=existing_path, nargs="+", metavar="PATH", help="image, or folder of images")
+    parser.add_argument(
+        "path",
+        type=existing_path,
+        nargs="+",
+        metavar="PATH",
+        help="image, folder of images, or pattern such as 'photos/*.jpg'; - reads paths from standard input, one per "
+        "line",
+    )
     parser.add_argument(
         "--top",
         type=count(BATCH),
@@ -29,9 +43,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "reach their thresholds)",
     )
     parser.add_argument(
+        "--threshold",
+        type=fraction,
+        metavar="P",
+        help="list only classes with at least this probability, 0 to 1; if an image can have several labels, this "
+        "replaces their thresholds",
+    )
+    formats = parser.add_mutually_exclusive_group()
+    formats.add_argument(
         "--json",
         action="store_true",
         help="print one JSON object per image, one per line; for an unreadable image, the object contains an error",
+    )
+    formats.add_argument("--csv", action="store_true", help="print a CSV table with a row per image and class")
+    formats.add_argument(
+        "--parquet", type=new_path, metavar="FILE", help="write a parquet file with a row per image instead of text"
+    )
+    formats.add_argument(
+        "--embed",
+        type=new_path,
+        metavar="FILE",
+        help="instead of classifying the images, write their embeddings (the input of the classifier layer) to a "
+        "parquet file",
     )
     parser.add_argument(
         "--batch-size", type=count(BATCH), default=32, metavar="N", help="images per forward pass (default: 32)"
@@ -54,47 +87,105 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print the classes of each image, and why unreadable ones have none.
+    """Write the classes of each image, and why unreadable ones have none.
 
     Raises:
-        RunError: If no image can be decoded.
+        RunError: If images cannot be decoded; the results for the others are written.
     """
     import torch
+    from tqdm import tqdm
 
     from resnext_hub.inference.classifier import load
-    from resnext_hub.inference.prediction import Unread, find_images, predict
+    from resnext_hub.inference.prediction import find_images
     from resnext_hub.machine import device_type
     from resnext_hub.processes.accelerator import set_threads
 
-    paths = find_images(options.path)
+    for path in filter(None, (options.parquet, options.embed)):
+        if not path.absolute().parent.is_dir():
+            raise RequestError(f"{printable(path)}: its folder does not exist; create it first")
+    paths = find_images([*_with_standard_input(options.path)])
     classifier = load(options.model)
     device = torch.device(device_type())
     set_threads(options.threads, device.type)
-    unread = 0
-    results = predict(
-        classifier,
-        paths,
-        batch_size=options.batch_size,
-        device=device,
-        top=options.top,
-        decoder=options.decoder,
-        max_pixels=options.max_image_pixels,
+    reading: dict[str, Any] = dict(
+        batch_size=options.batch_size, device=device, decoder=options.decoder, max_pixels=options.max_image_pixels
     )
-    for result in results:
-        path = str(result.image)
-        if isinstance(result, Unread):
-            unread += 1
-            _logger.warning("%s: cannot be decoded: %s", printable(path), printable(result.reason))
-            if options.json:
-                write(json_line({"path": path, "error": result.reason}))
-        elif options.json:
-            guesses = [dataclasses.asdict(guess) for guess in result.guesses]
-            write(json_line({"path": path, "predictions": guesses}))
-        else:
-            # escaped, a tab or newline in a name cannot break the columns
-            columns = (f"\t{printable(guess.label)}\t{guess.probability:.4f}" for guess in result.guesses)
-            write(f"{printable(path)}{''.join(columns)}\n")
+    unread = 0
+    # on a terminal, the results themselves show the progress
+    with tqdm(total=len(paths), unit="image", disable=True if sys.stdout.isatty() else None) as bar:
+        for path, failure in (_embed if options.embed else _classify)(classifier, paths, options, reading):
+            if failure is not None:
+                unread += 1
+                _logger.warning("%s: cannot be decoded: %s", printable(path), printable(failure))
+            bar.update()
     if unread == len(paths):
         raise RunError(f"0 of {unread} images could be decoded")
     if unread:
-        _logger.warning("%d of %d images could not be decoded", unread, len(paths))
+        raise RunError(f"{unread} of {len(paths)} images could not be decoded")
+
+
+def _with_standard_input(paths: Iterable[Path]) -> Iterator[Path]:
+    """Yield paths, with - replaced by those that are read from standard input.
+
+    Raises:
+        RequestError: If standard input is requested but empty.
+    """
+    for path in paths:
+        if str(path) != "-":
+            yield path
+            continue
+        lines = [line.rstrip(b"\r") for line in sys.stdin.buffer.read().split(b"\n")]
+        found = [Path(os.fsdecode(line)) for line in lines if line]
+        if not found:
+            raise RequestError("standard input contains no paths; expected one per line")
+        yield from found
+
+
+def _classify(
+    classifier: "Classifier", paths: list[Path], options: argparse.Namespace, reading: dict[str, Any]
+) -> Iterator[tuple[Path, str | None]]:
+    """Write the classes of images; yield each path, and why it cannot be decoded."""
+    from resnext_hub.inference.prediction import Unread, predict
+
+    writer = _writer(options)
+    results = predict(classifier, paths, top=options.top, threshold=options.threshold, **reading)
+    for path, result in zip(paths, results, strict=True):
+        writer.add(str(path), result)
+        yield path, result.reason if isinstance(result, Unread) else None
+    writer.close()
+
+
+def _writer(options: argparse.Namespace) -> "Writer":
+    from resnext_hub.cli.predictions import CsvLines, JsonLines, ParquetFile, Table, TextLines
+
+    if options.json:
+        return JsonLines()
+    if options.csv:
+        return CsvLines()
+    if options.parquet:
+        return ParquetFile(options.parquet)
+    return Table() if sys.stdout.isatty() else TextLines()
+
+
+def _embed(
+    classifier: "Classifier", paths: list[Path], options: argparse.Namespace, reading: dict[str, Any]
+) -> Iterator[tuple[Path, str | None]]:
+    """Write the embeddings of images; yield each path, and why it cannot be decoded."""
+    import pyarrow
+
+    from resnext_hub.cli.predictions import write_table
+    from resnext_hub.inference.prediction import embeddings
+
+    rows: list[Any] = []
+    reasons: list[str | None] = []
+    for path, row in zip(paths, embeddings(classifier, paths, **reading), strict=True):
+        reason = row if isinstance(row, str) else None
+        rows.append(None if isinstance(row, str) else row.numpy())
+        reasons.append(None if reason is None else printable(reason))
+        yield path, reason
+    write_table(
+        options.embed,
+        path=pyarrow.array([printable(path) for path in paths], pyarrow.string()),
+        embedding=pyarrow.array(rows, pyarrow.list_(pyarrow.float32())),
+        error=pyarrow.array(reasons, pyarrow.string()),
+    )

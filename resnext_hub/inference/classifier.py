@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
@@ -82,22 +82,40 @@ class Classifier(LoadedModel):
         """
         from resnext_hub.inference.prediction import probabilities
 
-        found = []
-        rows = probabilities(self, _listed(images), batch_size=batch_size, device=self.device)
-        for index, row in enumerate(rows):
-            if isinstance(row, str):
-                raise RequestError(f"image {index} is unreadable: {row}")
-            found.append(row)
-        return torch.stack(found) if found else torch.empty(0, len(self.label_names), dtype=torch.float64)
+        listed = _listed(images)
+        if not listed:
+            return torch.empty(0, len(self.label_names), dtype=torch.float64)
+        return _stacked(probabilities(self, listed, batch_size=batch_size, device=self.device))
+
+    def embed(self, images: "ImageInput | Sequence[ImageInput]", *, batch_size: int = 32) -> torch.Tensor:
+        """Return the embeddings of images, the inputs of the classifier layer: `(N, features)` float32 on the CPU.
+
+        Args:
+            images: An image or a list of them, as in a call of the classifier.
+            batch_size: Batch size of the forward passes.
+
+        Raises:
+            RequestError: If an image is unreadable, an argument is invalid, or the model was optimized.
+        """
+        from resnext_hub.inference.prediction import embeddings
+
+        return _stacked(embeddings(self, _listed(images), batch_size=batch_size, device=self.device))
 
     def predict(
-        self, images: "ImageInput | Sequence[ImageInput]", *, top: int | None = None, batch_size: int = 32
+        self,
+        images: "ImageInput | Sequence[ImageInput]",
+        *,
+        top: int | None = None,
+        threshold: float | None = None,
+        batch_size: int = 32,
     ) -> "list[Prediction | Unread]":
         """Return the most probable classes of each image, or the reason if it is unreadable.
 
         Args:
             images: An image or a list of them, as in a call of the classifier.
-            top: Number of classes for each image, at most all.
+            top: Number of classes for each image, at most all; if not given, the most probable one, or if an image can
+                have several labels, all that reach their thresholds.
+            threshold: Probability that a class has to reach, 0 to 1; with several labels, in place of their thresholds.
             batch_size: Batch size of the forward passes.
 
         Raises:
@@ -105,7 +123,8 @@ class Classifier(LoadedModel):
         """
         from resnext_hub.inference.prediction import predict
 
-        return list(predict(self, _listed(images), top=top, batch_size=batch_size, device=self.device))
+        listed = _listed(images)
+        return list(predict(self, listed, top=top, threshold=threshold, batch_size=batch_size, device=self.device))
 
     def optimize(
         self,
@@ -210,6 +229,20 @@ def from_hub(repo_id: str, *, revision: str | None = None, verify: bool = True) 
 
 def _classifier(loaded: LoadedModel) -> Classifier:
     return Classifier(loaded.model, loaded.input, loaded.label_names, loaded.source, loaded.thresholds)
+
+
+def _stacked(rows: "Iterable[torch.Tensor | str]") -> torch.Tensor:
+    """Return the results for images as one tensor.
+
+    Raises:
+        RequestError: If an image is unreadable.
+    """
+    found = []
+    for index, row in enumerate(rows):
+        if isinstance(row, str):
+            raise RequestError(f"image {index} is unreadable: {row}")
+        found.append(row)
+    return torch.stack(found) if found else torch.empty(0)
 
 
 def _listed(images: Any) -> "Sequence[ImageInput]":

@@ -1,12 +1,14 @@
 """Classify images with a model's own evaluation transform."""
 
+import glob
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -60,7 +62,7 @@ class Unread:
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """Return the images at paths, in order: files as they are, and all images below a folder.
+    """Return the images at paths, in order: files as they are, all images below a folder, and those of a pattern.
 
     Raises:
         RequestError: If a path does not exist, is not a file or folder, or is a folder without images.
@@ -70,6 +72,9 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
         try:
             mode = os.stat(path).st_mode
         except FileNotFoundError as error:
+            if glob.has_magic(str(path)):
+                found += _matching(path)
+                continue
             raise RequestError(f"{printable(path)}: no such file or folder") from error
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or one_line(error)
@@ -90,6 +95,14 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
+def _matching(pattern: Path) -> list[Path]:
+    """Return the images that match a pattern such as `photos/**/*.jpg`, in the order of their paths."""
+    found = [Path(path) for path in sorted(glob.glob(str(pattern), recursive=True)) if os.path.isfile(path)]
+    if not found:
+        raise RequestError(f"{printable(pattern)}: no file matches this pattern")
+    return found
+
+
 def predict(
     classifier: "Classifier",
     images: Sequence[ImageInput],
@@ -97,6 +110,7 @@ def predict(
     batch_size: int = 32,
     device: torch.device | None = None,
     top: int | None = None,
+    threshold: float | None = None,
     decoder: str = "pil",
     max_pixels: int = MAX_IMAGE_PIXELS,
 ) -> Iterator[Prediction | Unread]:
@@ -109,6 +123,7 @@ def predict(
         device: Device to compute on; the accelerator by default, if there is one.
         top: Number of classes for each image, at most all; if not given, the most probable one, or if an image can
             have several labels, all that reach their thresholds.
+        threshold: Probability that a class has to reach, 0 to 1; with several labels, in place of their thresholds.
         decoder: `pil`, as for the accuracy on the card, or `simplejpeg`, which is faster with nearly equal pixels.
         max_pixels: An image with more pixels is unreadable.
 
@@ -122,14 +137,25 @@ def predict(
     rows = probabilities(
         classifier, images, batch_size=batch_size, device=device, decoder=decoder, max_pixels=max_pixels
     )
-    return _ranked(classifier, images, rows, top)
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise RequestError(f"{setting('threshold', threshold)}: expected a number from 0 to 1")
+    return _ranked(classifier, images, rows, top, threshold)
 
 
 def _ranked(
-    classifier: "Classifier", images: Sequence[ImageInput], rows: Iterator[torch.Tensor | str], top: int | None
+    classifier: "Classifier",
+    images: Sequence[ImageInput],
+    rows: Iterator[torch.Tensor | str],
+    top: int | None,
+    threshold: float | None,
 ) -> Iterator[Prediction | Unread]:
-    names, limits = classifier.label_names, None
-    if classifier.thresholds is not None and top is None:
+    names = classifier.label_names
+    limits = None if threshold is None else torch.full((len(names),), threshold, dtype=torch.float64)
+    if classifier.thresholds is not None:
+        most = len(names) if top is None else top
+    else:
+        most = 1 if top is None else top
+    if classifier.thresholds is not None and top is None and threshold is None:
         # the temperature moves a threshold as it moves a probability
         limits = (torch.tensor(classifier.thresholds, dtype=torch.float64).logit() / classifier.temperature).sigmoid()
     for image, row in zip(images, rows, strict=True):
@@ -138,9 +164,8 @@ def _ranked(
             continue
         # stable: of equally probable classes the first wins, as with argmax
         values, indices = row.sort(descending=True, stable=True)
-        if limits is None:
-            values, indices = values[: top or 1], indices[: top or 1]
-        else:
+        values, indices = values[:most], indices[:most]
+        if limits is not None:
             chosen = values >= limits[indices]
             values, indices = values[chosen], indices[chosen]
         best = zip(indices.tolist(), values.tolist(), strict=True)
@@ -164,7 +189,33 @@ def probabilities(
     if not _is_count(batch_size):
         raise RequestError(f"{setting('batch_size', batch_size)}: expected a whole number of at least 1")
     files = _Inputs(classifier, images, decoder, max_pixels)
-    return _computed(classifier, files, min(batch_size, max(len(images), 1)), device or torch.device(device_type()))
+    size, place = min(batch_size, max(len(images), 1)), device or torch.device(device_type())
+    return _computed(classifier, files, size, place, partial(_probabilities, classifier))
+
+
+def embeddings(
+    classifier: "Classifier",
+    images: Sequence[ImageInput],
+    *,
+    batch_size: int = 32,
+    device: torch.device | None = None,
+    decoder: str = "pil",
+    max_pixels: int = MAX_IMAGE_PIXELS,
+) -> Iterator[torch.Tensor | str]:
+    """Return an iterator over the embeddings `(features,)` float32 of images, or the reason if one is unreadable.
+
+    An embedding is the input of the classifier layer. Arguments and errors are those of `predict`.
+
+    Raises:
+        RequestError: If the model was optimized, and so has no layers of its own.
+    """
+    if not _is_count(batch_size):
+        raise RequestError(f"{setting('batch_size', batch_size)}: expected a whole number of at least 1")
+    if not hasattr(classifier.model, "forward_head"):
+        raise RequestError("an optimized model has no embeddings; use the original classifier")
+    files = _Inputs(classifier, images, decoder, max_pixels)
+    size, place = min(batch_size, max(len(images), 1)), device or torch.device(device_type())
+    return _computed(classifier, files, size, place, _embeddings)
 
 
 def prepare(classifier: "Classifier", images: Sequence[ImageInput]) -> torch.Tensor:
@@ -184,7 +235,11 @@ def prepare(classifier: "Classifier", images: Sequence[ImageInput]) -> torch.Ten
 
 
 def _computed(
-    classifier: "Classifier", files: "_Inputs", batch_size: int, device: torch.device
+    classifier: "Classifier",
+    files: "_Inputs",
+    batch_size: int,
+    device: torch.device,
+    compute: Callable[[nn.Module, torch.Tensor], torch.Tensor],
 ) -> Iterator[torch.Tensor | str]:
     model = classifier.model.to(device).to(memory_format=torch.channels_last)
     loader = DataLoader(
@@ -195,7 +250,7 @@ def _computed(
     )
     for batch in loader:
         tensors = [entry for entry in batch if isinstance(entry, torch.Tensor)]
-        rows = iter(_probabilities(classifier, model, tensors, batch_size, device))
+        rows = iter(_in_batch(model, tensors, batch_size, device, compute))
         for entry in batch:
             yield entry if isinstance(entry, str) else next(rows)
 
@@ -272,15 +327,23 @@ def _from_array(pixels: np.ndarray) -> Image.Image:
 
 
 @torch.inference_mode()
-def _probabilities(
-    classifier: "Classifier", model: nn.Module, images: Sequence[torch.Tensor], batch_size: int, device: torch.device
+def _in_batch(
+    model: nn.Module,
+    images: Sequence[torch.Tensor],
+    batch_size: int,
+    device: torch.device,
+    compute: Callable[[nn.Module, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """Return the probabilities `(N, classes)` of up to a batch of images `(C, H, W)`; the batch is padded."""
+    """Return the results `(N, …)` of up to a batch of images `(C, H, W)`; the batch is padded."""
     if not images:
         return torch.empty(0)
     stacked = F.pad(torch.stack(list(images)), (0,) * 7 + (batch_size - len(images),))
-    logits = model(stacked.to(device).contiguous(memory_format=torch.channels_last))[: len(images)].float()
-    logits = logits / classifier.temperature
+    return compute(model, stacked.to(device).contiguous(memory_format=torch.channels_last))[: len(images)].cpu()
+
+
+def _probabilities(classifier: "Classifier", model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Return probabilities `(N, classes)` float64."""
+    logits = model(images).float() / classifier.temperature
     several = classifier.is_multi_label
     found: torch.Tensor = (
         logits.cpu().double().sigmoid() if several else F.log_softmax(logits, dim=1).cpu().double().exp()
@@ -290,3 +353,9 @@ def _probabilities(
             "the probabilities are not finite: check the model's weights, and the mean and std in its config.json"
         )
     return found
+
+
+def _embeddings(model: Any, images: torch.Tensor) -> torch.Tensor:
+    """Return the inputs of the classifier layer, `(N, features)` float32."""
+    found: torch.Tensor = model.forward_head(model.forward_features(images), pre_logits=True)
+    return found.float().flatten(1)

@@ -26,9 +26,13 @@ class Progress:
         step: Step at which this process starts.
         per_epoch: Steps of an epoch; None if it is unknown, so that the whole run has one bar.
         visible: Whether this process shows anything.
+        right: What the fraction of images that are right is called.
     """
 
-    def __init__(self, *, steps: int, step: int, per_epoch: float | None, visible: bool) -> None:
+    def __init__(
+        self, *, steps: int, step: int, per_epoch: float | None, visible: bool, right: str = "accuracy"
+    ) -> None:
+        self._name = right
         self._steps, self._step, self._per_epoch = steps, step, per_epoch
         self._visible, self._terminal = visible, visible and sys.stderr.isatty()
         self._bar: tqdm[Any] | None = None
@@ -57,7 +61,7 @@ class Progress:
         """
         self._lines, self._loss, self._right = self._lines + 1, self._loss + loss, self._right + top1
         facts = (
-            f"loss {self._loss / self._lines:.3f}, accuracy {100 * self._right / self._lines:.1f} %, lr {lr:.2g}, "
+            f"loss {self._loss / self._lines:.3f}, {self._name} {100 * self._right / self._lines:.1f} %, lr {lr:.2g}, "
             f"{speed:.0f} images/s, waiting {wait:.0%}, {clock(seconds_left)} left"
         )
         if self._bar is not None:

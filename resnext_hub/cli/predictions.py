@@ -1,0 +1,141 @@
+"""Ways to write predictions: text for people and pipes, JSON, CSV or a parquet file."""
+
+import csv
+import dataclasses
+import io
+from pathlib import Path
+from typing import Any, Protocol
+
+from resnext_hub.cli.output import json_line, write
+from resnext_hub.files import write_atomic
+from resnext_hub.inference.prediction import Prediction, Unread
+from resnext_hub.text import printable
+
+BAR = 20
+"""Characters of the bar of a probability of 1."""
+
+
+class Writer(Protocol):
+    """Writes the result for each image."""
+
+    def add(self, path: str, result: Prediction | Unread) -> None:
+        """Write the result for an image."""
+
+    def close(self) -> None:
+        """Write what was kept until the end."""
+
+
+class TextLines:
+    """A line per image: the path, and each class with its probability, separated by tabs."""
+
+    def add(self, path: str, result: Prediction | Unread) -> None:
+        """Write a line; an unreadable image has none."""
+        if isinstance(result, Prediction):
+            # escaped, a tab or newline in a name cannot break the columns
+            columns = (f"\t{printable(guess.label)}\t{guess.probability:.4f}" for guess in result.guesses)
+            write(f"{printable(path)}{''.join(columns)}\n")
+
+    def close(self) -> None:
+        """Write nothing."""
+
+
+class Table:
+    """Lines for a terminal: the path, and below it a bar for each class."""
+
+    def add(self, path: str, result: Prediction | Unread) -> None:
+        """Write the lines of an image; an unreadable one has none."""
+        if isinstance(result, Unread):
+            return
+        lines = [printable(path)]
+        width = max((len(printable(guess.label)) for guess in result.guesses), default=0)
+        for guess in result.guesses:
+            filled = round(BAR * guess.probability)
+            bar = "█" * filled + "·" * (BAR - filled)
+            lines.append(f"  {printable(guess.label).ljust(width)}  {bar} {100 * guess.probability:5.1f} %")
+        if not result.guesses:
+            lines.append("  no class reaches the threshold")
+        write("".join(f"{line}\n" for line in lines))
+
+    def close(self) -> None:
+        """Write nothing."""
+
+
+class JsonLines:
+    """A JSON object per image and line."""
+
+    def add(self, path: str, result: Prediction | Unread) -> None:
+        """Write an object; that of an unreadable image has an error."""
+        if isinstance(result, Unread):
+            write(json_line({"path": path, "error": result.reason}))
+        else:
+            guesses = [dataclasses.asdict(guess) for guess in result.guesses]
+            write(json_line({"path": path, "predictions": guesses}))
+
+    def close(self) -> None:
+        """Write nothing."""
+
+
+class CsvLines:
+    """A CSV table with a row per image and class, the most probable one first."""
+
+    def __init__(self) -> None:
+        write("path,rank,label,probability,error\n")
+
+    def add(self, path: str, result: Prediction | Unread) -> None:
+        """Write the rows of an image; an unreadable one has one with an error, and one without classes an empty one."""
+        rows: list[list[Any]]
+        if isinstance(result, Unread):
+            rows = [["", "", "", printable(result.reason)]]
+        else:
+            rows = [[rank, printable(g.label), f"{g.probability:.6f}", ""] for rank, g in enumerate(result.guesses, 1)]
+        for row in rows or [["", "", "", ""]]:
+            line = io.StringIO()
+            csv.writer(line, lineterminator="\n").writerow([printable(path), *row])
+            write(line.getvalue())
+
+    def close(self) -> None:
+        """Write nothing."""
+
+
+class ParquetFile:
+    """A parquet file with a row per image: path, labels, probabilities, and an error for an unreadable one.
+
+    Args:
+        path: The file; it is replaced at the end.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._rows: list[tuple[str, list[str], list[float], str | None]] = []
+
+    def add(self, path: str, result: Prediction | Unread) -> None:
+        """Keep the row of an image."""
+        if isinstance(result, Unread):
+            self._rows.append((printable(path), [], [], printable(result.reason)))
+        else:
+            names, values = ([g.label for g in result.guesses], [g.probability for g in result.guesses])
+            self._rows.append((printable(path), names, values, None))
+
+    def close(self) -> None:
+        """Write the file."""
+        import pyarrow
+
+        paths, labels, probabilities, errors = zip(*self._rows, strict=True)
+        text, number = pyarrow.string(), pyarrow.float64()
+        write_table(
+            self._path,
+            path=pyarrow.array(paths, text),
+            labels=pyarrow.array(labels, pyarrow.list_(text)),
+            probabilities=pyarrow.array(probabilities, pyarrow.list_(number)),
+            error=pyarrow.array(errors, text),
+        )
+
+
+def write_table(file: Path, /, **columns: Any) -> None:
+    """Write columns to a parquet file, atomically."""
+    import pyarrow
+    from pyarrow import parquet
+
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.table(columns), buffer)
+    write_atomic(file, buffer.getvalue())
