@@ -2,7 +2,8 @@
 
 Candidates have perceptual hashes (imagehash.phash) that differ in at most `MAX_DISTANCE` of 64 bits; a pair is a near
 duplicate if the thumbnails agree as well. Both thresholds were chosen by measurement; docs/how-to/check.md has the
-figures. Images smaller than the hash looks at, 32 pixels, are compared for exact copies only.
+figures. Where most images have fewer pixels than the hash looks at, 32 x 32, two such images are compared for exact
+copies only.
 """
 
 from collections.abc import Iterator
@@ -52,7 +53,7 @@ def duplicate_groups(examined: Examined) -> list[list[int]]:
         members[group[0]] = group
     # identical images are compared once
     indices = np.array([index for index in examined.comparable if roots[index] == index], dtype=np.int64)
-    for first, second, is_mirrored in _close(examined.hashes[indices]):
+    for first, second, is_mirrored in _close(examined.hashes[indices], examined.detailed[indices]):
         for a, b in _blocks(indices[first], indices[second]):
             apart = roots[a] != roots[b]
             a, b = a[apart], b[apart]
@@ -68,10 +69,10 @@ def near_duplicates(examined: Examined) -> list[tuple[int, int]]:
     """Return all pairs of images that are near duplicates, as sorted indices of `examined.images`."""
     indices = examined.comparable
     found: set[tuple[int, int]] = set()
-    for first, second, is_mirrored in _close(examined.hashes[indices]):
+    for first, second, is_mirrored in _close(examined.hashes[indices], examined.detailed[indices]):
         for a, b in _blocks(indices[first], indices[second]):
-            a, b = _alike(examined, a, b, is_mirrored)
-            found.update(zip(a.tolist(), b.tolist(), strict=True))
+            pairs = zip(*_alike(examined, a, b, is_mirrored), strict=True)
+            found.update((int(min(pair)), int(max(pair))) for pair in pairs)
     return sorted(found)
 
 
@@ -98,26 +99,31 @@ def _normalized(thumbnails: np.ndarray) -> np.ndarray:
     return vectors
 
 
-def _close(hashes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
-    """Yield pairs (i < j) whose hashes are close, and whether one of the two is mirrored; pairs may repeat.
+def _close(hashes: np.ndarray, detailed: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
+    """Yield pairs of a detailed image and another one whose hashes are close, and whether one of the two is mirrored.
+
+    A pair may repeat; of two detailed images, the one with the smaller index comes first.
 
     Args:
         hashes: Those of each image and of its mirror image, `(N, 2)` uint64.
+        detailed: Which images are detailed, `(N,)` bool.
     """
+    searched = np.flatnonzero(detailed)
     for is_mirrored in (False, True):
         theirs = hashes[:, int(is_mirrored)]
         shift = 0
         for width in _BANDS:
             mask = np.uint64((1 << width) - 1)
-            ours = (hashes[:, 0] >> np.uint64(shift)) & mask
+            ours = (hashes[searched, 0] >> np.uint64(shift)) & mask
             order = np.argsort((theirs >> np.uint64(shift)) & mask, kind="stable")
             keys = ((theirs >> np.uint64(shift)) & mask)[order]
             shift += width
             for flip in (0, *(1 << bit for bit in range(width))):
                 wanted = ours ^ np.uint64(flip)
                 starts, ends = np.searchsorted(keys, wanted, "left"), np.searchsorted(keys, wanted, "right")
-                for first, second in _expanded(starts, ends, order):
-                    kept = first < second
+                for found, second in _expanded(starts, ends, order):
+                    first = searched[found]
+                    kept = (first < second) | ~detailed[second]
                     first, second = first[kept], second[kept]
                     near = np.bitwise_count(hashes[first, 0] ^ theirs[second]) <= MAX_DISTANCE
                     yield first[near], second[near], is_mirrored

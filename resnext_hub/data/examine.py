@@ -63,11 +63,20 @@ class Examined:
 
     @property
     def comparable(self) -> np.ndarray:
-        """Indices of the images that a hash can tell apart: not of a single color, and not smaller than it looks at."""
-        found = [
-            i for i, facts in enumerate(self.images) if facts.size and not facts.blank and min(facts.size) >= HASHED
-        ]
+        """Indices of the images that a hash describes: readable, and not of a single color."""
+        found = [i for i, facts in enumerate(self.images) if facts.size and not facts.blank]
         return np.array(found, dtype=np.int64)
+
+    @property
+    def detailed(self) -> np.ndarray:
+        """Whether each image has enough detail to be told apart from others by its hash, `(N,)` bool.
+
+        All have if at least half of them have as many pixels as a hash looks at: among few small images, it is unlikely
+        that two look alike by chance.
+        """
+        sizes = (facts.size or (0, 0) for facts in self.images)
+        found = np.array([width * height >= HASHED * HASHED for width, height in sizes], dtype=bool)
+        return np.ones_like(found) if 2 * found.sum() >= len(found) else found
 
 
 def examine_images(splits: Mapping[str, IndexedImages], workers: int | None = None) -> Examined:

@@ -16,6 +16,7 @@ from resnext_hub.check.findings import Findings, examine
 from resnext_hub.check.survey import survey
 from resnext_hub.data.config import DataConfig
 from resnext_hub.data.duplicates import MAX_DISTANCE, _close, near_duplicates
+from resnext_hub.data.examine import Examined, Facts
 from resnext_hub.data.images import IndexedImages
 from resnext_hub.data.splits import load_splits
 from resnext_hub.errors import RequestError
@@ -418,17 +419,19 @@ def test_a_stream_is_refused() -> None:
         survey(DataConfig(streaming=True))
 
 
+@mark.parametrize("share", [1.0, 0.5, 0.0])
 @mark.parametrize("count", [2, 50, 700])
-def test_the_search_finds_every_close_pair_of_hashes(count: int) -> None:
+def test_the_search_finds_every_close_pair_of_hashes_with_a_detailed_image(count: int, share: float) -> None:
     generator = np.random.default_rng(count)
     hashes = generator.integers(0, 1 << 63, (count, 2), dtype=np.uint64)
     for index in range(0, count - 1, 2):  # neighbors differ in 0 to 15 bits, plain or mirrored
         bits = generator.choice(64, index // 2 % 16, replace=False)
         flips = np.bitwise_or.reduce(np.uint64(1) << bits.astype(np.uint64), initial=np.uint64(0))
         hashes[index + 1, index // 2 % 2] = hashes[index, 0] ^ flips
+    detailed = generator.random(count) < share
     found = {
         (int(i), int(j), mirrored)
-        for first, second, mirrored in _close(hashes)
+        for first, second, mirrored in _close(hashes, detailed)
         for i, j in zip(first, second, strict=True)
     }
     distances = {m: np.bitwise_count(hashes[:, :1] ^ hashes[None, :, int(m)]) for m in (False, True)}
@@ -436,11 +439,24 @@ def test_the_search_finds_every_close_pair_of_hashes(count: int) -> None:
         (i, j, m)
         for m, d in distances.items()
         for i in range(count)
-        for j in range(i + 1, count)
-        if d[i, j] <= MAX_DISTANCE
+        for j in range(count)
+        if d[i, j] <= MAX_DISTANCE and i != j and detailed[i] and (i < j or not detailed[j])
     }
     assert found == expected
-    assert expected
+    assert expected or share < 1
+
+
+def test_small_images_are_compared_where_they_are_few() -> None:
+    def examined(*sides: int) -> Examined:
+        images = tuple(
+            Facts(split="train", index=i, row=i, name=str(i), labels=(0,), size=(side, side))
+            for i, side in enumerate(sides)
+        )
+        return Examined(images=images, hashes=np.zeros((len(sides), 2), np.uint64), thumbnails=np.zeros(0))
+
+    assert examined(200, 20, 31, 100).detailed.tolist() == [True] * 4
+    assert examined(28, 28, 28, 100).detailed.tolist() == [False, False, False, True]
+    assert examined(32, 32).detailed.tolist() == [True, True]
 
 
 def test_a_blank_dataset_has_no_near_duplicates(tmp_path: Path) -> None:
