@@ -21,7 +21,7 @@ from resnext_hub.machine import cache_folder
 
 _logger = logging.getLogger(__name__)
 
-_VERSION = 1
+_VERSION = 2
 """Changed when the same images would give other groups."""
 
 _MENTIONED = 2000
