@@ -36,8 +36,11 @@ def run(options: argparse.Namespace) -> None:
         write(json_line(recipe.settings))
         return
     write(f"{options.name}: {recipe.purpose}\nsource: {recipe.source}\nresult: {recipe.result}\n\n")
-    write(table([(flag_of(name), _words(value)) for name, value in recipe.settings.items()]))
+    write(table([_words(name, value) for name, value in recipe.settings.items()]))
 
 
-def _words(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+def _words(name: str, value: object) -> tuple[str, str]:
+    """Return a setting as a flag and its values."""
+    if isinstance(value, bool):
+        return flag_of(name) if value else flag_of(name).replace("--", "--no-", 1), ""
+    return flag_of(name), " ".join(map(str, value)) if isinstance(value, list) else str(value)

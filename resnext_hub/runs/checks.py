@@ -71,8 +71,8 @@ def _check_loss(config: TrainConfig, splits: Splits) -> None:
     """
     if config.loss == "cross-entropy" and splits.is_multi_label:
         raise RequestError(
-            f"{setting('loss', 'cross-entropy')} needs exactly one label per image, and this dataset has several; omit "
-            "it"
+            f"{setting('loss', 'cross-entropy')} needs exactly one label per image, but images of this dataset can "
+            "have several; omit this setting"
         )
     balance = config.balance
     for name, neutral in (("class_weights", "none"), ("logit_adjustment", 0.0)):

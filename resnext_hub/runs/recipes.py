@@ -60,7 +60,7 @@ RECIPES: dict[str, Recipe] = {
         },
     ),
     "finetune": Recipe(
-        purpose="pretrained weights and photographs: few epochs, mild crops, a small learning rate",
+        purpose="fine-tune pretrained weights on photographs, with few epochs, mild crops and a small learning rate",
         source="common practice; AdamW with the learning rate of a fine-tuned ConvNeXt or ViT",
         result="not measured on a public benchmark",
         settings={
@@ -76,7 +76,7 @@ RECIPES: dict[str, Recipe] = {
         },
     ),
     "linear-probe": Recipe(
-        purpose="pretrained weights and very few images: only the classifier is trained",
+        purpose="train only the classifier of pretrained weights, for very few images",
         source="Kumar et al., 2022 (arXiv 2202.10054): training all layers at once distorts pretrained features",
         result="not measured on a public benchmark",
         settings={
@@ -93,7 +93,7 @@ RECIPES: dict[str, Recipe] = {
         },
     ),
     "scratch": Recipe(
-        purpose="photographs without pretrained weights: many epochs and strong augmentation",
+        purpose="train on photographs without pretrained weights, with many epochs and strong augmentation",
         source="Wightman et al., 2021 (arXiv 2110.00476), procedure A3, with AdamW and a small batch",
         result="not measured on a public benchmark",
         settings={
@@ -111,7 +111,7 @@ RECIPES: dict[str, Recipe] = {
         },
     ),
     "fast": Recipe(
-        purpose="a quick look at a dataset: half the image size at first, and few epochs",
+        purpose="a quick look at a dataset, with few epochs and half the image size at first",
         source="progressive resizing as in Howard, 2018 (DAWNBench), with AdamW",
         result="not measured on a public benchmark",
         settings={
@@ -160,7 +160,7 @@ RECIPES: dict[str, Recipe] = {
         },
     ),
     "rsb-a2": Recipe(
-        purpose="ImageNet, better than in the paper: 300 epochs",
+        purpose="ImageNet, with a higher accuracy than in the ResNeXt paper; 300 epochs",
         source="Wightman et al., 2021 (arXiv 2110.00476), procedure A2",
         result="80.4 % top-1 accuracy on ImageNet-1K with ResNeXt-50 (32x4d) at 224 px",
         settings=_RSB
@@ -174,13 +174,13 @@ RECIPES: dict[str, Recipe] = {
         },
     ),
     "rsb-a3": Recipe(
-        purpose="ImageNet, at a low cost: 100 epochs at 160 px",
+        purpose="ImageNet at a low cost; 100 epochs at 160 px",
         source="Wightman et al., 2021 (arXiv 2110.00476), procedure A3, but evaluated at 160 px",
         result="79.3 % top-1 accuracy on ImageNet-1K with ResNeXt-50 (32x4d), evaluated at 224 px",
         settings=_RSB | {"image_size": 160, "auto_augment": "rand-m6-mstd0.5-inc1", "epochs": 100.0, "lr": 8e-3},
     ),
     "study": Recipe(
-        purpose="the members of a study: small images, and a few minutes per run",
+        purpose="the members of a study, with small images and a few minutes per run",
         source="Xie et al., 2017 (arXiv 1611.05431), section 5.3: SGD as for CIFAR",
         result="see the pages of the studies",
         settings={

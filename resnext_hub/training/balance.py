@@ -45,9 +45,9 @@ class BalanceConfig:
     """Strength of logit adjustment (Menon et al., 2021): in training, this multiple of the logarithm of each class's
     frequency is added to its logit; 1 corrects for the imbalance, 0 turns it off."""
     best_by: Literal["top1", "macro-recall", "macro-f1", "map", "loss"] | None = None
-    """What chooses the best weights of the run on the evaluation split: top-1 accuracy, the mean recall or F1 score of
-    the classes, the mean average precision (map), or the loss; if not given, top1, or map if an image can have several
-    labels."""
+    """Metric that selects the best weights of the run on the evaluation split: top-1 accuracy, the mean recall or F1
+    score of the classes, the mean average precision (map), or the loss; if not given, top1, or map if an image can have
+    several labels."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -142,13 +142,13 @@ def _reject_corrections(config: BalanceConfig) -> None:
         value = getattr(config, name)
         if value != neutral:
             raise RequestError(
-                f"{setting(name, shown(value))} needs exactly one label per image, and this dataset has several; omit "
-                "it"
+                f"{setting(name, shown(value))} needs exactly one label per image, but images of this dataset can have "
+                "several; omit this setting"
             )
     if config.best_by == "top1":
         raise RequestError(
-            f"{setting('best_by', 'top1')} needs exactly one label per image, and this dataset has several; use map, "
-            "macro-f1, macro-recall or loss"
+            f"{setting('best_by', 'top1')} needs exactly one label per image, but images of this dataset can have "
+            "several; use map, macro-f1, macro-recall or loss"
         )
 
 

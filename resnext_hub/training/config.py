@@ -187,7 +187,7 @@ class TrainConfig:
     threads: str = field(default="auto", metadata=FREE_PER_PROCESS)
     """CPU threads per process; auto divides the cores among the processes."""
     log_every: Annotated[int, Range(1, STEPS)] = field(default=10, metadata=FREE)
-    """Optimizer steps between log lines."""
+    """Optimizer steps between training lines in metrics.jsonl, and between updates of the progress that is shown."""
     eval_every: Annotated[float, Range(0.001, STEPS)] = 1.0
     """Epochs between evaluations; fractions are allowed, except with --streaming. The last step is always evaluated."""
     log_samples: bool = field(default=False, metadata=FREE_PER_PROCESS)

@@ -309,7 +309,8 @@ def test_recipes_are_listed_and_shown_with_settings_and_sources(command: Command
         code, out, _ = command("recipes", name)
         assert code == 0
         assert f"source: {recipe.source}\nresult: {recipe.result}\n" in out
-        assert all(flag_of(setting) in out for setting in recipe.settings)
+        flags = [flag_of(k).replace("--", "--no-", 1) if v is False else flag_of(k) for k, v in recipe.settings.items()]
+        assert all(flag in out for flag in flags)
         code, out, _ = command("recipes", name, "--json")
         assert json.loads(out) == recipe.settings
     code, _, err = command("recipes", "finetun")
