@@ -83,7 +83,7 @@ def find_label_column(dataset: str, requested: str | None, table: "datasets.Data
             f"{describe_columns(features)}"
         )
     candidates = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
-    candidates = candidates or [name for name, kind in features.items() if name != image_column and kind_of(kind)]
+    candidates = candidates or _plain_or_lists(table, image_column)
     flags = _flags_of(table, candidates) if isinstance(table, datasets.Dataset) else []
     if flags:
         return join_columns(flags)
@@ -98,6 +98,18 @@ def find_label_column(dataset: str, requested: str | None, table: "datasets.Data
             f"{setting('label_column', candidates[0])}"
         )
     return str(candidates[0])
+
+
+def _plain_or_lists(table: "datasets.Dataset", image_column: str) -> list[str]:
+    """Return the columns of labels, or those of lists of labels if the others only number or name the rows."""
+    import datasets
+
+    kinds = {name: kind_of(kind) for name, kind in table.features.items() if name != image_column}
+    plain = [name for name, kind in kinds.items() if kind and not kind.startswith(LIST)]
+    lists = [name for name, kind in kinds.items() if kind and kind.startswith(LIST)]
+    if not lists or not isinstance(table, datasets.Dataset):
+        return plain or lists
+    return [name for name in plain if len(table.data.column(name).unique()) < len(table)] or lists
 
 
 def _flags_of(table: "datasets.Dataset", candidates: Sequence[str]) -> list[str]:

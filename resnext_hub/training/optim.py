@@ -129,7 +129,7 @@ def build_optimizer(
 
 
 def _scale_head(optimizer: torch.optim.Optimizer, model: nn.Module, scale: float) -> None:
-    """Give the classifier parameter groups of its own, whose learning rate is scaled."""
+    """Move the classifier into separate parameter groups with a scaled learning rate."""
     head = classifier_names(model)
     own = {id(parameter) for name, parameter in model.named_parameters() if name in head}
     groups: list[dict[str, Any]] = optimizer.param_groups

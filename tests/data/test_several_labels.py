@@ -232,11 +232,45 @@ def test_a_column_of_classes_or_splits_among_truth_values_is_ambiguous(tmp_path:
     assert "has a column is_valid, which is not supported" in refused(root)
 
 
+def test_a_column_of_classes_is_preferred_to_lists_and_lists_to_keys(tmp_path: Path) -> None:
+    lists = datasets.List(datasets.Value("string"))
+    classes = (datasets.Value("string"), ["a", "b"] * 12)
+    keys = (datasets.Value("int64"), [*range(24)])
+    for name, (kind, values), names in (("classes", classes, ("a", "b")), ("keys", keys, NAMES)):
+        root = tmp_path / name
+        root.mkdir()
+        features = datasets.Features({"image": datasets.Image(), "other": kind, "tags": lists})
+        rows = {"image": [{"bytes": image(i), "path": None} for i in range(24)], "other": values, "tags": LISTS}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(root / "train.parquet")
+        assert load(root).label_names == names
+        table = tmp_path / f"{name}-table"
+        files = [f"images/{file}" for file in photos(table)]
+        columns = {"file_name": files, "other": values, "tags": LISTS}
+        datasets.Dataset.from_dict(columns).to_parquet(table / "metadata.parquet")
+        assert load(table).label_names == names
+        lines = (json.dumps({key: column[i] for key, column in columns.items()}) for i in range(24))
+        put(table / "metadata.jsonl", "".join(f"{line}\n" for line in lines))
+        (table / "metadata.parquet").unlink()
+        assert load(table).label_names == names
+
+
 def test_empty_labels_in_lists_are_refused(tmp_path: Path) -> None:
     kind = datasets.List(datasets.Value("string"))
     for name, labels, count in (("null", [None, *LISTS[1:]], 1), ("inside", [["sun", None], [""], *LISTS[2:]], 2)):
         message = refused(parquet(tmp_path / name, kind, labels))
         assert f"has {count} empty labels out of 24" in message
+
+
+def test_classes_in_the_lists_of_a_table_are_named_and_empty_ones_refused(tmp_path: Path) -> None:
+    features = datasets.Features(
+        {"file_name": datasets.Value("string"), "labels": datasets.List(datasets.ClassLabel(names=list(NAMES)))}
+    )
+    for name, labels in (("whole", NUMBERS), ("broken", [[0, None], *NUMBERS[1:]])):
+        root = tmp_path / name
+        rows = {"file_name": [f"images/{file}" for file in photos(root)], "labels": labels}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(root / "metadata.parquet")
+    assert load(tmp_path / "whole").label_names == NAMES
+    assert "has 1 empty labels out of 24" in refused(tmp_path / "broken")
 
 
 def test_one_label_alone_cannot_be_trained(tmp_path: Path) -> None:

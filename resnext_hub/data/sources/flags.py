@@ -29,7 +29,7 @@ def flag_columns(columns: Mapping[str, Iterable[Any]]) -> list[str]:
     others = (values for name, values in columns.items() if name not in found)
     if len(found) < 2 or any(is_label_name(name) for name in columns if name not in found):
         return []
-    return [] if any(_repeats(values) for values in others) else found
+    return [] if any(repeats(values) for values in others) else found
 
 
 def holds_flags(values: Iterable[Any]) -> bool:
@@ -45,7 +45,7 @@ def holds_flags(values: Iterable[Any]) -> bool:
     return bool(known)
 
 
-def _repeats(values: Iterable[Any]) -> bool:
+def repeats(values: Iterable[Any]) -> bool:
     """Return whether one of the first values occurs again."""
     seen: set[str] = set()
     for value in islice(values, 1000):

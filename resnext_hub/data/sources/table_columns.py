@@ -3,9 +3,10 @@
 import posixpath
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
-from resnext_hub.data.sources.flags import as_flag, flag_columns, holds_flags, join_columns, split_columns
+from resnext_hub.data.sources.flags import as_flag, flag_columns, holds_flags, join_columns, repeats, split_columns
 from resnext_hub.data.sources.names import (
     LABEL_NAMES,
     loose_role,
@@ -81,7 +82,7 @@ def label_column_of(tree: Tree, tables: Sequence[Table], requested: str | None, 
     classless = classless or len(folders) == 1 or all(map(split_folder, tree.images))
     if requested is None and not classless and not folders & {table.folder for table in tables}:
         return None
-    others = [name for name in columns if name not in (FILE_NAME, *splits)]
+    others = _plain_or_lists(tables, [name for name in columns if name not in (FILE_NAME, *splits)])
     if len(others) == 1 and requested is None and classless:
         return others[0]
     values = {name: _chained(tables, name) for name in others if not names_split(name)}
@@ -96,6 +97,15 @@ def label_column_of(tree: Tree, tables: Sequence[Table], requested: str | None, 
     )
     remedy = "" if classless else f", or use the folders as classes with {setting('layout', 'classes')}"
     raise RequestError(f"{what}; its columns: {listing(columns)}; choose one with {setting('label_column')}{remedy}")
+
+
+def _plain_or_lists(tables: Sequence[Table], names: Sequence[str]) -> list[str]:
+    """Return the columns without lists, or those of lists if the others only number or name the rows."""
+    lists = [name for name in names if any(isinstance(value, list) for value in islice(_chained(tables, name), 1000))]
+    plain = [name for name in names if name not in lists]
+    if not lists:
+        return plain
+    return [name for name in plain if repeats(_chained(tables, name))] or lists
 
 
 def _chained(tables: Sequence[Table], name: str) -> Iterable[Any]:

@@ -247,7 +247,11 @@ def _read_parquet(data: bytes, kept: _Kept) -> Columns:
         if isinstance(feature, datasets.ClassLabel):
             columns[name] = [None if value is None else feature.int2str(value) for value in columns[name]]
         elif isinstance(getattr(feature, "feature", None), datasets.ClassLabel):
-            columns[name] = [None if value is None else feature.feature.int2str(value) for value in columns[name]]
+            names = feature.feature
+            columns[name] = [
+                None if row is None else [None if value is None else names.int2str(value) for value in row]
+                for row in columns[name]
+            ]
     return columns
 
 
