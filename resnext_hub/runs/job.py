@@ -30,6 +30,7 @@ from resnext_hub.runs.summary import log_plan
 from resnext_hub.text import is_printable, printable
 from resnext_hub.training.checkpoint import latest_checkpoint
 from resnext_hub.training.feed import evaluation_samples, require_readable
+from resnext_hub.training.fit_head import fit_head
 from resnext_hub.training.loop import train
 from resnext_hub.training.plan import Plan
 
@@ -67,7 +68,10 @@ def execute(plan: Plan, peers: Peers) -> RunRecord:
             initialize(model, config.seed)
         if peers.size > 1:  # pretrained weights may differ between hosts
             model.load_state_dict(peers.share_tensors(model.state_dict))
+        is_new = peers.from_main(lambda: latest_checkpoint(plan.folder.checkpoints) is None)
         with heartbeat(peers), lost_peers(peers.rank, peers.size), _pushed_checkpoints(plan) as on_checkpoint:
+            if config.finetune.fit_head and is_new:
+                fit_head(plan, model, accelerator, peers)
             outcome = train(plan, model, accelerator, peers, on_checkpoint)
         record = peers.from_main(lambda: write_results(plan, outcome, accelerator))
     accelerator.end_training()

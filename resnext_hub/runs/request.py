@@ -25,10 +25,11 @@ from resnext_hub.models.lookup import ModelSource, find_model
 from resnext_hub.processes.launcher import check_launcher, local_processes
 from resnext_hub.processes.peers import Peers
 from resnext_hub.run_folder import RunFolder
+from resnext_hub.runs.auto import SETTINGS, choose
 from resnext_hub.runs.checks import check_batch, check_input, check_model, check_space
 from resnext_hub.runs.existing import CONFIG_VERSION, is_finished, read_config, read_existing
 from resnext_hub.runs.public import public_model
-from resnext_hub.runs.recipes import QUICKSTART, find_recipe
+from resnext_hub.runs.recipes import AUTO, QUICKSTART, find_recipe
 from resnext_hub.settings import shown
 from resnext_hub.text import printable
 from resnext_hub.training.balance import resolve_balance
@@ -131,6 +132,7 @@ def prepare(
     resumed = before or (read_config(RunFolder(resume_from)) if resume_from else {})
     config = _choose_decoder(config, folder, resumed, asked)
     splits = load_splits(config.data)
+    recipe, config = _choose(config, recipe, settings, before, splits, source)
     input = resolve_input(config.transform, source.pretrained_cfg)
     check_input(config, input)
     config = _resolve(config, source, splits, input, device)
@@ -168,6 +170,36 @@ def prepare(
         resume_from=resume_from,
         folder_state=existing.state,
     )
+
+
+def _choose(
+    config: TrainConfig,
+    recipe: str | None,
+    settings: Mapping[str, Any],
+    before: Mapping[str, Any],
+    splits: Splits,
+    source: ModelSource,
+) -> tuple[str | None, TrainConfig]:
+    """Return the recipe, `auto` for pretrained weights if there is none, and the configuration with its choices.
+
+    An existing run keeps what it was started with.
+
+    Args:
+        config: The configuration.
+        recipe: Name of the recipe.
+        settings: Flat settings of the request, which override those of `auto`.
+        before: Flat settings of the run in the folder, if any.
+        splits: The images.
+        source: The model.
+    """
+    if recipe is None and source.pretrained:
+        recipe = AUTO
+    if recipe != AUTO:
+        return recipe, config
+    chosen = {name: before[name] for name in SETTINGS} if before else choose(splits, source, config)
+    config = TrainConfig.from_flat(config.to_flat() | {k: v for k, v in chosen.items() if k not in settings})
+    check_batch(config)
+    return recipe, config
 
 
 def _continue(config: TrainConfig, folder: RunFolder, before: Mapping[str, Any], resume: bool | None) -> TrainConfig:

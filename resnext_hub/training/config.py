@@ -146,8 +146,8 @@ class TrainConfig:
     drop_path: Annotated[float, Range(0, 1, below=True)] = 0.0
     """Stochastic depth: probability of dropping the residual branch of the last block, at least 0 and below 1; it
     increases linearly with depth."""
-    epochs: Annotated[float, Range(0, 1_000_000, above=True)] = field(default=30.0, metadata=GROWS)
-    """Passes over the training split; fractions are allowed."""
+    epochs: Annotated[float, Range(0, 1_000_000)] = field(default=30.0, metadata=GROWS)
+    """Passes over the training split; fractions are allowed, and 0 with --fit-head."""
     max_steps: Annotated[int, Range(1, STEPS)] | None = field(default=None, metadata=GROWS)
     """Number of optimizer steps; overrides --epochs."""
     batch_size: Annotated[int, Range(1, BATCH)] = 128
@@ -207,6 +207,16 @@ class TrainConfig:
             raise RequestError(
                 f"{setting('merge_groups', shown(self.merge_groups))}: expected auto, off or a width in channels "
                 f"from 1 to {WIDTHS:,}, such as 32"
+            )
+        if not self.epochs and self.max_steps is None and not self.finetune.fit_head:
+            raise RequestError(
+                f"{setting('epochs', 0)} trains nothing; use more epochs, or {setting('fit_head', True)} to train only "
+                "the classifier"
+            )
+        if self.finetune.fit_head and self.data.streaming:
+            raise RequestError(
+                f"{setting('fit_head', True)} reads the training images before the first step, which is not possible "
+                f"with {setting('streaming', True)}; omit one of them"
             )
         if self.repeated_augmentation > 1 and (self.data.streaming or self.balance.sampling == "balanced"):
             other = setting("streaming", True) if self.data.streaming else setting("sampling", "balanced")

@@ -105,6 +105,7 @@ def train(
     head_only = plan.schedule.head_only(state.step)
     objective = run.prepare_objective()
     optimizer = accelerator.prepare(state.optimizer, device_placement=[False])
+    state.keep_start()
     with stop, recorder, contextlib.ExitStack() as stack:
         if not state.evaluated and not run.evaluate_step():
             run.raise_stopped()
@@ -117,6 +118,7 @@ def train(
                 batch = next(batches)
             if head_only and not plan.schedule.head_only(state.step):
                 head_only, objective = False, run.prepare_objective()
+                state.keep_start()
             lr = plan.schedule.lr_at(state.step, config.optim.lr or 0.0)
             set_lr(state.optimizer, lr)
             _seed_step(config.seed, state.step, accelerator.process_index)
@@ -224,6 +226,7 @@ class _Run:
         Returns:
             Whether the evaluation completed; False if a signal interrupted it.
         """
+        self.state.synchronize_buffers()  # before weights are averaged
         try:
             with self.recorder.timer.evaluating():
                 evaluation = self.evaluator(self.state.published)
