@@ -145,6 +145,12 @@ def _metadata(record: RunRecord, repo_id: str | None, license: str | None) -> st
                 ("mean_average_precision", _macro_name("Mean average precision", facts), facts.mean_average_precision),
                 ("accuracy", "All labels right" if facts.is_multi_label else "Top-1 accuracy", facts.top1),
                 ("accuracy", "Top-5 accuracy", facts.top5),
+                (
+                    "mean_average_precision" if facts.is_multi_label else "accuracy",
+                    f"{'Mean average precision' if facts.is_multi_label else 'Top-1 accuracy'} without test-time "
+                    "augmentation",
+                    facts.without_tta,
+                ),
                 ("f1", _macro_name("Macro-F1", facts), facts.macro_f1),
                 ("recall", _macro_name("Macro recall", facts), facts.macro_recall),
                 ("expected_calibration_error", "Expected calibration error, 15 bins", facts.calibration_error),

@@ -1,6 +1,7 @@
 """`resnext-hub predict`: classify images."""
 
 import argparse
+import dataclasses
 import logging
 import os
 import sys
@@ -22,6 +23,7 @@ _logger = logging.getLogger(__name__)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     from resnext_hub.data.loaders import PIXELS, LoaderConfig
+    from resnext_hub.models.views import TEST_TIME_AUGMENTATIONS
     from resnext_hub.training.config import BATCH
 
     parser.add_argument(
@@ -48,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="list only classes with at least this probability, 0 to 1; if an image can have several labels, this "
         "replaces their thresholds",
+    )
+    parser.add_argument(
+        "--tta",
+        choices=TEST_TIME_AUGMENTATIONS,
+        help="test-time augmentation: flip predicts from the mean of the logits of an image and its mirror image, none "
+        "from the image alone (default: as in the evaluation of the run)",
     )
     formats = parser.add_mutually_exclusive_group()
     formats.add_argument(
@@ -105,6 +113,8 @@ def run(options: argparse.Namespace) -> None:
             raise RequestError(f"{printable(path)}: its folder does not exist; create it first")
     paths = find_images([*_with_standard_input(options.path)])
     classifier = load(options.model)
+    if options.tta is not None:
+        classifier = dataclasses.replace(classifier, tta=options.tta)
     device = torch.device(device_type())
     set_threads(options.threads, device.type)
     reading: dict[str, Any] = dict(

@@ -26,6 +26,7 @@ from resnext_hub.data.transforms import EvalTransform
 from resnext_hub.errors import RequestError, RunError, one_line, setting
 from resnext_hub.machine import device_type
 from resnext_hub.models.input_config import IMAGE_MODES
+from resnext_hub.models.views import predict_views
 from resnext_hub.processes.launcher import local_processes
 from resnext_hub.text import printable
 
@@ -343,7 +344,7 @@ def _in_batch(
 
 def _probabilities(classifier: "Classifier", model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Return probabilities `(N, classes)` float64."""
-    logits = model(images).float() / classifier.temperature
+    logits = predict_views(model, images, classifier.tta).mean(dim=0) / classifier.temperature
     several = classifier.is_multi_label
     found: torch.Tensor = (
         logits.cpu().double().sigmoid() if several else F.log_softmax(logits, dim=1).cpu().double().exp()

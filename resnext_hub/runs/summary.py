@@ -147,6 +147,8 @@ def log_warnings(plan: Plan) -> None:
         _logger.warning(
             "only %d steps; for more, use --batch-size %d or --epochs %g", steps, fitting, config.epochs * 20 / steps
         )
+    if config.tta == "flip" and config.transform.hflip == 0:
+        _logger.warning("--tta flip evaluates mirror images, but with --hflip 0 the model is not trained on any")
     policy = config.transform.auto_augment
     if config.transform.color_jitter and policy is not None and "3a" not in policy:
         _logger.warning(

@@ -19,6 +19,7 @@ class TrainSettings(TypedDict, total=False):
     repeated_augmentation: int
     micro_batch_size: int | None
     eval_batch_size: int
+    tta: Literal["none", "flip"]
     loss: Literal["cross-entropy", "bce"] | None
     label_smoothing: float | None
     ema: float | None
