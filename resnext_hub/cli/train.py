@@ -19,6 +19,7 @@ from resnext_hub.training.config import flat_fields
 
 if TYPE_CHECKING:
     from resnext_hub.record import EvaluationFacts, RunRecord
+    from resnext_hub.runs.train import TrainRequest
 
 WEAKEST = 5
 """Number of classes that are named at the end of a run because they are recognized worst."""
@@ -48,6 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dry-run", action="store_true", help="print what the run would do, its time and memory, and write nothing"
     )
+    group.add_argument(
+        "--lr-find",
+        action="store_true",
+        help="instead of training, find a learning rate: run a range test of at most 100 steps, print a suggestion, "
+        "and write plot and values to a folder next to the run folder",
+    )
     add_config_flags(parser, flat_fields())
 
 
@@ -70,10 +77,15 @@ def run(options: argparse.Namespace, peers: Peers) -> None:
         resume=options.resume,
         resume_from=options.resume_from,
     )
+    if options.dry_run and options.lr_find:
+        raise RequestError("--dry-run and --lr-find are mutually exclusive; omit one of them")
     if options.dry_run:
         if request.resume_from:
             raise RequestError("--dry-run does not download the run of --resume-from; omit one of them")
         write("".join(f"{line}\n" for line in plan_only(request, peers)))
+        return
+    if options.lr_find:
+        _find_lr(request, peers)
         return
     with _bars_beside_logs():
         done = train_run(request, peers)
@@ -83,6 +95,26 @@ def run(options: argparse.Namespace, peers: Peers) -> None:
     if done.publication is not None:
         write(f"published and verified: {done.publication.address}\n")
     write(_summary(folder, record))
+
+
+def _find_lr(request: "TrainRequest", peers: Peers) -> None:
+    """Run a range test, and print what it suggests."""
+    from resnext_hub.runs.lr_find import find_lr
+
+    if request.resume_from:
+        raise RequestError("--lr-find does not resume a run; omit --resume-from")
+    found = find_lr(request, peers)
+    test = found.test
+    if test.diverged:
+        at = f"at a learning rate of {test.lrs[-1]:.3g}" if test.lrs else "at the first step"
+        write(f"the loss diverged {at}, after {len(test.lrs)} steps\n")
+    else:
+        write(f"the loss did not diverge up to a learning rate of {test.lrs[-1]:.3g}\n")
+    if test.suggestion is None:
+        write("the loss did not fall at any learning rate, so there is no suggestion\n")
+    else:
+        write(f"suggested learning rate: --lr {test.suggestion:.2g} (as planned: {found.lr:.2g})\n")
+    write("".join(f"{what}: {printable(path)}\n" for what, path in (("plot", found.plot), ("values", found.values))))
 
 
 def _summary(folder: RunFolder, record: "RunRecord") -> str:

@@ -52,26 +52,32 @@ def execute(plan: Plan, peers: Peers) -> RunRecord:
         RunError: If training fails, or the results cannot be written.
         StoppedRun: After SIGTERM or Ctrl-C; the state was saved.
     """
-    config = plan.config
     require_readable_splits(plan)
     accelerator = start_accelerator(plan)
     with contextlib.ExitStack() as stack:
         peers.from_main(lambda: _claim_folder(plan, stack))
         with lost_peers(peers.rank, peers.size):
             log_plan(plan, accelerator, estimate(plan, accelerator))
-        torch.manual_seed(config.seed)
-        model = peers.together(
-            lambda: build_model(plan.source, plan.splits.label_names, config.drop_rate, config.drop_path)
-        )
-        if isinstance(model, ResNeXt) and not plan.source.pretrained:
-            initialize(model, config.seed)
-        if peers.size > 1:  # pretrained weights may differ between hosts
-            model.load_state_dict(peers.share_tensors(model.state_dict))
+        model = build_initial_model(plan, peers)
         with heartbeat(peers), lost_peers(peers.rank, peers.size), _pushed_checkpoints(plan) as on_checkpoint:
             outcome = train(plan, model, accelerator, peers, on_checkpoint)
         record = peers.from_main(lambda: write_results(plan, outcome, accelerator))
     accelerator.end_training()
     return record
+
+
+def build_initial_model(plan: Plan, peers: Peers) -> torch.nn.Module:
+    """Return the model of a run in its initial state, equal in every process."""
+    config = plan.config
+    torch.manual_seed(config.seed)
+    model = peers.together(
+        lambda: build_model(plan.source, plan.splits.label_names, config.drop_rate, config.drop_path)
+    )
+    if isinstance(model, ResNeXt) and not plan.source.pretrained:
+        initialize(model, config.seed)
+    if peers.size > 1:  # pretrained weights may differ between hosts
+        model.load_state_dict(peers.share_tensors(model.state_dict))
+    return model
 
 
 def require_readable_splits(plan: Plan) -> None:

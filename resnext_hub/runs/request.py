@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,7 @@ def prepare(
     resume: bool | None = None,
     resume_from: Path | None = None,
     peers: Peers | None = None,
+    place: Callable[[Path], Path] = lambda folder: folder,
 ) -> Plan:
     """Validate a request and resolve its open settings, without computing anything.
 
@@ -108,6 +109,7 @@ def prepare(
         resume: Whether to resume a run in the folder; None resumes one if there is one, False refuses a used folder.
         resume_from: Folder of a fetched run, to resume if the run folder holds none.
         peers: The processes of the run; only the main process reads the run folder. A single process if not given.
+        place: Returns where the run is, given `output_dir` or its default.
 
     Raises:
         RequestError: If the request is invalid.
@@ -123,7 +125,8 @@ def prepare(
 
     check_source(config.data)
     source = find_model(config.model, config.pretrained)
-    folder = RunFolder(output_dir or RUNS / f"{_slug(dataset_name(config.data))}-{_slug(_model_name(source))}")
+    default = RUNS / f"{_slug(dataset_name(config.data))}-{_slug(_model_name(source))}"
+    folder = RunFolder(place(output_dir or default))
     peers = peers or Peers()
     existing = peers.from_main(lambda: read_existing(folder))
     before = existing.settings
