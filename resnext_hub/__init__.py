@@ -9,7 +9,7 @@ from resnext_hub.errors import RequestError, RunError, StoppedRun
 from resnext_hub.models import VARIANTS, load_weights
 
 if TYPE_CHECKING:
-    from resnext_hub.api import evaluate, predict, publish, train
+    from resnext_hub.api import cross_validate, evaluate, predict, publish, train
     from resnext_hub.inference.classifier import Classifier, from_hub, load
     from resnext_hub.inference.optimize import optimize
 
@@ -20,6 +20,7 @@ __all__ = [
     "RunError",
     "StoppedRun",
     "__version__",
+    "cross_validate",
     "evaluate",
     "from_hub",
     "load",
@@ -31,7 +32,7 @@ __all__ = [
 ]
 
 _LAZY = {
-    **dict.fromkeys(("evaluate", "predict", "publish", "train"), "resnext_hub.api"),
+    **dict.fromkeys(("cross_validate", "evaluate", "predict", "publish", "train"), "resnext_hub.api"),
     **dict.fromkeys(("Classifier", "from_hub", "load"), "resnext_hub.inference.classifier"),
     "optimize": "resnext_hub.inference.optimize",
 }

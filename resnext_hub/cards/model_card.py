@@ -34,8 +34,9 @@ CHOSEN_BY = {
     "macro-f1": "macro-F1",
     "map": "mean average precision",
     "loss": "cross-entropy",
+    "last": None,
 }
-"""What the values of `best_by` are called."""
+"""What the values of `best_by` are called; None if nothing chooses the weights."""
 
 
 def render_card(
@@ -297,6 +298,9 @@ def split_name(record: RunRecord, part: Literal["evaluation", "test"]) -> str:
     split = dataset.eval_split if part == "evaluation" else dataset.test_split
     if split is None:
         seed = printable(record.config["split_seed"])
+        if record.config.get("folds") is not None:
+            fold, folds = (printable(record.config.get(name)) for name in ("fold", "folds"))
+            return f"fold {fold} of {folds} of {markdown(dataset.train_split)}, stratified, seed {seed}"
         test = " for a test" if part == "test" else ""
         return f"held out{test} from {markdown(dataset.train_split)}, stratified, seed {seed}"
     trained = ", also used for training" if split == dataset.train_split else ""

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import importlib
 import logging
 import shlex
@@ -19,6 +20,7 @@ from resnext_hub.training.config import flat_fields
 
 if TYPE_CHECKING:
     from resnext_hub.record import EvaluationFacts, RunRecord
+    from resnext_hub.runs.folds import CrossValidated
     from resnext_hub.runs.train import TrainRequest
 
 WEAKEST = 5
@@ -67,6 +69,7 @@ def run(options: argparse.Namespace, peers: Peers) -> None:
         return {name: value for name, value in vars(options).items() if name in flat_fields()}
 
     asked = peers.together(ready)
+    from resnext_hub.runs.folds import requested_folds, train_folds
     from resnext_hub.runs.train import TrainRequest, plan_only, train_run
 
     request = TrainRequest(
@@ -86,6 +89,11 @@ def run(options: argparse.Namespace, peers: Peers) -> None:
         return
     if options.lr_find:
         _find_lr(request, peers)
+        return
+    folds = requested_folds(request)
+    if folds is not None:
+        with _bars_beside_logs():
+            write(_folds_summary(train_folds(request, folds, peers)))
         return
     with _bars_beside_logs():
         done = train_run(request, peers)
@@ -117,13 +125,47 @@ def _find_lr(request: "TrainRequest", peers: Peers) -> None:
     write("".join(f"{what}: {printable(path)}\n" for what, path in (("plot", found.plot), ("values", found.values))))
 
 
+def _folds_summary(done: "CrossValidated") -> str:
+    """Return the results of a cross-validation, and where they are."""
+    result = done.result
+    several = result.mean_average_precision is not None
+    mean, what = result.mean_average_precision or result.mean_accuracy, "mAP" if several else "accuracy"
+    lines = [
+        *(["all folds are already finished; nothing was trained"] if done.finished else []),
+        *(
+            f"fold {fold.fold}: mAP {100 * fold.mean_average_precision:.2f} % ({fold.count} images)"
+            if fold.mean_average_precision is not None
+            else f"fold {fold.fold}: accuracy {100 * fold.top1:.2f} % ({fold.correct}/{fold.count})"
+            for fold in result.folds
+        ),
+        f"mean of {len(result.folds)} folds: {what} {_interval(mean.mean, mean.low, mean.high)}",
+        f"all images, each with a model that was not trained on it: {'all labels right' if several else 'accuracy'} "
+        f"{_interval(result.accuracy, result.low, result.high)} ({result.correct}/{result.count})",
+    ]
+    if result.test is not None:
+        lines.append(f"test images, mean of the models: {what} {_interval(*dataclasses.astuple(result.test))}")
+    if result.is_optimistic:
+        lines.append("the evaluated images selected the weights, so these figures are optimistic (see --best-by last)")
+    else:
+        lines.append("weights: those at the end of each run, so no evaluation selected them")
+    if several:
+        lines.append("thresholds of labels were chosen on the evaluated images, so only the mAP is not optimistic")
+    lines += [f"summary: {printable(done.folder / 'folds.json')}", f"runs and predictions: {printable(done.folder)}"]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _interval(value: float, low: float, high: float) -> str:
+    return f"{100 * value:.2f} % (95 % interval {100 * low:.2f} to {100 * high:.2f} %)"
+
+
 def _summary(folder: RunFolder, record: "RunRecord") -> str:
     """Return the results of a run, where they are, and what to do with them."""
     best, name = record.evaluation, shlex.quote(printable(folder))
+    kept = "last" if record.config.get("best_by") == "last" else "best"
     lines = [
         _result(best, "held-out images"),
         *([f"test {_result(record.test, 'images')}"] if record.test else []),
-        f"best weights: step {best.step} of {record.steps} (epoch {round(best.epoch, 1):g})",
+        f"{kept} weights: step {best.step} of {record.steps} (epoch {round(best.epoch, 1):g})",
         *_weakest(record),
         f"model folder: {printable(folder.model)}",
         f"plots and predictions: {printable(folder)}",

@@ -40,12 +40,13 @@ PUSH_GRACE = 20
 """Seconds that a run stopped by a signal waits for the upload of its last checkpoint; launchers allow it 30."""
 
 
-def execute(plan: Plan, peers: Peers) -> RunRecord:
+def execute(plan: Plan, peers: Peers, *, close: bool = True) -> RunRecord:
     """Train and write the run folder, on the disk of the main process; return the record in every process.
 
     Args:
         plan: The run; equal in every process.
         peers: The processes of the run.
+        close: Whether to close the group of the processes at the end.
 
     Raises:
         RequestError: If another process uses the folder.
@@ -62,7 +63,8 @@ def execute(plan: Plan, peers: Peers) -> RunRecord:
         with heartbeat(peers), lost_peers(peers.rank, peers.size), _pushed_checkpoints(plan) as on_checkpoint:
             outcome = train(plan, model, accelerator, peers, on_checkpoint)
         record = peers.from_main(lambda: write_results(plan, outcome, accelerator))
-    accelerator.end_training()
+    if close:
+        accelerator.end_training()
     return record
 
 

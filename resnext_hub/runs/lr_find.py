@@ -7,13 +7,13 @@ from pathlib import Path
 
 from resnext_hub.errors import failed_system_call
 from resnext_hub.files import write_json
-from resnext_hub.plots.range_test import plot_range_test
+from resnext_hub.plots.lr_range import plot_range_test
 from resnext_hub.plots.write import save_plot
 from resnext_hub.processes.peers import Peers
 from resnext_hub.runs.agreement import shared_facts
 from resnext_hub.runs.job import build_initial_model, require_readable_splits, start_accelerator
 from resnext_hub.runs.train import TrainRequest, as_run_errors, plan_run
-from resnext_hub.training.range_test import RangeTest, range_test
+from resnext_hub.training.lr_range import RangeTest, range_test
 
 FORMAT_VERSION = 1
 """Format version of lr-find.json."""

@@ -181,6 +181,8 @@ def _origin(splits: Splits, part: str) -> str:
     stored = splits.stored_in(part)
     if stored is not None:
         return f"split {printable(stored)}"
+    if splits.found.folds is not None:
+        return f"fold {splits.found.fold or 1} of {splits.found.folds}"
     held_out = [found.count or 0 for name, found in splits.evaluated.items() if splits.stored_in(name) is None]
     share = (splits.evaluated[part].count or 0) / max((splits.train.count or 0) + sum(held_out), 1)
     return f"held out, {100 * share:.0f} %"

@@ -63,15 +63,25 @@ def train_run(request: TrainRequest, peers: Peers) -> Trained:
         RunError: If training or publishing fails.
         StoppedRun: After SIGTERM or Ctrl-C; the state was saved.
     """
-    plan = peers.agree(lambda: plan_run(request, peers), shared_facts)
-    if plan.finished:
-        record = peers.from_main(lambda: RunRecord.load(plan.folder.record))
-    else:
-        with as_run_errors(plan.config):
-            record = execute(plan, peers)
+    plan, record = run_plan(request, peers)
     peers.close()
     publication = publish_run(plan, record) if plan.config.publish.push_to_hub and peers.is_main else None
     return Trained(plan=plan, record=record, publication=publication)
+
+
+def run_plan(request: TrainRequest, peers: Peers, *, close: bool = True) -> tuple[Plan, RunRecord]:
+    """Plan and train a run, or read its record if it is finished; arguments and errors as of `train_run`.
+
+    Args:
+        request: What the user asked for.
+        peers: The processes of the run.
+        close: Whether to close the group of the processes after training.
+    """
+    plan = peers.agree(lambda: plan_run(request, peers), shared_facts)
+    if plan.finished:
+        return plan, peers.from_main(lambda: RunRecord.load(plan.folder.record))
+    with as_run_errors(plan.config):
+        return plan, execute(plan, peers, close=close)
 
 
 def plan_only(request: TrainRequest, peers: Peers) -> list[str]:

@@ -218,6 +218,11 @@ class TrainConfig:
                 f"{setting('repeated_augmentation', self.repeated_augmentation)} is not possible with {other}; omit "
                 "one of them"
             )
+        if self.balance.best_by == "last" and self.finetune.early_stopping is not None:
+            raise RequestError(
+                f"{setting('early_stopping', self.finetune.early_stopping)} needs a metric, but "
+                f"{setting('best_by', 'last')} uses none; choose another {setting('best_by')}"
+            )
         if self.repeated_augmentation > self.batch_size:
             raise RequestError(
                 f"{setting('repeated_augmentation', self.repeated_augmentation)} needs a {setting('batch_size')} of at "

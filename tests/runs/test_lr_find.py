@@ -10,7 +10,7 @@ from pytest import mark
 from support.processes import TINY, run_interpreter
 
 from resnext_hub.record import RunRecord
-from resnext_hub.training.range_test import RangeTest, valley
+from resnext_hub.training.lr_range import RangeTest, valley
 
 Command = Callable[..., tuple[int, str, str]]
 

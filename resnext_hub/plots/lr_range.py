@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from resnext_hub.training.range_test import RangeTest
+from resnext_hub.training.lr_range import RangeTest
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
