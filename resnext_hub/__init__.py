@@ -10,12 +10,14 @@ from resnext_hub.models import VARIANTS, load_weights
 
 if TYPE_CHECKING:
     from resnext_hub.api import cross_validate, evaluate, predict, publish, train
+    from resnext_hub.data.remote import RemoteImage
     from resnext_hub.inference.classifier import Classifier, from_hub, load
     from resnext_hub.inference.optimize import optimize
 
 __all__ = [
     "VARIANTS",
     "Classifier",
+    "RemoteImage",
     "RequestError",
     "RunError",
     "StoppedRun",
@@ -34,6 +36,7 @@ __all__ = [
 _LAZY = {
     **dict.fromkeys(("cross_validate", "evaluate", "predict", "publish", "train"), "resnext_hub.api"),
     **dict.fromkeys(("Classifier", "from_hub", "load"), "resnext_hub.inference.classifier"),
+    "RemoteImage": "resnext_hub.data.remote",
     "optimize": "resnext_hub.inference.optimize",
 }
 """Public names that are imported on first use, so that importing the package stays cheap."""
