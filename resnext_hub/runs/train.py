@@ -99,7 +99,9 @@ def plan_only(request: TrainRequest, peers: Peers) -> list[str]:
     log_warnings(plan)
     peers.close()
     finished = ["the run folder holds this run, finished"] if plan.finished else []
-    return [*lines, *finished, "dry run: nothing was written"]
+    data = plan.config.data
+    first = [f"this is the first of {data.folds} such runs"] if data.folds is not None and data.fold is None else []
+    return [*lines, *first, *finished, "dry run: nothing was written"]
 
 
 def plan_run(request: TrainRequest, peers: Peers, place: Callable[[Path], Path] = lambda folder: folder) -> Plan:

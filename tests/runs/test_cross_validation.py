@@ -171,6 +171,9 @@ def test_other_uses_of_the_folder_and_of_the_hub_are_refused(vehicles: Path, tmp
     code, _, err = command(*flags[:-1], tmp_path / "other", "--folds", 2, "--early-stopping", 2, "--best-by", "last")
     assert code == 2
     assert "--early-stopping 2 needs a metric, but --best-by last uses none" in err
+    code, out, err = command(*flags[:-1], tmp_path / "other", "--folds", 2, "--dry-run")
+    assert code == 0, err
+    assert out.endswith("this is the first of 2 such runs\ndry run: nothing was written\n")
     assert not (tmp_path / "other").exists()
 
 
