@@ -40,6 +40,8 @@ def choose(splits: Splits, source: ModelSource, config: TrainConfig) -> dict[str
         del settings["fit_head"]
     if tier.settings.get("freeze") == "bn" and not has_batch_norm(model):
         del settings["freeze"]
+    if config.data.folds is not None:  # which compares the last weights
+        settings.pop("best_by", None)
     if count is not None:
         settings["batch_size"] = _batch_size(count)
     return settings

@@ -41,41 +41,49 @@ PUSH_GRACE = 20
 """Seconds that a run stopped by a signal waits for the upload of its last checkpoint; launchers allow it 30."""
 
 
-def execute(plan: Plan, peers: Peers) -> RunRecord:
+def execute(plan: Plan, peers: Peers, *, close: bool = True) -> RunRecord:
     """Train and write the run folder, on the disk of the main process; return the record in every process.
 
     Args:
         plan: The run; equal in every process.
         peers: The processes of the run.
+        close: Whether to close the group of the processes at the end.
 
     Raises:
         RequestError: If another process uses the folder.
         RunError: If training fails, or the results cannot be written.
         StoppedRun: After SIGTERM or Ctrl-C; the state was saved.
     """
-    config = plan.config
     require_readable_splits(plan)
     accelerator = start_accelerator(plan)
     with contextlib.ExitStack() as stack:
         peers.from_main(lambda: _claim_folder(plan, stack))
         with lost_peers(peers.rank, peers.size):
             log_plan(plan, accelerator, estimate(plan, accelerator))
-        torch.manual_seed(config.seed)
-        model = peers.together(
-            lambda: build_model(plan.source, plan.splits.label_names, config.drop_rate, config.drop_path)
-        )
-        if isinstance(model, ResNeXt) and not plan.source.pretrained:
-            initialize(model, config.seed)
-        if peers.size > 1:  # pretrained weights may differ between hosts
-            model.load_state_dict(peers.share_tensors(model.state_dict))
         is_new = peers.from_main(lambda: latest_checkpoint(plan.folder.checkpoints) is None)
+        model = build_initial_model(plan, peers)
         with heartbeat(peers), lost_peers(peers.rank, peers.size), _pushed_checkpoints(plan) as on_checkpoint:
-            if config.finetune.fit_head and is_new:
+            if plan.config.finetune.fit_head and is_new:
                 fit_head(plan, model, accelerator, peers)
             outcome = train(plan, model, accelerator, peers, on_checkpoint)
         record = peers.from_main(lambda: write_results(plan, outcome, accelerator))
-    accelerator.end_training()
+    if close:
+        accelerator.end_training()
     return record
+
+
+def build_initial_model(plan: Plan, peers: Peers) -> torch.nn.Module:
+    """Return the model of a run in its initial state, equal in every process."""
+    config = plan.config
+    torch.manual_seed(config.seed)
+    model = peers.together(
+        lambda: build_model(plan.source, plan.splits.label_names, config.drop_rate, config.drop_path)
+    )
+    if isinstance(model, ResNeXt) and not plan.source.pretrained:
+        initialize(model, config.seed)
+    if peers.size > 1:  # pretrained weights may differ between hosts
+        model.load_state_dict(peers.share_tensors(model.state_dict))
+    return model
 
 
 def require_readable_splits(plan: Plan) -> None:

@@ -131,6 +131,7 @@ def _write_model(plan: Plan, outcome: Outcome, folder: Path) -> str:
             "variant": variant.name if variant else None,
             "cardinality": variant.cardinality if variant else None,
             "base_width": variant.base_width if variant else None,
+            **({} if plan.config.tta == "none" else {"tta": plan.config.tta}),
         },
         thresholds=evaluation.thresholds.tolist() if isinstance(evaluation, MultiLabelEvaluation) else None,
     )
@@ -228,6 +229,7 @@ def _evaluation_facts(plan: Plan, outcome: Outcome, evaluation: AnyEvaluation) -
         confusion=[] if single is None else single.confusion(classes),
         labels=None if several is None else _label_facts(several),
         mean_average_precision=None if several is None else several.mean_average_precision,
+        without_tta=evaluation.without_tta,
     )
 
 

@@ -154,6 +154,8 @@ def log_warnings(plan: Plan) -> None:
         _logger.warning(
             "only %d steps; for more, use --batch-size %d or --epochs %g", steps, fitting, config.epochs * 20 / steps
         )
+    if config.tta == "flip" and config.transform.hflip == 0:
+        _logger.warning("--tta flip evaluates mirror images, but with --hflip 0 the model is not trained on any")
     policy = config.transform.auto_augment
     if config.transform.color_jitter and policy is not None and "3a" not in policy:
         _logger.warning(
@@ -186,6 +188,8 @@ def _origin(splits: Splits, part: str) -> str:
     stored = splits.stored_in(part)
     if stored is not None:
         return f"split {printable(stored)}"
+    if splits.found.folds is not None:
+        return f"fold {splits.found.fold or 1} of {splits.found.folds}"
     held_out = [found.count or 0 for name, found in splits.evaluated.items() if splits.stored_in(name) is None]
     share = (splits.evaluated[part].count or 0) / max((splits.train.count or 0) + sum(held_out), 1)
     return f"held out, {100 * share:.0f} %"

@@ -19,6 +19,7 @@ from resnext_hub.data.loaders import LoaderConfig
 from resnext_hub.data.transforms import IMAGE_SIZE, TransformConfig
 from resnext_hub.errors import RequestError, setting
 from resnext_hub.machine import THREADS
+from resnext_hub.models.views import TestTimeAugmentation
 from resnext_hub.settings import (
     FREE,
     FREE_PER_PROCESS,
@@ -159,6 +160,9 @@ class TrainConfig:
     """Images per forward and backward pass of a process, for gradient accumulation; no accumulation if not given."""
     eval_batch_size: Annotated[int, Range(1, BATCH)] = 32
     """Images per forward pass of a process during evaluation."""
+    tta: TestTimeAugmentation = "none"
+    """Test-time augmentation, for evaluation and prediction: flip predicts from the mean of the logits of an image and
+    its mirror image, at twice the cost; none predicts from the image alone."""
     loss: Literal["cross-entropy", "bce"] | None = None
     """Loss: cross-entropy of mutually exclusive classes, or bce, the binary cross-entropy of each class against
     all others (Wightman et al., 2021); if not given, cross-entropy, or bce if an image can have several labels."""
@@ -223,6 +227,11 @@ class TrainConfig:
             raise RequestError(
                 f"{setting('repeated_augmentation', self.repeated_augmentation)} is not possible with {other}; omit "
                 "one of them"
+            )
+        if self.balance.best_by == "last" and self.finetune.early_stopping is not None:
+            raise RequestError(
+                f"{setting('early_stopping', self.finetune.early_stopping)} needs a metric, but "
+                f"{setting('best_by', 'last')} uses none; choose another {setting('best_by')}"
             )
         if self.repeated_augmentation > self.batch_size:
             raise RequestError(

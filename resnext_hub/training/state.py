@@ -185,10 +185,10 @@ class TrainingState:
         """Keep a copy of the weights if they are the best so far, and count evaluations without an improvement.
 
         Returns:
-            Whether they are the best so far.
+            Whether they are the best so far; False if the last weights of the run are kept, whatever their score.
         """
         best_by = self.plan.config.balance.best_by
-        score = score_of(evaluation, best_by)
+        score = self.step if best_by == "last" else score_of(evaluation, best_by)
         value = score / evaluation.count if best_by == "top1" else score
         if self.reached is None or value > self.reached + self.plan.config.finetune.early_stopping_delta:
             self.stale, self.reached = 0, value
@@ -205,7 +205,7 @@ class TrainingState:
                 epoch=self.epoch,
                 tensors=tensors,
             )
-        return is_best
+        return is_best and best_by != "last"
 
     def synchronize_buffers(self) -> None:
         """Broadcast the batch norm statistics of the main process, because each process has its own."""
