@@ -1,5 +1,6 @@
 """Confusion matrix of a run, or its most confused pairs of classes."""
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,14 +24,16 @@ def plot_confusion(record: RunRecord, letters: Lettering) -> "Figure":
     return plot_matrix(record, letters) if len(record.label_names) <= MOST_CLASSES else plot_pairs(record, letters)
 
 
-def plot_matrix(record: RunRecord, letters: Lettering, theme: Theme = LIGHT, side: float | None = None) -> "Figure":
+def plot_matrix(
+    record: RunRecord, letters: Lettering, theme: Theme = LIGHT, shape: tuple[float, float] | None = None
+) -> "Figure":
     """Draw the confusion matrix with normalized rows.
 
     Args:
         record: The run.
         letters: Fonts for the class names.
         theme: Colors.
-        side: Width in inches; depends on the number of classes if not given.
+        shape: Width and height in inches; depends on the number of classes if not given.
     """
     from matplotlib.figure import Figure
 
@@ -38,12 +41,11 @@ def plot_matrix(record: RunRecord, letters: Lettering, theme: Theme = LIGHT, sid
     classes = len(counts)
     fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     size, cell_size = (10, 9) if classes <= 20 else (8, 6)
-    if side is not None:
-        size, cell_size = 8, min(9, int(36 * side / classes))
-        height = 0.88 * side
+    if shape is None:
+        shape = (min(max(4.0, 0.42 * classes + 2.0), 12.0),) * 2
     else:
-        side = height = min(max(4.0, 0.42 * classes + 2.0), 12.0)
-    figure = Figure(figsize=(side, height), layout="constrained")
+        size, cell_size = 8, min(9, int(36 * min(shape) / classes))
+    figure = Figure(figsize=shape, layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(fractions, cmap=theme.matrix, vmin=0.0, vmax=1.0)
     axes.set(title="Confusion matrix", xlabel="predicted" + letters.note(record.label_names), ylabel="true")
@@ -67,10 +69,9 @@ def plot_pairs(record: RunRecord, letters: Lettering, width: float = WIDTH) -> "
     pairs = confused_pairs(record)[:MOST_PAIRS]
     figure = Figure(figsize=(width, 1.4 + 0.3 * max(len(pairs), 2)), layout="constrained")
     axes = figure.subplots()
-    axes.set(
-        title=f"Most frequent confusions of {len(names)} classes (true as predicted)",
-        xlabel=f"{'evaluation' if record.test is None else 'test'} images" + letters.note(names),
-    )
+    titled = axes.set_title if width >= WIDTH else partial(figure.suptitle, fontsize=10)
+    titled(f"Most frequent confusions of {len(names)} classes (true as predicted)")
+    axes.set_xlabel(f"{'evaluation' if record.test is None else 'test'} images" + letters.note(names))
     if not pairs:
         axes.text(0.5, 0.5, "all images were classified correctly", ha="center", transform=axes.transAxes)
     positions = range(len(pairs))

@@ -31,7 +31,7 @@ def plot_embedding(
     figure = Figure(figsize=(PAGE_WIDTH, 5.4), layout="constrained")
     axes = figure.subplots()
     x, y = points.T
-    size = float(np.clip(4000 / max(len(points), 1), 4, 30))
+    size = float(np.clip(6000 / max(len(points), 1), 5, 30))
     for group in (-1, *range(len(names))):
         inside = groups == group
         if not inside.any():
@@ -43,7 +43,7 @@ def plot_embedding(
         )
     if wrong.any():
         axes.scatter(
-            x[wrong], y[wrong], s=4 * size, marker="x", color=theme.ink, linewidths=0.8, label="wrong prediction"
+            x[wrong], y[wrong], s=1.5 * size, marker="x", color=theme.ink, linewidths=0.8, label="wrong prediction"
         )
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)

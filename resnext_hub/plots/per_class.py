@@ -75,8 +75,7 @@ def plot_per_class(record: RunRecord, letters: Lettering, theme: Theme = LIGHT) 
     axes.set_yticks(places, [letters.name(names, result.label, 26) for result in shown], fontsize=8)
     for place, result in enumerate(shown):
         axes.text(101, place, f"{result.correct}/{result.count}", va="center", fontsize=8)
-    axes.invert_yaxis()
-    axes.set(xlim=(0, 114), xticks=range(0, 101, 20))
+    axes.set(xlim=(0, 114), ylim=(len(shown) - 0.4, -0.6), xticks=range(0, 101, 20))
     axes.set_title(
         "Recall and precision" + ("" if len(shown) == len(every) else f", the lowest {len(shown)} of {len(every)}"),
         fontsize=10,

@@ -32,6 +32,8 @@ class Tile:
 
 def plot_tiles(tiles: Sequence[Tile], theme: Theme = LIGHT) -> "Figure":
     """Draw tiles with equally many images each, in rows of `COLUMNS` images."""
+    from matplotlib.patches import Rectangle
+
     per_tile = max(len(tile.images) for tile in tiles)
     columns, cell = COLUMNS // per_tile, PAGE_WIDTH / COLUMNS
     side, lines = cell - _GAP, max(tile.text.count("\n") + 1 for tile in tiles)
@@ -41,6 +43,8 @@ def plot_tiles(tiles: Sequence[Tile], theme: Theme = LIGHT) -> "Figure":
         left, top = cell * per_tile * (place % columns), height * (place // columns) + _GAP / 2
         for number, image in enumerate(tile.images):
             place_image(axes, image, left + cell * (number + 0.5), top + side, side)
+            x0, x1, y0, y1 = axes.images[-1].get_extent()  # framed: an image may have the color of the page
+            axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=theme.faint, linewidth=0.4))
         middle = left + cell * per_tile / 2
         axes.text(middle, top + side + 0.04, tile.text, fontsize=8, color=theme.ink, ha="center", va="top")
     return figure

@@ -135,7 +135,8 @@ def _explained(
     try:
         found = list(explain(classifier, inputs, batch_size=len(inputs), device=device, max_pixels=max_pixels))
     except ModuleNotFoundError as error:
-        reason = f'{error.name} is not installed; pip install "resnext-hub[report]"'
+        package = (error.name or "").partition(".")[0]
+        reason = f'{package} is not installed; pip install "resnext-hub[report]"'
     except RequestError as error:
         reason = str(error)
     else:

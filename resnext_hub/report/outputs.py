@@ -76,27 +76,33 @@ class TrainingBatch:
 
 
 def first_batch(run: FinishedRun, classifier: Classifier, splits: Splits, count: int) -> TrainingBatch:
-    """Return about `count` images of the first training step, after augmentation and mixing.
+    """Return up to `count` images of the first training step, after augmentation and mixing.
 
     They are functions of seed, epoch and image, so they are those that the run was trained on.
 
     Raises:
         RunError: If they cannot be read.
     """
+    images, labels = first_inputs(run, classifier, splits, count)
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (classifier.input.mean, classifier.input.std))
+    pixels = (255 * (images * std + mean)).round().clamp(0, 255).to(torch.uint8)
+    targets = labels if labels.ndim == 2 else torch.nn.functional.one_hot(labels, len(splits.label_names))
+    return TrainingBatch(pixels=pixels.permute(0, 2, 3, 1).numpy(), targets=targets.double().numpy())
+
+
+def first_inputs(
+    run: FinishedRun, classifier: Classifier, splits: Splits, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what the model got in the first step: images `(N, C, H, W)`, and labels `(N,)` or `(N, classes)`."""
     plan = _plan(run, classifier, splits)
     # a process loads a contiguous part of the batch: the first of several has the first images
     processes = max(plan.config.batch_size // count, 1)
     loader = training_loader(plan, start=0, position=Position(0, 0), process=0, processes=processes, pin_memory=False)
     with contextlib.closing(read_batches(loader)) as batches:
         batch = next(batches)
-    even = min(len(batch.images), count) // 2 * 2 or 1  # pairs are mixed
-    batch = batch._replace(images=batch.images[:even], labels=batch.labels[:even], erased=batch.erased[:even])
-    images, labels = StepInputs(plan, device=torch.device("cpu"), process=0)(batch, 0)
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (plan.input.mean, plan.input.std))
-    pixels = (255 * (images * std + mean)).round().clamp(0, 255).to(torch.uint8)
-    classes = len(splits.label_names)
-    targets = labels if labels.ndim == 2 else torch.nn.functional.one_hot(labels, classes)
-    return TrainingBatch(pixels=pixels.permute(0, 2, 3, 1).numpy(), targets=targets.double().numpy())
+    kept = min(len(batch.images), count)
+    batch = batch._replace(images=batch.images[:kept], labels=batch.labels[:kept], erased=batch.erased[:kept])
+    return StepInputs(plan, device=torch.device("cpu"), process=0)(batch, 0)
 
 
 def _plan(run: FinishedRun, classifier: Classifier, splits: Splits) -> Plan:

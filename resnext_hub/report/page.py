@@ -75,7 +75,12 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
         facts = [("mean average precision", f"{100 * reported.mean_average_precision:.2f} %")]
         facts += [("all labels right", counts)]
     else:
-        facts = [("accuracy", f"{counts}, 95 % interval {100 * low:.1f} to {100 * high:.1f} %")]
+        facts = [
+            (
+                "accuracy",
+                f"{counts}, 95 % interval {100 * low:.1f} to {100 * high:.1f} %",
+            )
+        ]
     height, width = model.input["input_size"][1:]
     train = "a stream of unknown length" if dataset.train_count is None else f"{dataset.train_count:,} training"
     parts = [train, f"{dataset.eval_count:,} evaluation"]
@@ -99,7 +104,8 @@ def _measured_on(record: RunRecord) -> str:
     if record.test is None:
         return f"{evaluation}; they also chose the weights by {chosen_by}, so the results may be slightly optimistic"
     test = _images_of(dataset.test_split, dataset.train_split)
-    return f"{test}, once; the weights were chosen by {chosen_by} on {evaluation}"
+    other = "other " if test == evaluation else ""
+    return f"{test}, once; the weights were chosen by {chosen_by} on {other}{evaluation}"
 
 
 def _images_of(stored: str | None, train: str) -> str:

@@ -19,7 +19,7 @@ from resnext_hub.plots.theme import PAGE_WIDTH, Theme
 from resnext_hub.record import RunRecord
 from resnext_hub.report.outputs import Outputs
 from resnext_hub.report.stored import Predictions
-from resnext_hub.report.temperature import FEWEST, FOLDS, certainties, cross_fitted, fit_temperature
+from resnext_hub.report.temperature import FEWEST, certainties, cross_fitted, fit_temperature
 from resnext_hub.text import printable
 
 if TYPE_CHECKING:
@@ -93,11 +93,11 @@ def confusion(record: RunRecord) -> Section:
         count, label, other = pairs[0]
         worst = f"most frequently, {printable(names[label])} is taken for {printable(names[other])} ({count} times)"
     if classes <= MATRIX_CLASSES:
-        side = min(PAGE_WIDTH, 3.4 + 0.3 * classes)
+        shape = (PAGE_WIDTH, min(5.6, 2.4 + 0.32 * classes))
         plot = Plot(
             name="confusion",
             alt=f"Confusion matrix of {classes} classes; {worst}.",
-            draw=lambda letters, theme: plot_matrix(record, letters, theme, side),
+            draw=lambda letters, theme: plot_matrix(record, letters, theme, shape),
         )
         text = "Each row has the images of a class, and each column those for which a class is predicted."
         return Section(title=title, text=text, plots=(plot,))
@@ -175,8 +175,8 @@ def _calibrated(outputs: Outputs) -> tuple[list[Confidences], str]:
     temperature = fit_temperature(outputs.logits, labels)
     text = (
         "If probabilities were exact, all points would be on the dashed line. On the right, logits are divided by a "
-        f"temperature that is fitted on {FOLDS - 1} fifths of {len(labels):,} images and applied to the other fifth, "
-        f"for each fifth in turn. Fitted on all of them, it is {temperature:.2f}; to use it in Python: "
+        f"temperature that is fitted on four fifths of {len(labels):,} images and applied to the other fifth, for each "
+        f"fifth in turn. Fitted on all of them, it is {temperature:.2f}; to use it in Python: "
         f"dataclasses.replace(classifier, temperature={temperature:.2f})."
     )
     return panels, text
@@ -211,12 +211,13 @@ def embeddings(record: RunRecord, outputs: Outputs | str) -> Section:
         wrong = outputs.logits.argmax(axis=1) != outputs.labels
         shown = list(range(len(names)))
         if len(names) > MOST_GROUPS:
-            shown = [result.label for result in class_results(record)][:MOST_GROUPS]
+            results = sorted(class_results(record), key=lambda result: result.correct - result.count)
+            shown = [result.label for result in results][:MOST_GROUPS]
         groups = np.full(count, -1)
         for group, label in enumerate(shown):
             groups[outputs.labels == label] = group
         if len(names) > MOST_GROUPS:
-            text += f" In color are the {MOST_GROUPS} classes with the lowest recall."
+            text += f" In color are the {MOST_GROUPS} classes with the most mistakes."
 
         def draw(letters: Lettering, theme: Theme) -> "Figure":
             return plot_embedding(points, groups, [letters.name(names, i, 18) for i in shown], wrong, theme)
