@@ -42,13 +42,13 @@ def draw_overlay(pixels: np.ndarray, heat: np.ndarray) -> "Image":
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
 
 
-def overlay_names(paths: Iterable[Path]) -> Iterator[str]:
-    """Yield a file name for the overlay of each image, all of them different.
+def overlay_names(images: Iterable[object]) -> Iterator[str]:
+    """Yield a file name for the overlay of each image, by its path; all of them are different.
 
     A name is that of the image and of the folder that it is in; images of the same name are numbered.
     """
     taken: set[str] = set()
-    for path in paths:
+    for path in (Path(str(image)) for image in images):
         parts = (path.parent.name, path.stem) if path.parent.name not in ("", "..") else (path.stem,)
         stem = printable("-".join(parts)).replace("\\", "_")[-NAME:]
         name, number = f"{stem}-heatmap.png", 1

@@ -12,6 +12,7 @@ from resnext_hub.data.batches import Position, read_batches
 from resnext_hub.data.images import IndexedImages
 from resnext_hub.data.loaders import derive_workers
 from resnext_hub.data.splits import Splits
+from resnext_hub.errors import RunError
 from resnext_hub.inference.classifier import Classifier
 from resnext_hub.processes.launcher import local_processes
 from resnext_hub.runs.reopen import FinishedRun
@@ -44,6 +45,9 @@ def compute_outputs(
         images: The split.
         most: Most images.
         device: Device to compute on.
+
+    Raises:
+        RunError: If none of them can be read.
     """
     # evenly spaced, because images of a folder are ordered by class
     chosen = np.unique(np.linspace(0, len(images) - 1, min(most, len(images))).round().astype(np.int64))
@@ -55,12 +59,16 @@ def compute_outputs(
     parts: list[tuple[np.ndarray, ...]] = []
     with contextlib.closing(batches), torch.inference_mode():
         for batch in batches:
+            if len(batch.unreadable) == len(batch.indices):
+                continue
             readable = ~torch.isin(batch.indices, torch.tensor([e.index for e in batch.unreadable], dtype=torch.int64))
             inputs = batch.images[readable].to(device).contiguous(memory_format=torch.channels_last)
             features = model.forward_features(inputs)
             logits = model.forward_head(features).double().cpu()
             embedded = model.forward_head(features, pre_logits=True).float().flatten(1).cpu()
             parts.append((batch.labels[readable].numpy(), logits.numpy(), embedded.numpy()))
+    if not parts:
+        raise RunError("none of the images is readable")
     labels, found, embeddings = (np.concatenate(column) for column in zip(*parts, strict=True))
     return Outputs(labels=labels, logits=found, embeddings=embeddings)
 

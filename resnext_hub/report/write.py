@@ -85,12 +85,10 @@ def _sections(run: FinishedRun, classifier: Classifier, most: int, device: torch
     images = splits if isinstance(splits, str) else splits.eval if record.test is None else splits.test
     outputs: Outputs | str
     if isinstance(images, str):
-        _logger.warning("%s: the report has no images: %s", printable(run.folder), images)
         outputs = images
     else:
         assert isinstance(images, IndexedImages)
-        _logger.info("computing logits and embeddings of %d images", min(most, len(images)))
-        outputs = compute_outputs(run, classifier, images, most, device)
+        outputs = _outputs(run, classifier, images, most, device)
     yield sections.curves(record)
     yield _batch(run, classifier, splits)
     yield sections.confusion(record)
@@ -105,12 +103,24 @@ def _sections(run: FinishedRun, classifier: Classifier, most: int, device: torch
 
 def _open(run: FinishedRun) -> Splits | str:
     """Open the dataset of a run; return why it cannot be read instead of raising an error."""
-    if run.config.data.streaming:
-        return "the run read its dataset as a stream, in which images cannot be found by their index"
+    reason = "the run read its dataset as a stream, in which images cannot be found by their index"
+    if not run.config.data.streaming:
+        try:
+            return run.load_splits()
+        except (RequestError, RunError) as error:
+            reason = error.for_command_line()
+    _logger.warning("%s: the report has no images: %s", printable(run.folder), reason)
+    return reason.replace(printable(run.config.data.dataset), printable(run.record.dataset.id))  # a page may be shared
+
+
+def _outputs(
+    run: FinishedRun, classifier: Classifier, images: IndexedImages, most: int, device: torch.device
+) -> Outputs | str:
+    _logger.info("computing logits and embeddings of %d images", min(most, len(images)))
     try:
-        return run.load_splits()
+        return compute_outputs(run, classifier, images, most, device)
     except (RequestError, RunError) as error:
-        return error.for_command_line()
+        return str(error)
 
 
 def _stored(run: FinishedRun) -> Predictions | str:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from resnext_hub.errors import RequestError
 from resnext_hub.inference.classifier import Classifier, load
+from resnext_hub.inference.explain import explain
 from resnext_hub.plots.overlay import draw_overlay, overlay_names
 
 Command = Callable[..., tuple[int, str, str]]
@@ -109,11 +110,24 @@ def test_convolutional_models_of_timm_can_be_explained(name: str, size: int) -> 
     )
 
 
-def classifier_of(model: torch.nn.Module, size: int) -> Classifier:
+def test_images_of_one_channel_are_explained_and_drawn() -> None:
+    torch.manual_seed(0)
+    classifier = classifier_of(timm.create_model("resnet18", num_classes=5, in_chans=1).eval(), 64, channels=1)
+    image = Image.effect_noise((80, 64), 90)
+    (found,) = explain(classifier, [image])
+    assert found.pixels.shape == (64, 64, 1)
+    expected = np.asarray(image.crop((8, 0, 72, 64)))
+    assert np.abs(found.pixels[:, :, 0].astype(int) - expected).max() <= 1
+    assert draw_overlay(found.pixels, found.heat).mode == "RGB"
+
+
+def classifier_of(model: torch.nn.Module, size: int, channels: int = 3) -> Classifier:
     from resnext_hub.models.input_config import InputConfig
 
     names = tuple(f"class {index}" for index in range(model.num_classes))
-    return Classifier(model, InputConfig.resolve({"input_size": (3, size, size)}), names, None)
+    half = (0.5,) * channels
+    cfg = {"input_size": (channels, size, size), "crop_pct": 1.0, "mean": half, "std": half}
+    return Classifier(model, InputConfig.resolve(cfg), names, None)
 
 
 def test_what_cannot_be_explained_is_refused_by_name(finds_patches: Classifier) -> None:
