@@ -1,4 +1,4 @@
-"""Reliability diagram: how often predictions of each confidence are right."""
+"""Reliability diagram: the fraction of correct predictions at each confidence."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ BINS = 15
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Confidences:
-    """Predictions with their probabilities, and whether they are right."""
+    """Predictions with their probabilities, and whether they are correct."""
 
     title: str
     probabilities: np.ndarray
@@ -53,7 +53,7 @@ def plot_reliability(panels: Sequence[Confidences], theme: Theme = LIGHT) -> "Fi
         else:
             for unused in axes:
                 unused.axis("off")
-    grid[0][0].set_ylabel("fraction that is right")
+    grid[0][0].set_ylabel("fraction correct")
     grid[1][0].set_ylabel("share")
     return figure
 

@@ -20,7 +20,7 @@ from resnext_hub.plots.samples import percent
 from resnext_hub.plots.theme import Theme
 from resnext_hub.plots.tiles import Tile, plot_tiles
 from resnext_hub.report.outputs import TrainingBatch
-from resnext_hub.report.sections import Plot, Section, left_out
+from resnext_hub.report.sections import Plot, Section, not_shown
 from resnext_hub.report.stored import Predictions
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ def training_batch(batch: TrainingBatch, names: Sequence[str], mixes: bool) -> S
 
     what = "augmentation and mixing" if mixes else "augmentation"
     text = (
-        f"The first {count} images of the first step, after {what}. They are computed again: seed, epoch and image "
-        "determine every pixel."
+        f"The first {count} images of the first step after {what}, exactly as in training: the seed, the epoch and the "
+        "image determine every pixel."
     )
     alt = f"{count} training images after {what}, with their labels."
     return Section(title="A training batch", text=text, plots=(Plot(name="batch", alt=alt, draw=draw),))
@@ -70,7 +70,7 @@ def mistakes_and_hits(
     device: torch.device,
     max_pixels: int,
 ) -> tuple[Section, Section]:
-    """Return the sections on the most confident mistakes and the least confident right predictions.
+    """Return the sections on the most confident mistakes and the least confident correct predictions.
 
     Args:
         stored: Predictions of the split.
@@ -80,22 +80,22 @@ def mistakes_and_hits(
         max_pixels: An image with more pixels is unreadable.
     """
     best = "its most probable label" if stored.several else "the predicted class"
-    shown = f"Beside each image are the regions that contribute most to {best} (Grad-CAM)."
+    shown = f"The heat map beside each image marks the regions that contribute most to {best} (Grad-CAM)."
     make = partial(_gallery, stored=stored, images=images, classifier=classifier, device=device, max_pixels=max_pixels)
     wrong = int(stored.wrong.sum())
     mistakes = make(
         stored.confident_mistakes[:SHOWN],
         name="mistakes",
         title="Most confident mistakes",
-        text=f"Of {wrong:,} wrong predictions, those of which the model was most certain. {shown}",
+        text=f"The most confident of {wrong:,} wrong predictions. {shown}",
         empty="there are no mistakes",
     )
     hits = make(
         stored.doubtful_hits[:SHOWN],
         name="hits",
         title="Least confident hits",
-        text=f"Of {len(stored.wrong) - wrong:,} right predictions, those of which the model was least certain. {shown}",
-        empty="no prediction is right",
+        text=f"The least confident of {len(stored.wrong) - wrong:,} correct predictions. {shown}",
+        empty="no prediction is correct",
     )
     return mistakes, hits
 
@@ -114,7 +114,7 @@ def _gallery(
     max_pixels: int,
 ) -> Section:
     if not len(places):
-        return left_out(title, "Images are", empty)
+        return not_shown(title, "Images are", empty)
     inputs = [_encoded(images, int(stored.indices[place])) for place in places]
     pictures, reason = _explained(classifier, inputs, device, max_pixels)
 
@@ -124,8 +124,10 @@ def _gallery(
 
     beside = "" if reason else ", each beside its heat map"
     plot = Plot(name=name, alt=f"{len(places)} images: {title.lower()}{beside}.", draw=draw)
-    missing = (f"Grad-CAM overlays are left out: {reason}.",) if reason else ()
-    return Section(title=title, text=text.partition(" Beside")[0] if reason else text, plots=(plot,), missing=missing)
+    missing = (f"Heat maps are not shown: {reason}.",) if reason else ()
+    return Section(
+        title=title, text=text.partition(" The heat map")[0] if reason else text, plots=(plot,), missing=missing
+    )
 
 
 def _explained(
@@ -171,12 +173,12 @@ def _image(pixels: np.ndarray) -> Image.Image:
 def _caption(stored: Predictions, place: int, names: Sequence[str], letters: Lettering) -> str:
     label, prediction = stored.labels[place], stored.predictions[place]
     if stored.several:
-        lines = [f"has {_set(label, names, letters)}"]
-        return "\n".join([*lines, f"predicted {_set(prediction, names, letters)}"] if stored.wrong[place] else lines)
+        lines = [f"true: {_set(label, names, letters)}"]
+        return "\n".join([*lines, f"predicted: {_set(prediction, names, letters)}"] if stored.wrong[place] else lines)
     certain = f"{letters.name(names, int(prediction), _NAME)}, {percent(float(stored.probabilities[place]))}"
     if not stored.wrong[place]:
         return certain
-    return f"is {letters.name(names, int(label), _NAME)}\npredicted {certain}"
+    return f"true: {letters.name(names, int(label), _NAME)}\npredicted: {certain}"
 
 
 def _set(own: np.ndarray, names: Sequence[str], letters: Lettering) -> str:

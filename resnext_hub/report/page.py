@@ -90,7 +90,7 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
         *facts,
         ("measured on", _measured_on(record)),
         ("model", f"{model.variant or model.architecture}, {model.parameters:,} parameters, {width} x {height} pixels"),
-        ("started from", record.base_model.id if record.base_model else "random weights"),
+        ("initial weights", record.base_model.id if record.base_model else "random"),
         ("dataset", f"{dataset.id}: {', '.join(parts)} images, {len(record.label_names):,} classes"),
         ("training", f"{record.epochs:.4g} epochs, {record.steps:,} steps; best weights at step {reported.step:,}"),
         ("time", f"{duration(record.wall_seconds)} on {hardware.name} ({hardware.device})"),
@@ -102,10 +102,10 @@ def _measured_on(record: RunRecord) -> str:
     dataset, chosen_by = record.dataset, CHOSEN_BY[str(record.config.get("best_by") or "top1")]
     evaluation = _images_of(dataset.eval_split, dataset.train_split)
     if record.test is None:
-        return f"{evaluation}; they also chose the weights by {chosen_by}, so the results may be slightly optimistic"
+        return f"{evaluation}, which also selected the best weights by {chosen_by}: slightly optimistic"
     test = _images_of(dataset.test_split, dataset.train_split)
     other = "other " if test == evaluation else ""
-    return f"{test}, once; the weights were chosen by {chosen_by} on {other}{evaluation}"
+    return f"{test}, once; the best weights were selected by {chosen_by} on {other}{evaluation}"
 
 
 def _images_of(stored: str | None, train: str) -> str:

@@ -60,24 +60,24 @@ class Section:
     """How to read it, in plain text."""
     plots: tuple[Plot, ...] = ()
     missing: tuple[str, ...] = ()
-    """Sentences about what is left out, and why."""
+    """Sentences about what is not shown, and why."""
 
 
-def left_out(title: str, what: str, reason: str) -> Section:
-    """Return a section that only says why it is empty."""
-    return Section(title=title, text="", missing=(f"{what} left out: {reason}.",))
+def not_shown(title: str, what: str, reason: str) -> Section:
+    """Return a section that only states why it is empty."""
+    return Section(title=title, text="", missing=(f"{what} not shown: {reason}.",))
 
 
 def curves(record: RunRecord) -> Section:
     """Return the section on the course of the training."""
     if not record.history:
-        return left_out("Training", "Curves are", "the run logged no metrics")
+        return not_shown("Training", "Curves are", "the run logged no metrics")
     best = record.evaluation
     alt = (
         f"Loss, accuracy, learning rate and throughput over {record.epochs:.4g} epochs; the best weights are those of "
         f"epoch {best.epoch:.4g}, with {100 * best.top1:.2f} % of {best.count} evaluation images correct."
     )
-    text = "The circle marks the weights that were kept. Throughput leaves out evaluations and checkpoints."
+    text = "The circle marks the published weights. Throughput excludes evaluation and checkpoints."
     plot = Plot(name="curves", alt=alt, draw=lambda letters, _: plot_four_curves(record, letters))
     return Section(title="Training", text=text, plots=(plot,))
 
@@ -86,7 +86,7 @@ def confusion(record: RunRecord) -> Section:
     """Return the section on classes that are confused with each other."""
     title, names, classes = "Confusions", record.label_names, len(record.label_names)
     if record.reported.is_multi_label:
-        return left_out(title, "The confusion matrix is", "an image can have several labels")
+        return not_shown(title, "The confusion matrix is", "an image can have several labels")
     pairs = confused_pairs(record)
     worst = "no image is classified incorrectly"
     if pairs:
@@ -99,7 +99,7 @@ def confusion(record: RunRecord) -> Section:
             alt=f"Confusion matrix of {classes} classes; {worst}.",
             draw=lambda letters, theme: plot_matrix(record, letters, theme, shape),
         )
-        text = "Each row has the images of a class, and each column those for which a class is predicted."
+        text = "Rows are true classes, columns are predicted classes."
         return Section(title=title, text=text, plots=(plot,))
     most = Plot(
         name="confusions",
@@ -107,14 +107,14 @@ def confusion(record: RunRecord) -> Section:
         draw=lambda letters, _: plot_pairs(record, letters, PAGE_WIDTH),
     )
     if classes > CLUSTER_CLASSES:
-        reason = f"The confusion matrix is left out: {classes} classes are more than {CLUSTER_CLASSES}."
+        reason = f"The confusion matrix is not shown: {classes:,} classes are more than {CLUSTER_CLASSES:,}."
         return Section(title=title, text="", plots=(most,), missing=(reason,))
     matrix = Plot(
         name="confusion",
         alt=f"Confusion matrix of {classes} classes in the order of a clustering; {worst}.",
         draw=partial(plot_clusters, record),
     )
-    text = "The classes are in an order in which those that are confused with each other stand together."
+    text = "Classes are ordered by clustering: those that are confused with each other are neighbors."
     return Section(title=title, text=text, plots=(matrix, most))
 
 
@@ -123,7 +123,7 @@ def classes(record: RunRecord) -> Section:
     several, results = record.reported.is_multi_label, class_results(record)
     title, what = ("Labels", "labels") if several else ("Classes", "classes")
     if not results:
-        return left_out(title, "Results are", "no image has a label")
+        return not_shown(title, "Results are", "no image has a label")
     shown = min(len(results), MOST_CLASSES)
     lowest = ", ".join(f"{printable(record.label_names[r.label])} {100 * r.recall:.0f} %" for r in results[:3])
     bars = Plot(
@@ -156,11 +156,11 @@ def reliability(stored: Predictions | str, outputs: Outputs | str) -> Section:
         panels, text = _calibrated(outputs)
         return _reliability(panels, text)
     if isinstance(stored, str):
-        return left_out(title, "The reliability diagram is", stored)
+        return not_shown(title, "The reliability diagram is", stored)
     right = stored.labels.ravel() if stored.several else ~stored.wrong
     before = Confidences(title="As trained", probabilities=stored.probabilities.ravel(), right=right)
-    section = _reliability([before], "If probabilities were exact, all points would be on the dashed line.")
-    return replace(section, missing=(f"The diagram after calibration is left out: {outputs}.",))
+    section = _reliability([before], "With perfect calibration, all points are on the dashed line.")
+    return replace(section, missing=(f"The diagram after calibration is not shown: {outputs}.",))
 
 
 def _calibrated(outputs: Outputs) -> tuple[list[Confidences], str]:
@@ -174,9 +174,9 @@ def _calibrated(outputs: Outputs) -> tuple[list[Confidences], str]:
     ]
     temperature = fit_temperature(outputs.logits, labels)
     text = (
-        "If probabilities were exact, all points would be on the dashed line. On the right, logits are divided by a "
-        f"temperature that is fitted on four fifths of {len(labels):,} images and applied to the other fifth, for each "
-        f"fifth in turn. Fitted on all of them, it is {temperature:.2f}; to use it in Python: "
+        "With perfect calibration, all points are on the dashed line. On the right, logits are divided by a "
+        f"temperature that is fitted on four fifths of {len(labels):,} images and applied to the remaining fifth, for "
+        f"each fifth in turn. Fitted on all of them, it is {temperature:.2f}; to use it in Python: "
         f"dataclasses.replace(classifier, temperature={temperature:.2f})."
     )
     return panels, text
@@ -193,14 +193,14 @@ def embeddings(record: RunRecord, outputs: Outputs | str) -> Section:
     """Return the section on the embeddings of images."""
     title = "Embeddings"
     if isinstance(outputs, str):
-        return left_out(title, "Embeddings are", outputs)
+        return not_shown(title, "Embeddings are", outputs)
     count = len(outputs.labels)
     if count < FEWEST_POINTS:
-        return left_out(title, "Embeddings are", f"{count} images are too few")
+        return not_shown(title, "Embeddings are", f"{count} images are too few")
     points, names = _flattened(outputs.embeddings), record.label_names
     text = (
         f"The inputs of the classifier layer for {count:,} images, in two dimensions (PCA, then t-SNE). Images "
-        "that are similar for the model are close to each other; distances between groups mean little."
+        "that the model finds similar are close together; distances between clusters mean little."
     )
     if outputs.labels.ndim == 2:
         number = np.minimum(outputs.labels.sum(axis=1), 3).astype(np.int64)

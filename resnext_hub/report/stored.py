@@ -35,19 +35,19 @@ class Predictions:
 
     @property
     def confident_mistakes(self) -> np.ndarray:
-        """Places of the wrong predictions, those first of which the model is most certain."""
+        """Places of the wrong predictions, the most confident one first."""
         places = np.flatnonzero(self.wrong)
         return places[np.argsort(-self._wrongness[places], kind="stable")]
 
     @property
     def doubtful_hits(self) -> np.ndarray:
-        """Places of the right predictions, those first of which the model is least certain."""
+        """Places of the correct predictions, the least confident one first."""
         places = np.flatnonzero(~self.wrong)
         return places[np.argsort(-self._wrongness[places], kind="stable")]
 
     @property
     def _wrongness(self) -> np.ndarray:
-        """A number that is the higher the more certain a wrong prediction is, and the less certain a right one."""
+        """A number that is the higher the more certain a wrong prediction is, and the less certain a correct one."""
         if not self.several:
             return np.where(self.wrong, self.probabilities, -self.probabilities)
         own = np.where(self.labels, self.probabilities, 1 - self.probabilities)

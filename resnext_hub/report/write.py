@@ -22,7 +22,7 @@ from resnext_hub.report import sections
 from resnext_hub.report.galleries import BATCH, mistakes_and_hits, training_batch
 from resnext_hub.report.outputs import Outputs, compute_outputs, first_batch
 from resnext_hub.report.page import PAGE, Figure, render_page
-from resnext_hub.report.sections import Plot, Section, left_out
+from resnext_hub.report.sections import Plot, Section, not_shown
 from resnext_hub.report.stored import Predictions, read_predictions
 from resnext_hub.runs.reopen import FinishedRun, reopen
 from resnext_hub.text import printable
@@ -94,7 +94,7 @@ def _sections(run: FinishedRun, classifier: Classifier, most: int, device: torch
     yield sections.confusion(record)
     yield sections.classes(record)
     if isinstance(stored, str) or isinstance(images, str):
-        yield left_out("Mistakes and hits", "Images are", stored if isinstance(stored, str) else str(images))
+        yield not_shown("Mistakes and hits", "Images are", stored if isinstance(stored, str) else str(images))
     else:
         yield from mistakes_and_hits(stored, images, classifier, device, run.config.loader.max_image_pixels)
     yield sections.reliability(stored, outputs)
@@ -103,7 +103,7 @@ def _sections(run: FinishedRun, classifier: Classifier, most: int, device: torch
 
 def _open(run: FinishedRun) -> Splits | str:
     """Open the dataset of a run; return why it cannot be read instead of raising an error."""
-    reason = "the run read its dataset as a stream, in which images cannot be found by their index"
+    reason = "the dataset was streamed, so images cannot be looked up by index"
     if not run.config.data.streaming:
         try:
             return run.load_splits()
@@ -136,9 +136,9 @@ def _stored(run: FinishedRun) -> Predictions | str:
 
 def _batch(run: FinishedRun, classifier: Classifier, splits: Splits | str) -> Section:
     if isinstance(splits, str):
-        return left_out("A training batch", "Images are", splits)
+        return not_shown("A training batch", "Images are", splits)
     try:
         batch = first_batch(run, classifier, splits, BATCH)
     except (RequestError, RunError) as error:
-        return left_out("A training batch", "Images are", str(error))
+        return not_shown("A training batch", "Images are", str(error))
     return training_batch(batch, splits.label_names, run.config.transform.mixes)

@@ -103,7 +103,7 @@ def test_the_page_of_a_run_holds_every_plot_and_the_key_figures(finished: Path, 
     assert all(len(image["alt"]) > 20 for image in images)
     assert page.all("html") == [{"lang": "en"}]
     assert f"{record.evaluation.correct}/{record.evaluation.count}" in page.text
-    assert "images held out of train; they also chose the weights by accuracy" in page.text
+    assert "images held out of train, which also selected the best weights by accuracy" in page.text
     assert record.command in page.text
     assert len(page.all("title")) == 1
     links = re.findall(r"""(?:src|srcset|href|url|action)\s*[=(]\s*["']?([^"'\s>)]*)""", page.source)
@@ -142,7 +142,7 @@ def test_the_split_that_measured_is_the_one_that_is_shown(marked_run: Path, comm
     page, record = reported(command, marked_run), RunRecord.load(marked_run / "record.json")
     assert record.test is not None
     assert f"{record.test.correct}/{record.test.count}" in page.text
-    assert "once; the weights were chosen by accuracy on other images held out of train" in page.text
+    assert "once; the best weights were selected by accuracy on other images held out of train" in page.text
     assert {"batch", "hits", "confusion"} <= drawn(marked_run)
 
 
@@ -163,7 +163,7 @@ def test_a_run_with_several_labels_has_plots_of_its_labels(tmp_path: Path, comma
     assert code == 0, err
     page = reported(command, run)
     assert drawn(run) >= (PLOTS | {"average_precision"}) - {"confusion", "hits"}
-    assert "The confusion matrix is left out: an image can have several labels." in page.text
+    assert "The confusion matrix is not shown: an image can have several labels." in page.text
     assert "Mean average precision" in page.text
 
 
@@ -182,8 +182,7 @@ def test_a_streamed_run_has_a_report_without_images(tmp_path: Path, command: Com
     code, _, err = command("report", run)
     assert code == 0
     assert err.splitlines() == [
-        f"{run}: the report has no images: the run read its dataset as a stream, in which images cannot be found by "
-        "their index"
+        f"{run}: the report has no images: the dataset was streamed, so images cannot be looked up by index"
     ]
     assert drawn(run) == {"curves", "confusion", "classes", "reliability"}
 
@@ -198,7 +197,7 @@ def test_a_report_without_the_dataset_says_so(vehicles_run: Path, tmp_path: Path
     assert err.count("\n") == 1
     page = Page(run / "plots" / "report" / "report.html")
     assert drawn(run) == {"curves", "confusion", "classes", "reliability"}
-    assert page.text.count("left out: ") == 4
+    assert page.text.count("not shown: ") == 4
     assert str(tmp_path) in err
     assert str(tmp_path) not in page.text  # a page may be shared
     assert "vehicles" in page.text
@@ -221,11 +220,11 @@ def test_damaged_predictions_are_refused_in_one_line(vehicles_run: Path, tmp_pat
             read_predictions(path, 3, False, 37)
 
 
-def test_missing_predictions_are_left_out(vehicles_run: Path, tmp_path: Path, command: Command) -> None:
+def test_missing_predictions_are_not_shown(vehicles_run: Path, tmp_path: Path, command: Command) -> None:
     run = Path(shutil.copytree(vehicles_run, tmp_path / "run"))
     (run / "predictions.parquet").unlink()
     page = reported(command, run)
-    assert "Images are left out: predictions.parquet is missing." in page.text
+    assert "Images are not shown: predictions.parquet is missing." in page.text
     assert PLOTS - drawn(run) <= {"mistakes", "hits", "reliability"}  # of few images there is no diagram either
 
 
@@ -236,7 +235,7 @@ def test_without_captum_the_images_have_no_overlays_and_the_page_says_why(
     for name in ("captum", "captum.attr"):
         monkeypatch.setitem(sys.modules, name, None)  # importing it now says that there is no such module
     page = reported(command, run)
-    assert 'Grad-CAM overlays are left out: captum is not installed; pip install "resnext-hub[report]".' in page.text
+    assert 'Heat maps are not shown: captum is not installed; pip install "resnext-hub[report]".' in page.text
     assert "hits" in drawn(run)
 
 

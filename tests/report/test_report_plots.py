@@ -120,7 +120,7 @@ def test_every_plot_is_drawn_for_any_number_of_classes(
             corner = image.convert("RGB").getpixel((0, 0))
         assert sum(corner) > 700 if theme.name == "light" else sum(corner) < 100
     if several:
-        assert "left out: an image can have several labels" in parts[1].missing[0]
+        assert "not shown: an image can have several labels" in parts[1].missing[0]
 
 
 def batch_of(record: RunRecord) -> TrainingBatch:
@@ -188,7 +188,7 @@ def test_few_images_get_no_temperature_and_no_embedding() -> None:
     part = sections.reliability(stored, few)
     assert len(part.plots) == 1
     assert "8 images are too few to fit a temperature" in part.missing[0]
-    assert sections.embeddings(RECORDS["2"], few).missing == ("Embeddings are left out: 8 images are too few.",)
+    assert sections.embeddings(RECORDS["2"], few).missing == ("Embeddings are not shown: 8 images are too few.",)
 
 
 def test_mistakes_and_hits_are_in_the_order_of_confidence() -> None:
