@@ -58,8 +58,8 @@ def _shares(shares: np.ndarray, names: Sequence[str], letters: Lettering) -> str
     """Return the labels of a training image, with their shares if it is mixed from two."""
     order = [int(i) for i in np.argsort(-shares, kind="stable") if shares[i] > 0]
     whole = all(shares[i] == 1 for i in order)
-    lines = [letters.name(names, i, _NAME) + ("" if whole else f" {percent(float(shares[i]))}") for i in order[:2]]
-    more = [f"and {len(order) - 2} more"] if len(order) > 2 else []
+    lines = [letters.name(names, i, _NAME) + ("" if whole else f" {100 * shares[i]:.0f} %") for i in order[:4]]
+    more = [f"and {len(order) - 4} more"] if len(order) > 4 else []
     return "\n".join([*lines, *more]) or "no label"
 
 

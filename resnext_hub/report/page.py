@@ -102,7 +102,10 @@ def _measured_on(record: RunRecord) -> str:
     dataset, chosen_by = record.dataset, CHOSEN_BY[str(record.config.get("best_by") or "top1")]
     evaluation = _images_of(dataset.eval_split, dataset.train_split)
     if record.test is None:
-        return f"{evaluation}, which also selected the best weights by {chosen_by}: slightly optimistic"
+        return (
+            f"{evaluation}, on which the best weights were also selected by {chosen_by}; results may be slightly "
+            "optimistic"
+        )
     test = _images_of(dataset.test_split, dataset.train_split)
     other = "other " if test == evaluation else ""
     return f"{test}, once; the best weights were selected by {chosen_by} on {other}{evaluation}"

@@ -103,7 +103,7 @@ def test_the_page_of_a_run_holds_every_plot_and_the_key_figures(finished: Path, 
     assert all(len(image["alt"]) > 20 for image in images)
     assert page.all("html") == [{"lang": "en"}]
     assert f"{record.evaluation.correct}/{record.evaluation.count}" in page.text
-    assert "images held out of train, which also selected the best weights by accuracy" in page.text
+    assert "images held out of train, on which the best weights were also selected by accuracy" in page.text
     assert record.command in page.text
     assert len(page.all("title")) == 1
     links = re.findall(r"""(?:src|srcset|href|url|action)\s*[=(]\s*["']?([^"'\s>)]*)""", page.source)
