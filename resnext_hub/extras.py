@@ -27,6 +27,7 @@ EXTRA_OF_PACKAGE = {
     ),
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "onnx"),
     **dict.fromkeys(("nncf", "openvino"), "openvino"),
+    "captum": "report",
 }
 """Packages that commands import beyond the package's own dependencies, and the extra that installs them."""
 
@@ -44,10 +45,11 @@ def named_extras() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        extra = EXTRA_OF_PACKAGE.get((error.name or "").partition(".")[0])
+        package = (error.name or "").partition(".")[0]
+        extra = EXTRA_OF_PACKAGE.get(package)
         if extra is None:
             raise
-        raise RequestError(f'{error.name} is not installed; pip install "resnext-hub[{extra}]"') from error
+        raise RequestError(f'{package} is not installed; pip install "resnext-hub[{extra}]"') from error
 
 
 def require_packages(extra: str) -> None:

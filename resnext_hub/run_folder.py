@@ -49,6 +49,11 @@ class RunFolder:
         return self.path / "plots"
 
     @property
+    def report(self) -> Path:
+        """Folder of the report, which `resnext-hub report` writes; removed with the plots if the run is extended."""
+        return self.plots / "report"
+
+    @property
     def predictions(self) -> Path:
         """Predictions for the evaluation split, in Parquet."""
         return self.path / "predictions.parquet"

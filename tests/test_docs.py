@@ -93,6 +93,7 @@ def test_the_reference_is_generated_from_the_package(monkeypatch: MonkeyPatch) -
     [
         param("how-to/optimize.md", ("resnext_hub.optimize",), marks=mark.slow),
         ("how-to/backbone.md", ("features_only=True)\nprint",)),
+        ("how-to/report.md", ("explain(",)),
         (
             "how-to/python.md",
             ("resnext_hub.load(", "predict(", "evaluate(", "publish(", "classifier.optimize(", "load_weights("),

@@ -104,7 +104,7 @@ def _body(record: RunRecord, repo_id: str | None, license: str | None) -> str:
         size=record.model.input["input_size"][-1],
         per_class=rows[:MOST_CLASSES],
         hidden=rows[MOST_CLASSES:],
-        duration=_duration(record.wall_seconds),
+        duration=duration(record.wall_seconds),
         hardware=_hardware(record.hardware),
         settings=[(name, settings[name]) for name in record.changed if settings[name] is not None],
         defaults=[(n, v) for n, v in settings.items() if n not in record.changed and v is not None],
@@ -323,7 +323,8 @@ def _percent(fraction: float) -> str:
     return f"{100 * fraction:.2f} %"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a time in words, rounded."""
     if seconds < 90:
         return f"{seconds:.0f} seconds"
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from resnext_hub.cli.parser import add_threads, count, existing_path, fraction, new_path, value_of
-from resnext_hub.errors import RequestError, RunError
+from resnext_hub.errors import RequestError, RunError, setting
 from resnext_hub.settings import Range
 from resnext_hub.text import printable
 
@@ -77,6 +77,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "parquet file",
     )
     parser.add_argument(
+        "--explain",
+        type=new_path,
+        metavar="FOLDER",
+        help="also write each image with a heat map of the regions that contribute most to its most probable class "
+        "(Grad-CAM), as a PNG file in this folder, which is created; needs the extra report",
+    )
+    parser.add_argument(
         "--batch-size", type=count(BATCH), default=32, metavar="N", help="images per forward pass (default: 32)"
     )
     parser.add_argument(
@@ -103,7 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Write the classes of each image, and why unreadable ones have none.
+    """Write the classes of each image, and why unreadable ones have none; then overlays if requested.
 
     Raises:
         RunError: If images cannot be decoded; the results for the others are written.
@@ -117,9 +124,11 @@ def run(options: argparse.Namespace) -> None:
     from resnext_hub.machine import device_type
     from resnext_hub.processes.accelerator import set_threads
 
-    for path in filter(None, (options.parquet, options.embed)):
+    for path in filter(None, (options.parquet, options.embed, options.explain)):
         if not path.absolute().parent.is_dir():
             raise RequestError(f"{printable(path)}: its folder does not exist; create it first")
+    if options.explain and os.path.lexists(options.explain) and not options.explain.is_dir():
+        raise RequestError(f"{printable(options.explain)} is not a folder; choose another {setting('explain')}")
     paths: list[Path | RemoteImage] = []
     for path in _with_standard_input(options.path):
         if isinstance(path, RemoteImage):
@@ -134,6 +143,7 @@ def run(options: argparse.Namespace) -> None:
     reading: dict[str, Any] = dict(
         batch_size=options.batch_size, device=device, decoder=options.decoder, max_pixels=options.max_image_pixels
     )
+    overlays = _overlays(classifier, paths, options.explain, reading) if options.explain else ()
     unread = 0
     # on a terminal, the results themselves show the progress
     with tqdm(total=len(paths), unit="image", disable=True if sys.stdout.isatty() else None) as bar:
@@ -143,6 +153,8 @@ def run(options: argparse.Namespace) -> None:
                 what = "" if isinstance(path, RemoteImage) else "cannot be decoded: "
                 _logger.warning("%s: %s%s", printable(path), what, printable(failure))
             bar.update()
+    for _ in tqdm(overlays, total=len(paths), unit="overlay", disable=None if options.explain else True):
+        pass
     if unread == len(paths):
         raise RunError(f"0 of {unread} images could be decoded")
     if unread:
@@ -188,6 +200,29 @@ def _classify(
         writer.add(str(path), result)
         yield path, result.reason if isinstance(result, Unread) else None
     writer.close()
+
+
+def _overlays(
+    classifier: "Classifier", paths: "list[Path | RemoteImage]", folder: Path, reading: dict[str, Any]
+) -> Iterator[Path]:
+    """Return an iterator that writes the overlay of each readable image and yields its path.
+
+    Raises:
+        RequestError: If the model cannot be explained.
+    """
+    from resnext_hub.inference.explain import explain
+    from resnext_hub.plots.overlay import draw_overlay, overlay_names
+
+    explanations = explain(classifier, paths, **reading)
+
+    def write_all() -> Iterator[Path]:
+        folder.mkdir(exist_ok=True)
+        for name, found in zip(overlay_names([Path(str(path)) for path in paths]), explanations, strict=True):
+            if not isinstance(found, str):
+                draw_overlay(found.pixels, found.heat).save(folder / name)
+            yield folder / name
+
+    return write_all()
 
 
 def _writer(options: argparse.Namespace) -> "Writer":

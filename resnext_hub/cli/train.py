@@ -175,6 +175,7 @@ def _summary(folder: RunFolder, record: "RunRecord") -> str:
         f"    model = timm.create_model({python_string(f'local-dir:{folder.model}')}, pretrained=True).eval()",
         "    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
         "",
+        f"look at the run:  resnext-hub report {name}",
         f"classify images:  resnext-hub predict {name} IMAGE",
         f"publish:          resnext-hub push {name} --repo-id OWNER/NAME --license LICENSE",
     ]

@@ -105,6 +105,31 @@ class Classifier(LoadedModel):
 
         return _stacked(embeddings(self, _listed(images), batch_size=batch_size, device=self.device))
 
+    def explain(
+        self,
+        images: "ImageInput | Sequence[ImageInput]",
+        label: int | str | None = None,
+        *,
+        batch_size: int = 32,
+    ) -> torch.Tensor:
+        """Return heat maps of the regions that contribute most to a class, by Grad-CAM: `(N, H, W)` float32, 0 to 1.
+
+        They are on the CPU, and have the size of the model's input: they match the images after resizing and cropping.
+
+        Args:
+            images: An image or a list of them, as in a call of the classifier.
+            label: The class, by name or index; the most probable one of each image if not given.
+            batch_size: Batch size of the forward passes.
+
+        Raises:
+            RequestError: If an image is unreadable, an argument is invalid, or the model was optimized or is not a
+                convolutional model.
+        """
+        from resnext_hub.inference.explain import explain
+
+        found = explain(self, _listed(images), label=label, batch_size=batch_size, device=self.device)
+        return _stacked(entry if isinstance(entry, str) else torch.from_numpy(entry.heat) for entry in found)
+
     def predict(
         self,
         images: "ImageInput | Sequence[ImageInput]",

@@ -188,11 +188,10 @@ def probabilities(
     All forward passes have the same shape, as in the evaluation of a run, so probabilities do not depend on the number
     of images in the last batch. Arguments and errors are those of `predict`.
     """
-    if not _is_count(batch_size):
-        raise RequestError(f"{setting('batch_size', batch_size)}: expected a whole number of at least 1")
-    files = _Inputs(classifier, images, decoder, max_pixels)
-    size, place = min(batch_size, max(len(images), 1)), device or torch.device(device_type())
-    return _computed(classifier, files, size, place, partial(_probabilities, classifier))
+    compute = partial(_probabilities, classifier)
+    return compute_rows(
+        classifier, images, compute, batch_size=batch_size, device=device, decoder=decoder, max_pixels=max_pixels
+    )
 
 
 def embeddings(
@@ -211,13 +210,11 @@ def embeddings(
     Raises:
         RequestError: If the model was optimized, and so has no layers of its own.
     """
-    if not _is_count(batch_size):
-        raise RequestError(f"{setting('batch_size', batch_size)}: expected a whole number of at least 1")
     if not hasattr(classifier.model, "forward_head"):
         raise RequestError("an optimized model has no embeddings; use the original classifier")
-    files = _Inputs(classifier, images, decoder, max_pixels)
-    size, place = min(batch_size, max(len(images), 1)), device or torch.device(device_type())
-    return _computed(classifier, files, size, place, _embeddings)
+    return compute_rows(
+        classifier, images, _embeddings, batch_size=batch_size, device=device, decoder=decoder, max_pixels=max_pixels
+    )
 
 
 def prepare(classifier: "Classifier", images: Sequence[ImageInput]) -> torch.Tensor:
@@ -234,6 +231,36 @@ def prepare(classifier: "Classifier", images: Sequence[ImageInput]) -> torch.Ten
             raise RequestError(f"image {index} is unreadable: {entry}")
         found.append(entry)
     return torch.stack(found)
+
+
+def compute_rows(
+    classifier: "Classifier",
+    images: Sequence[ImageInput],
+    compute: Callable[[nn.Module, torch.Tensor], torch.Tensor],
+    *,
+    batch_size: int,
+    device: torch.device | None,
+    decoder: str,
+    max_pixels: int,
+) -> Iterator[torch.Tensor | str]:
+    """Return an iterator over what a function computes for images, or the reason if one is unreadable.
+
+    Arguments and errors are those of `predict`, except:
+
+    Args:
+        classifier: The classifier.
+        images: The images.
+        compute: Maps the model and a batch `(N, C, H, W)` to `(N, …)`.
+        batch_size: Batch size.
+        device: Device.
+        decoder: Decoder.
+        max_pixels: Most pixels of an image.
+    """
+    if not _is_count(batch_size):
+        raise RequestError(f"{setting('batch_size', batch_size)}: expected a whole number of at least 1")
+    files = _Inputs(classifier, images, decoder, max_pixels)
+    size, place = min(batch_size, max(len(images), 1)), device or torch.device(device_type())
+    return _computed(classifier, files, size, place, compute)
 
 
 def _computed(

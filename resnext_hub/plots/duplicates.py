@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from resnext_hub.data.decode import MAX_IMAGE_PIXELS
 from resnext_hub.plots.lettering import Lettering
-from resnext_hub.plots.samples import place_image, thumbnail
+from resnext_hub.plots.samples import place_image, sheet, thumbnail
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,13 +33,9 @@ class Tile:
 
 def plot_groups(groups: Sequence[Sequence[Tile]], letters: Lettering) -> "Figure":
     """Draw groups of images, one per row, with the name and the label of each image."""
-    from matplotlib.figure import Figure
-
     columns = min(COLUMNS, max(map(len, groups)))
     width, height = _CELL[0] * columns, _CELL[1] * len(groups)
-    figure = Figure(figsize=(width, height))
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0), autoscale_on=False)  # one unit is an inch
-    axes.axis("off")
+    figure, axes = sheet(width, height)
     for line, group in enumerate(groups):
         for place, tile in enumerate(group[:COLUMNS]):
             center, top = _CELL[0] * (place + 0.5), _CELL[1] * line + 0.1

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from resnext_hub.data.decode import MAX_IMAGE_PIXELS
 from resnext_hub.plots.lettering import Lettering
-from resnext_hub.plots.samples import place_image, thumbnail
+from resnext_hub.plots.samples import place_image, sheet, thumbnail
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,13 +39,9 @@ def plot_wrong_labels(
     max_pixels: int = MAX_IMAGE_PIXELS,
 ) -> "Figure":
     """Draw images with their label, the suggested class with its probability, and their name."""
-    from matplotlib.figure import Figure
-
     columns = min(COLUMNS, len(suspects))
     width, height = _CELL[0] * columns, _CELL[1] * -(-len(suspects) // columns)
-    figure = Figure(figsize=(width, height))
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0), autoscale_on=False)  # one unit is an inch
-    axes.axis("off")
+    figure, axes = sheet(width, height)
     for place, suspect in enumerate(suspects):
         center, top = _CELL[0] * (place % columns + 0.5), _CELL[1] * (place // columns) + 0.1
         place_image(axes, thumbnail(suspect.row, max_pixels), center, top + _IMAGE, _IMAGE)

@@ -42,8 +42,6 @@ def plot_samples(
     count: int = 24,
 ) -> "Figure":
     """Draw up to `count` evaluation images with true and predicted class or labels, the worst mistakes first."""
-    from matplotlib.figure import Figure
-
     several = isinstance(evaluation, MultiLabelEvaluation)
     wrong = evaluation.labels != evaluation.predictions
     wrong = wrong.any(axis=1) if several else wrong
@@ -51,9 +49,7 @@ def plot_samples(
     columns = min(COLUMNS, len(shown))
     rows = -(-len(shown) // columns)
     width, height = CELL[0] * columns, CELL[1] * rows + CAPTION
-    figure = Figure(figsize=(width, height))
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0), autoscale_on=False)  # one unit is an inch
-    axes.axis("off")
+    figure, axes = sheet(width, height)
     for place, entry in enumerate(shown):
         image = thumbnail(images.row(int(evaluation.indices[entry])), max_pixels)
         center, bottom = CELL[0] * (place % columns + 0.5), CELL[1] * (place // columns + 1)
@@ -102,6 +98,16 @@ def thumbnail(row: dict[str, Any] | None, max_pixels: int) -> "Image.Image":
         return Image.new("RGB", (8, 8), "white")
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     return image
+
+
+def sheet(width: float, height: float) -> "tuple[Figure, Axes]":
+    """Return a figure and axes that fill it, whose unit is an inch and whose y axis points down."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0), autoscale_on=False)
+    axes.axis("off")
+    return figure, axes
 
 
 def place_image(axes: "Axes", image: "Image.Image", center: float, bottom: float, side: float) -> None:

@@ -19,6 +19,7 @@ from resnext_hub.plots.curves import plot_curves
 from resnext_hub.plots.lettering import Lettering, choose_lettering
 from resnext_hub.plots.per_label import plot_per_label
 from resnext_hub.plots.samples import plot_samples
+from resnext_hub.plots.theme import LIGHT, Theme
 from resnext_hub.record import PLOTS, RunRecord
 from resnext_hub.training.evaluation import AnyEvaluation
 
@@ -55,22 +56,31 @@ def write_samples(
     return save_plot(path, tuple(label_names), draw)
 
 
-def save_plot(path: Path, names: tuple[str, ...], draw: Callable[[Lettering], "Figure"]) -> bool:
+def save_plot(
+    path: Path,
+    names: tuple[str, ...],
+    draw: Callable[[Lettering], "Figure"],
+    theme: Theme = LIGHT,
+    dpi: int = 110,
+) -> bool:
     """Draw a plot and save it; on failure, log the error, remove the file, and return False.
 
     Args:
         path: The image file; its folder is created.
         names: Class names, for which fonts are chosen.
         draw: Returns the figure.
+        theme: Colors of text and background, and of the series; a color that `draw` chooses is up to it.
+        dpi: Pixels per inch.
     """
     try:
         import matplotlib
 
         letters = choose_lettering(names)
-        with matplotlib.rc_context({"font.family": list(letters.families)}), warnings.catch_warnings():
+        settings = {"font.family": list(letters.families), **theme.settings()}
+        with matplotlib.rc_context(settings), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # such as that constrained layout found too little room
             path.parent.mkdir(parents=True, exist_ok=True)
-            draw(letters).savefig(path, dpi=110, metadata={"Software": None})
+            draw(letters).savefig(path, dpi=dpi, metadata={"Software": None})
     except _FAILURES as error:
         _logger.warning("cannot draw %s: %s", path.name, one_line(error))
         with contextlib.suppress(OSError):

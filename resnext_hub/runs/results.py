@@ -87,7 +87,7 @@ def _write_files(plan: Plan, outcome: Outcome, accelerator: "Accelerator") -> No
     kept = _kept_of_card(folder)
     _move_foreign_files(folder.model / "plots", folder.path / "model.plots", set(PLOTS))
     _move_foreign_files(folder.model, folder.model, _MODEL_FILES)
-    _move_foreign_files(folder.plots, folder.plots, {*PLOTS, _SAMPLES})
+    _move_foreign_files(folder.plots, folder.plots, {*PLOTS, _SAMPLES, folder.report.name})
     with new_folder(folder.model) as model:
         digest = _write_model(plan, outcome, model)
         record = _record_of(plan, outcome, accelerator, digest)
