@@ -6,7 +6,6 @@ Every process does this, but only the main process reads the run folder. Nothing
 import dataclasses
 import logging
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from resnext_hub.runs.existing import CONFIG_VERSION, is_finished, read_config, 
 from resnext_hub.runs.public import public_model
 from resnext_hub.runs.recipes import QUICKSTART, find_recipe
 from resnext_hub.settings import shown
-from resnext_hub.text import printable
+from resnext_hub.text import printable, slug
 from resnext_hub.training.balance import resolve_balance
 from resnext_hub.training.config import TrainConfig
 from resnext_hub.training.optim import check_optimizer, derive_lr
@@ -123,7 +122,7 @@ def prepare(
 
     check_source(config.data)
     source = find_model(config.model, config.pretrained)
-    folder = RunFolder(output_dir or RUNS / f"{_slug(dataset_name(config.data))}-{_slug(_model_name(source))}")
+    folder = RunFolder(output_dir or RUNS / f"{slug(dataset_name(config.data))}-{slug(_model_name(source))}")
     peers = peers or Peers()
     existing = peers.from_main(lambda: read_existing(folder))
     before = existing.settings
@@ -266,7 +265,3 @@ def _three(values: tuple[float, ...]) -> tuple[float, float, float]:
 def _model_name(source: ModelSource) -> str:
     kind, _, name = public_model(source.requested).rpartition(":")
     return "-".join(Path(name).parts[-2:]) if kind else name
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", text).strip("_.") or "run"
