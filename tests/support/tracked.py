@@ -5,11 +5,21 @@ import json
 import sqlite3
 import struct
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
+from pytest import mark
 from support.runs import lines
 
+from resnext_hub.trackers.names import TRACKERS
+
 Values = list[tuple[str, int, float]]
+
+INSTALLED = tuple(name for name in TRACKERS if find_spec(name))
+"""The trackers that can be tested: Trackio needs an older Pillow than other tests, and MLflow is large."""
+
+needs_trackio = mark.skipif("trackio" not in INSTALLED, reason="trackio is not installed")
+needs_mlflow = mark.skipif("mlflow" not in INSTALLED, reason="mlflow is not installed")
 
 CLOCK = ("train/images_per_second", "train/data_wait")
 """What is different when a step is repeated."""

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +19,6 @@ FLAGS = (
     "--eval-every", 0.2, "--eval-fraction", 0.05, "--checkpoint-every", 20,
 )  # fmt: skip
 
-needs_mlflow = mark.skipif(find_spec("mlflow") is None, reason="mlflow is not installed")
-
 pytestmark = mark.slow
 
 
@@ -29,20 +26,20 @@ pytestmark = mark.slow
 def killed(tmp_path_factory) -> Iterator[Path]:
     """A run with all trackers that are installed, killed between checkpoints and resumed, twice."""
     folder = tmp_path_factory.mktemp("tracked")
-    run, names = folder / "photos", ["tensorboard", "trackio", "wandb"] + ["mlflow"] * bool(find_spec("mlflow"))
+    run = folder / "photos"
     with MonkeyPatch.context() as patch:
         patch.setenv("TRACKIO_DIR", str(folder / "trackio"))
         patch.setenv("WANDB_MODE", "offline")
-        flags = (*FLAGS, "--track", ",".join(names))
+        flags = (*FLAGS, "--track", ",".join(tracked.INSTALLED))
         for checkpoint in (20, 40):
             with start(run, *flags) as process:
-                while process.poll() is None and last_step(tracked.trackio(folder / "trackio")) <= checkpoint:
+                while process.poll() is None and tracked_step(run) <= checkpoint:
                     time.sleep(0.01)
                 process.kill()
             assert process.returncode == -signal.SIGKILL
             (*_, newest) = sorted(path.name for path in (run / "checkpoints").iterdir())
             assert newest == f"step-{checkpoint:08d}"
-            assert last_step(tracked.tensorboard(run)) > checkpoint  # so the resume repeats steps
+            assert tracked_step(run) > checkpoint  # so the resume repeats steps
         done = run_process("scripts/train.py", *flags, "--output-dir", run)
         assert done.returncode == 0, done.stderr
         assert "resuming from step-00000040" in done.stderr
@@ -54,8 +51,12 @@ def start(run: Path, *flags: object) -> "subprocess.Popen[str]":
     return warm_start.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def last_step(values: tracked.Values) -> int:
-    return max((step for _, step, _ in values), default=0)
+def tracked_step(run: Path) -> int:
+    """Return the last step that both TensorBoard and Trackio have."""
+    found = [tracked.tensorboard(run)]
+    if "trackio" in tracked.INSTALLED:
+        found.append(tracked.trackio(run.parent / "trackio"))
+    return min(max((step for _, step, _ in values), default=0) for values in found)
 
 
 def test_tensorboard_has_each_step_once(killed: Path) -> None:
@@ -65,6 +66,7 @@ def test_tensorboard_has_each_step_once(killed: Path) -> None:
     assert tracked.without_clock(found) == tracked.without_clock(single)
 
 
+@tracked.needs_trackio
 def test_trackio_has_each_step_once(killed: Path) -> None:
     found, expected = tracked.trackio(killed.parent / "trackio"), tracked.expected(killed)
     assert [value[:2] for value in found] == [value[:2] for value in expected]
@@ -79,7 +81,7 @@ def test_wandb_has_one_offline_run_with_each_step_once(killed: Path) -> None:
     assert tracked.wandb(killed) == tracked.expected(killed)
 
 
-@needs_mlflow
+@tracked.needs_mlflow
 def test_mlflow_has_one_run_with_each_step_once(killed: Path) -> None:
     found, expected = tracked.mlflow(killed), tracked.expected(killed)
     assert [value[:2] for value in found] == [value[:2] for value in expected]
