@@ -6,7 +6,6 @@ Every process does this, but only the main process reads the run folder. Nothing
 import dataclasses
 import logging
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +30,7 @@ from resnext_hub.runs.existing import CONFIG_VERSION, is_finished, read_config, 
 from resnext_hub.runs.public import public_model
 from resnext_hub.runs.recipes import AUTO, QUICKSTART, find_recipe
 from resnext_hub.settings import shown
-from resnext_hub.text import printable
+from resnext_hub.text import printable, slug
 from resnext_hub.training.balance import resolve_balance
 from resnext_hub.training.config import TrainConfig
 from resnext_hub.training.optim import check_optimizer, derive_lr
@@ -201,7 +200,7 @@ def _choose(
 
 
 def _default_folder(config: TrainConfig, source: ModelSource) -> Path:
-    name = f"{_slug(dataset_name(config.data))}-{_slug(_model_name(source))}"
+    name = f"{slug(dataset_name(config.data))}-{slug(_model_name(source))}"
     if config.data.folds is None:
         return RUNS / name
     return RUNS / f"{name}-folds-{config.data.folds}" / f"fold-{config.data.fold or 1}"
@@ -319,7 +318,3 @@ def _three(values: tuple[float, ...]) -> tuple[float, float, float]:
 def _model_name(source: ModelSource) -> str:
     kind, _, name = public_model(source.requested).rpartition(":")
     return "-".join(Path(name).parts[-2:]) if kind else name
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", text).strip("_.") or "run"

@@ -19,6 +19,7 @@ from resnext_hub.runs.existing import read_config
 from resnext_hub.runs.job import execute, publish_run, require_readable_splits, start_accelerator
 from resnext_hub.runs.request import merge_settings, prepare
 from resnext_hub.runs.summary import describe, log_warnings
+from resnext_hub.trackers.names import require_trackers
 from resnext_hub.training.config import TrainConfig
 from resnext_hub.training.plan import Plan
 
@@ -133,6 +134,7 @@ def plan_run(request: TrainRequest, peers: Peers, place: Callable[[Path], Path] 
         )
     with named_extras():
         require_packages("train")
+    peers.from_main(lambda: require_trackers(plan.config.track))
     return plan
 
 

@@ -32,6 +32,7 @@ from resnext_hub.settings import (
     is_count,
     shown,
 )
+from resnext_hub.trackers.names import tracker_names
 from resnext_hub.training.balance import BalanceConfig
 from resnext_hub.training.checkpoint import CheckpointConfig
 from resnext_hub.training.finetune import FinetuneConfig
@@ -103,6 +104,9 @@ ALIASES = {
     "save_every": "checkpoint_every",
     "save_steps": "checkpoint_every",
     "logging_steps": "log_every",
+    "report_to": "track",
+    "log_with": "track",
+    "trackers": "track",
 }
 """Names that other trainers use for a setting, and its name here."""
 
@@ -196,6 +200,9 @@ class TrainConfig:
     """Epochs between evaluations; fractions are allowed, except with --streaming. The last step is always evaluated."""
     log_samples: bool = field(default=False, metadata=FREE_PER_PROCESS)
     """Write samples-P.jsonl for each process P, with the image indices and a hash of the pixels of every step."""
+    track: str | None = field(default=None, metadata=FREE_PER_PROCESS)
+    """Experiment trackers that show the metrics as well, separated by commas: tensorboard, trackio, wandb, mlflow; the
+    extra of the same name installs a tracker."""
     data: DataConfig = field(default_factory=DataConfig)
     transform: TransformConfig = field(default_factory=TransformConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
@@ -207,6 +214,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        tracker_names(self.track)
         if self.merge_groups not in ("auto", "off") and not is_count(self.merge_groups, WIDTHS):
             raise RequestError(
                 f"{setting('merge_groups', shown(self.merge_groups))}: expected auto, off or a width in channels "

@@ -33,6 +33,7 @@ class TrainSettings(TypedDict, total=False):
     log_every: int
     eval_every: float
     log_samples: bool
+    track: str | None
     dataset: str
     dataset_config: str | None
     dataset_revision: str | None

@@ -19,6 +19,7 @@ from resnext_hub.machine import quiet_compilers
 from resnext_hub.processes.launcher import WAIT
 from resnext_hub.processes.peers import Peers
 from resnext_hub.record import UnreadableImage
+from resnext_hub.trackers.fan_out import Trackers
 from resnext_hub.training.evaluation import AnyEvaluation, EvaluationStoppedError
 from resnext_hub.training.evaluator import Evaluator
 from resnext_hub.training.feed import StepInputs, training_loader
@@ -77,6 +78,7 @@ def train(
     model: nn.Module,
     accelerator: "Accelerator",
     peers: Peers,
+    trackers: Trackers,
     on_checkpoint: Callable[[Path], None] = lambda path: None,
 ) -> Outcome:
     """Train a model, from the newest checkpoint in its run folder if there is one.
@@ -86,6 +88,7 @@ def train(
         model: The model in its initial state.
         accelerator: The accelerator of this process.
         peers: The processes of the run.
+        trackers: Trackers of the run; only the main process has any.
         on_checkpoint: Called in the main process with the path of each new checkpoint.
 
     Raises:
@@ -99,7 +102,7 @@ def train(
     unreadable = UnreadableLog(plan.folder, peers, config.data.max_bad_fraction)
     evaluator = Evaluator(plan, state, stop, unreadable)
     state.restore()
-    recorder = Recorder(plan, state)
+    recorder = Recorder(plan, state, trackers)
     run = _Run(plan, state, stop, unreadable, evaluator, recorder, on_checkpoint)
 
     head_only = plan.schedule.head_only(state.step)
