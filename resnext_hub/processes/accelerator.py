@@ -25,8 +25,11 @@ def build_accelerator(precision: str, deterministic: bool) -> "Accelerator":
         RunError: If it does not see as many processes as the launcher started.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+    if AcceleratorState._shared_state.get("_mixed_precision") not in (None, precision):
+        AcceleratorState._reset_state()  # an earlier run of this process, such as in a notebook, had another precision
     accelerator = Accelerator(
         cpu=device_type() == "cpu",
         mixed_precision=precision,
