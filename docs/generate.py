@@ -62,6 +62,10 @@ def recipes() -> str:
         rows = [(f"`{key}`", _default(value)) for key, value in recipe.settings.items()]
         parts.append(f"### {name}\n\nSource: {recipe.source}.\n\nResult: {recipe.result}.")
         parts.append(_table(("setting", "value"), rows))
+        for tier in recipe.tiers:
+            rows = [(f"`{key}`", _default(value)) for key, value in tier.settings.items()]
+            parts.append(f"{tier.name[0].upper()}{tier.name[1:]}:")
+            parts.append(_table(("setting", "value"), rows))
     return "\n\n".join(parts)
 
 

@@ -9,17 +9,20 @@ from resnext_hub.errors import RequestError, RunError, StoppedRun
 from resnext_hub.models import VARIANTS, load_weights
 
 if TYPE_CHECKING:
-    from resnext_hub.api import evaluate, predict, publish, train
+    from resnext_hub.api import cross_validate, evaluate, predict, publish, train
+    from resnext_hub.data.remote import RemoteImage
     from resnext_hub.inference.classifier import Classifier, from_hub, load
     from resnext_hub.inference.optimize import optimize
 
 __all__ = [
     "VARIANTS",
     "Classifier",
+    "RemoteImage",
     "RequestError",
     "RunError",
     "StoppedRun",
     "__version__",
+    "cross_validate",
     "evaluate",
     "from_hub",
     "load",
@@ -31,8 +34,9 @@ __all__ = [
 ]
 
 _LAZY = {
-    **dict.fromkeys(("evaluate", "predict", "publish", "train"), "resnext_hub.api"),
+    **dict.fromkeys(("cross_validate", "evaluate", "predict", "publish", "train"), "resnext_hub.api"),
     **dict.fromkeys(("Classifier", "from_hub", "load"), "resnext_hub.inference.classifier"),
+    "RemoteImage": "resnext_hub.data.remote",
     "optimize": "resnext_hub.inference.optimize",
 }
 """Public names that are imported on first use, so that importing the package stays cheap."""

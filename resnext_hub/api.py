@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack
 
+from resnext_hub.errors import RequestError, setting
 from resnext_hub.hub.publish import Publication
 from resnext_hub.inference.classifier import Classifier, load
 from resnext_hub.processes.peers import join
@@ -15,6 +16,7 @@ from resnext_hub.training.keywords import TrainSettings
 
 if TYPE_CHECKING:
     from resnext_hub.inference.prediction import ImageInput, Prediction, Unread
+    from resnext_hub.runs.fold_results import CrossValidation
 
 
 def train(
@@ -49,6 +51,7 @@ def train(
         RunError: If training fails; the last checkpoint is kept.
         StoppedRun: After SIGTERM or Ctrl-C; the state was saved.
     """
+    from resnext_hub.runs.folds import requested_folds
     from resnext_hub.runs.train import TrainRequest, train_run
 
     request = TrainRequest(
@@ -59,7 +62,53 @@ def train(
         resume=resume,
         resume_from=resume_from,
     )
+    folds = requested_folds(request)
+    if folds is not None:
+        raise RequestError(
+            f"{setting('folds', folds)} trains several runs; use cross_validate, or {setting('fold', 1)} for one"
+        )
     return train_run(request, join()).plan.folder
+
+
+def cross_validate(
+    *,
+    recipe: str | None = None,
+    config: "str | os.PathLike[str] | None" = None,
+    output_dir: "str | os.PathLike[str] | None" = None,
+    **settings: Unpack[TrainSettings],
+) -> "CrossValidation":
+    """Train a model for each fold of a training split and return the results; the Python form of `train --folds`.
+
+        result = resnext_hub.cross_validate(recipe="finetune", dataset="photos", folds=5)
+        print(result.accuracy, result.low, result.high)
+
+    Args:
+        recipe: A recipe, as for `train`.
+        config: A YAML file of settings; it overrides the recipe.
+        output_dir: Folder of the folders of the runs; `runs/DATASET-MODEL-folds-N` if not given.
+        settings: The flags of the command `train`, with underscores; `folds` is the number of folds.
+
+    Returns:
+        The results of all folds; runs that are already finished are not trained again.
+
+    Raises:
+        RequestError: If the request is invalid; nothing was computed.
+        RunError: If training fails; the last checkpoint is kept.
+        StoppedRun: After SIGTERM or Ctrl-C; the state was saved.
+    """
+    from resnext_hub.runs.folds import requested_folds, train_folds
+    from resnext_hub.runs.train import TrainRequest
+
+    request = TrainRequest(
+        asked=dict(settings),
+        recipe=recipe,
+        file=None if config is None else Path(config),
+        output_dir=None if output_dir is None else Path(output_dir),
+    )
+    folds = requested_folds(request)
+    if folds is None:
+        raise RequestError(f"a cross-validation needs {setting('folds')}, such as 5, and no {setting('fold')}")
+    return train_folds(request, folds, join()).result
 
 
 def evaluate(

@@ -123,6 +123,8 @@ class EvaluationFacts:
     confusion: list[list[tuple[_Count, _Some]]]
     """For each true class, the predicted classes with their counts; only those that occur. Empty if an image can have
     several labels."""
+    without_tta: _Fraction | None = None
+    """With test-time augmentation: top1, or with several labels the mean average precision, without it."""
     labels: list[LabelFacts] | None = None
     """Results for each label if an image can have several, else None."""
     mean_average_precision: _Fraction | None = None

@@ -54,6 +54,11 @@ class RunFolder:
         return self.plots / "report"
 
     @property
+    def trackers(self) -> Path:
+        """Folder of experiment trackers that store their files with the run."""
+        return self.path / "trackers"
+
+    @property
     def predictions(self) -> Path:
         """Predictions for the evaluation split, in Parquet."""
         return self.path / "predictions.parquet"

@@ -52,6 +52,11 @@ def listing(names: Iterable[object], most: int = 12) -> str:
     return ", ".join(map(printable, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def slug(text: str) -> str:
+    """Return text as a name of a file or project, of letters, digits, underscores, dots and hyphens."""
+    return re.sub(r"[^\w.-]+", "_", text).strip("_.") or "run"
+
+
 def is_printable(text: str) -> bool:
     """Return whether text has none of the characters that `printable` escapes."""
     return not any(map(_is_unsafe, text))

@@ -18,7 +18,7 @@ ORDER = (
     {"settings"},
     {"machine", "record"},
     {"run_folder"},
-    {"processes"},
+    {"processes", "trackers"},
     {"models"},
     {"kernels"},
     {"data"},

@@ -34,8 +34,9 @@ CHOSEN_BY = {
     "macro-f1": "macro-F1",
     "map": "mean average precision",
     "loss": "cross-entropy",
+    "last": None,
 }
-"""What the values of `best_by` are called."""
+"""What the values of `best_by` are called; None if nothing chooses the weights."""
 
 
 def render_card(
@@ -145,6 +146,12 @@ def _metadata(record: RunRecord, repo_id: str | None, license: str | None) -> st
                 ("mean_average_precision", _macro_name("Mean average precision", facts), facts.mean_average_precision),
                 ("accuracy", "All labels right" if facts.is_multi_label else "Top-1 accuracy", facts.top1),
                 ("accuracy", "Top-5 accuracy", facts.top5),
+                (
+                    "mean_average_precision" if facts.is_multi_label else "accuracy",
+                    f"{'Mean average precision' if facts.is_multi_label else 'Top-1 accuracy'} without test-time "
+                    "augmentation",
+                    facts.without_tta,
+                ),
                 ("f1", _macro_name("Macro-F1", facts), facts.macro_f1),
                 ("recall", _macro_name("Macro recall", facts), facts.macro_recall),
                 ("expected_calibration_error", "Expected calibration error, 15 bins", facts.calibration_error),
@@ -291,6 +298,9 @@ def split_name(record: RunRecord, part: Literal["evaluation", "test"]) -> str:
     split = dataset.eval_split if part == "evaluation" else dataset.test_split
     if split is None:
         seed = printable(record.config["split_seed"])
+        if record.config.get("folds") is not None:
+            fold, folds = (printable(record.config.get(name)) for name in ("fold", "folds"))
+            return f"fold {fold} of {folds} of {markdown(dataset.train_split)}, stratified, seed {seed}"
         test = " for a test" if part == "test" else ""
         return f"held out{test} from {markdown(dataset.train_split)}, stratified, seed {seed}"
     trained = ", also used for training" if split == dataset.train_split else ""

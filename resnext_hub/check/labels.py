@@ -20,6 +20,7 @@ from resnext_hub.data.loaders import EvaluationSamples
 from resnext_hub.errors import RequestError, setting
 from resnext_hub.inference.classifier import load
 from resnext_hub.machine import cores, device_type
+from resnext_hub.models.views import TestTimeAugmentation
 from resnext_hub.processes.accelerator import set_threads
 from resnext_hub.runs.reopen import reopen
 from resnext_hub.text import printable
@@ -148,7 +149,8 @@ def check_labels(path: Path, workers: int | None = None) -> LabelFindings:
         for name, own in images.items():
             samples = evaluation_samples(own, classifier.input, run.config.loader.max_image_pixels)
             assert isinstance(samples, EvaluationSamples)
-            found, unreadable = _predict(model, samples, run.record.evaluation.batch_size, device, workers, bar)
+            batch_size = run.record.evaluation.batch_size
+            found, unreadable = _predict(model, samples, batch_size, device, classifier.tta, workers, bar)
             flagged = find_wrong_labels(own.labels, found, len(splits.label_names))
             part = Part(
                 name=name,
@@ -175,6 +177,7 @@ def _predict(
     samples: EvaluationSamples,
     batch_size: int,
     device: torch.device,
+    tta: TestTimeAugmentation,
     workers: int,
     bar: "tqdm[Any]",
 ) -> tuple[Probabilities, list[Unreadable]]:
@@ -183,7 +186,7 @@ def _predict(
     batches = samples.batches(batch_size, 0, 1, workers, pin_memory=device.type == "cuda")
     with contextlib.closing(batches):
         for batch in batches:
-            rows = log_probabilities(predict_batch(model, batch.images, batch_size, device)).exp()
+            rows = log_probabilities(predict_batch(model, batch.images, batch_size, device, tta).mean(dim=0)).exp()
             for entry in batch.unreadable:
                 rows[batch.indices == entry.index] = torch.nan
             parts.append(Probabilities.of_batch(rows, batch.labels))

@@ -1,19 +1,22 @@
 """`resnext-hub predict`: classify images."""
 
 import argparse
+import dataclasses
 import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from resnext_hub.cli.parser import add_threads, count, existing_path, fraction, new_path
+from resnext_hub.cli.parser import add_threads, count, existing_path, fraction, new_path, value_of
 from resnext_hub.errors import RequestError, RunError, setting
+from resnext_hub.settings import Range
 from resnext_hub.text import printable
 
 if TYPE_CHECKING:
     from resnext_hub.cli.predictions import Writer
+    from resnext_hub.data.remote import RemoteImage
     from resnext_hub.inference.classifier import Classifier
 
 _logger = logging.getLogger(__name__)
@@ -22,6 +25,7 @@ _logger = logging.getLogger(__name__)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     from resnext_hub.data.loaders import PIXELS, LoaderConfig
+    from resnext_hub.models.views import TEST_TIME_AUGMENTATIONS
     from resnext_hub.training.config import BATCH
 
     parser.add_argument(
@@ -29,11 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "path",
-        type=existing_path,
+        type=_path_or_address,
         nargs="+",
         metavar="PATH",
-        help="image, folder of images, or pattern such as 'photos/*.jpg'; - reads paths from standard input, one per "
-        "line",
+        help="image, folder of images, pattern such as 'photos/*.jpg', or http or https address of an image; - reads "
+        "paths and addresses from standard input, one per line",
     )
     parser.add_argument(
         "--top",
@@ -48,6 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="list only classes with at least this probability, 0 to 1; if an image can have several labels, this "
         "replaces their thresholds",
+    )
+    parser.add_argument(
+        "--tta",
+        choices=TEST_TIME_AUGMENTATIONS,
+        help="test-time augmentation: flip predicts from the mean of the logits of an image and its mirror image, none "
+        "from the image alone (default: as in the evaluation of the run)",
     )
     formats = parser.add_mutually_exclusive_group()
     formats.add_argument(
@@ -90,6 +100,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"treat images with more pixels than this (according to their header) as unreadable (default: {most:,})",
     )
+    parser.add_argument(
+        "--timeout",
+        type=value_of("timeout", Annotated[float, Range(0, 3600, above=True)]),
+        metavar="S",
+        help="seconds that the download of an image may take (default: 30)",
+    )
     add_threads(parser)
 
 
@@ -102,6 +118,7 @@ def run(options: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
+    from resnext_hub.data.remote import RemoteImage
     from resnext_hub.inference.classifier import load
     from resnext_hub.inference.prediction import find_images
     from resnext_hub.machine import device_type
@@ -112,8 +129,15 @@ def run(options: argparse.Namespace) -> None:
             raise RequestError(f"{printable(path)}: its folder does not exist; create it first")
     if options.explain and os.path.lexists(options.explain) and not options.explain.is_dir():
         raise RequestError(f"{printable(options.explain)} is not a folder; choose another {setting('explain')}")
-    paths = find_images([*_with_standard_input(options.path)])
+    paths: list[Path | RemoteImage] = []
+    for path in _with_standard_input(options.path):
+        if isinstance(path, RemoteImage):
+            paths.append(path if options.timeout is None else dataclasses.replace(path, seconds=options.timeout))
+        else:
+            paths += find_images([path])
     classifier = load(options.model)
+    if options.tta is not None:
+        classifier = dataclasses.replace(classifier, tta=options.tta)
     device = torch.device(device_type())
     set_threads(options.threads, device.type)
     reading: dict[str, Any] = dict(
@@ -126,7 +150,8 @@ def run(options: argparse.Namespace) -> None:
         for path, failure in (_embed if options.embed else _classify)(classifier, paths, options, reading):
             if failure is not None:
                 unread += 1
-                _logger.warning("%s: cannot be decoded: %s", printable(path), printable(failure))
+                what = "" if isinstance(path, RemoteImage) else "cannot be decoded: "
+                _logger.warning("%s: %s%s", printable(path), what, printable(failure))
             bar.update()
     for _ in tqdm(overlays, total=len(paths), unit="overlay", disable=None if options.explain else True):
         pass
@@ -136,26 +161,36 @@ def run(options: argparse.Namespace) -> None:
         raise RunError(f"{unread} of {len(paths)} images could not be decoded")
 
 
-def _with_standard_input(paths: Iterable[Path]) -> Iterator[Path]:
+def _path_or_address(text: str) -> "Path | RemoteImage":
+    """Return an argument as the address of an image, or else as a path."""
+    from resnext_hub.data.remote import RemoteImage, is_remote
+
+    return RemoteImage(text) if is_remote(text) else existing_path(text)
+
+
+def _with_standard_input(paths: "Iterable[Path | RemoteImage]") -> "Iterator[Path | RemoteImage]":
     """Yield paths, with - replaced by those that are read from standard input.
 
     Raises:
         RequestError: If standard input is requested but empty.
     """
+    from resnext_hub.data.remote import RemoteImage, is_remote
+
     for path in paths:
         if str(path) != "-":
             yield path
             continue
         lines = [line.rstrip(b"\r") for line in sys.stdin.buffer.read().split(b"\n")]
-        found = [Path(os.fsdecode(line)) for line in lines if line]
+        names = [os.fsdecode(line) for line in lines if line]
+        found = [RemoteImage(name) if is_remote(name) else Path(name) for name in names]
         if not found:
             raise RequestError("standard input contains no paths; expected one per line")
         yield from found
 
 
 def _classify(
-    classifier: "Classifier", paths: list[Path], options: argparse.Namespace, reading: dict[str, Any]
-) -> Iterator[tuple[Path, str | None]]:
+    classifier: "Classifier", paths: "list[Path | RemoteImage]", options: argparse.Namespace, reading: dict[str, Any]
+) -> "Iterator[tuple[Path | RemoteImage, str | None]]":
     """Write the classes of images; yield each path, and why it cannot be decoded."""
     from resnext_hub.inference.prediction import Unread, predict
 
@@ -167,7 +202,9 @@ def _classify(
     writer.close()
 
 
-def _overlays(classifier: "Classifier", paths: list[Path], folder: Path, reading: dict[str, Any]) -> Iterator[Path]:
+def _overlays(
+    classifier: "Classifier", paths: "list[Path | RemoteImage]", folder: Path, reading: dict[str, Any]
+) -> Iterator[Path]:
     """Return an iterator that writes the overlay of each readable image and yields its path.
 
     Raises:
@@ -180,7 +217,7 @@ def _overlays(classifier: "Classifier", paths: list[Path], folder: Path, reading
 
     def write_all() -> Iterator[Path]:
         folder.mkdir(exist_ok=True)
-        for name, found in zip(overlay_names(paths), explanations, strict=True):
+        for name, found in zip(overlay_names([Path(str(path)) for path in paths]), explanations, strict=True):
             if not isinstance(found, str):
                 draw_overlay(found.pixels, found.heat).save(folder / name)
             yield folder / name
@@ -201,8 +238,8 @@ def _writer(options: argparse.Namespace) -> "Writer":
 
 
 def _embed(
-    classifier: "Classifier", paths: list[Path], options: argparse.Namespace, reading: dict[str, Any]
-) -> Iterator[tuple[Path, str | None]]:
+    classifier: "Classifier", paths: "list[Path | RemoteImage]", options: argparse.Namespace, reading: dict[str, Any]
+) -> "Iterator[tuple[Path | RemoteImage, str | None]]":
     """Write the embeddings of images; yield each path, and why it cannot be decoded."""
     import pyarrow
 

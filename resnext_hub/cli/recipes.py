@@ -33,10 +33,14 @@ def run(options: argparse.Namespace) -> None:
     except RequestError as error:
         raise RequestError(f"{shown(options.name)}: {error}") from error
     if options.json:
-        write(json_line(recipe.settings))
+        tiers = {tier.name: tier.settings for tier in recipe.tiers}
+        write(json_line(recipe.settings | ({"tiers": tiers} if tiers else {})))
         return
     write(f"{options.name}: {recipe.purpose}\nsource: {recipe.source}\nresult: {recipe.result}\n\n")
     write(table([_words(name, value) for name, value in recipe.settings.items()]))
+    for tier in recipe.tiers:
+        write(f"\n{tier.name}:\n")
+        write(table([_words(name, value) for name, value in tier.settings.items()]))
 
 
 def _words(name: str, value: object) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import importlib
 import logging
 import shlex
@@ -19,6 +20,8 @@ from resnext_hub.training.config import flat_fields
 
 if TYPE_CHECKING:
     from resnext_hub.record import EvaluationFacts, RunRecord
+    from resnext_hub.runs.folds import CrossValidated
+    from resnext_hub.runs.train import TrainRequest
 
 WEAKEST = 5
 """Number of classes that are named at the end of a run because they are recognized worst."""
@@ -48,6 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dry-run", action="store_true", help="print what the run would do, its time and memory, and write nothing"
     )
+    group.add_argument(
+        "--lr-find",
+        action="store_true",
+        help="instead of training, find a learning rate: run a range test of at most 100 steps, print a suggestion, "
+        "and write plot and values to a folder next to the run folder",
+    )
     add_config_flags(parser, flat_fields())
 
 
@@ -60,6 +69,7 @@ def run(options: argparse.Namespace, peers: Peers) -> None:
         return {name: value for name, value in vars(options).items() if name in flat_fields()}
 
     asked = peers.together(ready)
+    from resnext_hub.runs.folds import requested_folds, train_folds
     from resnext_hub.runs.train import TrainRequest, plan_only, train_run
 
     request = TrainRequest(
@@ -70,10 +80,20 @@ def run(options: argparse.Namespace, peers: Peers) -> None:
         resume=options.resume,
         resume_from=options.resume_from,
     )
+    if options.dry_run and options.lr_find:
+        raise RequestError("--dry-run and --lr-find are mutually exclusive; omit one of them")
     if options.dry_run:
         if request.resume_from:
             raise RequestError("--dry-run does not download the run of --resume-from; omit one of them")
         write("".join(f"{line}\n" for line in plan_only(request, peers)))
+        return
+    if options.lr_find:
+        _find_lr(request, peers)
+        return
+    folds = requested_folds(request)
+    if folds is not None:
+        with _bars_beside_logs():
+            write(_folds_summary(train_folds(request, folds, peers)))
         return
     with _bars_beside_logs():
         done = train_run(request, peers)
@@ -85,13 +105,67 @@ def run(options: argparse.Namespace, peers: Peers) -> None:
     write(_summary(folder, record))
 
 
+def _find_lr(request: "TrainRequest", peers: Peers) -> None:
+    """Run a range test, and print what it suggests."""
+    from resnext_hub.runs.lr_find import find_lr
+
+    if request.resume_from:
+        raise RequestError("--lr-find does not resume a run; omit --resume-from")
+    found = find_lr(request, peers)
+    test = found.test
+    if test.diverged:
+        at = f"at a learning rate of {test.lrs[-1]:.3g}" if test.lrs else "at the first step"
+        write(f"the loss diverged {at}, after {len(test.lrs)} steps\n")
+    else:
+        write(f"the loss did not diverge up to a learning rate of {test.lrs[-1]:.3g}\n")
+    if test.suggestion is None:
+        write("the loss did not fall at any learning rate, so there is no suggestion\n")
+    else:
+        write(f"suggested learning rate: --lr {test.suggestion:.2g} (as planned: {found.lr:.2g})\n")
+    write("".join(f"{what}: {printable(path)}\n" for what, path in (("plot", found.plot), ("values", found.values))))
+
+
+def _folds_summary(done: "CrossValidated") -> str:
+    """Return the results of a cross-validation, and where they are."""
+    result = done.result
+    several = result.mean_average_precision is not None
+    mean, what = result.mean_average_precision or result.mean_accuracy, "mAP" if several else "accuracy"
+    lines = [
+        *(["all folds are already finished; nothing was trained"] if done.finished else []),
+        *(
+            f"fold {fold.fold}: mAP {100 * fold.mean_average_precision:.2f} % ({fold.count} images)"
+            if fold.mean_average_precision is not None
+            else f"fold {fold.fold}: accuracy {100 * fold.top1:.2f} % ({fold.correct}/{fold.count})"
+            for fold in result.folds
+        ),
+        f"mean of {len(result.folds)} folds: {what} {_interval(mean.mean, mean.low, mean.high)}",
+        f"all images, each with a model that was not trained on it: {'all labels right' if several else 'accuracy'} "
+        f"{_interval(result.accuracy, result.low, result.high)} ({result.correct}/{result.count})",
+    ]
+    if result.test is not None:
+        lines.append(f"test images, mean of the models: {what} {_interval(*dataclasses.astuple(result.test))}")
+    if result.is_optimistic:
+        lines.append("the evaluated images selected the weights, so these figures are optimistic (see --best-by last)")
+    else:
+        lines.append("weights: those at the end of each run, so no evaluation selected them")
+    if several:
+        lines.append("thresholds of labels were chosen on the evaluated images, so only the mAP is not optimistic")
+    lines += [f"summary: {printable(done.folder / 'folds.json')}", f"runs and predictions: {printable(done.folder)}"]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _interval(value: float, low: float, high: float) -> str:
+    return f"{100 * value:.2f} % (95 % interval {100 * low:.2f} to {100 * high:.2f} %)"
+
+
 def _summary(folder: RunFolder, record: "RunRecord") -> str:
     """Return the results of a run, where they are, and what to do with them."""
     best, name = record.evaluation, shlex.quote(printable(folder))
+    kept = "last" if record.config.get("best_by") == "last" else "best"
     lines = [
         _result(best, "held-out images"),
         *([f"test {_result(record.test, 'images')}"] if record.test else []),
-        f"best weights: step {best.step} of {record.steps} (epoch {round(best.epoch, 1):g})",
+        f"{kept} weights: step {best.step} of {record.steps} (epoch {round(best.epoch, 1):g})",
         *_weakest(record),
         f"model folder: {printable(folder.model)}",
         f"plots and predictions: {printable(folder)}",

@@ -1,6 +1,6 @@
 """Settings of the dataset."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
 
 from resnext_hub.errors import RequestError, setting
@@ -8,6 +8,9 @@ from resnext_hub.settings import FREE_PER_PROCESS, Range, check_fields
 
 NO_TEST = "none"
 """Value of `test_split` for a run without a test."""
+
+MOST_FOLDS = 100
+"""Largest number of folds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +48,15 @@ class DataConfig:
     test_fraction: Annotated[float, Range(0, 0.9)] = 0.0
     """Fraction of each class of the training split to hold out for a test at the end of the run, even if the dataset
     has a test split, from 0 to 0.9; by default nothing is held out for it."""
+    folds: Annotated[int, Range(2, MOST_FOLDS)] | None = None
+    """K-fold cross-validation: divide the training split into this many parts, evaluate each with a model that is
+    trained on all others, and summarize the results; a single run with its own evaluation split if not given."""
+    fold: Annotated[int, Range(1, MOST_FOLDS)] | None = None
+    """With --folds: train only the model that this part evaluates, counted from 1; all, one after another, if not
+    given."""
     split_seed: Annotated[int, Range(0, 2**32 - 1)] = 0
-    """Random seed of the held-out split; separate from the training seed, so runs with different seeds share one
-    evaluation split."""
+    """Random seed of the held-out split or the folds; separate from the training seed, so runs with different seeds
+    share one evaluation split."""
     group_duplicates: bool | None = None
     """Keep copies of an image, resized and mirrored ones included, on the same side of the split when holding images
     out; by default, on for up to 100,000 training images and off for more. Decodes every image once, and keeps the
@@ -70,3 +79,19 @@ class DataConfig:
                 f"{setting('test_fraction', self.test_fraction)} and {setting('test_split', self.test_split)} are "
                 "mutually exclusive; omit one of them"
             )
+        self._check_folds()
+
+    def _check_folds(self) -> None:
+        if self.fold is not None and (self.folds is None or self.fold > self.folds):
+            what = f"there are only {self.folds} folds" if self.folds else f"needs {setting('folds')}"
+            raise RequestError(f"{setting('fold', self.fold)}: {what}")
+        if self.folds is None:
+            return
+        default = {field.name: field.default for field in fields(self)}
+        for name in ("streaming", "eval_split", "eval_fraction", "test_fraction"):
+            if getattr(self, name) != default[name]:
+                raise RequestError(
+                    f"{setting(name, getattr(self, name))} is not possible with {setting('folds', self.folds)}, which "
+                    "evaluates every image of the training split once; omit one of them"
+                    + (f" (for a test of each fold's model, use {setting('test_split')})" if name[0] in "et" else "")
+                )

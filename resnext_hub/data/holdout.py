@@ -1,11 +1,12 @@
 """Hold out parts of a training split, and check pairs of splits for likely mistakes."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from resnext_hub.data.config import DataConfig
+from resnext_hub.data.folds import assign_folds
 from resnext_hub.data.images import count_labels
 from resnext_hub.errors import RequestError, setting
 from resnext_hub.text import listing
@@ -94,6 +95,31 @@ def hold_out(config: DataConfig, labels: np.ndarray, rows: Mapping[str, np.ndarr
             "only one after the evaluation images are held out; add images, or omit it"
         ) from error
     return parts | {"training": kept[train], "test": kept[test]}
+
+
+def divide(
+    config: DataConfig, labels: np.ndarray, rows: Mapping[str, np.ndarray], groups: Callable[[], Sequence[np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """Return the rows of each part of a run: those of its fold, or as `hold_out` does, without separating duplicates.
+
+    Args:
+        config: How to divide the training split.
+        labels: What to stratify it by, `(N,)`.
+        rows: Rows of the stored splits by part: `training`, and `evaluation` and `test` if they are stored.
+        groups: Finds rows of the training split with the same content; called if `group_duplicates` is set.
+
+    Raises:
+        RequestError: If a part would be empty.
+    """
+    if config.folds is not None:
+        together = groups() if config.group_duplicates else []
+        evaluated = assign_folds(labels, together, config.folds, config.split_seed) == (config.fold or 1) - 1
+        return {**rows, "training": np.flatnonzero(~evaluated), "evaluation": np.flatnonzero(evaluated)}
+    parts = hold_out(config, labels, rows)
+    if config.group_duplicates:
+        of_training = {part: chosen for part, chosen in parts.items() if part == "training" or part not in rows}
+        parts |= keep_together(of_training, groups(), labels, config.split_seed)
+    return parts
 
 
 def keep_together(

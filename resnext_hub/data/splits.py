@@ -16,7 +16,7 @@ from resnext_hub.data.config import NO_TEST
 from resnext_hub.data.config import DataConfig as DataConfig
 from resnext_hub.data.exclude import read_exclusions
 from resnext_hub.data.groups import duplicates_in
-from resnext_hub.data.holdout import hold_out, keep_together, likely_mistakes, similar_names, strata_of
+from resnext_hub.data.holdout import divide, likely_mistakes, similar_names, strata_of
 from resnext_hub.data.images import IndexedImages, StreamedImages
 from resnext_hub.data.labels import LabelledTable, class_names, read_labels
 from resnext_hub.data.sources import BUNDLED, OpenDataset, Request, is_url, open_source, public_name
@@ -265,13 +265,13 @@ def _indexed(source: OpenDataset, found: _Found, labelled: Sequence[LabelledTabl
     # split first, so that leaving an image out does not move others between the parts
     rows = {part: np.arange(len(own)) for part, own in labels.items()}
     strata = strata_of(labels["training"])
-    divided = hold_out(config, strata, rows)
-    if config.group_duplicates:
+
+    def groups() -> list[np.ndarray]:
         table = tables["training"].select_columns([found.image_column])
         everything = IndexedImages(table, found.image_column, rows["training"], labels["training"], source.roots)
-        of_training = {part: chosen for part, chosen in divided.items() if part == "training" or part not in rows}
-        groups = duplicates_in(everything, digest, config.dataset_config)
-        divided |= keep_together(of_training, groups, strata, config.split_seed)
+        return duplicates_in(everything, digest, config.dataset_config)
+
+    divided = divide(config, strata, rows, groups)
     parts = {part: images(part, chosen) for part, chosen in divided.items()}
     for part, chosen in parts.items():
         if part != "training":
@@ -333,6 +333,10 @@ def _find_splits(config: DataConfig, tables: Mapping[str, Any]) -> _Roles:
         evaluation = _pick_split(validation, None, "eval") or _pick_split(others, None, "eval")
     if config.test_split is None and not config.test_fraction and evaluation is not None:
         test = _likely_test([split for split in others if split != evaluation], evaluation)
+    if config.folds is not None and evaluation is not None:
+        if test is None and config.test_split is None:
+            test = evaluation
+        evaluation = None  # each fold is evaluated with a model that is trained on the others
     return _Roles(train=train, eval=evaluation, test=test)
 
 

@@ -168,6 +168,11 @@ def export(
     files.check(model)
     require_finite(model.model)
     merged, layers = _merged(model, format, merge, None if int8 is None else int8.calibration)
+    if model.tta != "none":
+        _logger.info(
+            "the file contains the model without test-time augmentation; for the predictions of the run, average the "
+            "logits of each image and its mirror image"
+        )
     content = files.build(merged, *_example_and_facts(model))
     absolute, relative = _errors(model, files.open(content))
     if not relative <= tolerance:  # written so that NaN fails too

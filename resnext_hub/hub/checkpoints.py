@@ -207,7 +207,7 @@ def fetched_settings(settings: Mapping[str, Any], asked: Container[str], where: 
 
 
 _NOT_INHERITED = frozenset(
-    {"push_to_hub", "push_checkpoints", "repo_id", "license", "private", "workers", "log_samples"}
+    {"push_to_hub", "push_checkpoints", "repo_id", "license", "private", "workers", "log_samples", "track"}
 )
 """Settings that are not taken from a fetched run."""
 

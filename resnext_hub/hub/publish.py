@@ -211,16 +211,17 @@ def _check_config(config: Mapping[str, Any], record: RunRecord, where: str) -> N
     if unknown:
         raise RequestError(f"{where}: config.json has unexpected keys: {listing(unknown)}; {WAY_OUT}")
     parse_config(dict(config), where)
-    cfg, labels = config["pretrained_cfg"], record.evaluation.labels
+    cfg, labels, facts = config["pretrained_cfg"], record.evaluation.labels, config.get("resnext_hub") or {}
     for name, found, expected in (
         ("architecture", config["architecture"], record.model.architecture),
         ("label_names", config.get("label_names"), record.label_names),
         ("problem_type", config.get("problem_type"), MULTI_LABEL if labels is not None else None),
         (
             "resnext_hub.thresholds",
-            (config.get("resnext_hub") or {}).get("thresholds"),
+            facts.get("thresholds"),
             None if labels is None else [label.threshold for label in labels],
         ),
+        ("resnext_hub.tta", facts.get("tta", "none"), record.config.get("tta", "none")),
         ("model_args", config.get("model_args") or {}, record.model.model_args),
         *((f"pretrained_cfg.{name}", cfg.get(name), value) for name, value in record.model.input.items()),
     ):

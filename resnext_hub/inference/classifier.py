@@ -13,6 +13,7 @@ import torch
 from resnext_hub.errors import RequestError, setting
 from resnext_hub.models.fetch import check_revision
 from resnext_hub.models.lookup import LoadedModel, find_classifier, find_on_hub
+from resnext_hub.models.views import TEST_TIME_AUGMENTATIONS
 from resnext_hub.settings import shown
 
 if TYPE_CHECKING:
@@ -30,10 +31,11 @@ class Classifier(LoadedModel):
         classifier = resnext_hub.load("runs/photos-resnext_g32")
         probabilities = classifier(["cat.jpg", pil_image, array])  # (3, classes)
 
-    Use `dataclasses.replace(classifier, temperature=1.5)` to change its temperature.
+    Use `dataclasses.replace(classifier, temperature=1.5)` to change its temperature, and `tta="flip"` or `"none"` to
+    turn test-time augmentation on or off; by default it is as in the evaluation of the run.
 
     Raises:
-        RequestError: If the temperature is not a positive number.
+        RequestError: If the temperature is not a positive number, or there is no such test-time augmentation.
     """
 
     temperature: float = 1.0
@@ -43,6 +45,8 @@ class Classifier(LoadedModel):
         value = self.temperature
         if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
             raise RequestError(f"temperature={shown(repr(value))}: expected a positive number")
+        if self.tta not in TEST_TIME_AUGMENTATIONS:
+            raise RequestError(f"{setting('tta', shown(self.tta))}: expected {' or '.join(TEST_TIME_AUGMENTATIONS)}")
 
     @property
     def is_multi_label(self) -> bool:
@@ -253,7 +257,7 @@ def from_hub(repo_id: str, *, revision: str | None = None, verify: bool = True) 
 
 
 def _classifier(loaded: LoadedModel) -> Classifier:
-    return Classifier(loaded.model, loaded.input, loaded.label_names, loaded.source, loaded.thresholds)
+    return Classifier(loaded.model, loaded.input, loaded.label_names, loaded.source, loaded.thresholds, loaded.tta)
 
 
 def _stacked(rows: "Iterable[torch.Tensor | str]") -> torch.Tensor:

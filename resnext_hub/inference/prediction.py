@@ -20,20 +20,22 @@ from torch.utils.data import DataLoader, Dataset
 from resnext_hub.data.decode import MAX_IMAGE_PIXELS, UnreadableImageError, upright
 from resnext_hub.data.jpeg import FastTransform
 from resnext_hub.data.loaders import derive_workers, read_transformed
+from resnext_hub.data.remote import RemoteImage
 from resnext_hub.data.sources import IMAGE_SUFFIXES, list_images
 from resnext_hub.data.sources.walk import is_run_folder
 from resnext_hub.data.transforms import EvalTransform
 from resnext_hub.errors import RequestError, RunError, one_line, setting
 from resnext_hub.machine import device_type
 from resnext_hub.models.input_config import IMAGE_MODES
+from resnext_hub.models.views import predict_views
 from resnext_hub.processes.launcher import local_processes
 from resnext_hub.text import printable
 
 if TYPE_CHECKING:
     from resnext_hub.inference.classifier import Classifier
 
-ImageInput: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | np.ndarray"
-"""A path, an encoded image, a PIL image, or a uint8 array `(H, W)` or `(H, W, C)`."""
+ImageInput: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | np.ndarray | RemoteImage"
+"""A path, an encoded image, a PIL image, a uint8 array `(H, W)` or `(H, W, C)`, or an image on the web."""
 
 
 @dataclass(frozen=True)
@@ -312,6 +314,8 @@ class _Inputs(Dataset[torch.Tensor | str]):
         try:
             if isinstance(image, np.ndarray):
                 return self.transform(upright(_from_array(image), self.mode))
+            if isinstance(image, RemoteImage):
+                image = image.read()
             if isinstance(image, Image.Image):
                 return self.transform(_decoded(image, self.mode))
             row = {"bytes": image, "path": None} if isinstance(image, bytes) else {"bytes": None, "path": str(image)}
@@ -328,7 +332,7 @@ def _is_count(value: object) -> bool:
 
 def _check_input(index: int, image: object) -> None:
     """Raise RequestError for an object that is not an image, before any worker gets it."""
-    if not isinstance(image, (str, os.PathLike, bytes, Image.Image, np.ndarray)):
+    if not isinstance(image, (str, os.PathLike, bytes, Image.Image, np.ndarray, RemoteImage)):
         raise RequestError(
             f"image {index} is a {type(image).__name__}: expected a path, encoded bytes, a PIL image or a uint8 array"
         )
@@ -370,7 +374,7 @@ def _in_batch(
 
 def _probabilities(classifier: "Classifier", model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Return probabilities `(N, classes)` float64."""
-    logits = model(images).float() / classifier.temperature
+    logits = predict_views(model, images, classifier.tta).mean(dim=0) / classifier.temperature
     several = classifier.is_multi_label
     found: torch.Tensor = (
         logits.cpu().double().sigmoid() if several else F.log_softmax(logits, dim=1).cpu().double().exp()

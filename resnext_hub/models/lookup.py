@@ -16,6 +16,7 @@ from resnext_hub.models.fetch import check_revision, commit_of, fetch_file, list
 from resnext_hub.models.input_config import InputConfig
 from resnext_hub.models.resnext import OWN_ARGUMENTS, VARIANTS, Variant, stock_architecture
 from resnext_hub.models.saved import CONFIG, WEIGHTS, SavedModel, check_fit, named_config, read_model
+from resnext_hub.models.views import TestTimeAugmentation
 from resnext_hub.text import printable
 
 _RANDOM = f", or start from random weights with {setting('pretrained', False)}"
@@ -63,7 +64,8 @@ class ModelSource:
         saved = self.saved
         if saved.config.num_classes < 1:
             raise RequestError(f"{saved.where} has no classes and returns features; expected a classifier")
-        return LoadedModel(saved.load(), saved.input, saved.label_names, self, saved.config.thresholds)
+        config = saved.config
+        return LoadedModel(saved.load(), saved.input, saved.label_names, self, config.thresholds, config.tta)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +81,9 @@ class LoadedModel:
     source: ModelSource
     thresholds: tuple[float, ...] | None = None
     """Lowest probability at which each label is predicted, if an image can have several; None if it has exactly one."""
+    tta: TestTimeAugmentation = "none"
+    """Test-time augmentation, as in the evaluation of its run: with `flip`, the mean of the logits of an image and its
+    mirror image is the prediction."""
 
     @property
     def revision(self) -> str | None:

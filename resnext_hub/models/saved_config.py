@@ -22,6 +22,7 @@ from timm.models._pretrained import PretrainedCfg
 from resnext_hub.errors import RequestError
 from resnext_hub.files import read_json
 from resnext_hub.models.resnext import VARIANTS
+from resnext_hub.models.views import TestTimeAugmentation
 from resnext_hub.text import printable
 
 CONFIG_BYTES = 1 << 24
@@ -89,6 +90,10 @@ class _Config(Struct):
     resnext_hub: dict[str, Any] | None = None
 
 
+class _PluginFacts(Struct):
+    tta: TestTimeAugmentation = "none"
+
+
 class _CommonArgs(Struct):
     num_classes: _Classes | None = None
     in_chans: _Channels | None = None
@@ -149,6 +154,8 @@ class ModelConfig:
     """By timm's keys: input size and preprocessing, tag and license."""
     thresholds: tuple[float, ...] | None = None
     """Lowest probability at which each label is predicted, if an image can have several; None if it has exactly one."""
+    tta: TestTimeAugmentation = "none"
+    """Test-time augmentation with which it was evaluated."""
 
 
 def named_config(architecture: str, cfg: PretrainedCfg | None) -> ModelConfig:
@@ -228,6 +235,7 @@ class _Reader:
             thresholds=self.thresholds(config.resnext_hub or {}, classes)
             if config.problem_type == MULTI_LABEL
             else None,
+            tta=self.convert(config.resnext_hub or {}, _PluginFacts, "resnext_hub").tta,
         )
 
     def thresholds(self, facts: dict[str, Any], classes: int) -> tuple[float, ...]:

@@ -72,7 +72,8 @@ def _draw(record: RunRecord, loss: Any, accuracy: Any, rate: Any) -> None:
     value = best.top1 if best.mean_average_precision is None else best.mean_average_precision
     _line(accuracy, at, [100 * e[key] for e in evaluations], **_POINTS)
     _line(accuracy, [best.epoch], [100 * value], marker="o", color="C3", markersize=8, fillstyle="none")
-    accuracy.set(title=f"{what} (best {100 * value:.2f} %)", xlabel="epoch")
+    kept = "last" if record.config.get("best_by") == "last" else "best"
+    accuracy.set(title=f"{what} ({kept} {100 * value:.2f} %)", xlabel="epoch")
 
     _line(rate, epochs, [s["lr"] for s in steps], color="C2", marker=marker)
     rate.set(title="Learning rate", xlabel="epoch")

@@ -143,7 +143,8 @@ def _time_evaluation(plan: Plan, model: torch.nn.Module, device: torch.device) -
             begin = time.monotonic()
             if sum(times) > _SECONDS / 2:
                 break
-    return sum(times[1:] or times) / max(images - size, 1) if len(times) > 1 else sum(times) / max(images, 1)
+    seconds = sum(times[1:] or times) / max(images - size, 1) if len(times) > 1 else sum(times) / max(images, 1)
+    return seconds if plan.config.tta == "none" else 2 * seconds
 
 
 def _peak_memory(device: torch.device) -> int:

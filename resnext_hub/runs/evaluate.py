@@ -49,6 +49,7 @@ def evaluate_run(
             batch_size=run.record.evaluation.batch_size,
             device=device,
             thresholds=None if classifier.thresholds is None else np.array(classifier.thresholds),
+            tta=classifier.tta,
         )
         for part, images in splits.evaluated.items()
         if only in (None, part)

@@ -27,9 +27,12 @@ from resnext_hub.runs.existing import CONFIG_VERSION
 from resnext_hub.runs.public import public_settings
 from resnext_hub.runs.results import write_results
 from resnext_hub.runs.summary import log_plan
-from resnext_hub.text import is_printable, printable
+from resnext_hub.text import is_printable, printable, slug
+from resnext_hub.trackers.fan_out import Trackers
+from resnext_hub.trackers.names import tracker_names
 from resnext_hub.training.checkpoint import latest_checkpoint
 from resnext_hub.training.feed import evaluation_samples, require_readable
+from resnext_hub.training.fit_head import fit_head
 from resnext_hub.training.loop import train
 from resnext_hub.training.plan import Plan
 
@@ -40,38 +43,63 @@ PUSH_GRACE = 20
 """Seconds that a run stopped by a signal waits for the upload of its last checkpoint; launchers allow it 30."""
 
 
-def execute(plan: Plan, peers: Peers) -> RunRecord:
+def execute(plan: Plan, peers: Peers, *, close: bool = True) -> RunRecord:
     """Train and write the run folder, on the disk of the main process; return the record in every process.
 
     Args:
         plan: The run; equal in every process.
         peers: The processes of the run.
+        close: Whether to close the group of the processes at the end.
 
     Raises:
         RequestError: If another process uses the folder.
         RunError: If training fails, or the results cannot be written.
         StoppedRun: After SIGTERM or Ctrl-C; the state was saved.
     """
-    config = plan.config
     require_readable_splits(plan)
     accelerator = start_accelerator(plan)
     with contextlib.ExitStack() as stack:
         peers.from_main(lambda: _claim_folder(plan, stack))
         with lost_peers(peers.rank, peers.size):
             log_plan(plan, accelerator, estimate(plan, accelerator))
-        torch.manual_seed(config.seed)
-        model = peers.together(
-            lambda: build_model(plan.source, plan.splits.label_names, config.drop_rate, config.drop_path)
-        )
-        if isinstance(model, ResNeXt) and not plan.source.pretrained:
-            initialize(model, config.seed)
-        if peers.size > 1:  # pretrained weights may differ between hosts
-            model.load_state_dict(peers.share_tensors(model.state_dict))
+        is_new = peers.from_main(lambda: latest_checkpoint(plan.folder.checkpoints) is None)
+        model = build_initial_model(plan, peers)
+        trackers = stack.enter_context(contextlib.closing(_open_trackers(plan, peers)))
         with heartbeat(peers), lost_peers(peers.rank, peers.size), _pushed_checkpoints(plan) as on_checkpoint:
-            outcome = train(plan, model, accelerator, peers, on_checkpoint)
-        record = peers.from_main(lambda: write_results(plan, outcome, accelerator))
-    accelerator.end_training()
+            if plan.config.finetune.fit_head and is_new:
+                fit_head(plan, model, accelerator, peers)
+            outcome = train(plan, model, accelerator, peers, trackers, on_checkpoint)
+        record = peers.from_main(lambda: write_results(plan, outcome, accelerator, trackers))
+    if close:
+        accelerator.end_training()
     return record
+
+
+def build_initial_model(plan: Plan, peers: Peers) -> torch.nn.Module:
+    """Return the model of a run in its initial state, equal in every process."""
+    config = plan.config
+    torch.manual_seed(config.seed)
+    model = peers.together(
+        lambda: build_model(plan.source, plan.splits.label_names, config.drop_rate, config.drop_path)
+    )
+    if isinstance(model, ResNeXt) and not plan.source.pretrained:
+        initialize(model, config.seed)
+    if peers.size > 1:  # pretrained weights may differ between hosts
+        model.load_state_dict(peers.share_tensors(model.state_dict))
+    return model
+
+
+def _open_trackers(plan: Plan, peers: Peers) -> Trackers:
+    """Return the trackers of the run; other processes than the main one have none."""
+    path = plan.folder.path.resolve()
+    name = path.name if plan.config.data.folds is None else f"{path.parent.name}-{path.name}"
+    return Trackers(
+        tracker_names(plan.config.track) if peers.is_main else (),
+        plan.folder.trackers,
+        project=slug(plan.splits.dataset_id),
+        name=slug(name),
+        config=public_settings(plan.config, plan.splits),
+    )
 
 
 def require_readable_splits(plan: Plan) -> None:
@@ -131,8 +159,8 @@ def require_writable_paths(folder: RunFolder) -> None:
         RequestError: If something is in the way.
     """
     remedy = f"remove it, or choose another {setting('output_dir')}"
-    for path in (folder.model, folder.plots, folder.checkpoints):
-        replaceable = path.is_symlink() and path != folder.checkpoints
+    for path in (folder.model, folder.plots, folder.checkpoints, folder.trackers):
+        replaceable = path.is_symlink() and path in (folder.model, folder.plots)
         if os.path.lexists(path) and not path.is_dir() and not replaceable:
             raise RequestError(f"{printable(path)} is not a folder; {remedy}")
     replaced = [folder.config, folder.metrics, folder.predictions, folder.test_predictions, folder.previous_record]

@@ -1,5 +1,6 @@
 """Recipes: named sets of flat settings that override the defaults."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,6 +8,22 @@ from resnext_hub.errors import RequestError
 from resnext_hub.settings import did_you_mean
 
 QUICKSTART = "quickstart"
+AUTO = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tier:
+    """Settings up to a number of images per class."""
+
+    most: float
+    """Training images per class, on average, up to which they apply."""
+    settings: dict[str, Any]
+    """Flat settings."""
+
+    @property
+    def name(self) -> str:
+        """When it applies, in words."""
+        return f"up to {self.most:g} training images per class" if self.most < math.inf else "more images per class"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +38,18 @@ class Recipe:
     """What is known to come out, and for what."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Flat settings that differ from the defaults."""
+    tiers: tuple[Tier, ...] = ()
+    """Further settings by increasing number of images per class; the first tier that applies is used."""
 
+
+_FINETUNE: dict[str, Any] = {
+    "fit_head": True,
+    "scale": [0.35, 1.0],
+    "optimizer": "adamw",
+    "weight_decay": 0.05,
+    "warmup_epochs": 1.0,
+}
+"""What the tiers of `auto` that train all layers have in common."""
 
 _RSB = {
     "interpolation": "bicubic",
@@ -59,6 +87,18 @@ RECIPES: dict[str, Recipe] = {
             "checkpoint_every": "50",
         },
     ),
+    AUTO: Recipe(
+        purpose="fine-tune pretrained weights in the way that suits the number of images per class",
+        source="Kumar et al., 2022 (arXiv 2202.10054), Wortsman et al., 2022 (arXiv 2109.01903) and Kolesnikov et al., "
+        "2020 (arXiv 1912.11370), compared on small datasets",
+        result="see the page on few images",
+        settings={"pretrained": True},
+        tiers=(
+            Tier(most=20, settings={"fit_head": True, "freeze": "head", "epochs": 0.0}),
+            Tier(most=200, settings={**_FINETUNE, "lr": 1e-3, "epochs": 20.0, "eval_every": 2.0, "best_by": "loss"}),
+            Tier(most=math.inf, settings={**_FINETUNE, "lr": 1e-3, "epochs": 10.0}),
+        ),
+    ),
     "finetune": Recipe(
         purpose="fine-tune pretrained weights on photographs, with few epochs, mild crops and a small learning rate",
         source="common practice; AdamW with the learning rate of a fine-tuned ConvNeXt or ViT",
@@ -76,21 +116,10 @@ RECIPES: dict[str, Recipe] = {
         },
     ),
     "linear-probe": Recipe(
-        purpose="train only the classifier of pretrained weights, for very few images",
+        purpose="train only the classifier of pretrained weights, on cached features, for very few images",
         source="Kumar et al., 2022 (arXiv 2202.10054): training all layers at once distorts pretrained features",
-        result="not measured on a public benchmark",
-        settings={
-            "pretrained": True,
-            "freeze": "head",
-            "scale": [0.35, 1.0],
-            "epochs": 20.0,
-            "batch_size": 32,
-            "optimizer": "adamw",
-            "lr": 3e-3,
-            "weight_decay": 0.05,
-            "warmup_epochs": 1.0,
-            "label_smoothing": 0.0,
-        },
+        result="see the page on few images",
+        settings={"pretrained": True, "fit_head": True, "freeze": "head", "epochs": 0.0},
     ),
     "scratch": Recipe(
         purpose="train on photographs without pretrained weights, with many epochs and strong augmentation",

@@ -6,10 +6,9 @@ Every process does this, but only the main process reads the run folder. Nothing
 import dataclasses
 import logging
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from resnext_hub.data.config import NO_TEST
 from resnext_hub.data.jpeg import is_installed
@@ -25,12 +24,13 @@ from resnext_hub.models.lookup import ModelSource, find_model
 from resnext_hub.processes.launcher import check_launcher, local_processes
 from resnext_hub.processes.peers import Peers
 from resnext_hub.run_folder import RunFolder
+from resnext_hub.runs.auto import SETTINGS, choose
 from resnext_hub.runs.checks import check_batch, check_input, check_model, check_space
 from resnext_hub.runs.existing import CONFIG_VERSION, is_finished, read_config, read_existing
 from resnext_hub.runs.public import public_model
-from resnext_hub.runs.recipes import QUICKSTART, find_recipe
+from resnext_hub.runs.recipes import AUTO, QUICKSTART, find_recipe
 from resnext_hub.settings import shown
-from resnext_hub.text import printable
+from resnext_hub.text import printable, slug
 from resnext_hub.training.balance import resolve_balance
 from resnext_hub.training.config import TrainConfig
 from resnext_hub.training.optim import check_optimizer, derive_lr
@@ -97,6 +97,7 @@ def prepare(
     resume: bool | None = None,
     resume_from: Path | None = None,
     peers: Peers | None = None,
+    place: Callable[[Path], Path] = lambda folder: folder,
 ) -> Plan:
     """Validate a request and resolve its open settings, without computing anything.
 
@@ -108,6 +109,7 @@ def prepare(
         resume: Whether to resume a run in the folder; None resumes one if there is one, False refuses a used folder.
         resume_from: Folder of a fetched run, to resume if the run folder holds none.
         peers: The processes of the run; only the main process reads the run folder. A single process if not given.
+        place: Returns where the run is, given `output_dir` or its default.
 
     Raises:
         RequestError: If the request is invalid.
@@ -123,7 +125,7 @@ def prepare(
 
     check_source(config.data)
     source = find_model(config.model, config.pretrained)
-    folder = RunFolder(output_dir or RUNS / f"{_slug(dataset_name(config.data))}-{_slug(_model_name(source))}")
+    folder = RunFolder(place(output_dir or _default_folder(config, source)))
     peers = peers or Peers()
     existing = peers.from_main(lambda: read_existing(folder))
     before = existing.settings
@@ -131,6 +133,7 @@ def prepare(
     resumed = before or (read_config(RunFolder(resume_from)) if resume_from else {})
     config = _choose_decoder(config, folder, resumed, asked)
     splits = load_splits(config.data)
+    recipe, config = _choose(config, recipe, settings, before, splits, source)
     input = resolve_input(config.transform, source.pretrained_cfg)
     check_input(config, input)
     config = _resolve(config, source, splits, input, device)
@@ -147,12 +150,8 @@ def prepare(
 
     # only the main process compares paths with earlier ones: the dataset may have another path on another host
     finished = peers.from_main(check_folder)
-    if config.loader.decoder == "simplejpeg" and not finished and not is_installed():
-        raise RequestError(
-            f"{printable(folder) if before else setting('decoder', 'simplejpeg')} needs simplejpeg, which is not "
-            f'installed; pip install "resnext-hub[train]", or use {setting("decoder", "pil")}, whose pixels differ '
-            "slightly"
-        )
+    if not finished:
+        _require_decoder(config, printable(folder) if before else setting("decoder", "simplejpeg"))
     return Plan(
         config=config,
         source=source,
@@ -168,6 +167,43 @@ def prepare(
         resume_from=resume_from,
         folder_state=existing.state,
     )
+
+
+def _choose(
+    config: TrainConfig,
+    recipe: str | None,
+    settings: Mapping[str, Any],
+    before: Mapping[str, Any],
+    splits: Splits,
+    source: ModelSource,
+) -> tuple[str | None, TrainConfig]:
+    """Return the recipe, `auto` for pretrained weights if there is none, and the configuration with its choices.
+
+    An existing run keeps what it was started with.
+
+    Args:
+        config: The configuration.
+        recipe: Name of the recipe.
+        settings: Flat settings of the request, which override those of `auto`.
+        before: Flat settings of the run in the folder, if any.
+        splits: The images.
+        source: The model.
+    """
+    if recipe is None and source.pretrained:
+        recipe = AUTO
+    if recipe != AUTO:
+        return recipe, config
+    chosen = {name: before[name] for name in SETTINGS} if before else choose(splits, source, config)
+    config = TrainConfig.from_flat(config.to_flat() | {k: v for k, v in chosen.items() if k not in settings})
+    check_batch(config)
+    return recipe, config
+
+
+def _default_folder(config: TrainConfig, source: ModelSource) -> Path:
+    name = f"{slug(dataset_name(config.data))}-{slug(_model_name(source))}"
+    if config.data.folds is None:
+        return RUNS / name
+    return RUNS / f"{name}-folds-{config.data.folds}" / f"fold-{config.data.fold or 1}"
 
 
 def _continue(config: TrainConfig, folder: RunFolder, before: Mapping[str, Any], resume: bool | None) -> TrainConfig:
@@ -216,6 +252,15 @@ def _choose_decoder(
     return dataclasses.replace(config, loader=dataclasses.replace(config.loader, decoder=decoder))
 
 
+def _require_decoder(config: TrainConfig, what: str) -> None:
+    """Raise RequestError if the fast decoder is not installed but needed, by a run or by a setting."""
+    if config.loader.decoder == "simplejpeg" and not is_installed():
+        raise RequestError(
+            f'{what} needs simplejpeg, which is not installed; pip install "resnext-hub[train]", or use '
+            f"{setting('decoder', 'pil')}, whose pixels differ slightly"
+        )
+
+
 def _resolve(config: TrainConfig, source: ModelSource, splits: Splits, input: InputConfig, device: str) -> TrainConfig:
     """Return the configuration with every open field derived from model, data and device."""
     optim, loader = config.optim, config.loader
@@ -246,12 +291,19 @@ def _resolve(config: TrainConfig, source: ModelSource, splits: Splits, input: In
         balance=dataclasses.replace(
             config.balance,
             class_weights=_absolute(config.balance.class_weights),
-            best_by=config.balance.best_by or ("map" if splits.is_multi_label else "top1"),
+            best_by=config.balance.best_by or _selection(config, splits.is_multi_label),
         ),
         optim=dataclasses.replace(
             optim, lr=optim.lr or derive_lr(optim.optimizer, config.batch_size, source.pretrained)
         ),
     )
+
+
+def _selection(config: TrainConfig, is_multi_label: bool) -> Literal["last", "map", "top1"]:
+    """Return what selects the weights of a run: in cross-validation nothing, so that its results are not optimistic."""
+    if config.data.folds is not None and config.finetune.early_stopping is None:
+        return "last"
+    return "map" if is_multi_label else "top1"
 
 
 def _absolute(class_weights: str) -> str:
@@ -266,7 +318,3 @@ def _three(values: tuple[float, ...]) -> tuple[float, float, float]:
 def _model_name(source: ModelSource) -> str:
     kind, _, name = public_model(source.requested).rpartition(":")
     return "-".join(Path(name).parts[-2:]) if kind else name
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", text).strip("_.") or "run"

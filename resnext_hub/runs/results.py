@@ -44,6 +44,7 @@ from resnext_hub.runs.recipes import QUICKSTART
 from resnext_hub.runs.summary import class_counts
 from resnext_hub.settings import flag_of
 from resnext_hub.text import listing, printable
+from resnext_hub.trackers.fan_out import Trackers
 from resnext_hub.training.config import TrainConfig
 from resnext_hub.training.evaluation import AnyEvaluation
 from resnext_hub.training.feed import evaluation_samples
@@ -65,14 +66,14 @@ TOP5_CLASSES = 20
 """Number of classes above which top-5 accuracy is reported; with 20 classes, chance level is 25 %."""
 
 
-def write_results(plan: Plan, outcome: Outcome, accelerator: "Accelerator") -> RunRecord:
-    """Write model folder, plots, card, predictions and record; return the record.
+def write_results(plan: Plan, outcome: Outcome, accelerator: "Accelerator", trackers: Trackers) -> RunRecord:
+    """Write model folder, plots, card, predictions and record, and complete the trackers; return the record.
 
     Raises:
         RunError: If they cannot be written, or the exported model differs from the trained one.
     """
     try:
-        _write_files(plan, outcome, accelerator)
+        _write_files(plan, outcome, accelerator, trackers)
     except (OSError, SafetensorError) as error:
         raise RunError(
             f"the results could not be written to {printable(plan.folder)}: {one_line(error)}; training is complete "
@@ -81,7 +82,7 @@ def write_results(plan: Plan, outcome: Outcome, accelerator: "Accelerator") -> R
     return RunRecord.load(plan.folder.record)
 
 
-def _write_files(plan: Plan, outcome: Outcome, accelerator: "Accelerator") -> None:
+def _write_files(plan: Plan, outcome: Outcome, accelerator: "Accelerator", trackers: Trackers) -> None:
     """Write all results; the record comes last, because it marks the run as finished."""
     folder, splits, evaluation = plan.folder, plan.splits, outcome.evaluation
     kept = _kept_of_card(folder)
@@ -110,6 +111,8 @@ def _write_files(plan: Plan, outcome: Outcome, accelerator: "Accelerator") -> No
             "evaluation" if record.test is None else "test",
             listing(unmeasured, 20),
         )
+    images = {f"plots/{path.stem}": path for path in sorted(folder.plots.glob("*.png"))}
+    trackers.finish(outcome.history, images, outcome.steps)
     record.save(folder.record)
 
 
@@ -131,6 +134,7 @@ def _write_model(plan: Plan, outcome: Outcome, folder: Path) -> str:
             "variant": variant.name if variant else None,
             "cardinality": variant.cardinality if variant else None,
             "base_width": variant.base_width if variant else None,
+            **({} if plan.config.tta == "none" else {"tta": plan.config.tta}),
         },
         thresholds=evaluation.thresholds.tolist() if isinstance(evaluation, MultiLabelEvaluation) else None,
     )
@@ -228,6 +232,7 @@ def _evaluation_facts(plan: Plan, outcome: Outcome, evaluation: AnyEvaluation) -
         confusion=[] if single is None else single.confusion(classes),
         labels=None if several is None else _label_facts(several),
         mean_average_precision=None if several is None else several.mean_average_precision,
+        without_tta=evaluation.without_tta,
     )
 
 

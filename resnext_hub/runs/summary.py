@@ -11,6 +11,7 @@ from resnext_hub.data.images import IndexedImages, StreamedImages, count_labels
 from resnext_hub.data.splits import Splits
 from resnext_hub.processes.launcher import processes
 from resnext_hub.runs.estimate import Estimate
+from resnext_hub.runs.recipes import AUTO
 from resnext_hub.runs.sample import look_at
 from resnext_hub.text import listing, printable
 from resnext_hub.training.balance import SMALL_CLASS, effective_numbers, is_imbalanced
@@ -115,18 +116,24 @@ def _balance(plan: Plan) -> list[str]:
 
 
 def _finetune(plan: Plan) -> list[str]:
-    """Return a line about layers that are kept, or trained later or more slowly than others; none without them."""
-    config, schedule = plan.config.finetune, plan.schedule
+    """Return a line about how weights are fine-tuned, such as layers that are kept; none if all train alike."""
+    config, schedule, optim = plan.config.finetune, plan.schedule, plan.config.optim
     kept = {"none": "", "head": "only the classifier is trained", "bn": "batch norm layers are kept"}
+    count, is_auto = plan.splits.train.count, plan.recipe == AUTO
     parts = [
         kept.get(config.freeze, f"the first {config.freeze} stages are kept"),
+        f"logistic regression on cached features{' first' if schedule.steps else ''}" if config.fit_head else "",
         f"only the classifier in the first {schedule.head_steps} steps" if schedule.head_steps else "",
         f"layer decay {config.layer_decay:g}" if config.layer_decay < 1 else "",
         f"learning rate of the classifier {config.head_lr:g}" if config.head_lr is not None else "",
+        f"averaged with the start ({config.average_with_start:g})" if config.average_with_start else "",
         f"early stopping after {config.early_stopping} evaluations" if config.early_stopping else "",
     ]
+    if is_auto and schedule.steps:
+        parts.append(f"{optim.optimizer}, learning rate {optim.lr:g}")
     found = ", ".join(filter(None, parts))
-    return [f"training: {found}"] if found else []
+    per_class = f" ({count / len(plan.splits.label_names):.0f} training images per class)" if count else ""
+    return [f"recipe auto{per_class}: {found}"] if is_auto else [f"training: {found}"] if found else []
 
 
 def log_warnings(plan: Plan) -> None:
@@ -134,7 +141,7 @@ def log_warnings(plan: Plan) -> None:
     config, splits = plan.config, plan.splits
     count, size, steps = splits.train.count, config.batch_size, plan.schedule.steps
     fitting = _fitting_batch(count, config.epochs)
-    if count is not None and count < size:
+    if count is not None and count < size and steps:
         _logger.warning(
             "--batch-size %d is larger than the training split (%d images), so steps repeat images; "
             "--batch-size %d makes %d steps per epoch",
@@ -143,10 +150,12 @@ def log_warnings(plan: Plan) -> None:
             fitting,
             math.ceil(count / fitting),
         )
-    elif steps < 20 and config.max_steps is None:
+    elif 0 < steps < 20 and config.max_steps is None:
         _logger.warning(
             "only %d steps; for more, use --batch-size %d or --epochs %g", steps, fitting, config.epochs * 20 / steps
         )
+    if config.tta == "flip" and config.transform.hflip == 0:
+        _logger.warning("--tta flip evaluates mirror images, but with --hflip 0 the model is not trained on any")
     policy = config.transform.auto_augment
     if config.transform.color_jitter and policy is not None and "3a" not in policy:
         _logger.warning(
@@ -179,6 +188,8 @@ def _origin(splits: Splits, part: str) -> str:
     stored = splits.stored_in(part)
     if stored is not None:
         return f"split {printable(stored)}"
+    if splits.found.folds is not None:
+        return f"fold {splits.found.fold or 1} of {splits.found.folds}"
     held_out = [found.count or 0 for name, found in splits.evaluated.items() if splits.stored_in(name) is None]
     share = (splits.evaluated[part].count or 0) / max((splits.train.count or 0) + sum(held_out), 1)
     return f"held out, {100 * share:.0f} %"

@@ -1,7 +1,7 @@
 """Train from settings, for both the command and the Python function."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from resnext_hub.runs.existing import read_config
 from resnext_hub.runs.job import execute, publish_run, require_readable_splits, start_accelerator
 from resnext_hub.runs.request import merge_settings, prepare
 from resnext_hub.runs.summary import describe, log_warnings
+from resnext_hub.trackers.names import require_trackers
 from resnext_hub.training.config import TrainConfig
 from resnext_hub.training.plan import Plan
 
@@ -63,15 +64,25 @@ def train_run(request: TrainRequest, peers: Peers) -> Trained:
         RunError: If training or publishing fails.
         StoppedRun: After SIGTERM or Ctrl-C; the state was saved.
     """
-    plan = peers.agree(lambda: _plan(request, peers), shared_facts)
-    if plan.finished:
-        record = peers.from_main(lambda: RunRecord.load(plan.folder.record))
-    else:
-        with _as_run_errors(plan.config):
-            record = execute(plan, peers)
+    plan, record = run_plan(request, peers)
     peers.close()
     publication = publish_run(plan, record) if plan.config.publish.push_to_hub and peers.is_main else None
     return Trained(plan=plan, record=record, publication=publication)
+
+
+def run_plan(request: TrainRequest, peers: Peers, *, close: bool = True) -> tuple[Plan, RunRecord]:
+    """Plan and train a run, or read its record if it is finished; arguments and errors as of `train_run`.
+
+    Args:
+        request: What the user asked for.
+        peers: The processes of the run.
+        close: Whether to close the group of the processes after training.
+    """
+    plan = peers.agree(lambda: plan_run(request, peers), shared_facts)
+    if plan.finished:
+        return plan, peers.from_main(lambda: RunRecord.load(plan.folder.record))
+    with as_run_errors(plan.config):
+        return plan, execute(plan, peers, close=close)
 
 
 def plan_only(request: TrainRequest, peers: Peers) -> list[str]:
@@ -81,18 +92,30 @@ def plan_only(request: TrainRequest, peers: Peers) -> list[str]:
         RequestError: If the request is invalid.
         RunError: If its first steps fail.
     """
-    plan = peers.agree(lambda: _plan(request, peers), shared_facts)
-    with _as_run_errors(plan.config):
+    plan = peers.agree(lambda: plan_run(request, peers), shared_facts)
+    with as_run_errors(plan.config):
         require_readable_splits(plan)
         accelerator = start_accelerator(plan)
         lines = describe(plan, accelerator, estimate(plan, accelerator))
     log_warnings(plan)
     peers.close()
     finished = ["the run folder holds this run, finished"] if plan.finished else []
-    return [*lines, *finished, "dry run: nothing was written"]
+    data = plan.config.data
+    first = [f"this is the first of {data.folds} such runs"] if data.folds is not None and data.fold is None else []
+    return [*lines, *first, *finished, "dry run: nothing was written"]
 
 
-def _plan(request: TrainRequest, peers: Peers) -> Plan:
+def plan_run(request: TrainRequest, peers: Peers, place: Callable[[Path], Path] = lambda folder: folder) -> Plan:
+    """Resolve a request into a plan, in every process.
+
+    Args:
+        request: What the user asked for.
+        peers: The processes of the run.
+        place: Returns where the run is, given its folder.
+
+    Raises:
+        RequestError: If the request is invalid.
+    """
     state = fetch_run(request.resume_from) if request.resume_from else None
     fetched = None
     if state is not None and request.file is None:
@@ -107,9 +130,11 @@ def _plan(request: TrainRequest, peers: Peers) -> Plan:
             resume=request.resume,
             resume_from=state,
             peers=peers,
+            place=place,
         )
     with named_extras():
         require_packages("train")
+    peers.from_main(lambda: require_trackers(plan.config.track))
     return plan
 
 
@@ -124,7 +149,7 @@ def _as_request_errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _as_run_errors(config: TrainConfig) -> Iterator[None]:
+def as_run_errors(config: TrainConfig) -> Iterator[None]:
     """Turn an OSError, a killed worker or a lack of memory into a one-line RunError."""
     from resnext_hub.data.batches import lost_worker
     from resnext_hub.machine import is_out_of_memory

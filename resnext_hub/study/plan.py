@@ -41,6 +41,7 @@ _MOST_JOBS = 4
 
 OWN = frozenset(
     {"model", "pretrained", "seed", "threads", "push_to_hub", "push_checkpoints", "repo_id", "license", "private"}
+    | {"folds", "fold"}
 )
 """Settings of training that a study chooses itself."""
 

@@ -44,10 +44,11 @@ class BalanceConfig:
     logit_adjustment: Annotated[float, Range(0, 100)] = 0.0
     """Strength of logit adjustment (Menon et al., 2021): in training, this multiple of the logarithm of each class's
     frequency is added to its logit; 1 corrects for the imbalance, 0 turns it off."""
-    best_by: Literal["top1", "macro-recall", "macro-f1", "map", "loss"] | None = None
+    best_by: Literal["top1", "macro-recall", "macro-f1", "map", "loss", "last"] | None = None
     """Metric that selects the best weights of the run on the evaluation split: top-1 accuracy, the mean recall or F1
-    score of the classes, the mean average precision (map), or the loss; if not given, top1, or map if an image can have
-    several labels."""
+    score of the classes, the mean average precision (map), or the loss; last takes the weights at the end of the run
+    instead, so that the evaluation split measures weights that it did not select. If not given, last with --folds
+    (except with --early-stopping), else top1, or map if an image can have several labels."""
 
     def __post_init__(self) -> None:
         check_fields(self)

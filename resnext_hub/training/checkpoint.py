@@ -250,7 +250,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 _REMEDY = "remove the checkpoint"
 
-_TENSOR_FILES = frozenset(f"{name}.safetensors" for name in ("model", "optimizer", "ema", "best"))
+_TENSOR_FILES = frozenset(f"{name}.safetensors" for name in ("model", "optimizer", "ema", "best", "start"))
 
 
 def _digest(state: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from resnext_hub.data.loaders import LoaderConfig
 from resnext_hub.data.transforms import IMAGE_SIZE, TransformConfig
 from resnext_hub.errors import RequestError, setting
 from resnext_hub.machine import THREADS
+from resnext_hub.models.views import TestTimeAugmentation
 from resnext_hub.settings import (
     FREE,
     FREE_PER_PROCESS,
@@ -31,6 +32,7 @@ from resnext_hub.settings import (
     is_count,
     shown,
 )
+from resnext_hub.trackers.names import tracker_names
 from resnext_hub.training.balance import BalanceConfig
 from resnext_hub.training.checkpoint import CheckpointConfig
 from resnext_hub.training.finetune import FinetuneConfig
@@ -102,6 +104,9 @@ ALIASES = {
     "save_every": "checkpoint_every",
     "save_steps": "checkpoint_every",
     "logging_steps": "log_every",
+    "report_to": "track",
+    "log_with": "track",
+    "trackers": "track",
 }
 """Names that other trainers use for a setting, and its name here."""
 
@@ -146,8 +151,8 @@ class TrainConfig:
     drop_path: Annotated[float, Range(0, 1, below=True)] = 0.0
     """Stochastic depth: probability of dropping the residual branch of the last block, at least 0 and below 1; it
     increases linearly with depth."""
-    epochs: Annotated[float, Range(0, 1_000_000, above=True)] = field(default=30.0, metadata=GROWS)
-    """Passes over the training split; fractions are allowed."""
+    epochs: Annotated[float, Range(0, 1_000_000)] = field(default=30.0, metadata=GROWS)
+    """Passes over the training split; fractions are allowed, and 0 with --fit-head."""
     max_steps: Annotated[int, Range(1, STEPS)] | None = field(default=None, metadata=GROWS)
     """Number of optimizer steps; overrides --epochs."""
     batch_size: Annotated[int, Range(1, BATCH)] = 128
@@ -159,6 +164,9 @@ class TrainConfig:
     """Images per forward and backward pass of a process, for gradient accumulation; no accumulation if not given."""
     eval_batch_size: Annotated[int, Range(1, BATCH)] = 32
     """Images per forward pass of a process during evaluation."""
+    tta: TestTimeAugmentation = "none"
+    """Test-time augmentation, for evaluation and prediction: flip predicts from the mean of the logits of an image and
+    its mirror image, at twice the cost; none predicts from the image alone."""
     loss: Literal["cross-entropy", "bce"] | None = None
     """Loss: cross-entropy of mutually exclusive classes, or bce, the binary cross-entropy of each class against
     all others (Wightman et al., 2021); if not given, cross-entropy, or bce if an image can have several labels."""
@@ -192,6 +200,9 @@ class TrainConfig:
     """Epochs between evaluations; fractions are allowed, except with --streaming. The last step is always evaluated."""
     log_samples: bool = field(default=False, metadata=FREE_PER_PROCESS)
     """Write samples-P.jsonl for each process P, with the image indices and a hash of the pixels of every step."""
+    track: str | None = field(default=None, metadata=FREE_PER_PROCESS)
+    """Experiment trackers that show the metrics as well, separated by commas: tensorboard, trackio, wandb, mlflow; the
+    extra of the same name installs a tracker."""
     data: DataConfig = field(default_factory=DataConfig)
     transform: TransformConfig = field(default_factory=TransformConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
@@ -203,16 +214,32 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        tracker_names(self.track)
         if self.merge_groups not in ("auto", "off") and not is_count(self.merge_groups, WIDTHS):
             raise RequestError(
                 f"{setting('merge_groups', shown(self.merge_groups))}: expected auto, off or a width in channels "
                 f"from 1 to {WIDTHS:,}, such as 32"
+            )
+        if not self.epochs and self.max_steps is None and not self.finetune.fit_head:
+            raise RequestError(
+                f"{setting('epochs', 0)} trains nothing; use more epochs, or {setting('fit_head', True)} to train only "
+                "the classifier"
+            )
+        if self.finetune.fit_head and self.data.streaming:
+            raise RequestError(
+                f"{setting('fit_head', True)} reads the training images before the first step, which is not possible "
+                f"with {setting('streaming', True)}; omit one of them"
             )
         if self.repeated_augmentation > 1 and (self.data.streaming or self.balance.sampling == "balanced"):
             other = setting("streaming", True) if self.data.streaming else setting("sampling", "balanced")
             raise RequestError(
                 f"{setting('repeated_augmentation', self.repeated_augmentation)} is not possible with {other}; omit "
                 "one of them"
+            )
+        if self.balance.best_by == "last" and self.finetune.early_stopping is not None:
+            raise RequestError(
+                f"{setting('early_stopping', self.finetune.early_stopping)} needs a metric, but "
+                f"{setting('best_by', 'last')} uses none; choose another {setting('best_by')}"
             )
         if self.repeated_augmentation > self.batch_size:
             raise RequestError(

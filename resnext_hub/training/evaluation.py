@@ -17,6 +17,7 @@ from resnext_hub.data.batches import Batch, Unreadable
 from resnext_hub.data.loaders import EvaluationSamples
 from resnext_hub.data.stream import StreamedEvaluation
 from resnext_hub.errors import RunError, setting
+from resnext_hub.models.views import TestTimeAugmentation, predict_views
 from resnext_hub.text import printable
 from resnext_hub.training.multi_label import MultiLabelEvaluation, choose_thresholds
 
@@ -39,11 +40,19 @@ class Evaluation:
     """Images that this process could not read, and why; they are excluded from the arrays."""
     total: int
     """Size of the split, unreadable images included."""
+    plain_predictions: np.ndarray | None = None
+    """Predictions without test-time augmentation, if it was used."""
 
     @property
     def count(self) -> int:
         """Number of readable samples."""
         return len(self.labels)
+
+    @property
+    def without_tta(self) -> float | None:
+        """Top-1 accuracy without test-time augmentation, 0 to 1, if it was used."""
+        plain = self.plain_predictions
+        return None if plain is None else int((self.labels == plain).sum()) / self.count
 
     @property
     def correct(self) -> int:
@@ -131,6 +140,7 @@ def evaluate(
     sum_over_processes: Callable[[torch.Tensor], torch.Tensor] = _identity,
     stop_requested: Callable[[], bool] = lambda: False,
     thresholds: np.ndarray | None = None,
+    tta: TestTimeAugmentation = "none",
 ) -> AnyEvaluation:
     """Evaluate a model once on every sample.
 
@@ -146,6 +156,7 @@ def evaluate(
         stop_requested: Called before each batch; evaluation ends early if it returns True in any process.
         thresholds: Lowest probability at which each label is predicted, `(classes,)`, if an image can have several; the
             best ones for these samples if not given.
+        tta: Test-time augmentation.
 
     Raises:
         EvaluationStoppedError: In every process, if any was asked to stop.
@@ -162,7 +173,7 @@ def evaluate(
             if stop_requested():
                 stopped = 1.0
                 break
-            parts.append((batch.indices, _columns(model, batch, batch_size, device)))
+            parts.append((batch.indices, _columns(model, batch, batch_size, device, tta)))
             unreadable += batch.unreadable
     finally:
         batches.close()
@@ -170,7 +181,9 @@ def evaluate(
     if sum_over_processes(torch.tensor([stopped], dtype=torch.float64)).item():
         raise EvaluationStoppedError
     labels = samples.labels if isinstance(samples, EvaluationSamples) else None
-    values = torch.zeros(6 if labels is None else 2 + labels.shape[1], samples.count, dtype=torch.float64)
+    plain = tta != "none"
+    rows = 6 + plain if labels is None else 2 + labels.shape[1] * (1 + plain)
+    values = torch.zeros(rows, samples.count, dtype=torch.float64)
     for indices, columns in parts:
         values[:, indices] = columns
     summed = sum_over_processes(values).numpy()
@@ -192,7 +205,7 @@ def _results(
     """
     found, total = np.flatnonzero(values[0]), values.shape[1]
     if labels is not None:
-        probabilities = values[2:, found].T.copy()
+        probabilities, *plain = (part.T.copy() for part in values[2:, found].reshape(-1, labels.shape[1], len(found)))
         return MultiLabelEvaluation(
             indices=found,
             labels=labels[found],
@@ -201,8 +214,9 @@ def _results(
             thresholds=choose_thresholds(labels[found], probabilities) if thresholds is None else thresholds,
             unreadable=unreadable,
             total=total,
+            plain_probabilities=plain[0] if plain else None,
         )
-    losses, label, prediction, probability, rank = values[1:, found]
+    losses, label, prediction, probability, rank, *others = values[1:, found]
     return Evaluation(
         indices=found,
         labels=label.astype(np.int64),
@@ -212,21 +226,27 @@ def _results(
         ranks=rank.astype(np.int64),
         unreadable=unreadable,
         total=total,
+        plain_predictions=others[0].astype(np.int64) if others else None,
     )
 
 
-def predict_batch(model: nn.Module, images: torch.Tensor, batch_size: int, device: torch.device) -> torch.Tensor:
-    """Return the logits of at most `batch_size` images, `(N, classes)` float32 on the device of the model.
+def predict_batch(
+    model: nn.Module, images: torch.Tensor, batch_size: int, device: torch.device, tta: TestTimeAugmentation = "none"
+) -> torch.Tensor:
+    """Return the logits of the views of at most `batch_size` images; their mean over the views is the prediction.
 
     Args:
         model: The unwrapped model, in evaluation mode.
         images: Normalized images, `(N, C, H, W)` float32.
         batch_size: Images per forward pass, to which a smaller batch is padded.
         device: Device of the model.
+        tta: Test-time augmentation.
+
+    Returns:
+        `(views, N, classes)` float32, on the device of the model.
     """
     padded = F.pad(images, (0,) * 7 + (batch_size - len(images),)).to(device)
-    logits: torch.Tensor = model(padded.contiguous(memory_format=torch.channels_last))
-    return logits[: len(images)].float()
+    return predict_views(model, padded, tta)[:, : len(images)]
 
 
 def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
@@ -234,25 +254,30 @@ def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
     return F.log_softmax(logits, dim=1).cpu().double()
 
 
-def _columns(model: nn.Module, batch: Batch, batch_size: int, device: torch.device) -> torch.Tensor:
+def _columns(
+    model: nn.Module, batch: Batch, batch_size: int, device: torch.device, tta: TestTimeAugmentation
+) -> torch.Tensor:
     """Return readability (0 or 1) and loss of each sample, and what else its result consists of, float64.
 
     That is label, prediction, its probability and the rank of the label, `(6, N)` in total, or with several labels the
-    probability of each, `(2 + classes, N)`.
+    probability of each, `(2 + classes, N)`. With test-time augmentation, what is predicted without it follows.
     """
-    logits = predict_batch(model, batch.images, batch_size, device)
+    views = predict_batch(model, batch.images, batch_size, device, tta)
+    logits, plain = views.mean(dim=0), views[0]
     read = torch.ones(len(batch.indices), dtype=torch.float64)
     for index in (entry.index for entry in batch.unreadable):
         read[batch.indices == index] = 0.0
     if batch.labels.ndim == 2:
         scores = logits.cpu().double()
         every = F.binary_cross_entropy_with_logits(scores, batch.labels.double(), reduction="none")
-        return torch.cat([torch.stack([read, every.mean(dim=1)]), scores.sigmoid().T])
-    found = log_probabilities(logits)
-    best, prediction = found.max(dim=1)
-    losses = F.nll_loss(found, batch.labels, reduction="none")
-    ranks = _ranks(found, batch.labels).double()
-    return torch.stack([read, losses, batch.labels.double(), prediction.double(), best.exp(), ranks])
+        found = [scores] if tta == "none" else [scores, plain.cpu().double()]
+        return torch.cat([torch.stack([read, every.mean(dim=1)]), *(part.sigmoid().T for part in found)])
+    logarithms = log_probabilities(logits)
+    best, prediction = logarithms.max(dim=1)
+    losses = F.nll_loss(logarithms, batch.labels, reduction="none")
+    ranks = _ranks(logarithms, batch.labels).double()
+    columns = [read, losses, batch.labels.double(), prediction.double(), best.exp(), ranks]
+    return torch.stack(columns if tta == "none" else [*columns, log_probabilities(plain).argmax(dim=1).double()])
 
 
 def _describe_unreadable(count: int, unreadable: list[Unreadable]) -> str:

@@ -64,6 +64,7 @@ class Evaluator:
             sum_over_processes=self._sum,
             stop_requested=lambda: self._stop.requested,
             thresholds=thresholds,
+            tta=self._plan.config.tta,
         )
         missing = evaluation.total - evaluation.count
         self._unreadable.note(part, evaluation.total, evaluation.unreadable, missing)

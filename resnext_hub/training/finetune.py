@@ -29,6 +29,13 @@ class FinetuneConfig:
     head_epochs: Annotated[float, Range(0, 1_000_000)] = 0.0
     """Epochs at the beginning of the run in which only the classifier is trained (LP-FT; Kumar et al., 2022); each of
     the two parts has its own warmup and cosine decay."""
+    fit_head: bool = False
+    """Fit the classifier before the first step, as a logistic regression on features of the training images that are
+    computed once; with --epochs 0, that is all that is trained. The result is evaluated and can be the best."""
+    average_with_start: Annotated[float, Range(0, 1, below=True)] = 0.0
+    """Evaluate and publish the average of the trained weights and the initial ones (WiSE-FT; Wortsman et al., 2022):
+    fraction of the initial ones, at least 0 and below 1. The initial weights include the classifier of --fit-head, or
+    the one after --head-epochs."""
     early_stopping: Annotated[int, Range(1, 1_000_000)] | None = field(default=None, metadata=FREE)
     """Stop after this many evaluations in a row without an improvement of the metric of --best-by; never if not
     given."""
@@ -47,6 +54,11 @@ class FinetuneConfig:
                 f"{setting('head_epochs', self.head_epochs)} has no effect with {setting('freeze', 'head')}, which "
                 "trains only the classifier in the whole run; omit one of them"
             )
+        if self.fit_head and self.head_epochs:
+            raise RequestError(
+                f"{setting('fit_head', True)} and {setting('head_epochs', self.head_epochs)} both train the classifier "
+                "first; omit one of them"
+            )
 
     def check_model(self, model: nn.Module, pretrained: bool) -> None:
         """Check that a model has the parts that are named here.
@@ -58,8 +70,11 @@ class FinetuneConfig:
         Raises:
             RequestError: If it has no such parts, or they would be kept at random values.
         """
-        freezes = self.freeze != "none" or self.head_epochs > 0
-        name, value = ("freeze", self.freeze) if self.freeze != "none" else ("head_epochs", self.head_epochs)
+        used: list[tuple[str, Any]] = [("freeze", self.freeze)] if self.freeze != "none" else []
+        used += [("head_epochs", self.head_epochs)] if self.head_epochs else []
+        used += [("fit_head", True)] if self.fit_head else []
+        freezes = len(used) > 0
+        name, value = used[0] if used else ("freeze", self.freeze)
         if freezes and not pretrained:
             raise RequestError(
                 f"{setting(name, value)} freezes layers at their initial values, which are random here; add "
@@ -67,6 +82,13 @@ class FinetuneConfig:
             )
         if freezes and not classifier_names(model):
             raise RequestError(f"{setting(name, value)}: the model has no separate classifier layer to train")
+        if self.fit_head and not has_linear_classifier(model):
+            raise RequestError(f"{setting('fit_head', True)} needs a model with one linear classifier; omit it")
+        if self.average_with_start and not pretrained:
+            raise RequestError(
+                f"{setting('average_with_start', self.average_with_start)} averages with initial weights, which are "
+                f"random here; add {setting('pretrained', True)}, or omit {setting('average_with_start')}"
+            )
         if self.freeze == "bn" and not _batch_norms(model):
             raise RequestError(f"{setting('freeze', 'bn')}: the model has no batch norm layers; omit it")
         if self.freeze.isdigit() and int(self.freeze) > len(_stages(model)):
@@ -89,6 +111,20 @@ class FinetuneConfig:
             return frozenset(_batch_norms(model))
         stages = _stages(model)[: int(self.freeze)] if self.freeze.isdigit() else []
         return frozenset(name for stage in stages for name in stage)
+
+
+def has_linear_classifier(model: nn.Module) -> bool:
+    """Return whether the classifier is a weight and at most one bias, applied to features."""
+    shapes = sorted(tuple(model.state_dict()[name].shape) for name in classifier_names(model))
+    if not 1 <= len(shapes) <= 2 or not hasattr(model, "forward_head"):
+        return False
+    weight = shapes[-1]
+    return len(weight) in (2, 4) and set(weight[2:]) <= {1} and all(len(other) == 1 for other in shapes[:-1])
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Return whether a model has batch norm layers."""
+    return bool(_batch_norms(model))
 
 
 def _batch_norms(model: nn.Module) -> list[str]:

@@ -19,6 +19,7 @@ class TrainSettings(TypedDict, total=False):
     repeated_augmentation: int
     micro_batch_size: int | None
     eval_batch_size: int
+    tta: Literal["none", "flip"]
     loss: Literal["cross-entropy", "bce"] | None
     label_smoothing: float | None
     ema: float | None
@@ -32,6 +33,7 @@ class TrainSettings(TypedDict, total=False):
     log_every: int
     eval_every: float
     log_samples: bool
+    track: str | None
     dataset: str
     dataset_config: str | None
     dataset_revision: str | None
@@ -43,6 +45,8 @@ class TrainSettings(TypedDict, total=False):
     label_column: str | None
     eval_fraction: float
     test_fraction: float
+    folds: int | None
+    fold: int | None
     split_seed: int
     group_duplicates: bool | None
     exclude: str | None
@@ -77,7 +81,7 @@ class TrainSettings(TypedDict, total=False):
     class_weights: str
     sampling: Literal["natural", "balanced"]
     logit_adjustment: float
-    best_by: Literal["top1", "macro-recall", "macro-f1", "map", "loss"] | None
+    best_by: Literal["top1", "macro-recall", "macro-f1", "map", "loss", "last"] | None
     freeze: str
     layer_decay: float
     head_lr: float | None

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -20,17 +19,19 @@ from resnext_hub.machine import quiet_compilers
 from resnext_hub.processes.launcher import WAIT
 from resnext_hub.processes.peers import Peers
 from resnext_hub.record import UnreadableImage
+from resnext_hub.trackers.fan_out import Trackers
 from resnext_hub.training.evaluation import AnyEvaluation, EvaluationStoppedError
 from resnext_hub.training.evaluator import Evaluator
 from resnext_hub.training.feed import StepInputs, training_loader
 from resnext_hub.training.finetune import freeze, set_training
 from resnext_hub.training.multi_label import MultiLabelEvaluation
-from resnext_hub.training.objective import build_objective, weights_of
+from resnext_hub.training.objective import build_objective
 from resnext_hub.training.optim import set_lr
 from resnext_hub.training.plan import Plan
 from resnext_hub.training.progress import Progress
 from resnext_hub.training.recorder import Recorder
 from resnext_hub.training.state import TrainingState
+from resnext_hub.training.step import seed_step, take_step
 from resnext_hub.training.stop import StopSignal
 from resnext_hub.training.unreadable import UnreadableLog, read_unreadable
 
@@ -77,6 +78,7 @@ def train(
     model: nn.Module,
     accelerator: "Accelerator",
     peers: Peers,
+    trackers: Trackers,
     on_checkpoint: Callable[[Path], None] = lambda path: None,
 ) -> Outcome:
     """Train a model, from the newest checkpoint in its run folder if there is one.
@@ -86,6 +88,7 @@ def train(
         model: The model in its initial state.
         accelerator: The accelerator of this process.
         peers: The processes of the run.
+        trackers: Trackers of the run; only the main process has any.
         on_checkpoint: Called in the main process with the path of each new checkpoint.
 
     Raises:
@@ -99,12 +102,13 @@ def train(
     unreadable = UnreadableLog(plan.folder, peers, config.data.max_bad_fraction)
     evaluator = Evaluator(plan, state, stop, unreadable)
     state.restore()
-    recorder = Recorder(plan, state)
+    recorder = Recorder(plan, state, trackers)
     run = _Run(plan, state, stop, unreadable, evaluator, recorder, on_checkpoint)
 
     head_only = plan.schedule.head_only(state.step)
     objective = run.prepare_objective()
     optimizer = accelerator.prepare(state.optimizer, device_placement=[False])
+    state.keep_start()
     with stop, recorder, contextlib.ExitStack() as stack:
         if not state.evaluated and not run.evaluate_step():
             run.raise_stopped()
@@ -117,12 +121,13 @@ def train(
                 batch = next(batches)
             if head_only and not plan.schedule.head_only(state.step):
                 head_only, objective = False, run.prepare_objective()
+                state.keep_start()
             lr = plan.schedule.lr_at(state.step, config.optim.lr or 0.0)
             set_lr(state.optimizer, lr)
-            _seed_step(config.seed, state.step, accelerator.process_index)
+            seed_step(config.seed, state.step, accelerator.process_index)
             images, targets = inputs(batch, state.step)
             with _compiling() if config.compile else contextlib.nullcontext():
-                metrics = _optimizer_step(objective, optimizer, images, targets, plan, accelerator)
+                metrics = take_step(objective, optimizer, images, targets, plan, accelerator)
             state.advance(batch, metrics[0], optimizer.step_was_skipped)
             unreadable.note("training", plan.splits.train.count or state.step * config.batch_size, batch.unreadable)
             if compiling:
@@ -224,6 +229,7 @@ class _Run:
         Returns:
             Whether the evaluation completed; False if a signal interrupted it.
         """
+        self.state.synchronize_buffers()  # before weights are averaged
         try:
             with self.recorder.timer.evaluating():
                 evaluation = self.evaluator(self.state.published)
@@ -329,50 +335,6 @@ class _Run:
         )
 
 
-def _optimizer_step(
-    objective: nn.Module,
-    optimizer: Any,
-    images: torch.Tensor,
-    targets: torch.Tensor,
-    plan: Plan,
-    accelerator: "Accelerator",
-) -> torch.Tensor:
-    """Take an optimizer step on this process's part of the global batch; return its mean loss and accuracy, `(2,)`."""
-    config = plan.config
-    optimizer.zero_grad()
-    size = len(images)
-    total_weight = _weight_per_process(targets, plan, accelerator)
-    micro = config.micro_batch_size or size
-    total = torch.zeros(2, device=accelerator.device)
-    for start in range(0, size, micro):
-        part = slice(start, min(start + micro, size))
-        last = part.stop == size
-        with contextlib.nullcontext() if last else accelerator.no_sync(objective):
-            loss, top1 = objective(images[part], targets[part], total_weight)
-            share = (part.stop - start) / size  # by size, because the last micro-batch may be smaller
-            loss = loss * share if total_weight is None else loss
-            accelerator.backward(loss)
-        total += torch.stack((loss.detach(), top1 * share))
-    if config.optim.clip_grad is not None:
-        accelerator.clip_grad_norm_(objective.parameters(), config.optim.clip_grad)
-    optimizer.step()
-    return total
-
-
-def _weight_per_process(targets: torch.Tensor, plan: Plan, accelerator: "Accelerator") -> torch.Tensor | None:
-    """Return the total weight of the global batch divided by the number of processes; None without class weights.
-
-    Gradients are averaged over processes, so dividing by this makes the loss a weighted mean over the global batch, for
-    any number of processes and micro-batches.
-    """
-    weights = plan.balance.class_weights
-    if weights is None:
-        return None
-    total = weights_of(targets, torch.tensor(weights, dtype=torch.float32, device=targets.device)).sum()
-    mean: torch.Tensor = accelerator.reduce(total, "mean")
-    return mean.clamp(min=1e-12)  # a batch of classes with weight 0 has no loss
-
-
 @contextlib.contextmanager
 def _compiling() -> Iterator[None]:
     """Turn compiler errors into a one-line RunError."""
@@ -385,8 +347,3 @@ def _compiling() -> Iterator[None]:
         raise RunError(
             f"torch.compile failed for this model ({one_line(error)[:200]}); rerun without {setting('compile', True)}"
         ) from error
-
-
-def _seed_step(seed: int, step: int, process: int) -> None:
-    """Seed dropout and stochastic depth by the step, so no generator state needs to be saved."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, step, process)).generate_state(1, np.uint64)[0]))

@@ -1,6 +1,6 @@
 """Results of a model on images that can have several labels."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -26,6 +26,8 @@ class MultiLabelEvaluation:
     """Images that this process could not read, and why; they are excluded from the arrays."""
     total: int
     """Size of the split, unreadable images included."""
+    plain_probabilities: np.ndarray | None = None
+    """Probabilities without test-time augmentation, if it was used."""
 
     @property
     def count(self) -> int:
@@ -98,6 +100,12 @@ class MultiLabelEvaluation:
         """Mean of the average precisions of the labels that occur, 0 to 1."""
         found = [value for value in self.average_precisions if value is not None]
         return float(np.mean(found)) if found else 0.0
+
+    @property
+    def without_tta(self) -> float | None:
+        """Mean average precision without test-time augmentation, 0 to 1, if it was used."""
+        plain = self.plain_probabilities
+        return None if plain is None else replace(self, probabilities=plain).mean_average_precision
 
     @property
     def calibration_error(self) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from resnext_hub.data.batches import Batch
+from resnext_hub.trackers.fan_out import Trackers
 from resnext_hub.training.balance import is_imbalanced
 from resnext_hub.training.evaluation import AnyEvaluation
 from resnext_hub.training.metrics import METRICS, LineLog, read_lines
@@ -45,11 +46,12 @@ class Recorder:
     Args:
         plan: The run.
         state: Its state, restored. Lines of later steps are removed, because those steps will be repeated.
+        trackers: Trackers that get the metrics as well.
     """
 
-    def __init__(self, plan: Plan, state: TrainingState) -> None:
+    def __init__(self, plan: Plan, state: TrainingState, trackers: Trackers) -> None:
         self.timer = Timer(state.wall_seconds, state.step)
-        self._plan, self._state = plan, state
+        self._plan, self._state, self._trackers = plan, state, trackers
         self._macro = is_imbalanced(plan.splits.train) or str(plan.config.balance.best_by).startswith("macro")
         self._metrics: LineLog | None = None
         self._samples: LineLog | None = None
@@ -63,6 +65,7 @@ class Recorder:
         state, folder = self._state, self._plan.folder
         if self.is_main:
             self._metrics = LineLog(folder.metrics, state.step, state.evaluated, METRICS)
+        state.peers.from_main(lambda: self._trackers.start(self.history(), resumed=state.step > 0))
         if self._plan.config.log_samples:
             folder.path.mkdir(parents=True, exist_ok=True)  # it exists only on the main process's host
             self._samples = LineLog(folder.samples(state.accelerator.process_index), state.step)
@@ -84,9 +87,7 @@ class Recorder:
         Loss and accuracy are those of this step's batch, as it was augmented.
         """
         speed, wait = self.timer.lap(self._state.step, self._plan.config.batch_size)
-        if self._metrics:
-            facts = {"lr": lr, "loss": loss, "top1": top1, "images_per_second": speed, "data_wait": wait}
-            self._metrics.write(step=self._state.step, epoch=self._state.epoch, **facts)
+        self._write({"lr": lr, "loss": loss, "top1": top1, "images_per_second": speed, "data_wait": wait})
         return speed, wait
 
     def log_samples(self, batch: Batch, images: torch.Tensor) -> None:
@@ -116,8 +117,7 @@ class Recorder:
             facts["eval_recall"] = [None if recall is None else round(recall, 6) for recall in recalls]
         if isinstance(evaluation, MultiLabelEvaluation):
             facts["eval_map"] = evaluation.mean_average_precision
-        if self._metrics:
-            self._metrics.write(step=self._state.step, epoch=self._state.epoch, **facts)
+        self._write(facts)
         _logger.info(
             "epoch %g, step %d of %d: %s, loss %.4f%s (%s)",
             self._state.epoch,
@@ -132,6 +132,14 @@ class Recorder:
     def log_compiled(self) -> None:
         """Log the duration of the first step, which compiles the model, and exclude it from the training speed."""
         _logger.info("compiled the model; the first step took %.0f s", self.timer.restart(self._state.step))
+
+    def _write(self, facts: dict[str, Any]) -> None:
+        """Write a line to metrics.jsonl, then send it to the trackers."""
+        if self._metrics:
+            line = {"step": self._state.step, "epoch": self._state.epoch, **facts}
+            self._metrics.write(**line)
+            with self.timer.apart():
+                self._trackers.log(line)
 
     def history(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl."""

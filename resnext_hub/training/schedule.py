@@ -52,14 +52,16 @@ def size_at(step: int, steps: int, first: int | None, full: int) -> int:
         first: Size of the first stage; None if all steps have the full size.
         full: Size after the last stage.
     """
-    stage = STAGES * step / (GROWTH * steps)
-    if first is None or stage >= STAGES:
+    if first is None or step >= GROWTH * steps:
         return full
+    stage = STAGES * step / (GROWTH * steps)
     return min(first + round((full - first) * int(stage) / STAGES / 8) * 8, full)
 
 
 def sizes_of(steps: int, first: int | None, full: int) -> list[int]:
     """Return the distinct image sizes of a run in pixels, ascending; see `size_at`."""
+    if first is None or steps == 0:
+        return [full]
     begins = (min(math.ceil(stage * GROWTH * steps / STAGES), steps - 1) for stage in range(STAGES + 1))
     return sorted({size_at(step, steps, first, full) for step in begins})
 
@@ -99,7 +101,7 @@ def plan_schedule(config: TrainConfig, count: int | None) -> Schedule:
     # rounded, because 3 * 0.1 is a little more than 0.3
     evaluations.update(step for k in range(1, number + 1) if (step := math.ceil(round(k * apart, 6))) < steps)
     head = round(config.finetune.head_epochs * per_epoch)
-    if head >= steps:
+    if head >= steps > 0:
         raise RequestError(
             f"{setting('head_epochs', config.finetune.head_epochs)} leaves no step of this run for the other layers: "
             f"it has {steps} steps, {per_epoch:.4g} per epoch; use fewer, or {setting('freeze', 'head')}"

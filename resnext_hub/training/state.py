@@ -23,6 +23,7 @@ from resnext_hub.kernels.training_view import agree_on_factors, build_training_v
 from resnext_hub.kernels.widths import list_widths
 from resnext_hub.processes.peers import Peers
 from resnext_hub.text import printable
+from resnext_hub.training.averaging import StartAverage
 from resnext_hub.training.checkpoint import BestFacts, Checkpoint, StateFacts, latest_checkpoint, save_checkpoint
 from resnext_hub.training.config import fixed_settings
 from resnext_hub.training.evaluation import AnyEvaluation
@@ -110,7 +111,8 @@ class TrainingState:
         self.step = self.resumes = self.skipped_steps = 0
         self.position = Position(0, 0)
         """Position in a stream; for other data it follows from the step."""
-        self.evaluated = True
+        self.average = StartAverage(config.finetune.average_with_start) if config.finetune.average_with_start else None
+        self.evaluated = not config.finetune.fit_head
         """Whether no evaluation is due at this step, or it is done."""
         self.best: Best | None = None
         self.stale = 0
@@ -123,8 +125,14 @@ class TrainingState:
 
     @property
     def published(self) -> nn.Module:
-        """The model to evaluate and publish: the moving average if there is one."""
-        return self.model if self.ema is None else self.ema.module
+        """The model to evaluate and publish: the moving average if there is one, averaged with the start if asked."""
+        model = self.model if self.ema is None else self.ema.module
+        return model if self.average is None else self.average.of(model)
+
+    def keep_start(self) -> None:
+        """Keep the weights as the start of `average_with_start`, if all layers are trained from this step on."""
+        if self.average is not None and not self.plan.schedule.head_only(self.step):
+            self.average.keep_start(self.model)
 
     @property
     def done(self) -> bool:
@@ -177,10 +185,10 @@ class TrainingState:
         """Keep a copy of the weights if they are the best so far, and count evaluations without an improvement.
 
         Returns:
-            Whether they are the best so far.
+            Whether they are the best so far; False if the last weights of the run are kept, whatever their score.
         """
         best_by = self.plan.config.balance.best_by
-        score = score_of(evaluation, best_by)
+        score = self.step if best_by == "last" else score_of(evaluation, best_by)
         value = score / evaluation.count if best_by == "top1" else score
         if self.reached is None or value > self.reached + self.plan.config.finetune.early_stopping_delta:
             self.stale, self.reached = 0, value
@@ -197,7 +205,7 @@ class TrainingState:
                 epoch=self.epoch,
                 tensors=tensors,
             )
-        return is_best
+        return is_best and best_by != "last"
 
     def synchronize_buffers(self) -> None:
         """Broadcast the batch norm statistics of the main process, because each process has its own."""
@@ -315,8 +323,11 @@ class TrainingState:
             raise checkpoint.mismatch(f"its optimizer state does not match: {one_line(error)}") from error
         if self.ema is not None:
             self.ema.module.load_state_dict(tensors("ema", self.ema.module.state_dict()))
+        if self.average is not None and checkpoint.step > self.plan.schedule.head_steps:
+            self.average.start = tensors("start", weights)
         if facts.best is not None:
             same = facts.best.step == checkpoint.step
+            same = same and self.average is None
             name = "best" if not same else "model" if self.ema is None else "ema"
             self.best = Best(
                 step=facts.best.step,
@@ -341,7 +352,9 @@ class TrainingState:
         if self.ema is not None:
             tensors["ema"] = self.ema.module.state_dict()
         scaler, best = self.accelerator.scaler, self.best
-        if best is not None and best.step != self.step:
+        if self.average is not None and self.average.start is not None:
+            tensors["start"] = self.average.start
+        if best is not None and (best.step != self.step or self.average is not None):
             tensors["best"] = best.tensors
         facts = StateFacts(
             optimizer=optimizer_facts,

@@ -122,7 +122,7 @@ def test_the_probabilities_are_those_of_the_evaluation(noisy_run: Path) -> None:
     samples = evaluation_samples(splits.eval, classifier.input)
     with tqdm(disable=True) as bar:
         found, unreadable = _predict(
-            classifier.model, samples, record.evaluation.batch_size, torch.device("cpu"), 0, bar
+            classifier.model, samples, record.evaluation.batch_size, torch.device("cpu"), "none", 0, bar
         )
     assert not unreadable
     assert int((found.classes[:, 0] == splits.eval.labels).sum()) == record.evaluation.correct

@@ -10,6 +10,7 @@ from resnext_hub.data.loaders import EvaluationSamples
 from resnext_hub.data.splits import load_splits
 from resnext_hub.data.transforms import EvalTransform
 from resnext_hub.models.input_config import InputConfig
+from resnext_hub.models.views import TestTimeAugmentation
 from resnext_hub.training.evaluation import Evaluation, EvaluationStoppedError, evaluate
 
 INPUT = dict(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bilinear", crop_pct=1.0)
@@ -24,7 +25,7 @@ def build_model() -> torch.nn.Module:
     return timm.create_model("test_resnet", num_classes=10).to(memory_format=torch.channels_last).train()
 
 
-def evaluate_with(processes: int, batch_size: int) -> Evaluation:
+def evaluate_with(processes: int, batch_size: int, tta: TestTimeAugmentation = "none") -> Evaluation:
     """Evaluate as that number of processes would, one after the other, and sum their arrays."""
     model, samples, parts = build_model(), digits(), []
 
@@ -41,15 +42,18 @@ def evaluate_with(processes: int, batch_size: int) -> Evaluation:
             process=process,
             processes=processes,
             sum_over_processes=keep,
+            tta=tta,
         )
     assert model.training
     return result
 
 
-@mark.parametrize("processes", [2, 3, 4])
-def test_results_are_equal_bit_for_bit_for_any_number_of_processes(processes: int) -> None:
-    one, many = evaluate_with(1, 32), evaluate_with(processes, 32)
+@mark.parametrize(("processes", "tta"), [(2, "none"), (3, "none"), (4, "none"), (3, "flip")])
+def test_results_are_equal_bit_for_bit_for_any_number_of_processes(processes: int, tta: TestTimeAugmentation) -> None:
+    one, many = evaluate_with(1, 32, tta), evaluate_with(processes, 32, tta)
     assert one.count == 360
+    assert one.without_tta == many.without_tta
+    assert (one.without_tta is None) == (tta == "none")
     for field in ("labels", "predictions", "probabilities", "losses", "ranks"):
         assert np.array_equal(getattr(one, field), getattr(many, field)), field
     assert one.loss == many.loss

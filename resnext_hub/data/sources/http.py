@@ -54,22 +54,39 @@ class Response:
         with open(path, "wb") as file:
             shutil.copyfileobj(self._body, file, 1 << 20)
 
+    def read(self, most: int) -> bytes:
+        """Return the content.
+
+        Raises:
+            RequestError: If it has more than `most` bytes.
+            RunError: If it is truncated.
+        """
+        stated = self.headers["Content-Length"] or ""
+        size = int(stated) if stated.isdecimal() else None
+        content: bytes = b"" if size is not None and size > most else self._body.read(most + 1)
+        if max(size or 0, len(content)) > most:
+            raise RequestError(f"larger than {most / 1e6:,.0f} MB")
+        if size is not None and len(content) < size:
+            raise RunError(f"truncated: received {len(content)} of {size} bytes")
+        return content
+
 
 @contextmanager
-def http_get(url: str, name: str, etag: str | None) -> Iterator[Response]:
+def http_get(url: str, name: str, etag: str | None, timeout: float = _TIMEOUT) -> Iterator[Response]:
     """Request a file.
 
     Args:
         url: Its URL, perhaps with a user and password, which are only sent to its host.
         name: The URL for messages.
         etag: The version that is known; the server answers 304 if it is the current one.
+        timeout: Seconds without any data after which the connection is given up.
 
     Raises:
         RequestError: If the server does not have the file, or does not allow access to it.
         RunError: If it cannot be reached, here or in the block.
     """
     try:
-        with _Opener().open(_request(url, etag), timeout=_TIMEOUT) as body:
+        with _Opener().open(_request(url, etag), timeout=timeout) as body:
             yield Response(body.status, body.headers, body)
     except urllib.error.HTTPError as error:
         error.close()
@@ -80,6 +97,8 @@ def http_get(url: str, name: str, etag: str | None) -> Iterator[Response]:
         if 400 <= error.code < 500 and error.code != 429:
             raise RequestError(what) from None  # the request may contain a password
         raise RunError(f"{what}; retry later") from None
+    except (RequestError, RunError):  # of the block; the former is a ValueError
+        raise
     except (ValueError, http.client.InvalidURL):
         raise RequestError(f"{printable(name)} is not a valid URL") from None
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:

@@ -1,0 +1,1 @@
+"""Experiment trackers: each repeats what metrics.jsonl contains."""
