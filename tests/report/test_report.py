@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import torch
 from pyarrow import parquet, table
 from pytest import MonkeyPatch, TempPathFactory, approx, fixture, importorskip, mark, raises, skip
 from support.digit_pairs import write_pairs
@@ -21,8 +22,9 @@ from resnext_hub.errors import RequestError
 from resnext_hub.inference.classifier import load
 from resnext_hub.plots.reliability import Confidences
 from resnext_hub.record import RunRecord
-from resnext_hub.report.outputs import first_batch, first_inputs
+from resnext_hub.report.outputs import compute_outputs, first_batch, first_inputs
 from resnext_hub.report.stored import read_predictions
+from resnext_hub.report.temperature import certainties
 from resnext_hub.runs.reopen import reopen
 
 Command = Callable[..., tuple[int, str, str]]
@@ -136,6 +138,20 @@ def test_the_diagram_before_calibration_has_the_error_of_the_record(finished: Pa
     found = read_predictions(finished / "predictions.parquet", 10, False, record.evaluation.count)
     panel = Confidences(title="", probabilities=found.probabilities, right=~found.wrong)
     assert panel.error == approx(record.evaluation.calibration_error, abs=1e-6)
+
+
+@mark.parametrize("tta", ["none", "flip"])
+def test_the_logits_are_those_of_the_evaluation(tta: str, tmp_path: Path, command: Command) -> None:
+    run = tmp_path / "run"
+    code, _, err = command("train", *FLAGS, "--max-steps", 2, "--tta", tta, "--output-dir", run)
+    assert code == 0, err
+    opened, classifier = reopen(run), load(run)
+    images = opened.load_splits().eval
+    outputs = compute_outputs(opened, classifier, images, len(images), torch.device("cpu"))
+    found, right = certainties(outputs.logits, outputs.labels)
+    stored = read_predictions(run / "predictions.parquet", 10, False, len(images))
+    assert (right == ~stored.wrong).all()
+    assert found == approx(stored.probabilities, abs=1e-5)
 
 
 def test_the_split_that_measured_is_the_one_that_is_shown(marked_run: Path, command: Command) -> None:
