@@ -59,30 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="test-time augmentation: flip predicts from the mean of the logits of an image and its mirror image, none "
         "from the image alone (default: as in the evaluation of the run)",
     )
-    formats = parser.add_mutually_exclusive_group()
-    formats.add_argument(
-        "--json",
-        action="store_true",
-        help="print one JSON object per image, one per line; for an unreadable image, the object contains an error",
-    )
-    formats.add_argument("--csv", action="store_true", help="print a CSV table with a row per image and class")
-    formats.add_argument(
-        "--parquet", type=new_path, metavar="FILE", help="write a parquet file with a row per image instead of text"
-    )
-    formats.add_argument(
-        "--embed",
-        type=new_path,
-        metavar="FILE",
-        help="instead of classifying the images, write their embeddings (the input of the classifier layer) to a "
-        "parquet file",
-    )
-    parser.add_argument(
-        "--explain",
-        type=new_path,
-        metavar="FOLDER",
-        help="also write each image with a heat map of the regions that contribute most to its most probable class "
-        "(Grad-CAM), as a PNG file in this folder, which is created; needs the extra report",
-    )
+    _add_output_flags(parser)
     parser.add_argument(
         "--batch-size", type=count(BATCH), default=32, metavar="N", help="images per forward pass (default: 32)"
     )
@@ -107,6 +84,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="seconds that the download of an image may take (default: 30)",
     )
     add_threads(parser)
+
+
+def _add_output_flags(parser: argparse.ArgumentParser) -> None:
+    formats = parser.add_mutually_exclusive_group()
+    formats.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object per image, one per line; for an unreadable image, the object contains an error",
+    )
+    formats.add_argument("--csv", action="store_true", help="print a CSV table with a row per image and class")
+    formats.add_argument(
+        "--parquet", type=new_path, metavar="FILE", help="write a parquet file with a row per image instead of text"
+    )
+    formats.add_argument(
+        "--embed",
+        type=new_path,
+        metavar="FILE",
+        help="instead of classifying the images, write their embeddings (the input of the classifier layer) to a "
+        "parquet file",
+    )
+    parser.add_argument(
+        "--explain",
+        type=new_path,
+        metavar="FOLDER",
+        help="also write each image with a heat map of the regions that contribute most to its most probable class "
+        "(Grad-CAM), as a PNG file in this folder, which is created; needs the extra report",
+    )
 
 
 def run(options: argparse.Namespace) -> None:

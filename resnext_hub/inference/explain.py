@@ -104,17 +104,14 @@ def _grad_cam(model: nn.Module, images: torch.Tensor, label: int | None) -> torc
     """Return heat maps `(N, 1, H, W)`, 0 to 1."""
     from captum.attr import LayerAttribution, LayerGradCam
 
-    size = (images.shape[2], images.shape[3])
     wrapped = _WithMaps(model)
-    target = label
-    if target is None:
-        with torch.no_grad():
-            target = model(images).argmax(dim=1)
-    cam = LayerGradCam(wrapped, wrapped.layer(min(size)))
+    layer, logits = wrapped.observe(images)
+    target = logits.argmax(dim=1) if label is None else label
+    cam = LayerGradCam(wrapped, layer)
     maps: torch.Tensor = cam.attribute(images, target=target)
     positive = (maps > 0).any(dim=(2, 3), keepdim=True)
     maps = torch.where(positive, maps.relu(), maps)  # without any, the least negative ones
-    maps = LayerAttribution.interpolate(maps, size, "bilinear")
+    maps = LayerAttribution.interpolate(maps, tuple(images.shape[2:]), "bilinear")
     maps = maps - maps.amin(dim=(2, 3), keepdim=True)
     return maps / maps.amax(dim=(2, 3), keepdim=True).clamp(min=torch.finfo(maps.dtype).tiny)
 
@@ -142,12 +139,21 @@ class _WithMaps(nn.Module):
         logits: torch.Tensor = self.model.forward_head(self.maps(features))
         return logits
 
-    def layer(self, side: int) -> nn.Module:
-        """Return the module whose output is the last feature map with enough cells, for images of a size in pixels."""
-        *earlier, last = list(getattr(self.model, "feature_info", ())) or [{"reduction": 1}]
-        if side // last["reduction"] < SMALLEST_MAP:
-            for stage in reversed(earlier):
-                if side // stage["reduction"] >= SMALLEST_MAP:
-                    found: nn.Module = self.model.get_submodule(stage["module"])
-                    return found
-        return self.maps
+    @torch.no_grad()
+    def observe(self, images: torch.Tensor) -> tuple[nn.Module, torch.Tensor]:
+        """Return the module whose output is the last feature map with enough cells, and the logits of the images."""
+        modules = dict(self.model.named_modules())
+        names = [info["module"] for info in getattr(self.model, "feature_info", ())]
+        stages = [modules[name] for name in names if name in modules]  # some models name modules that do not exist
+        sides: dict[nn.Module, int] = {}
+
+        def note(module: nn.Module, _: object, output: object) -> None:
+            if isinstance(output, torch.Tensor) and output.ndim == 4:  # some models pass on several maps at once
+                sides[module] = min(output.shape[2:])
+
+        hooks = [module.register_forward_hook(note) for module in (*stages, self.maps)]
+        logits = self(images)
+        for hook in hooks:
+            hook.remove()
+        large = [module for module in (*stages, self.maps) if sides.get(module, 0) >= SMALLEST_MAP]
+        return large[-1] if large else self.maps, logits

@@ -14,6 +14,7 @@ from resnext_hub.data.loaders import derive_workers
 from resnext_hub.data.splits import Splits
 from resnext_hub.errors import RunError
 from resnext_hub.inference.classifier import Classifier
+from resnext_hub.models.views import predict_views
 from resnext_hub.processes.launcher import local_processes
 from resnext_hub.runs.reopen import FinishedRun
 from resnext_hub.training.balance import Balance
@@ -39,6 +40,8 @@ def compute_outputs(
 ) -> Outputs:
     """Compute logits and embeddings of up to `most` readable images, evenly spaced in the split.
 
+    Logits are those of the run's evaluation, with its test-time augmentation.
+
     Args:
         run: The run.
         classifier: Its model.
@@ -63,9 +66,8 @@ def compute_outputs(
                 continue
             readable = ~torch.isin(batch.indices, torch.tensor([e.index for e in batch.unreadable], dtype=torch.int64))
             inputs = batch.images[readable].to(device).contiguous(memory_format=torch.channels_last)
-            features = model.forward_features(inputs)
-            logits = model.forward_head(features).double().cpu()
-            embedded = model.forward_head(features, pre_logits=True).float().flatten(1).cpu()
+            logits = predict_views(model, inputs, classifier.tta).mean(dim=0).double().cpu()
+            embedded = model.forward_head(model.forward_features(inputs), pre_logits=True).float().flatten(1).cpu()
             parts.append((batch.labels[readable].numpy(), logits.numpy(), embedded.numpy()))
     if not parts:
         raise RunError("none of the images is readable")

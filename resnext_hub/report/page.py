@@ -81,6 +81,8 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
                 f"{counts}, 95 % interval {100 * low:.1f} to {100 * high:.1f} %",
             )
         ]
+    if reported.without_tta is not None:
+        facts += [("without TTA", f"{100 * reported.without_tta:.2f} %, from the image alone")]
     height, width = model.input["input_size"][1:]
     train = "a stream of unknown length" if dataset.train_count is None else f"{dataset.train_count:,} training"
     parts = [train, f"{dataset.eval_count:,} evaluation"]
@@ -92,7 +94,7 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
         ("model", f"{model.variant or model.architecture}, {model.parameters:,} parameters, {width} x {height} pixels"),
         ("initial weights", record.base_model.id if record.base_model else "random"),
         ("dataset", f"{dataset.id}: {', '.join(parts)} images, {len(record.label_names):,} classes"),
-        ("training", f"{record.epochs:.4g} epochs, {record.steps:,} steps; best weights at step {reported.step:,}"),
+        ("training", f"{record.epochs:.4g} epochs, {record.steps:,} steps; weights of step {reported.step:,}"),
         ("time", f"{duration(record.wall_seconds)} on {hardware.name} ({hardware.device})"),
     ]
 
@@ -101,12 +103,14 @@ def _measured_on(record: RunRecord) -> str:
     """Return which split chose the weights and which one measured them."""
     dataset, chosen_by = record.dataset, CHOSEN_BY[str(record.config.get("best_by") or "top1")]
     evaluation = _images_of(dataset.eval_split, dataset.train_split)
+    test = _images_of(dataset.test_split, dataset.train_split)
+    if chosen_by is None:
+        return f"{evaluation if record.test is None else test}; the weights are those of the last step"
     if record.test is None:
         return (
             f"{evaluation}, on which the best weights were also selected by {chosen_by}; results may be slightly "
             "optimistic"
         )
-    test = _images_of(dataset.test_split, dataset.train_split)
     other = "other " if test == evaluation else ""
     return f"{test}, once; the best weights were selected by {chosen_by} on {other}{evaluation}"
 

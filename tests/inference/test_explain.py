@@ -94,6 +94,7 @@ def test_at_the_last_feature_map_the_heat_is_the_sum_of_the_maps_weighted_by_the
         ("efficientnet_lite0", 128),
         ("mobilenetv3_small_100", 64),
         ("densenet121", 64),
+        ("selecsls42", 64),  # whose stages return several maps
     ],
 )
 def test_convolutional_models_of_timm_can_be_explained(name: str, size: int) -> None:

@@ -10,19 +10,22 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import torch
 from pyarrow import parquet, table
 from pytest import MonkeyPatch, TempPathFactory, approx, fixture, importorskip, mark, raises, skip
 from support.digit_pairs import write_pairs
 from support.processes import TINY, run_process, write_images
-from support.records import DAMAGES
+from support.records import DAMAGES, a_record
 from support.runs import lines
 
 from resnext_hub.errors import RequestError
 from resnext_hub.inference.classifier import load
 from resnext_hub.plots.reliability import Confidences
 from resnext_hub.record import RunRecord
-from resnext_hub.report.outputs import first_batch, first_inputs
+from resnext_hub.report.outputs import compute_outputs, first_batch, first_inputs
+from resnext_hub.report.page import render_page
 from resnext_hub.report.stored import read_predictions
+from resnext_hub.report.temperature import certainties
 from resnext_hub.runs.reopen import reopen
 
 Command = Callable[..., tuple[int, str, str]]
@@ -136,6 +139,44 @@ def test_the_diagram_before_calibration_has_the_error_of_the_record(finished: Pa
     found = read_predictions(finished / "predictions.parquet", 10, False, record.evaluation.count)
     panel = Confidences(title="", probabilities=found.probabilities, right=~found.wrong)
     assert panel.error == approx(record.evaluation.calibration_error, abs=1e-6)
+
+
+@mark.parametrize(
+    ("best_by", "test", "expected"),
+    [
+        ("top1", False, "images held out of train, on which the best weights were also selected by accuracy; results"),
+        (
+            "macro-f1",
+            True,
+            "the images of the split test, once; the best weights were selected by macro-F1 on images held",
+        ),
+        ("last", False, "images held out of train; the weights are those of the last step"),
+        ("last", True, "the images of the split test; the weights are those of the last step"),
+    ],
+)
+def test_the_page_says_which_split_selected_the_weights_and_which_measured_them(
+    best_by: str, test: bool, expected: str
+) -> None:
+    record = a_record()
+    record = dataclasses.replace(record, config=record.config | {"best_by": best_by})
+    if test:
+        facts = dataclasses.replace(record.dataset, test_split="test", test_count=record.evaluation.count)
+        record = dataclasses.replace(record, dataset=facts, test=record.evaluation)
+    assert f"<dd>{expected}" in render_page(record, [], {})
+
+
+@mark.parametrize("tta", ["none", "flip"])
+def test_the_logits_are_those_of_the_evaluation(tta: str, tmp_path: Path, command: Command) -> None:
+    run = tmp_path / "run"
+    code, _, err = command("train", *FLAGS, "--max-steps", 2, "--tta", tta, "--output-dir", run)
+    assert code == 0, err
+    opened, classifier = reopen(run), load(run)
+    images = opened.load_splits().eval
+    outputs = compute_outputs(opened, classifier, images, len(images), torch.device("cpu"))
+    found, right = certainties(outputs.logits, outputs.labels)
+    stored = read_predictions(run / "predictions.parquet", 10, False, len(images))
+    assert (right == ~stored.wrong).all()
+    assert found == approx(stored.probabilities, abs=1e-5)
 
 
 def test_the_split_that_measured_is_the_one_that_is_shown(marked_run: Path, command: Command) -> None:

@@ -56,7 +56,7 @@ def with_several_labels(labels: int) -> RunRecord:
     return dataclasses.replace(record, evaluation=EvaluationFacts(**values))
 
 
-def outputs_of(record: RunRecord, count: int = 120) -> Outputs:
+def outputs_of(record: RunRecord, count: int = 60) -> Outputs:
     generator, classes = np.random.default_rng(0), len(record.label_names)
     labels = generator.integers(0, classes, count)
     logits = generator.normal(size=(count, classes)) + 4 * np.eye(classes)[labels]
