@@ -9,7 +9,7 @@ from resnext_hub.models.saved import without_values
 from resnext_hub.processes.launcher import processes
 from resnext_hub.runs.recipes import AUTO, RECIPES
 from resnext_hub.training.config import TrainConfig
-from resnext_hub.training.finetune import has_batch_norm, has_linear_classifier
+from resnext_hub.training.finetune import has_linear_classifier
 
 _STREAMED = 500.0
 """Images per class to assume if a stream does not state its length."""
@@ -38,10 +38,6 @@ def choose(splits: Splits, source: ModelSource, config: TrainConfig) -> dict[str
     settings = dict(tier.settings)
     if not fits:
         del settings["fit_head"]
-    if tier.settings.get("freeze") == "bn" and not has_batch_norm(model):
-        del settings["freeze"]
-    if config.data.folds is not None:  # which compares the last weights
-        settings.pop("best_by", None)
     if count is not None:
         settings["batch_size"] = _batch_size(count)
     return settings

@@ -42,15 +42,6 @@ class Recipe:
     """Further settings by increasing number of images per class; the first tier that applies is used."""
 
 
-_FINETUNE: dict[str, Any] = {
-    "fit_head": True,
-    "scale": [0.35, 1.0],
-    "optimizer": "adamw",
-    "weight_decay": 0.05,
-    "warmup_epochs": 1.0,
-}
-"""What the tiers of `auto` that train all layers have in common."""
-
 _RSB = {
     "interpolation": "bicubic",
     "crop_pct": 0.95,
@@ -89,14 +80,23 @@ RECIPES: dict[str, Recipe] = {
     ),
     AUTO: Recipe(
         purpose="fine-tune pretrained weights in the way that suits the number of images per class",
-        source="Kumar et al., 2022 (arXiv 2202.10054), Wortsman et al., 2022 (arXiv 2109.01903) and Kolesnikov et al., "
-        "2020 (arXiv 1912.11370), compared on small datasets",
+        source="Kumar et al., 2022 (arXiv 2202.10054): a fitted classifier first; compared on small datasets",
         result="see the page on few images",
         settings={"pretrained": True},
         tiers=(
-            Tier(most=20, settings={"fit_head": True, "freeze": "head", "epochs": 0.0}),
-            Tier(most=200, settings={**_FINETUNE, "lr": 1e-3, "epochs": 20.0, "eval_every": 2.0, "best_by": "loss"}),
-            Tier(most=math.inf, settings={**_FINETUNE, "lr": 1e-3, "epochs": 10.0}),
+            Tier(most=100, settings={"fit_head": True, "freeze": "head", "epochs": 0.0}),
+            Tier(
+                most=math.inf,
+                settings={
+                    "fit_head": True,
+                    "scale": [0.35, 1.0],
+                    "epochs": 10.0,
+                    "optimizer": "adamw",
+                    "lr": 1e-3,
+                    "weight_decay": 0.05,
+                    "warmup_epochs": 1.0,
+                },
+            ),
         ),
     ),
     "finetune": Recipe(

@@ -122,11 +122,6 @@ def has_linear_classifier(model: nn.Module) -> bool:
     return len(weight) in (2, 4) and set(weight[2:]) <= {1} and all(len(other) == 1 for other in shapes[:-1])
 
 
-def has_batch_norm(model: nn.Module) -> bool:
-    """Return whether a model has batch norm layers."""
-    return bool(_batch_norms(model))
-
-
 def _batch_norms(model: nn.Module) -> list[str]:
     """Return the names of the parameters of batch norm layers."""
     layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, _BatchNorm))

@@ -19,7 +19,7 @@ from resnext_hub.training.plan import Plan
 
 Command = Callable[..., tuple[int, str, str]]
 
-FEW, SOME, MANY = RECIPES[AUTO].tiers
+FEW, MANY = RECIPES[AUTO].tiers
 
 
 @fixture(scope="module")
@@ -44,7 +44,7 @@ def plan_of(start: Path, tmp_path: Path, recipe: str | None = None, **asked: obj
     return prepare(settings, asked=asked, recipe=name, output_dir=tmp_path / "run")
 
 
-@mark.parametrize(("count", "tier"), [(20, FEW), (21, SOME), (200, SOME), (201, MANY)])
+@mark.parametrize(("count", "tier"), [(100, FEW), (101, MANY)])
 def test_the_number_of_images_per_class_decides(start: Path, tmp_path: Path, count: int, tier: object) -> None:
     for shade, name in ((60, "dark"), (180, "light")):
         write_images(tmp_path / "data" / "train" / name, count, shade, size=4)
@@ -124,5 +124,5 @@ def test_a_killed_run_resumes_bit_for_bit(start: Path, photos: Path, tmp_path: P
 def test_the_tiers_are_listed(command: Command) -> None:
     code, out, _ = command("recipes", "auto")
     assert code == 0
-    assert "up to 20 training images per class:" in out
+    assert "up to 100 training images per class:" in out
     assert "more images per class:" in out
