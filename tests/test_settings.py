@@ -53,7 +53,7 @@ def test_a_file_means_what_the_field_expects(text: str, expected: Any, file: Pat
     ("text", "reason"),
     [
         ("batch_size: 010", "batch_size=010: expected a whole number from 1"),
-        ("epochs: 1:30", "epochs=1:30: expected a number above 0"),
+        ("epochs: 1:30", "epochs=1:30: expected a number from 0 to 1,000,000"),
         ("image_size: 0x20", "image_size=0x20: expected a whole number"),
         ("max_steps: 1.5", "max_steps=1.5: expected a whole number"),
         ("lr: .nan", "lr=.nan: expected a number"),

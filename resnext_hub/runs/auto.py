@@ -33,6 +33,9 @@ def choose(splits: Splits, source: ModelSource, config: TrainConfig) -> dict[str
     model = without_values(lambda: source.saved.build(len(splits.label_names), 0.0, 0.0))
     fits = has_linear_classifier(model) and not config.finetune.head_epochs
     fits = fits and not isinstance(splits.train, StreamedImages)
+    saved = source.saved
+    if saved.config.label_names is not None and saved.keeps_classifier(splits.label_names):
+        fits = False  # a classifier for the same classes was probably trained on more images
     per_class = _STREAMED if count is None else count / len(splits.label_names)
     tier = next(t for t in RECIPES[AUTO].tiers if per_class <= t.most and (fits or t.settings["epochs"]))
     settings = dict(tier.settings)

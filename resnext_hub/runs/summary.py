@@ -89,6 +89,8 @@ def _look(plan: Plan) -> list[str]:
 
 
 def _weights(plan: Plan) -> str:
+    if plan.config.finetune.fit_head:
+        return "pretrained weights with a new classifier"
     return plan.source.saved.classifier_for(plan.splits.label_names) if plan.source.pretrained else "random weights"
 
 

@@ -86,6 +86,8 @@ class TrainSettings(TypedDict, total=False):
     layer_decay: float
     head_lr: float | None
     head_epochs: float
+    fit_head: bool
+    average_with_start: float
     early_stopping: int | None
     early_stopping_delta: float
     push_to_hub: bool

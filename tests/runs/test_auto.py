@@ -4,9 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import datasets
+import timm
 import yaml
 from pytest import fixture, mark
-from support.processes import save_with_timm, write_images
+from support.processes import save_with_timm, small_model, write_images
 from support.runs import kill_at, weights
 
 from resnext_hub.record import RunRecord
@@ -81,6 +82,14 @@ def test_a_choice_that_contradicts_the_user_is_not_made(start: Path, photos: Pat
     streamed = plan_of(start, tmp_path, dataset=str(tmp_path / "stream"), streaming=True, max_steps=9)
     assert streamed.recipe == AUTO
     assert not streamed.config.finetune.fit_head
+
+
+def test_a_classifier_for_the_same_classes_is_kept(photos: Path, tmp_path: Path) -> None:
+    model = timm.create_model("test_resnet", num_classes=2)
+    model = small_model(tmp_path / "model", model, num_classes=2, label_names=["light", "dark"])
+    plan = plan_of(model, tmp_path, dataset=str(photos))
+    assert not plan.config.finetune.fit_head
+    assert plan.config.epochs == MANY.settings["epochs"]
 
 
 def test_the_plan_says_what_was_chosen(start: Path, photos: Path, tmp_path: Path, command: Command) -> None:
