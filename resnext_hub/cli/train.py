@@ -121,7 +121,7 @@ def _find_lr(request: "TrainRequest", peers: Peers) -> None:
     if test.suggestion is None:
         write("the loss did not fall at any learning rate, so there is no suggestion\n")
     else:
-        write(f"suggested learning rate: --lr {test.suggestion:.2g} (as planned: {found.lr:.2g})\n")
+        write(f"suggested learning rate: --lr {test.suggestion:.2g} (current value: {found.lr:.2g})\n")
     write("".join(f"{what}: {printable(path)}\n" for what, path in (("plot", found.plot), ("values", found.values))))
 
 

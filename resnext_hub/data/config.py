@@ -52,8 +52,8 @@ class DataConfig:
     """K-fold cross-validation: divide the training split into this many parts, evaluate each with a model that is
     trained on all others, and summarize the results; a single run with its own evaluation split if not given."""
     fold: Annotated[int, Range(1, MOST_FOLDS)] | None = None
-    """With --folds: train only the model that this part evaluates, counted from 1; all, one after another, if not
-    given."""
+    """With --folds: train only the model that is evaluated on this part, counting from 1; if not given, train all
+    models, one after another."""
     split_seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     """Random seed of the held-out split or the folds; separate from the training seed, so runs with different seeds
     share one evaluation split."""

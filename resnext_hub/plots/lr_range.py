@@ -26,7 +26,7 @@ def plot_range_test(test: RangeTest, lr: float) -> "Figure":
     axes = figure.subplots()
     axes.plot(test.lrs, test.losses, color="C0", alpha=0.35, linewidth=1, label="loss of each step")
     axes.plot(test.lrs, test.smoothed, color="C0", linewidth=2, label="smoothed")
-    axes.axvline(lr, color="gray", linestyle=":", label=f"as planned: {lr:.3g}")
+    axes.axvline(lr, color="gray", linestyle=":", label=f"current value: {lr:.3g}")
     if test.suggestion is not None:
         axes.axvline(test.suggestion, color="C1", linestyle="--", label=f"suggestion: {test.suggestion:.3g}")
     low, high = min(test.losses), max(test.smoothed[0], 2 * min(test.smoothed))  # what diverges is cut off

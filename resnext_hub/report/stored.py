@@ -105,4 +105,4 @@ def _require_fit(found: Predictions, path: Path, classes: int, count: int) -> No
     for values, end in ranges:
         holds = holds and len(values) == len(found.indices) and bool((values >= 0).all() and (values < end).all())
     if not holds:
-        raise RequestError(f"{printable(path.name)} does not fit the record of the run")
+        raise RequestError(f"{printable(path.name)} does not match record.json of the run")

@@ -58,8 +58,8 @@ def check_input(config: TrainConfig, input: InputConfig) -> None:
     if resized > MAX_RESIZED:
         raise RequestError(
             f"{setting('image_size', width)} with {setting('crop_pct', f'{input.crop_pct:g}')} resizes images to "
-            f"{resized:,} px for evaluation, expected at most {MAX_RESIZED:,}; reduce {setting('image_size')} or "
-            f"increase {setting('crop_pct')}"
+            f"{resized:,} px for evaluation, but at most {MAX_RESIZED:,} px are allowed; reduce "
+            f"{setting('image_size')} or increase {setting('crop_pct')}"
         )
 
 

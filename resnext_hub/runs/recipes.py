@@ -80,8 +80,9 @@ RECIPES: dict[str, Recipe] = {
     ),
     AUTO: Recipe(
         purpose="fine-tune pretrained weights in the way that suits the number of images per class",
-        source="Kumar et al., 2022 (arXiv 2202.10054): a fitted classifier first; compared on small datasets",
-        result="see the page on few images",
+        source="Kumar et al., 2022 (arXiv 2202.10054): fit the classifier before training other layers; the "
+        "number of images was chosen by our comparison on small datasets",
+        result="see 'Fine-tune with few images' in the documentation",
         settings={"pretrained": True},
         tiers=(
             Tier(most=100, settings={"fit_head": True, "freeze": "head", "epochs": 0.0}),
@@ -116,9 +117,9 @@ RECIPES: dict[str, Recipe] = {
         },
     ),
     "linear-probe": Recipe(
-        purpose="train only the classifier of pretrained weights, on cached features, for very few images",
+        purpose="train only the classifier of a pretrained model, on cached features, for very few images",
         source="Kumar et al., 2022 (arXiv 2202.10054): training all layers at once distorts pretrained features",
-        result="see the page on few images",
+        result="see 'Fine-tune with few images' in the documentation",
         settings={"pretrained": True, "fit_head": True, "freeze": "head", "epochs": 0.0},
     ),
     "scratch": Recipe(

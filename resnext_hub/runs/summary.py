@@ -122,9 +122,13 @@ def _finetune(plan: Plan) -> list[str]:
     config, schedule, optim = plan.config.finetune, plan.schedule, plan.config.optim
     kept = {"none": "", "head": "only the classifier is trained", "bn": "batch norm layers are kept"}
     count, is_auto = plan.splits.train.count, plan.recipe == AUTO
+    if config.fit_head and not schedule.steps:
+        trained = ["only the classifier is trained, by logistic regression on cached features"]
+    else:
+        trained = [kept.get(config.freeze, f"the first {config.freeze} stages are kept")]
+        trained += ["classifier fitted first, by logistic regression on cached features"] if config.fit_head else []
     parts = [
-        kept.get(config.freeze, f"the first {config.freeze} stages are kept"),
-        f"logistic regression on cached features{' first' if schedule.steps else ''}" if config.fit_head else "",
+        *trained,
         f"only the classifier in the first {schedule.head_steps} steps" if schedule.head_steps else "",
         f"layer decay {config.layer_decay:g}" if config.layer_decay < 1 else "",
         f"learning rate of the classifier {config.head_lr:g}" if config.head_lr is not None else "",

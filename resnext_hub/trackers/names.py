@@ -24,7 +24,7 @@ def tracker_names(listed: str | None) -> tuple[str, ...]:
             )
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise RequestError(f"{setting('track', shown(listed))} contains {twice} twice; give each tracker once")
+        raise RequestError(f"{setting('track', shown(listed))} lists {twice} twice; list each tracker only once")
     return names
 
 

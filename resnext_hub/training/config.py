@@ -145,7 +145,7 @@ class TrainConfig:
     """timm model name, hf-hub:owner/name, or local-dir:FOLDER."""
     pretrained: bool | None = None
     """Start from pretrained weights; by default, on for models given as hf-hub:... or local-dir:... and in the recipes
-    finetune and linear-probe, otherwise off."""
+    auto, finetune and linear-probe; otherwise off."""
     drop_rate: Annotated[float, Range(0, 1, below=True)] = 0.0
     """Dropout probability before the classifier, at least 0 and below 1."""
     drop_path: Annotated[float, Range(0, 1, below=True)] = 0.0

@@ -31,7 +31,8 @@ class FinetuneConfig:
     the two parts has its own warmup and cosine decay."""
     fit_head: bool = False
     """Fit the classifier before the first step, as a logistic regression on features of the training images that are
-    computed once; with --epochs 0, that is all that is trained. The result is evaluated and can be the best."""
+    computed once; with --epochs 0, that is all that is trained. The result is evaluated, and published if training
+    does not improve on it."""
     average_with_start: Annotated[float, Range(0, 1, below=True)] = 0.0
     """Evaluate and publish the average of the trained weights and the initial ones (WiSE-FT; Wortsman et al., 2022):
     fraction of the initial ones, at least 0 and below 1. The initial weights include the classifier of --fit-head, or

@@ -100,7 +100,8 @@ def test_at_the_last_feature_map_the_heat_is_the_sum_of_the_maps_weighted_by_the
 def test_convolutional_models_of_timm_can_be_explained(name: str, size: int) -> None:
     torch.manual_seed(0)
     classifier = classifier_of(timm.create_model(name, num_classes=5).eval(), size)
-    noise = [Image.effect_noise((size, size + 9), 90).convert("RGB") for _ in range(3)]
+    generator = np.random.default_rng(0)
+    noise = [Image.fromarray(generator.integers(0, 256, (size + 9, size, 3), dtype=np.uint8)) for _ in range(3)]
     heat = classifier.explain(noise, batch_size=2)
     assert heat.shape == (3, size, size)
     assert heat.dtype == torch.float32

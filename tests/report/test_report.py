@@ -253,7 +253,7 @@ def test_damaged_predictions_are_refused_in_one_line(vehicles_run: Path, tmp_pat
             read_predictions(path, 3, False, 37)
     for name, value in (("prediction", 99), ("label", -1), ("index", 37), ("probability", 1.5)):
         parquet.write_table(table({**columns, name: [value] * len(columns[name])}), path)
-        with raises(RequestError, match=r"^predictions.parquet does not fit the record of the run$"):
+        with raises(RequestError, match=r"^predictions.parquet does not match record.json of the run$"):
             read_predictions(path, 3, False, 37)
     for name in columns:
         parquet.write_table(table({other: columns[other] for other in columns if other != name}), path)

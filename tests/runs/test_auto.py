@@ -96,7 +96,7 @@ def test_the_plan_says_what_was_chosen(start: Path, photos: Path, tmp_path: Path
     words = ("--dataset", photos, "--model", f"local-dir:{start}", "--threads", 1, "--output-dir", tmp_path / "run")
     code, _, err = command("train", *words)
     assert code == 0, err
-    said = "(10 training images per class): only the classifier is trained, logistic regression on cached features"
+    said = "(10 training images per class): only the classifier is trained, by logistic regression on cached features"
     assert said in err
     record = RunRecord.load(tmp_path / "run" / "record.json")
     assert record.command.startswith("accelerate launch scripts/train.py --recipe auto")

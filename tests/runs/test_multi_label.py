@@ -282,7 +282,8 @@ def test_check_counts_the_images_of_each_label(pairs: Path, command: Command) ->
 def test_fine_tuning_starts_from_a_model_of_several_labels(
     run: Path, pairs: Path, tmp_path: Path, command: Command
 ) -> None:
-    words = ("--model", f"local-dir:{run / 'model'}", "--max-steps", 1, "--lr", 1e-6, "--output-dir", tmp_path / "again")
+    words = ("--model", f"local-dir:{run / 'model'}", "--max-steps", 1, "--lr", 1e-6)
+    words += ("--output-dir", tmp_path / "again")
     code, _, err = command("train", *FLAGS, "--dataset", pairs, *words)
     assert code == 0, err
     before, after = (RunRecord.load(folder / "record.json").evaluation for folder in (run, tmp_path / "again"))
