@@ -39,6 +39,11 @@ CHOSEN_BY = {
 """What the values of `best_by` are called; None if nothing chooses the weights."""
 
 
+def chosen_by(record: RunRecord) -> str | None:
+    """Return what the published weights were chosen by; None if nothing did, as in a run without steps."""
+    return CHOSEN_BY[str(record.config.get("best_by") or "top1")] if record.steps else None
+
+
 def render_card(
     record: RunRecord, repo_id: str | None = None, license: str | None = None, kept: Kept | None = None
 ) -> str:
@@ -89,7 +94,7 @@ def _body(record: RunRecord, repo_id: str | None, license: str | None) -> str:
         reported=reported,
         several=reported.is_multi_label,
         thresholds=_thresholds(record),
-        chosen_by=CHOSEN_BY[str(record.config.get("best_by") or "top1")],
+        chosen_by=chosen_by(record),
         part="evaluation" if record.test is None else "test",
         results=[(name, facts, wilson_interval(facts.correct, facts.count)) for name, facts in results],
         eval_name=split_name(record, "evaluation"),

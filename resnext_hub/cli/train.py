@@ -161,11 +161,11 @@ def _interval(value: float, low: float, high: float) -> str:
 def _summary(folder: RunFolder, record: "RunRecord") -> str:
     """Return the results of a run, where they are, and what to do with them."""
     best, name = record.evaluation, shlex.quote(printable(folder))
-    kept = "last" if record.config.get("best_by") == "last" else "best"
+    kept, epoch = "last" if record.config.get("best_by") == "last" else "best", round(best.epoch, 1)
     lines = [
         _result(best, "held-out images"),
         *([f"test {_result(record.test, 'images')}"] if record.test else []),
-        f"{kept} weights: step {best.step} of {record.steps} (epoch {round(best.epoch, 1):g})",
+        *([f"{kept} weights: step {best.step} of {record.steps} (epoch {epoch:g})"] if record.steps else []),
         *_weakest(record),
         f"model folder: {printable(folder.model)}",
         f"plots and predictions: {printable(folder)}",

@@ -37,6 +37,8 @@ def write_plots(record: RunRecord, folder: Path) -> list[str]:
     names = tuple(record.label_names)
     written = []
     for name, draw in zip(PLOTS, (plot_curves, plot_confusion, plot_per_label), strict=True):
+        if draw is plot_curves and not record.steps:
+            continue
         if draw is (plot_confusion if record.evaluation.is_multi_label else plot_per_label):
             continue
         if save_plot(folder / name, names, partial(draw, record)):

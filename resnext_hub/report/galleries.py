@@ -116,11 +116,11 @@ def _gallery(
     if not len(places):
         return not_shown(title, "Images are", empty)
     inputs = [_encoded(images, int(stored.indices[place])) for place in places]
-    pictures, reason = _explained(classifier, inputs, device, max_pixels)
+    tiles, reason = _explained(classifier, inputs, device, max_pixels)
 
     def draw(letters: Lettering, theme: Theme) -> "Figure":
         texts = [_caption(stored, int(place), classifier.label_names, letters) for place in places]
-        return plot_tiles([Tile(images=i, text=t) for i, t in zip(pictures, texts, strict=True)], theme)
+        return plot_tiles([Tile(images=i, text=t) for i, t in zip(tiles, texts, strict=True)], theme)
 
     beside = "" if reason else ", each beside its heat map"
     plot = Plot(name=name, alt=f"{len(places)} images: {title.lower()}{beside}.", draw=draw)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from resnext_hub.cards.model_card import CHOSEN_BY, duration, wilson_interval
+from resnext_hub.cards.model_card import chosen_by, duration, wilson_interval
 from resnext_hub.plots.per_class import class_results
 from resnext_hub.plots.theme import DARK, LIGHT
 from resnext_hub.record import RunRecord
@@ -101,18 +101,18 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
 
 def _measured_on(record: RunRecord) -> str:
     """Return which split chose the weights and which one measured them."""
-    dataset, chosen_by = record.dataset, CHOSEN_BY[str(record.config.get("best_by") or "top1")]
+    dataset, metric = record.dataset, chosen_by(record)
     evaluation = _images_of(dataset.eval_split, dataset.train_split)
     test = _images_of(dataset.test_split, dataset.train_split)
-    if chosen_by is None:
+    if metric is None:
         return f"{evaluation if record.test is None else test}; the weights are those of the last step"
     if record.test is None:
         return (
-            f"{evaluation}, on which the best weights were also selected by {chosen_by}; results may be slightly "
+            f"{evaluation}, on which the best weights were also selected by {metric}; results may be slightly "
             "optimistic"
         )
     other = "other " if test == evaluation else ""
-    return f"{test}, once; the best weights were selected by {chosen_by} on {other}{evaluation}"
+    return f"{test}, once; the best weights were selected by {metric} on {other}{evaluation}"
 
 
 def _images_of(stored: str | None, train: str) -> str:

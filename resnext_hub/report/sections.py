@@ -72,6 +72,8 @@ def curves(record: RunRecord) -> Section:
     """Return the section on the course of the training."""
     if not record.history:
         return not_shown("Training", "Curves are", "the run logged no metrics")
+    if not record.steps:
+        return not_shown("Training", "Curves are", "only the classifier was fitted, without steps")
     best = record.evaluation
     alt = (
         f"Loss, accuracy, learning rate and throughput over {record.epochs:.4g} epochs; the best weights are those of "

@@ -137,6 +137,8 @@ def _stored(run: FinishedRun) -> Predictions | str:
 def _batch(run: FinishedRun, classifier: Classifier, splits: Splits | str) -> Section:
     if isinstance(splits, str):
         return not_shown("A training batch", "Images are", splits)
+    if not run.record.steps:
+        return not_shown("A training batch", "Images are", "only the classifier was fitted, without steps")
     try:
         batch = first_batch(run, classifier, splits, BATCH)
     except (RequestError, RunError) as error:

@@ -49,6 +49,22 @@ def test_without_epochs_only_the_classifier_changes_and_it_is_evaluated(start: P
     assert [line["step"] for line in lines(probed / "metrics.jsonl")] == [0]
 
 
+def test_without_steps_nothing_is_said_to_have_chosen_the_weights_and_no_curves_are_drawn(
+    probed: Path, command: Command
+) -> None:
+    card = (probed / "model" / "README.md").read_text()
+    assert "Only the classifier was trained, by logistic regression on features of the training images." in card
+    assert "which no evaluation chose" in card
+    assert "optimistic" not in card
+    assert "0 steps" not in card
+    assert not (probed / "plots" / "curves.png").exists()
+    assert not (probed / "model" / "plots" / "curves.png").exists()
+    code, _, err = command("report", probed)
+    assert code == 0, err
+    page = (probed / "plots" / "report" / "report.html").read_text()
+    assert "Curves are not shown: only the classifier was fitted, without steps." in page
+
+
 def test_the_classifier_is_scikit_learns_logistic_regression_on_embeddings(probed: Path) -> None:
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
@@ -114,6 +130,8 @@ def test_the_published_weights_are_the_average_of_trained_and_initial_ones(
     before = timm.create_model(f"local-dir:{start}", pretrained=True).state_dict()
     assert torch.equal(first["layer4.0.conv1.weight"], before["layer4.0.conv1.weight"])
     assert not torch.equal(first["layer4.0.conv1.weight"], trained["layer4.0.conv1.weight"])
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "averaged with a fraction of 0.25 of the initial weights" in card
     for name, tensor in weights(tmp_path / "run").items():
         assert torch.equal(tensor, trained[name].lerp(first[name], 0.25) if tensor.is_floating_point() else tensor)
 
