@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack
 
@@ -17,6 +18,7 @@ from resnext_hub.training.keywords import TrainSettings
 if TYPE_CHECKING:
     from resnext_hub.inference.prediction import ImageInput, Prediction, Unread
     from resnext_hub.runs.fold_results import CrossValidation
+    from resnext_hub.runs.train import TrainRequest
 
 
 def train(
@@ -52,16 +54,9 @@ def train(
         StoppedRun: After SIGTERM or Ctrl-C; the state was saved.
     """
     from resnext_hub.runs.folds import requested_folds
-    from resnext_hub.runs.train import TrainRequest, train_run
+    from resnext_hub.runs.train import train_run
 
-    request = TrainRequest(
-        asked=dict(settings),
-        recipe=recipe,
-        file=None if config is None else Path(config),
-        output_dir=None if output_dir is None else Path(output_dir),
-        resume=resume,
-        resume_from=resume_from,
-    )
+    request = replace(_request(settings, recipe, config, output_dir), resume=resume, resume_from=resume_from)
     folds = requested_folds(request)
     if folds is not None:
         raise RequestError(
@@ -97,18 +92,28 @@ def cross_validate(
         StoppedRun: After SIGTERM or Ctrl-C; the state was saved.
     """
     from resnext_hub.runs.folds import requested_folds, train_folds
+
+    request = _request(settings, recipe, config, output_dir)
+    folds = requested_folds(request)
+    if folds is None:
+        raise RequestError(f"a cross-validation needs {setting('folds')}, such as 5, and no {setting('fold')}")
+    return train_folds(request, folds, join()).result
+
+
+def _request(
+    settings: TrainSettings,
+    recipe: str | None,
+    config: "str | os.PathLike[str] | None",
+    output_dir: "str | os.PathLike[str] | None",
+) -> "TrainRequest":
     from resnext_hub.runs.train import TrainRequest
 
-    request = TrainRequest(
+    return TrainRequest(
         asked=dict(settings),
         recipe=recipe,
         file=None if config is None else Path(config),
         output_dir=None if output_dir is None else Path(output_dir),
     )
-    folds = requested_folds(request)
-    if folds is None:
-        raise RequestError(f"a cross-validation needs {setting('folds')}, such as 5, and no {setting('fold')}")
-    return train_folds(request, folds, join()).result
 
 
 def evaluate(

@@ -162,9 +162,11 @@ def _fit(
         return weight, bias
     importance = _importance(labels, plan) if label is None else np.ones(len(labels))
     strength = _strength(features[0], labels, importance, plan.config.seed)
-    solver = _regression(strength)
+    # to the optimum, which unlike the way there does not depend on the rounding of features
+    solver = _regression(strength, tolerance=1e-7)
     views = len(features)
-    solver.fit(np.concatenate(list(features)), np.tile(labels, views), np.tile(importance, views) / views)
+    every = np.concatenate(list(features)).astype(np.float64)
+    solver.fit(every, np.tile(labels, views), np.tile(importance, views) / views)
     own, offset = solver.coef_, solver.intercept_
     if len(found) == 2:
         own, offset = np.concatenate([-own / 2, own / 2]), np.concatenate([-offset / 2, offset / 2])
@@ -184,10 +186,10 @@ def _importance(labels: np.ndarray, plan: Plan) -> np.ndarray:
     return every
 
 
-def _regression(strength: float) -> Any:
+def _regression(strength: float, tolerance: float = 1e-4) -> Any:
     from sklearn.linear_model import LogisticRegression
 
-    return LogisticRegression(C=strength, max_iter=300, tol=1e-4)
+    return LogisticRegression(C=strength, max_iter=1000, tol=tolerance)
 
 
 def _strength(features: np.ndarray, labels: np.ndarray, importance: np.ndarray, seed: int) -> float:

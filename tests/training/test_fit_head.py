@@ -81,7 +81,9 @@ def test_the_classifier_is_scikit_learns_logistic_regression_on_embeddings(probe
     scaler = StandardScaler().fit(train)
     guesses = []
     for strength in fit_head.STRENGTHS:
-        solver = LogisticRegression(C=strength, max_iter=300).fit(scaler.transform(train), splits.train.labels)
+        solver = LogisticRegression(C=strength, max_iter=1000, tol=1e-7).fit(
+            scaler.transform(train), splits.train.labels
+        )
         guesses.append(solver.predict_proba(scaler.transform(held_out)))
     found = classifier([splits.eval.image(index) for index in range(len(splits.eval))]).numpy()
     assert min(np.abs(found - guess).mean() for guess in guesses) < 0.002  # the second closest differs by 0.03
@@ -179,10 +181,10 @@ def test_two_processes_fit_what_one_does(probed: Path, start: Path, tmp_path: Pa
     words = (*launch, "localhost:0", "scripts/train.py", *FLAGS, "--model", f"local-dir:{start}", "--epochs", 0)
     done = run_process(*words, "--output-dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    # weights differ a little: the solver stops near the optimum, at a point that depends on the rounding of features
+    for name, tensor in weights(probed).items():
+        assert tensor.numpy() == approx(weights(tmp_path / "run")[name].numpy(), rel=1e-3, abs=0.05)  # up to 711
     one, two = (RunRecord.load(run / "record.json").evaluation for run in (probed, tmp_path / "run"))
-    assert two.loss == approx(one.loss, rel=0.1)
-    assert two.correct == approx(one.correct, abs=10)
+    assert two.correct == one.correct
 
 
 def test_images_beyond_the_limit_are_sampled() -> None:
