@@ -25,6 +25,7 @@ COMMANDS = {
     "report": "draw all plots of a run, and an HTML page that shows them",
     "export": "export a trained model to ONNX or OpenVINO",
     "push": "publish a run's model or a study to the Hub in one commit",
+    "verify": "check a published model: files against hashes, and the counts of its card by evaluating it again",
     "info": "list the variants with their parameters and multiply-adds (MACs)",
     "recipes": "list the recipes, or show one with its settings and sources",
     "benchmark": "measure throughput against baselines",
