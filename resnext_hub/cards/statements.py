@@ -11,8 +11,8 @@ from typing import Annotated, Any
 from msgspec import Meta
 
 from resnext_hub.cards.card_file import CARD_BYTES, TAGS, split_card, take_apart
-from resnext_hub.data.config import DataConfig
-from resnext_hub.data.loaders import PIXELS
+from resnext_hub.data.config import NO_TEST, DataConfig
+from resnext_hub.data.loaders import PIXELS, LoaderConfig
 from resnext_hub.errors import RequestError, one_line
 from resnext_hub.files import convert, read_regular
 from resnext_hub.record import LabelFacts, RunRecord
@@ -72,6 +72,11 @@ def facts_of(record: RunRecord, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of the metadata field for a run and the config.json of its model."""
     stated = {field.name: record.config.get(field.name) for field in fields(DataConfig)}
     stated |= {"dataset_revision": record.dataset.revision}
+    # records of versions without these settings: there was no test, and copies were not kept together
+    if stated["group_duplicates"] is None:
+        stated["group_duplicates"] = False
+    if stated["test_split"] is None and not stated["test_fraction"]:
+        stated["test_split"] = NO_TEST
     parts = {"evaluation": record.evaluation} | ({} if record.test is None else {"test": record.test})
     return {
         "format_version": FORMAT_VERSION,
@@ -79,7 +84,7 @@ def facts_of(record: RunRecord, config: Mapping[str, Any]) -> dict[str, Any]:
         "config": config_facts(config),
         "dataset": {name: value for name, value in stated.items() if value is not None and name not in _NOT_STATED},
         "fingerprint": record.dataset.fingerprint,
-        "max_image_pixels": record.config["max_image_pixels"],
+        "max_image_pixels": record.config.get("max_image_pixels", LoaderConfig.max_image_pixels),
         **{
             part: {
                 "correct": facts.correct,

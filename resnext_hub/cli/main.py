@@ -22,6 +22,7 @@ COMMANDS = {
     "check": "examine a dataset: duplicates, unreadable images, imbalance; or, with a run, its labels",
     "evaluate": "re-evaluate the model of a run, and compare the result with its record",
     "predict": "classify images",
+    "similar": "find the most similar images",
     "report": "draw all plots of a run, and an HTML page that shows them",
     "export": "export a trained model to ONNX or OpenVINO",
     "push": "publish a run's model or a study to the Hub in one commit",

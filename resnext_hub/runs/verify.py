@@ -144,7 +144,7 @@ def _check_config(folder: Path, card: CardStatements) -> Iterator[Check]:
         values = [_shown(facts[key]) if key in facts else "not stated" for facts in (stated, found)]
         if key == "label_names":
             values = _differing_names(card.rows, content[key]) or values
-        yield Check(what=f"{CONFIG}, {printable(key)[:80]}", stated=values[0], found=values[1], same=False)
+        yield Check(what=f"{CONFIG}: {printable(key)[:80]}", stated=values[0], found=values[1], same=False)
 
 
 _MISSING = object()
@@ -216,8 +216,8 @@ def _evaluate(folder: Path, source: ModelSource, splits: Splits, card: CardState
 
 def _compare(part: str, stated: ResultFacts, counts: Counts) -> Iterator[Check]:
     correct, every = f"{counts.correct}/{counts.count}", digest_of_counts(counts.confusion, counts.labels)
-    yield _same(f"{part}, correct", f"{stated.correct}/{stated.count}", correct)
-    yield _same(f"{part}, counts of each class", stated.counts, every, length=16)
+    yield _same(f"{part}: correct", f"{stated.correct}/{stated.count}", correct)
+    yield _same(f"{part}: counts of each class", stated.counts, every, length=16)
 
 
 def _compare_rows(stated: Sequence[tuple[str, ...]], counts: Counts, names: Sequence[str]) -> Check:

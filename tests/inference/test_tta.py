@@ -182,4 +182,4 @@ def test_verify_averages_the_views_as_the_run_did(run: Path, command: Command) -
     for part, facts in (("evaluation", record.evaluation), ("test", record.test)):
         assert facts.without_tta != facts.top1
         counts = f"{facts.correct}/{facts.count}"
-        assert re.search(rf"^{part}, correct +{counts} +{counts} +ok$", out, re.MULTILINE)
+        assert re.search(rf"^{part}: correct +{counts} +{counts} +ok$", out, re.MULTILINE)

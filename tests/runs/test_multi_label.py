@@ -294,5 +294,5 @@ def test_verify_reproduces_the_counts_of_every_label(run: Path, pairs: Path, com
     code, out, err = command("verify", run, "--dataset", pairs, "--threads", 1)
     assert code == 0, out + err
     for part in ("evaluation", "test"):
-        assert re.search(rf"^{part}, counts of each class +\w+ +\w+ +ok$", out, re.MULTILINE)
+        assert re.search(rf"^{part}: counts of each class +\w+ +\w+ +ok$", out, re.MULTILINE)
     assert re.search(r"^table of classes in the card +10 rows +10 rows +ok$", out, re.MULTILINE)

@@ -75,8 +75,8 @@ def change_a_count(folder: Path) -> None:
 
 DAMAGES = {
     "flipped byte": (flip_a_byte, "model.safetensors"),
-    "swapped names": (swap_names, "config.json, label_names"),
-    "changed mean": (change_the_mean, "config.json, pretrained_cfg.mean"),
+    "swapped names": (swap_names, "config.json: label_names"),
+    "changed mean": (change_the_mean, "config.json: pretrained_cfg.mean"),
     "changed count": (change_a_count, "card"),
 }
 """What is done to a model folder, and what `verify` names."""
@@ -108,7 +108,7 @@ def test_a_published_model_is_reproduced_by_timm_alone(finished: Path, running: 
     assert "alone" in err
     record = RunRecord.load(finished / "record.json")
     expected = f"{record.evaluation.correct}/{record.evaluation.count}"
-    assert re.search(rf"^evaluation, correct +{expected} +{expected} +ok$", out, re.MULTILINE)
+    assert re.search(rf"^evaluation: correct +{expected} +{expected} +ok$", out, re.MULTILINE)
 
 
 def test_the_hashes_are_those_that_the_client_of_the_hub_verifies(
@@ -171,7 +171,7 @@ def test_a_card_that_was_written_for_the_damage_is_contradicted_by_the_evaluatio
     (model / "README.md").write_text(render_card(record, config=config))
     code, out, err = command("verify", model, "--threads", 1)
     assert code == 1, err
-    expected = ["evaluation, correct", "evaluation, counts of each class", "table of classes in the card"]
+    expected = ["evaluation: correct", "evaluation: counts of each class", "table of classes in the card"]
     assert differing(out) == expected
 
 
@@ -227,11 +227,11 @@ def test_a_local_dataset_is_named_by_the_user_and_has_to_be_the_same(vehicles_ru
     assert "the card describes the local dataset vehicles; name its path with --dataset PATH" in err
     code, out, err = command("verify", vehicles_run, "--dataset", vehicles_run.parent / "vehicles", "--threads", 1)
     assert (code, differing(out)) == (0, []), err
-    assert "evaluation, correct" in out
+    assert "evaluation: correct" in out
     other = vehicles_run.parent / "vehicles" / "train"
     code, out, err = command("verify", vehicles_run / "model", "--dataset", other)
     assert code in (1, 2)
-    assert "evaluation, correct" not in out
+    assert "evaluation: correct" not in out
 
 
 @mark.slow
