@@ -151,7 +151,14 @@ def read_statements(path: Path) -> CardStatements:
             f"{printable(path)} states nothing that can be checked: it has no metadata field {FIELD}, so another "
             "program or an earlier version of resnext-hub wrote it; pushing the run again writes a new card"
         )
-    facts = convert(content[FIELD], Facts, path, "restore the card that was published")
+    stated = content[FIELD]
+    version = stated.get("format_version") if isinstance(stated, dict) else None
+    if version != FORMAT_VERSION:
+        raise RequestError(
+            f"{printable(path)} states its facts in format version {printable(version)[:40]}; this version of "
+            f"resnext-hub reads {FORMAT_VERSION}; update resnext-hub"
+        )
+    facts = convert(stated, Facts, path, "restore the card that was published")
     classes, labels = _table(body, "class"), _table(body, "label")
     return CardStatements(
         facts=facts,

@@ -130,11 +130,11 @@ class Classifier(LoadedModel):
         from resnext_hub.inference.similar import Embeddings, read_embeddings, require_top, without_itself
 
         require_top(top)
+        vector = self.embed(image, batch_size=batch_size)[0].numpy()
         if isinstance(among, (str, os.PathLike)):
             found = read_embeddings(Path(among), self)
         else:
-            found = Embeddings(among, self.embed(among, batch_size=batch_size).numpy())
-        vector = self.embed(image, batch_size=batch_size)[0].numpy()
+            found = Embeddings(among, self.embed(among, batch_size=batch_size).numpy().reshape(-1, len(vector)))
         return without_itself(found.nearest(vector, top + 1), image, top)
 
     def explain(

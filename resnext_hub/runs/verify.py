@@ -94,7 +94,8 @@ def verify(
 def _open(model: str) -> tuple[Path, Check | None]:
     """Return the model folder, downloaded if it is on the Hub, with a check of its files."""
     local = Path(model.removeprefix("local-dir:")).expanduser()
-    folder = next((path for path in (local / "model", local) if (path / CONFIG).is_file()), None)
+    places = (local / "model", local)
+    folder = next((at for at in places if all((at / name).is_file() for name in (CONFIG, WEIGHTS))), None)
     name = model.removeprefix("hf-hub:").removeprefix("hf_hub:")
     if name == model and folder is not None:
         return folder, None
@@ -143,7 +144,7 @@ def _check_config(folder: Path, card: CardStatements) -> Iterator[Check]:
     for key in wrong:
         values = [_shown(facts[key]) if key in facts else "not stated" for facts in (stated, found)]
         if key == "label_names":
-            values = _differing_names(card.rows, content[key]) or values
+            values = _differing_names(card.rows, content.get(key)) or values
         yield Check(what=f"{CONFIG}: {printable(key)[:80]}", stated=values[0], found=values[1], same=False)
 
 

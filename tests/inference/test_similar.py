@@ -116,5 +116,9 @@ def test_a_file_that_predict_did_not_write_is_one_line(
         code, _, err = command("similar", vehicles_run, own, "--in", bad)
         assert code == 2
         assert expected in err, err
+    classifier = resnext_hub.load(vehicles_run)
+    assert classifier.similar(own, []) == []
     with raises(RequestError, match="top=0"):
-        resnext_hub.load(vehicles_run).similar(own, [own], top=0)
+        classifier.similar(own, [own], top=0)
+    with raises(RequestError, match="an optimized model has no embeddings"):
+        classifier.optimize([own], compile=False).similar(own, file)

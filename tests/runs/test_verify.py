@@ -235,8 +235,9 @@ def test_a_local_dataset_is_named_by_the_user_and_has_to_be_the_same(vehicles_ru
 
 
 @mark.slow
+@mark.parametrize("streaming", [(), ("--streaming",)], ids=["whole", "streamed"])
 def test_a_dataset_on_the_hub_is_evaluated_at_the_revision_of_the_run_and_its_result_is_in_eval_results(
-    running: tuple[LoopbackHub, Client], tmp_path: Path
+    running: tuple[LoopbackHub, Client], tmp_path: Path, streaming: tuple[str, ...]
 ) -> None:
     from huggingface_hub import parse_eval_result_entries
 
@@ -247,7 +248,7 @@ def test_a_dataset_on_the_hub_is_evaluated_at_the_revision_of_the_run_and_its_re
         files[f"data/{split}-0.parquet"] = (tmp_path / "part.parquet").read_bytes()
     dataset = hub.create("datasets", "me/numbers")
     revision = dataset.commit("data", files).oid
-    flags = ("--dataset", "me/numbers", "--image-size", 32, "--batch-size", 32, "--max-steps", 3)
+    flags = ("--dataset", "me/numbers", "--image-size", 32, "--batch-size", 32, "--max-steps", 3, *streaming)
     run = tmp_path / "run"
     code, _, err = client.command("train", *TINY, *flags, "--output-dir", run)
     assert code == 0, err
@@ -316,6 +317,9 @@ def test_a_card_without_statements_or_none_is_refused(finished: Path, model: Pat
     assert "states nothing that can be checked" in err
     (model / "README.md").write_text("---\nresnext_hub: {format_version: 1}\n---\n")
     with raises(RequestError, match=r"README\.md is damaged"):
+        read_statements(model / "README.md")
+    (model / "README.md").write_text("---\nresnext_hub: {format_version: 9}\n---\n")
+    with raises(RequestError, match="format version 9; this version of resnext-hub reads 1"):
         read_statements(model / "README.md")
     (model / "README.md").unlink()
     code, _, err = command("verify", model)
