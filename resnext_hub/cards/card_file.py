@@ -9,6 +9,12 @@ from typing import Any
 
 from resnext_hub.yaml_files import parse_yaml, yaml_fields
 
+TAGS = ("image-classification", "timm", "transformers", "resnext")
+"""The generated tags."""
+
+CARD_BYTES = 1 << 20
+"""Largest size of a README.md that is read, in bytes."""
+
 _BEGIN = re.compile(r"^<!-- resnext-hub card (\{.{1,8000}) -->\n", re.MULTILINE)
 _END = "<!-- resnext-hub card end -->\n"
 _ADVICE = (
@@ -68,7 +74,7 @@ def take_apart(text: str, own_tags: Sequence[str]) -> CardFile:
         ValueError: If its metadata or its mark is invalid.
     """
     text = text.removeprefix("\ufeff").replace("\r\n", "\n")
-    metadata, body = _split(text)
+    metadata, body = split_card(text)
     fields = yaml_fields(metadata)
     found = parse_yaml(metadata).get("tags")
     tags = tuple(str(tag) for tag in (found if isinstance(found, list) else [found] if found else []))
@@ -160,7 +166,7 @@ def _of_owner(card: CardFile | None, own: set[str]) -> Kept:
     return Kept({n: t for n, t in kept.fields.items() if n not in own}, kept.tags, kept.before, kept.after)
 
 
-def _split(text: str) -> tuple[str, str]:
+def split_card(text: str) -> tuple[str, str]:
     """Split a card into the YAML text of its metadata and its body."""
     match = re.match(r"---[ \t]*\n(.*?\n)?---[ \t]*(?:\n|\Z)\n?", text, re.DOTALL)
     return (match[1] or "", text[match.end() :]) if match else ("", text)

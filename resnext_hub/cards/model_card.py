@@ -2,7 +2,7 @@
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any, Literal
 from urllib.parse import quote
@@ -10,8 +10,10 @@ from urllib.parse import quote
 import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 
+from resnext_hub.cards.card_file import TAGS as TAGS
 from resnext_hub.cards.card_file import Kept, put_together
-from resnext_hub.facts import BaseModelFacts, EvaluationFacts, HardwareFacts
+from resnext_hub.cards.statements import FIELD, facts_of
+from resnext_hub.facts import BaseModelFacts, EvaluationFacts, HardwareFacts, LabelFacts
 from resnext_hub.models.complexity import PAPER_ERROR
 from resnext_hub.models.resnext import VARIANTS
 from resnext_hub.record import RunRecord
@@ -25,9 +27,6 @@ MOST_CLASSES = 30
 
 NAME = 100
 """Longest class name in a card, in characters; config.json has the full name."""
-
-TAGS = ("image-classification", "timm", "transformers", "resnext")
-
 
 CHOSEN_BY = {
     "top1": "accuracy",
@@ -46,7 +45,11 @@ def chosen_by(record: RunRecord) -> str | None:
 
 
 def render_card(
-    record: RunRecord, repo_id: str | None = None, license: str | None = None, kept: Kept | None = None
+    record: RunRecord,
+    repo_id: str | None = None,
+    license: str | None = None,
+    kept: Kept | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> str:
     """Return the content of README.md: metadata in YAML, then Markdown.
 
@@ -55,13 +58,16 @@ def render_card(
         repo_id: Repository of the card; without one, the snippets load the local folder.
         license: License of the weights, an ID from the Hub's list.
         kept: The parts that the owner of the card wrote.
+        config: The config.json of the model; without it, the card has no facts for `resnext-hub verify`.
     """
-    return put_together(*card_parts(record, repo_id, license), kept or Kept())
+    return put_together(*card_parts(record, repo_id, license, config), kept or Kept())
 
 
-def card_parts(record: RunRecord, repo_id: str | None, license: str | None) -> tuple[str, str]:
+def card_parts(
+    record: RunRecord, repo_id: str | None, license: str | None, config: Mapping[str, Any] | None = None
+) -> tuple[str, str]:
     """Return the generated parts of a card: the metadata as YAML, and the body as Markdown."""
-    return _metadata(record, repo_id, license), _body(record, repo_id, license)
+    return _metadata(record, repo_id, license, config), _body(record, repo_id, license)
 
 
 def _body(record: RunRecord, repo_id: str | None, license: str | None) -> str:
@@ -81,8 +87,7 @@ def _body(record: RunRecord, repo_id: str | None, license: str | None) -> str:
         "cls": class_name,
     }
     reported, dataset, settings = record.reported, record.dataset, record.config
-    every = _per_label(record) if reported.is_multi_label else _per_class(record)
-    rows = [row for row in every if row["count"] or len(record.label_names) <= MOST_CLASSES]
+    rows = class_rows(record.label_names, reported.confusion, reported.labels)
     unmeasured = [name for name, count in zip(record.label_names, reported.measured, strict=True) if not count]
     results = [(split_name(record, part), facts) for part, facts in _results(record)]
     return environment.from_string(template).render(
@@ -125,7 +130,7 @@ def _title(record: RunRecord, repo_id: str | None) -> str:
     return repo_id.partition("/")[2] or repo_id if repo_id else printable(record.name)
 
 
-def _metadata(record: RunRecord, repo_id: str | None, license: str | None) -> str:
+def _metadata(record: RunRecord, repo_id: str | None, license: str | None, config: Mapping[str, Any] | None) -> str:
     dataset = record.dataset
     stored = {"evaluation": dataset.eval_split, "test": dataset.test_split}
     data = ModelCardData(
@@ -170,6 +175,8 @@ def _metadata(record: RunRecord, repo_id: str | None, license: str | None) -> st
             if value is not None
         ],
     )
+    if config is not None:
+        data[FIELD] = facts_of(record, config)
     return str(data.to_yaml()) + "\n"
 
 
@@ -209,10 +216,18 @@ def wilson_interval(correct: int, count: int, z: float = 1.959964) -> tuple[floa
     return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
-def _per_class(record: RunRecord) -> list[dict[str, Any]]:
+def class_rows(
+    names: Sequence[str], confusion: Sequence[Sequence[tuple[int, int]]], labels: Sequence[LabelFacts] | None
+) -> list[dict[str, Any]]:
+    """Return the rows of the table of classes or labels; if there are many, only of those that were measured."""
+    rows = _per_class(names, confusion) if labels is None else _per_label(names, labels)
+    return [row for row in rows if row["count"] or len(names) <= MOST_CLASSES]
+
+
+def _per_class(names: Sequence[str], confusion: Sequence[Sequence[tuple[int, int]]]) -> list[dict[str, Any]]:
     """Return a row per class; if there are many, sorted by recall, with unmeasured classes last."""
     rows = []
-    for label, (name, counts) in enumerate(zip(record.label_names, record.reported.confusion, strict=True)):
+    for label, (name, counts) in enumerate(zip(names, confusion, strict=True)):
         count, correct = sum(n for _, n in counts), dict(counts).get(label, 0)
         n, other = max(((n, -other) for other, n in counts if other != label), default=(0, 0))
         rows.append(
@@ -221,7 +236,7 @@ def _per_class(record: RunRecord) -> list[dict[str, Any]]:
                 "count": count,
                 "correct": correct,
                 "recall": _percent(correct / count) if count else "not measured",
-                "confused": f"{class_name(record.label_names[-other])} ({n})" if n else "",
+                "confused": f"{class_name(names[-other])} ({n})" if n else "",
                 "order": correct / count if count else 2.0,
             }
         )
@@ -236,10 +251,10 @@ def _thresholds(record: RunRecord) -> str:
     return str([float(f"{label.threshold:.6g}") for label in labels])
 
 
-def _per_label(record: RunRecord) -> list[dict[str, Any]]:
+def _per_label(names: Sequence[str], labels: Sequence[LabelFacts]) -> list[dict[str, Any]]:
     """Return a row per label of images that can have several; if there are many, sorted by average precision."""
     rows = []
-    for name, label in zip(record.label_names, record.reported.labels or [], strict=True):
+    for name, label in zip(names, labels, strict=True):
         value = label.average_precision
         rows.append(
             {

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import logging
 import os
 import sys
@@ -249,6 +250,7 @@ def _embed(
 
     from resnext_hub.cli.predictions import write_table
     from resnext_hub.inference.prediction import embeddings
+    from resnext_hub.inference.similar import IDENTITY, identity_of
 
     rows: list[Any] = []
     reasons: list[str | None] = []
@@ -259,6 +261,7 @@ def _embed(
         yield path, reason
     write_table(
         options.embed,
+        {IDENTITY: json.dumps(identity_of(classifier))},
         path=pyarrow.array([printable(path) for path in paths], pyarrow.string()),
         embedding=pyarrow.array(rows, pyarrow.list_(pyarrow.float32())),
         error=pyarrow.array(reasons, pyarrow.string()),

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -131,11 +132,11 @@ class ParquetFile:
         )
 
 
-def write_table(file: Path, /, **columns: Any) -> None:
+def write_table(file: Path, /, metadata: Mapping[str, str] | None = None, **columns: Any) -> None:
     """Write columns to a parquet file, atomically."""
     import pyarrow
     from pyarrow import parquet
 
     buffer = io.BytesIO()
-    parquet.write_table(pyarrow.table(columns), buffer)
+    parquet.write_table(pyarrow.table(columns, metadata=metadata), buffer)
     write_atomic(file, buffer.getvalue())

@@ -16,7 +16,9 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
+from resnext_hub.cards.card_file import CARD_BYTES as CARD_BYTES
 from resnext_hub.cards.card_file import CardFile, Kept, choose_kept, put_together, take_apart
+from resnext_hub.cards.eval_results import EVAL_RESULTS, eval_results
 from resnext_hub.cards.licenses import check_license
 from resnext_hub.cards.model_card import TAGS, card_parts, license_conflict
 from resnext_hub.errors import RequestError, RunError, hide_tokens, one_line, setting
@@ -119,12 +121,14 @@ def publish(
         _logger.warning("the card omits %s, which is missing; %s", listing(missing), WAY_OUT)
         record = dataclasses.replace(record, plots=[name for name in record.plots if name not in missing])
     here = _card_here(folder, overwrite_card)
-    metadata, body = card_parts(record, repo_id, license)
+    config |= {"pretrained_cfg": config["pretrained_cfg"] | {"license": license}}
+    metadata, body = card_parts(record, repo_id, license, config)
     message = f"Upload {record.model.variant or record.model.architecture} trained on {printable(record.dataset.id)}"
     with tempfile.TemporaryDirectory() as scratch:
-        write_json(
-            Path(scratch, "config.json"), config | {"pretrained_cfg": config["pretrained_cfg"] | {"license": license}}
-        )
+        write_json(Path(scratch, "config.json"), config)
+        for name, text in eval_results(record).items():
+            files[name] = Path(scratch, Path(name).name)
+            files[name].write_text(text, "utf-8")
         staged = _Staged(files, Path(scratch), metadata, body, here, overwrite_card)
         staged.write_card(None)
         sizes = [(name, path.stat().st_size) for name, path in sorted(staged.files.items())]
@@ -148,9 +152,6 @@ def publish(
         )
     return Publication(address=address, changed=upload.sent, files=sizes)
 
-
-CARD_BYTES = 1 << 20
-"""Largest size of a README.md that is read, in bytes."""
 
 WAY_OUT = "rerun the training command to write the model folder again"
 """What to do about a damaged model folder, for the end of a message."""
@@ -188,7 +189,7 @@ def _published_files(folder: Path) -> dict[str, Path]:
     """Return the weights and plots of a model folder by their names in the repository; log all other files."""
     plots = [] if (folder / "plots").is_symlink() else [folder / "plots" / name for name in PLOTS]
     known = {folder / WEIGHTS, *(path for path in plots if path.is_file() and not path.is_symlink())}
-    generated = {folder / "config.json", folder / "README.md", folder / "plots"}
+    generated = {folder / "config.json", folder / "README.md", folder / "plots", folder / EVAL_RESULTS}
     others = [
         path.relative_to(folder).as_posix()
         for path in sorted([*folder.iterdir(), *(folder / "plots").glob("*")])

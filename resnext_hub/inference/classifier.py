@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from resnext_hub.export.int8 import Int8
     from resnext_hub.export.runtime import ExportedFile, FormatName
     from resnext_hub.inference.prediction import ImageInput, Prediction, Unread
+    from resnext_hub.inference.similar import Match
     from resnext_hub.kernels.widths import Merge
 
 
@@ -102,6 +103,37 @@ class Classifier(LoadedModel):
         from resnext_hub.inference.prediction import embeddings
 
         return _stacked(embeddings(self, _listed(images), batch_size=batch_size, device=self.device))
+
+    def similar(
+        self,
+        image: "ImageInput",
+        among: "Sequence[ImageInput] | str | os.PathLike[str]",
+        *,
+        top: int = 10,
+        batch_size: int = 32,
+    ) -> "list[Match]":
+        """Return the images that are most similar to an image, by the cosine of their embeddings.
+
+        Args:
+            image: The image.
+            among: Images, or the parquet file that `resnext-hub predict --embed` wrote with this model. A path in it
+                that is the image itself is left out.
+            top: Number of images to return.
+            batch_size: Batch size of the forward passes.
+
+        Raises:
+            RequestError: If an image is unreadable, an argument is invalid, the file has the embeddings of another
+                model, or the model was optimized.
+        """
+        from resnext_hub.inference.similar import Embeddings, read_embeddings, require_top, without_itself
+
+        require_top(top)
+        vector = self.embed(image, batch_size=batch_size)[0].numpy()
+        if isinstance(among, (str, os.PathLike)):
+            found = read_embeddings(Path(among), self)
+        else:
+            found = Embeddings(among, self.embed(among, batch_size=batch_size).numpy().reshape(-1, len(vector)))
+        return without_itself(found.nearest(vector, top + 1), image, top)
 
     def explain(
         self,

@@ -148,13 +148,16 @@ class Listing:
                 )
 
 
-def list_files(where: str, repo_id: str, revision: str | None) -> Listing:
+def list_files(
+    where: str, repo_id: str, revision: str | None, hint: str = "; use verify=False to load a cached copy"
+) -> Listing:
     """Return the files of a model repository at a commit.
 
     Args:
         where: How the user named the model, printable; messages begin with it.
         repo_id: `owner/name`.
         revision: Branch, tag or commit; None for main.
+        hint: Alternative for the user if the Hub cannot be reached, appended to the message.
 
     Raises:
         RequestError: If the repository does not exist, access is denied, or it has no model.safetensors.
@@ -173,9 +176,7 @@ def list_files(where: str, repo_id: str, revision: str | None) -> Listing:
     except HFValidationError as error:
         raise RequestError(f"{where} is not a Hub ID of the form owner/name") from error
     except (OfflineModeIsEnabled, *HUB_ERRORS) as error:
-        raise RunError(
-            f"{where} could not be loaded from the Hub: {one_line(error)}; use verify=False to load a cached copy"
-        ) from error
+        raise RunError(f"{where} could not be loaded from the Hub: {one_line(error)}{hint}") from error
     if not re.fullmatch(r"[0-9a-f]{40}", info.sha or ""):
         raise RunError(f"{where}: the Hub's response contains no commit; try again later")
     hashes = {
@@ -184,6 +185,30 @@ def list_files(where: str, repo_id: str, revision: str | None) -> Listing:
     if "model.safetensors" not in hashes:
         raise RequestError(f"{where} has no model.safetensors; pickled weights are not loaded")
     return Listing(str(info.sha), hashes)
+
+
+def fetch_repository(where: str, repo_id: str, revision: str | None) -> tuple[Path, Listing]:
+    """Download all files of a model repository and compare each with the hash that the Hub lists.
+
+    Returns:
+        The folder of the files, and the listing.
+
+    Raises:
+        RequestError: If the repository does not exist, access is denied, or it has no model.safetensors.
+        RunError: If the Hub cannot be reached, or a file differs; it is then removed from the cache.
+    """
+    listing = list_files(where, repo_id, revision, "; try again later")
+    for name in listing.hashes:
+        if not is_plain_path(name):
+            raise RequestError(f"{where} lists the file {printable(name)[:80]}, which is not in the repository")
+    paths = {name: fetch_file(where, repo_id, name, listing.commit) for name in listing.hashes}
+    listing.check(where, paths)
+    return paths["model.safetensors"].parent, listing
+
+
+def is_plain_path(name: str) -> bool:
+    """Return whether a name of a file stays below the folder that it is relative to."""
+    return not name.startswith("/") and not {"", ".", ".."} & set(name.split("/"))
 
 
 def forget_wrong(path: Path, sha256: str | None, blob_id: str | None) -> bool:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 import resnext_hub
 from resnext_hub.cards.card_file import Kept, take_apart
+from resnext_hub.cards.eval_results import EVAL_RESULTS, eval_results
 from resnext_hub.cards.model_card import TAGS, render_card
 from resnext_hub.data.images import IndexedImages
 from resnext_hub.errors import RunError, one_line
@@ -31,7 +32,7 @@ from resnext_hub.facts import (
     ModelFacts,
     SampleFacts,
 )
-from resnext_hub.files import new_folder, read_regular, write_atomic
+from resnext_hub.files import new_folder, read_json, read_regular, write_atomic
 from resnext_hub.hub.publish import CARD_BYTES
 from resnext_hub.machine import git_commit, processor_name, versions
 from resnext_hub.models.lookup import ModelSource, needs_plugin, portable_architecture, variant_of
@@ -59,7 +60,7 @@ _logger = logging.getLogger(__name__)
 
 _DEFAULTS = TrainConfig().to_flat()
 
-_MODEL_FILES = {"README.md", CONFIG, WEIGHTS, "plots"}
+_MODEL_FILES = {"README.md", CONFIG, WEIGHTS, "plots", EVAL_RESULTS}
 _SAMPLES = "samples.png"
 
 TOP5_CLASSES = 20
@@ -103,7 +104,11 @@ def _write_files(plan: Plan, outcome: Outcome, accelerator: "Accelerator", track
         (model / "plots").mkdir()
         for name in record.plots:
             shutil.copyfile(folder.plots / name, model / "plots" / name)
-        write_atomic(model / "README.md", render_card(record, kept=kept))
+        config = read_json(model / CONFIG, dict[str, Any], "")
+        write_atomic(model / "README.md", render_card(record, kept=kept, config=config))
+        for name, text in eval_results(record).items():
+            (model / name).parent.mkdir(exist_ok=True)
+            write_atomic(model / name, text)
     unmeasured = [name for name, count in zip(record.label_names, record.reported.measured, strict=True) if not count]
     if unmeasured:
         _logger.warning(
@@ -240,13 +245,14 @@ def _evaluation_facts(plan: Plan, outcome: Outcome, part: Literal["evaluation", 
         uncalibrated_error=before,
         batch_size=plan.config.eval_batch_size,
         confusion=[] if single is None else single.confusion(classes),
-        labels=None if several is None else _label_facts(several),
+        labels=None if several is None else label_facts(several),
         mean_average_precision=None if several is None else several.mean_average_precision,
         without_tta=evaluation.without_tta,
     )
 
 
-def _label_facts(evaluation: MultiLabelEvaluation) -> list[LabelFacts]:
+def label_facts(evaluation: MultiLabelEvaluation) -> list[LabelFacts]:
+    """Return the results for each label of an evaluation."""
     columns = (evaluation.positives, evaluation.predicted, evaluation.true_positives, evaluation.thresholds)
     rows = zip(*(column.tolist() for column in columns), evaluation.average_precisions, strict=True)
     return [

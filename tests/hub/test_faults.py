@@ -296,7 +296,7 @@ def test_edits_on_the_web_survive_the_next_push(hub: LoopbackHub, client: Client
     words = ("push", finished, "--repo-id", "me/digits")
     assert client.command(*words, "--license", "mit")[0] == 0
     mine = "\n## How I use it\n\n![my image](https://example.org/a.png)\n"
-    edit_on_the_web(hub, card_of(hub).replace("license: mit\n", "license: mit\nlanguage: no  # mine\n") + mine)
+    edit_on_the_web(hub, card_of(hub).replace("\nlicense: mit\n", "\nlicense: mit\nlanguage: no  # mine\n") + mine)
     code, out, err = client.command(*words, "--license", "mit")
     assert (code, "already up to date" in out) == (0, False), err  # not identical: the order of the metadata differs
     assert "language: no  # mine\n" in card_of(hub)

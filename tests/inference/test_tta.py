@@ -1,6 +1,7 @@
 """With `--tta flip`, evaluation and prediction average the logits of an image and its mirror image."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -171,3 +172,14 @@ def test_several_labels_are_averaged_as_well(tmp_path: Path) -> None:
     assert "another figure: mean average precision" in (folder / "model" / "README.md").read_text()
     found = load(folder)([images.image(index) for index in range(8)])
     assert torch.allclose(found, torch.tensor(probabilities[:8]), atol=1e-5)
+
+
+def test_verify_averages_the_views_as_the_run_did(run: Path, command: Command) -> None:
+    code, out, err = command("verify", run, "--threads", 1)
+    assert code == 0, out + err
+    record = RunRecord.load(run / "record.json")
+    assert record.test is not None
+    for part, facts in (("evaluation", record.evaluation), ("test", record.test)):
+        assert facts.without_tta != facts.top1
+        counts = f"{facts.correct}/{facts.count}"
+        assert re.search(rf"^{part}: correct +{counts} +{counts} +ok$", out, re.MULTILINE)

@@ -288,3 +288,11 @@ def test_fine_tuning_starts_from_a_model_of_several_labels(
     assert code == 0, err
     before, after = (RunRecord.load(folder / "record.json").evaluation for folder in (run, tmp_path / "again"))
     assert after.mean_average_precision == approx(before.mean_average_precision, abs=0.1)
+
+
+def test_verify_reproduces_the_counts_of_every_label(run: Path, pairs: Path, command: Command) -> None:
+    code, out, err = command("verify", run, "--dataset", pairs, "--threads", 1)
+    assert code == 0, out + err
+    for part in ("evaluation", "test"):
+        assert re.search(rf"^{part}: counts of each class +\w+ +\w+ +ok$", out, re.MULTILINE)
+    assert re.search(r"^table of classes in the card +10 rows +10 rows +ok$", out, re.MULTILINE)
