@@ -11,13 +11,11 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
-import timm
-import torch
 from PIL import Image
 from pytest import MonkeyPatch, TempPathFactory, fixture, mark, raises, skip
 from support.browser import Tab, chromium
-from support.processes import ROOT, small_model
+from support.demos import model, photo
+from support.processes import ROOT
 
 from resnext_hub.apps.answer import answer
 from resnext_hub.apps.templates import render
@@ -25,8 +23,6 @@ from resnext_hub.data.decode import UnreadableImageError
 from resnext_hub.inference.classifier import load
 
 Command = Callable[..., tuple[int, str, str]]
-
-NAMES = ["<img src=x onerror=document.title='broken'>", "猫 & {{ 7 * 7 }}", "dog"]
 
 WATCHED = """
 import sys
@@ -45,16 +41,6 @@ sys.exit(main(sys.argv[1:]))
 """Runs a command, and reports each connection to another machine."""
 
 
-def model(folder: Path, **config: object) -> Path:
-    """Write a model of three classes, whose probabilities differ."""
-    torch.manual_seed(0)
-    network = timm.create_model("test_resnet", num_classes=3)
-    with torch.no_grad():
-        network.get_classifier().weight.mul_(4)
-    cfg = {"input_size": [3, 64, 64], "crop_pct": 0.9}
-    return small_model(folder, network, num_classes=3, label_names=NAMES, pretrained_cfg=cfg, **config)
-
-
 @fixture(scope="module")
 def plain(tmp_path_factory: TempPathFactory) -> Path:
     return model(tmp_path_factory.mktemp("plain") / "pets")
@@ -65,15 +51,6 @@ def several(tmp_path_factory: TempPathFactory) -> Path:
     thresholds = {"thresholds": [0.2, 0.99, 0.5]}
     folder = tmp_path_factory.mktemp("several") / "scenes"
     return model(folder, problem_type="multi_label_classification", resnext_hub=thresholds)
-
-
-def photo(kind: str = "JPEG", orientation: int = 1, side: int = 90) -> bytes:
-    generator = np.random.default_rng(orientation)
-    small = Image.fromarray(generator.integers(0, 255, (6, 8, 3), np.uint8))
-    image, exif, file = small.resize((side, side * 2 // 3), Image.Resampling.BICUBIC), Image.Exif(), io.BytesIO()
-    exif[0x0112] = orientation
-    image.save(file, kind, exif=exif)
-    return file.getvalue()
 
 
 @contextmanager

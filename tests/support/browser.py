@@ -37,10 +37,20 @@ class Tab:
         self.requests: list[str] = []
         self.errors: list[str] = []
         context.on("request", lambda request: self.requests.append(request.url))
+        context.on("requestfailed", lambda request: self._failed(request.url, request.failure))
         self.page = context.new_page()
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on("console", lambda line: self.errors.append(line.text) if line.type == "error" else None)
+        self.page.on("console", lambda line: self._logged(line.type, line.text))
         self.page.goto(address)
+
+    def _failed(self, address: str, reason: str | None) -> None:
+        """Forget a request that the content security policy of the page blocked: it was never sent."""
+        if reason == "csp":
+            self.requests.remove(address)
+
+    def _logged(self, kind: str, text: str) -> None:
+        if kind == "error" and "violates the following Content Security Policy" not in text:
+            self.errors.append(text)
 
     def drop(self, target: str, name: str, content: bytes) -> None:
         """Drop a file on an element."""
