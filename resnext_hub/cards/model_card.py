@@ -11,9 +11,10 @@ import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 
 from resnext_hub.cards.card_file import Kept, put_together
+from resnext_hub.facts import BaseModelFacts, EvaluationFacts, HardwareFacts
 from resnext_hub.models.complexity import PAPER_ERROR
 from resnext_hub.models.resnext import VARIANTS
-from resnext_hub.record import BaseModelFacts, EvaluationFacts, HardwareFacts, RunRecord
+from resnext_hub.record import RunRecord
 from resnext_hub.text import code_span, markdown, printable, python_string
 
 FEW = 20
@@ -160,6 +161,11 @@ def _metadata(record: RunRecord, repo_id: str | None, license: str | None) -> st
                 ("f1", _macro_name("Macro-F1", facts), facts.macro_f1),
                 ("recall", _macro_name("Macro recall", facts), facts.macro_recall),
                 ("expected_calibration_error", "Expected calibration error, 15 bins", facts.calibration_error),
+                (
+                    "expected_calibration_error",
+                    "Expected calibration error before calibration, 15 bins",
+                    facts.uncalibrated_error,
+                ),
             )
             if value is not None
         ],

@@ -53,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Write the file, and print its size, its input and output, and the error against torch."""
-    from resnext_hub.export.runtime import BATCH_SIZES, MAX_DROP, TOLERANCE
+    from resnext_hub.export.int8 import MAX_DROP
+    from resnext_hub.export.runtime import BATCH_SIZES, TOLERANCE
     from resnext_hub.inference.classifier import load
     from resnext_hub.kernels.widths import list_widths
     from resnext_hub.processes.accelerator import set_threads

@@ -19,7 +19,8 @@ from resnext_hub.text import printable, python_string
 from resnext_hub.training.config import flat_fields
 
 if TYPE_CHECKING:
-    from resnext_hub.record import EvaluationFacts, RunRecord
+    from resnext_hub.facts import EvaluationFacts
+    from resnext_hub.record import RunRecord
     from resnext_hub.runs.folds import CrossValidated
     from resnext_hub.runs.train import TrainRequest
 

@@ -8,7 +8,6 @@ import copy
 import importlib
 import json
 import logging
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,9 +17,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
-from resnext_hub.data.loaders import EvaluationSamples
-from resnext_hub.data.stream import StreamedEvaluation
 from resnext_hub.errors import RequestError, RunError, setting
+from resnext_hub.export.int8 import Accuracy, Int8, quantize
 from resnext_hub.kernels.widths import LayerChoice, merge_layers
 from resnext_hub.machine import disable_telemetry, resolve_precision
 from resnext_hub.models.lookup import LoadedModel
@@ -34,12 +32,6 @@ BATCH_SIZES = (1, 2, 7)
 
 TOLERANCE = 1e-4
 """Largest relative error; reordered float32 sums cause about 1e-6, and a wrong graph far more than this."""
-
-CALIBRATION_IMAGES = 300
-"""Training images for calibrating the activation ranges in int8; NNCF's default."""
-
-MAX_DROP = 0.5
-"""Default of the largest drop of top-1 accuracy in int8, in points."""
 
 RESIZING = {
     "center": "resize the shorter edge to floor(size / crop_pct) pixels, and crop the center",
@@ -77,18 +69,6 @@ class Format(Protocol):
         """Write the content atomically; return the paths of the files."""
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Int8:
-    """Images for quantizing to int8 and for checking its accuracy."""
-
-    calibration: torch.Tensor
-    """Normalized training images `(M, C, H, W)`."""
-    samples: EvaluationSamples | StreamedEvaluation
-    """Held-out images."""
-    max_drop: float = MAX_DROP
-    """Largest allowed drop of top-1 accuracy, in points."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class ExportedFile:
     """An exported file, and the largest error of the runtime's logits over all batch sizes."""
@@ -102,33 +82,8 @@ class ExportedFile:
     """Relative to the largest logit of the same image; measured before quantization to int8."""
     layers: tuple[LayerChoice, ...]
     """Group width of each grouped convolution; empty unless merging was requested."""
-    int8: "Accuracy | None" = None
+    int8: Accuracy | None = None
     """Accuracy on the held-out images before and after quantization."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Accuracy:
-    """Exact counts on the held-out images, before and after quantization."""
-
-    before: int
-    """Correct predictions of torch in float32."""
-    after: int
-    """Correct predictions of the int8 file."""
-    count: int
-    relative_error: float
-    """Norm of the difference of all logits, relative to their norm in float32."""
-
-    @property
-    def drop(self) -> float:
-        """Drop of top-1 accuracy, in points."""
-        return 100 * (self.before - self.after) / self.count
-
-    def __str__(self) -> str:
-        return (
-            f"accuracy {100 * self.before / self.count:.2f} % ({self.before}/{self.count}) before and "
-            f"{100 * self.after / self.count:.2f} % ({self.after}/{self.count}) after quantization; "
-            f"relative error of the logits {self.relative_error:.1e}"
-        )
 
 
 def export(
@@ -182,14 +137,7 @@ def export(
         )
     accuracy = None
     if int8 is not None:
-        content = files.quantize(content, int8.calibration)
-        accuracy = _compare(model.model, files.open(content), int8)
-        if not accuracy.drop <= int8.max_drop:  # written so that NaN fails too
-            allowed = setting("max_drop", f"{int8.max_drop:g}")
-            raise RunError(
-                f"int8 loses {accuracy.drop:.2f} points of top-1 accuracy, more than {allowed} allows: {accuracy}; "
-                "no file was written"
-            )
+        content, accuracy = quantize(files, content, model.model, int8)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         written = files.write(content, path)
@@ -204,28 +152,6 @@ def export(
         layers=layers,
         int8=accuracy,
     )
-
-
-@torch.inference_mode()
-def _compare(model: nn.Module, run: Run, int8: Int8) -> Accuracy:
-    """Classify the readable held-out images with torch and with the exported file."""
-    before = after = count = 0
-    difference = norm = 0.0
-    for batch in int8.samples.batches(32, 0, 1, 0, False):
-        unreadable = {entry.index for entry in batch.unreadable}
-        readable = torch.tensor([index not in unreadable for index in batch.indices.tolist()])
-        expected, logits = model(batch.images)[readable], run(batch.images)[readable]
-        labels = batch.labels[readable]
-        before += int((expected.argmax(1) == labels).sum())
-        after += int((logits.argmax(1) == labels).sum())
-        count += len(labels)
-        difference += float((logits - expected).double().square().sum())
-        norm += float(expected.double().square().sum())
-    if count == 0:
-        raise RunError(
-            "all held-out images are unreadable, so the accuracy in int8 cannot be measured; no file was written"
-        )
-    return Accuracy(before=before, after=after, count=count, relative_error=math.sqrt(difference / (norm or 1.0)))
 
 
 def _merged(

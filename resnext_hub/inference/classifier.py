@@ -19,7 +19,8 @@ from resnext_hub.settings import shown
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from resnext_hub.export.runtime import ExportedFile, FormatName, Int8
+    from resnext_hub.export.int8 import Int8
+    from resnext_hub.export.runtime import ExportedFile, FormatName
     from resnext_hub.inference.prediction import ImageInput, Prediction, Unread
     from resnext_hub.kernels.widths import Merge
 

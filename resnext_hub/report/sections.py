@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from resnext_hub.facts import CalibrationFacts
 from resnext_hub.plots.clusters import plot_clusters
 from resnext_hub.plots.confusion import confused_pairs, plot_matrix, plot_pairs
 from resnext_hub.plots.curves import plot_four_curves
@@ -19,8 +20,8 @@ from resnext_hub.plots.theme import PAGE_WIDTH, Theme
 from resnext_hub.record import RunRecord
 from resnext_hub.report.outputs import Outputs
 from resnext_hub.report.stored import Predictions
-from resnext_hub.report.temperature import FEWEST, certainties, cross_fitted, fit_temperature
 from resnext_hub.text import printable
+from resnext_hub.training.temperature import FEWEST, certainties, cross_fitted, fit_temperature
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -144,10 +145,11 @@ def classes(record: RunRecord) -> Section:
     return Section(title=title, text="", plots=(bars, precision))
 
 
-def reliability(stored: Predictions | str, outputs: Outputs | str) -> Section:
+def reliability(record: RunRecord, stored: Predictions | str, outputs: Outputs | str) -> Section:
     """Return the section on how far probabilities can be trusted.
 
     Args:
+        record: The run.
         stored: Predictions of the split, or why there are none.
         outputs: Outputs of the model for some of its images, or why there are none.
     """
@@ -155,33 +157,37 @@ def reliability(stored: Predictions | str, outputs: Outputs | str) -> Section:
     if not isinstance(outputs, str) and len(outputs.labels) < FEWEST:
         outputs = f"{len(outputs.labels)} images are too few to fit a temperature"
     if not isinstance(outputs, str):
-        panels, text = _calibrated(outputs)
+        panels, text = _calibrated(outputs, record.calibration)
         return _reliability(panels, text)
     if isinstance(stored, str):
         return not_shown(title, "The reliability diagram is", stored)
     right = stored.labels.ravel() if stored.several else ~stored.wrong
-    before = Confidences(title="As trained", probabilities=stored.probabilities.ravel(), right=right)
+    before = Confidences(title="As published", probabilities=stored.probabilities.ravel(), right=right)
     section = _reliability([before], "With perfect calibration, all points are on the dashed line.")
     return replace(section, missing=(f"The diagram after calibration is not shown: {outputs}.",))
 
 
-def _calibrated(outputs: Outputs) -> tuple[list[Confidences], str]:
+def _calibrated(outputs: Outputs, known: CalibrationFacts | None) -> tuple[list[Confidences], str]:
     labels = outputs.labels
+    logits = outputs.logits * (1.0 if known is None else known.temperature)
     panels = [
         Confidences(title=name, probabilities=probabilities, right=right)
         for name, (probabilities, right) in (
-            ("As trained", certainties(outputs.logits, labels)),
-            ("With a temperature (cross-fitted)", certainties(cross_fitted(outputs.logits, labels), labels)),
+            ("As trained", certainties(logits, labels)),
+            ("With a temperature (cross-fitted)", certainties(cross_fitted(logits, labels), labels)),
         )
     ]
-    temperature = fit_temperature(outputs.logits, labels)
     text = (
         "With perfect calibration, all points are on the dashed line. On the right, logits are divided by a "
         f"temperature that is fitted on four fifths of {len(labels):,} images and applied to the remaining fifth, for "
-        f"each fifth in turn. Fitted on all of them, it is {temperature:.2f}; to use it in Python: "
-        f"dataclasses.replace(classifier, temperature={temperature:.2f})."
+        "each fifth in turn. "
     )
-    return panels, text
+    if known is not None:
+        fitted = f"a temperature of {known.temperature:.2f}, fitted on {known.images:,} evaluation images"
+        return panels, f"{text}The published weights contain {fitted}."
+    temperature = fit_temperature(outputs.logits, labels)
+    use = f"to use it in Python: dataclasses.replace(classifier, temperature={temperature:.2f})"
+    return panels, f"{text}Fitted on all of them, it is {temperature:.2f}; {use}."
 
 
 def _reliability(panels: Sequence[Confidences], text: str) -> Section:

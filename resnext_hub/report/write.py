@@ -97,7 +97,7 @@ def _sections(run: FinishedRun, classifier: Classifier, most: int, device: torch
         yield not_shown("Mistakes and hits", "Images are", stored if isinstance(stored, str) else str(images))
     else:
         yield from mistakes_and_hits(stored, images, classifier, device, run.config.loader.max_image_pixels)
-    yield sections.reliability(stored, outputs)
+    yield sections.reliability(record, stored, outputs)
     yield sections.embeddings(record, outputs)
 
 

@@ -10,7 +10,7 @@ from resnext_hub.data.images import IndexedImages
 from resnext_hub.data.sources import public_name
 from resnext_hub.data.splits import load_splits
 from resnext_hub.errors import RequestError, setting
-from resnext_hub.export.runtime import CALIBRATION_IMAGES, Int8
+from resnext_hub.export.int8 import CALIBRATION_IMAGES, Int8
 from resnext_hub.models.lookup import LoadedModel
 from resnext_hub.run_folder import RunFolder
 from resnext_hub.runs.existing import read_config

@@ -6,10 +6,11 @@ import numpy as np
 import torch
 
 from resnext_hub.errors import RequestError
+from resnext_hub.facts import EvaluationFacts
 from resnext_hub.inference.classifier import load
 from resnext_hub.machine import device_type
 from resnext_hub.processes.accelerator import set_threads
-from resnext_hub.record import EvaluationFacts, RunRecord
+from resnext_hub.record import RunRecord
 from resnext_hub.runs.reopen import reopen
 from resnext_hub.text import printable
 from resnext_hub.training.evaluation import AnyEvaluation, evaluate

@@ -12,8 +12,9 @@ import numpy as np
 
 from resnext_hub.cards.model_card import wilson_interval
 from resnext_hub.data.images import IndexedImages
+from resnext_hub.facts import EvaluationFacts
 from resnext_hub.files import write_atomic, write_json
-from resnext_hub.record import EvaluationFacts, RunRecord
+from resnext_hub.record import RunRecord
 from resnext_hub.run_folder import RunFolder
 from resnext_hub.training.plan import Plan
 

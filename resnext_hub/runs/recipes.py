@@ -93,7 +93,7 @@ RECIPES: dict[str, Recipe] = {
                     "scale": [0.35, 1.0],
                     "epochs": 10.0,
                     "optimizer": "adamw",
-                    "lr": 1e-3,
+                    "lr": 2e-4,
                     "weight_decay": 0.05,
                     "warmup_epochs": 1.0,
                 },

@@ -9,7 +9,7 @@ import os
 import shlex
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -21,23 +21,23 @@ from resnext_hub.cards.model_card import TAGS, render_card
 from resnext_hub.data.images import IndexedImages
 from resnext_hub.errors import RunError, one_line
 from resnext_hub.export.model_folder import write_model
+from resnext_hub.facts import (
+    BaseModelFacts,
+    CalibrationFacts,
+    DatasetFacts,
+    EvaluationFacts,
+    HardwareFacts,
+    LabelFacts,
+    ModelFacts,
+    SampleFacts,
+)
 from resnext_hub.files import new_folder, read_regular, write_atomic
 from resnext_hub.hub.publish import CARD_BYTES
 from resnext_hub.machine import git_commit, processor_name, versions
 from resnext_hub.models.lookup import ModelSource, needs_plugin, portable_architecture, variant_of
 from resnext_hub.models.saved import CONFIG, WEIGHTS
 from resnext_hub.plots.write import write_plots, write_samples
-from resnext_hub.record import (
-    PLOTS,
-    BaseModelFacts,
-    DatasetFacts,
-    EvaluationFacts,
-    HardwareFacts,
-    LabelFacts,
-    ModelFacts,
-    RunRecord,
-    SampleFacts,
-)
+from resnext_hub.record import PLOTS, RunRecord
 from resnext_hub.run_folder import RunFolder
 from resnext_hub.runs.public import public_model, public_settings
 from resnext_hub.runs.recipes import QUICKSTART
@@ -84,7 +84,7 @@ def write_results(plan: Plan, outcome: Outcome, accelerator: "Accelerator", trac
 
 def _write_files(plan: Plan, outcome: Outcome, accelerator: "Accelerator", trackers: Trackers) -> None:
     """Write all results; the record comes last, because it marks the run as finished."""
-    folder, splits, evaluation = plan.folder, plan.splits, outcome.evaluation
+    folder, splits, evaluation = plan.folder, plan.splits, outcome.final.evaluation
     kept = _kept_of_card(folder)
     _move_foreign_files(folder.model / "plots", folder.path / "model.plots", set(PLOTS))
     _move_foreign_files(folder.model, folder.model, _MODEL_FILES)
@@ -93,8 +93,8 @@ def _write_files(plan: Plan, outcome: Outcome, accelerator: "Accelerator", track
         digest = _write_model(plan, outcome, model)
         record = _record_of(plan, outcome, accelerator, digest)
         _write_predictions(evaluation, folder.predictions)
-        if outcome.test is not None:
-            _write_predictions(outcome.test, folder.test_predictions)
+        if outcome.final.test is not None:
+            _write_predictions(outcome.final.test, folder.test_predictions)
         with new_folder(folder.plots) as aside:
             record = dataclasses.replace(record, plots=write_plots(record, aside))
             if isinstance(splits.eval, IndexedImages):  # not published: the images may be under another license
@@ -118,7 +118,7 @@ def _write_files(plan: Plan, outcome: Outcome, accelerator: "Accelerator", track
 
 def _write_model(plan: Plan, outcome: Outcome, folder: Path) -> str:
     """Write weights and config.json; return the SHA-256 of the weights."""
-    evaluation = outcome.evaluation
+    evaluation = outcome.final.evaluation
     architecture, model_args = portable_architecture(plan.source)
     variant = variant_of(plan.source)
     return write_model(
@@ -142,7 +142,7 @@ def _write_model(plan: Plan, outcome: Outcome, folder: Path) -> str:
 
 def _record_of(plan: Plan, outcome: Outcome, accelerator: "Accelerator", weights_sha256: str) -> RunRecord:
     """Return the record of a finished run."""
-    config, splits = plan.config, plan.splits
+    config, splits, calibration = plan.config, plan.splits, outcome.final.calibration
     return RunRecord(
         name=printable(plan.folder.path.resolve().name),
         config=public_settings(config, splits),
@@ -155,8 +155,11 @@ def _record_of(plan: Plan, outcome: Outcome, accelerator: "Accelerator", weights
         steps=outcome.steps,
         planned_steps=outcome.planned_steps,
         epochs=outcome.epochs,
-        evaluation=_evaluation_facts(plan, outcome, outcome.evaluation),
-        test=None if outcome.test is None else _evaluation_facts(plan, outcome, outcome.test),
+        evaluation=_evaluation_facts(plan, outcome, "evaluation"),
+        test=None if outcome.final.test is None else _evaluation_facts(plan, outcome, "test"),
+        calibration=None
+        if calibration is None
+        else CalibrationFacts(temperature=calibration.temperature, images=calibration.images),
         sample=_sample(plan, outcome.model),
         history=outcome.history,
         versions=versions(),
@@ -205,16 +208,22 @@ def _dataset_facts(plan: Plan, outcome: Outcome) -> DatasetFacts:
         eval_split=splits.found.eval_split,
         train_count=splits.train.count,
         test_split=splits.stored_in("test"),
-        eval_count=outcome.evaluation.total,
-        test_count=0 if outcome.test is None else outcome.test.total,
+        eval_count=outcome.final.evaluation.total,
+        test_count=0 if outcome.final.test is None else outcome.final.test.total,
         train_counts=class_counts(splits.train, classes),
         eval_counts=class_counts(splits.eval, classes),
         test_counts=None if splits.test is None else class_counts(splits.test, classes),
     )
 
 
-def _evaluation_facts(plan: Plan, outcome: Outcome, evaluation: AnyEvaluation) -> EvaluationFacts:
-    classes = len(plan.splits.label_names)
+def _evaluation_facts(plan: Plan, outcome: Outcome, part: Literal["evaluation", "test"]) -> EvaluationFacts:
+    classes, final = len(plan.splits.label_names), outcome.final
+    evaluation = final.evaluation if part == "evaluation" else final.test
+    assert evaluation is not None
+    calibrated, before = evaluation.calibration_error, None
+    if final.calibration is not None:
+        calibrated = final.calibration.after if part == "evaluation" else calibrated
+        before = final.calibration.before if part == "evaluation" else final.calibration.before_test
     several = evaluation if isinstance(evaluation, MultiLabelEvaluation) else None
     single = None if isinstance(evaluation, MultiLabelEvaluation) else evaluation
     return EvaluationFacts(
@@ -227,7 +236,8 @@ def _evaluation_facts(plan: Plan, outcome: Outcome, evaluation: AnyEvaluation) -
         top5=single.top5 if single is not None and classes > TOP5_CLASSES else None,
         macro_f1=evaluation.macro_f1,
         macro_recall=evaluation.macro_recall,
-        calibration_error=evaluation.calibration_error,
+        calibration_error=calibrated,
+        uncalibrated_error=before,
         batch_size=plan.config.eval_batch_size,
         confusion=[] if single is None else single.confusion(classes),
         labels=None if several is None else _label_facts(several),

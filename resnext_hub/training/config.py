@@ -167,6 +167,10 @@ class TrainConfig:
     tta: TestTimeAugmentation = "none"
     """Test-time augmentation, for evaluation and prediction: flip predicts from the mean of the logits of an image and
     its mirror image, at twice the cost; none predicts from the image alone."""
+    calibrate: bool = field(default=True, metadata=FREE)
+    """Calibrate the probabilities of the published model: divide the weights of its classifier by a temperature that is
+    fitted on the evaluation split (Guo et al., 2017); this changes no prediction. Does nothing if an image can have
+    several labels."""
     loss: Literal["cross-entropy", "bce"] | None = None
     """Loss: cross-entropy of mutually exclusive classes, or bce, the binary cross-entropy of each class against
     all others (Wightman et al., 2021); if not given, cross-entropy, or bce if an image can have several labels."""

@@ -5,6 +5,7 @@ padded), with the unwrapped model in float32. Each process stores its results in
 sum over the processes is every sample's own value, bit for bit.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,6 +21,16 @@ from resnext_hub.errors import RunError, setting
 from resnext_hub.models.views import TestTimeAugmentation, predict_views
 from resnext_hub.text import printable
 from resnext_hub.training.multi_label import MultiLabelEvaluation, choose_thresholds
+
+
+@dataclass(frozen=True, eq=False)
+class Logits:
+    """Logits of some of the evaluated images."""
+
+    values: np.ndarray
+    """`(M, classes)` float64; with test-time augmentation, the mean over the views."""
+    labels: np.ndarray
+    """Classes, `(M,)`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +53,8 @@ class Evaluation:
     """Size of the split, unreadable images included."""
     plain_predictions: np.ndarray | None = None
     """Predictions without test-time augmentation, if it was used."""
+    logits: Logits | None = None
+    """Logits of an evenly spaced part of the images, if they were asked for."""
 
     @property
     def count(self) -> int:
@@ -101,10 +114,7 @@ class Evaluation:
 
         Over 15 bins of equal width, weighted by their number of samples (Guo et al., 2017, arXiv 1706.04599).
         """
-        bins = np.minimum((self.probabilities * 15).astype(np.int64), 14)
-        correct = (self.labels == self.predictions).astype(np.float64)
-        gaps = np.bincount(bins, weights=correct - self.probabilities, minlength=15)
-        return float(np.abs(gaps).sum() / self.count)
+        return calibration_error(self.probabilities, self.labels == self.predictions)
 
     def confusion(self, classes: int) -> list[list[tuple[int, int]]]:
         """Return for each true class its `(predicted class, count)` pairs; pairs with count 0 are omitted."""
@@ -113,6 +123,18 @@ class Evaluation:
         for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True):
             rows[pair // classes].append((pair % classes, count))
         return rows
+
+
+def calibration_error(probabilities: np.ndarray, right: np.ndarray) -> float:
+    """Return the expected calibration error, 0 to 1, over 15 bins of equal width.
+
+    Args:
+        probabilities: Probability of each prediction, `(N,)`.
+        right: Whether it is right, `(N,)` bool.
+    """
+    bins = np.minimum((probabilities * 15).astype(np.int64), 14)
+    gaps = np.bincount(bins, weights=right.astype(np.float64) - probabilities, minlength=15)
+    return float(np.abs(gaps).sum() / len(right))
 
 
 AnyEvaluation = Evaluation | MultiLabelEvaluation
@@ -141,6 +163,7 @@ def evaluate(
     stop_requested: Callable[[], bool] = lambda: False,
     thresholds: np.ndarray | None = None,
     tta: TestTimeAugmentation = "none",
+    keep_logits: int = 0,
 ) -> AnyEvaluation:
     """Evaluate a model once on every sample.
 
@@ -157,13 +180,15 @@ def evaluate(
         thresholds: Lowest probability at which each label is predicted, `(classes,)`, if an image can have several; the
             best ones for these samples if not given.
         tta: Test-time augmentation.
+        keep_logits: Number of images whose logits are kept, if an image has one label.
 
     Raises:
         EvaluationStoppedError: In every process, if any was asked to stop.
         RunError: In every process, if no image is readable.
     """
-    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+    parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     unreadable: list[Unreadable] = []
+    kept = _evenly_spaced(samples.count, keep_logits)
     stopped = 0.0
     was_training = model.training
     model.eval()
@@ -173,7 +198,8 @@ def evaluate(
             if stop_requested():
                 stopped = 1.0
                 break
-            parts.append((batch.indices, _columns(model, batch, batch_size, device, tta)))
+            columns, logits = _columns(model, batch, batch_size, device, tta)
+            parts.append((batch.indices, columns, logits[torch.isin(batch.indices, kept)]))
             unreadable += batch.unreadable
     finally:
         batches.close()
@@ -184,12 +210,25 @@ def evaluate(
     plain = tta != "none"
     rows = 6 + plain if labels is None else 2 + labels.shape[1] * (1 + plain)
     values = torch.zeros(rows, samples.count, dtype=torch.float64)
-    for indices, columns in parts:
+    for indices, columns, _ in parts:
         values[:, indices] = columns
     summed = sum_over_processes(values).numpy()
     if not summed[0].any():
         raise RunError(_describe_unreadable(samples.count, unreadable), everywhere=True)
-    return _results(summed, labels, thresholds, unreadable)
+    results = _results(summed, labels, thresholds, unreadable)
+    if not keep_logits or not isinstance(results, Evaluation):
+        return results
+    found = torch.zeros(len(kept), model.num_classes, dtype=torch.float64)  # type: ignore[call-overload] # timm's
+    for indices, _, logits in parts:
+        found[torch.isin(kept, indices)] = logits
+    places = np.searchsorted(results.indices, readable := np.intersect1d(kept.numpy(), results.indices))
+    table = sum_over_processes(found).numpy()[np.isin(kept.numpy(), readable)]
+    return dataclasses.replace(results, logits=Logits(table, results.labels[places]))
+
+
+def _evenly_spaced(count: int, most: int) -> torch.Tensor:
+    """Return the ascending indices of up to `most` of a number of samples."""
+    return torch.from_numpy(np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(np.int64)))
 
 
 def _results(
@@ -256,11 +295,12 @@ def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
 
 def _columns(
     model: nn.Module, batch: Batch, batch_size: int, device: torch.device, tta: TestTimeAugmentation
-) -> torch.Tensor:
-    """Return readability (0 or 1) and loss of each sample, and what else its result consists of, float64.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what the result of each sample consists of, and the logits `(N, classes)`, float64.
 
-    That is label, prediction, its probability and the rank of the label, `(6, N)` in total, or with several labels the
-    probability of each, `(2 + classes, N)`. With test-time augmentation, what is predicted without it follows.
+    The first is readability (0 or 1), loss, label, prediction, its probability and the rank of the label, `(6, N)` in
+    total, or with several labels readability, loss and the probability of each label, `(2 + classes, N)`. With
+    test-time augmentation, what is predicted without it follows.
     """
     views = predict_batch(model, batch.images, batch_size, device, tta)
     logits, plain = views.mean(dim=0), views[0]
@@ -271,13 +311,16 @@ def _columns(
         scores = logits.cpu().double()
         every = F.binary_cross_entropy_with_logits(scores, batch.labels.double(), reduction="none")
         found = [scores] if tta == "none" else [scores, plain.cpu().double()]
-        return torch.cat([torch.stack([read, every.mean(dim=1)]), *(part.sigmoid().T for part in found)])
+        columns = [torch.stack([read, every.mean(dim=1)]), *(part.sigmoid().T for part in found)]
+        return torch.cat(columns), scores
     logarithms = log_probabilities(logits)
     best, prediction = logarithms.max(dim=1)
     losses = F.nll_loss(logarithms, batch.labels, reduction="none")
     ranks = _ranks(logarithms, batch.labels).double()
     columns = [read, losses, batch.labels.double(), prediction.double(), best.exp(), ranks]
-    return torch.stack(columns if tta == "none" else [*columns, log_probabilities(plain).argmax(dim=1).double()])
+    if tta != "none":
+        columns.append(log_probabilities(plain).argmax(dim=1).double())
+    return torch.stack(columns), logits.cpu().double()
 
 
 def _describe_unreadable(count: int, unreadable: list[Unreadable]) -> str:

@@ -36,6 +36,7 @@ class Evaluator:
         model: nn.Module,
         part: Literal["evaluation", "test"] = "evaluation",
         thresholds: np.ndarray | None = None,
+        keep_logits: int = 0,
     ) -> AnyEvaluation:
         """Evaluate a model.
 
@@ -44,6 +45,7 @@ class Evaluator:
             part: The split to evaluate it on.
             thresholds: Lowest probability at which each label is predicted, if an image can have several; the best ones
                 for this split if not given.
+            keep_logits: Number of images whose logits are kept, if an image has one label.
 
         Raises:
             EvaluationStoppedError: If any process received SIGTERM or Ctrl-C.
@@ -65,6 +67,7 @@ class Evaluator:
             stop_requested=lambda: self._stop.requested,
             thresholds=thresholds,
             tta=self._plan.config.tta,
+            keep_logits=keep_logits,
         )
         missing = evaluation.total - evaluation.count
         self._unreadable.note(part, evaluation.total, evaluation.unreadable, missing)

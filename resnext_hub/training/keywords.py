@@ -20,6 +20,7 @@ class TrainSettings(TypedDict, total=False):
     micro_batch_size: int | None
     eval_batch_size: int
     tta: Literal["none", "flip"]
+    calibrate: bool
     loss: Literal["cross-entropy", "bce"] | None
     label_smoothing: float | None
     ema: float | None

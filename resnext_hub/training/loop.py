@@ -14,17 +14,17 @@ from torch.utils.data import DataLoader
 
 from resnext_hub.data.batches import Parcel, read_batches
 from resnext_hub.errors import RunError, StoppedRun, one_line, setting
+from resnext_hub.facts import UnreadableImage
 from resnext_hub.kernels.training_view import require_shared_tensors
 from resnext_hub.machine import quiet_compilers
 from resnext_hub.processes.launcher import WAIT
 from resnext_hub.processes.peers import Peers
-from resnext_hub.record import UnreadableImage
 from resnext_hub.trackers.fan_out import Trackers
-from resnext_hub.training.evaluation import AnyEvaluation, EvaluationStoppedError
+from resnext_hub.training.calibrate import Final, evaluate_and_calibrate
+from resnext_hub.training.evaluation import EvaluationStoppedError
 from resnext_hub.training.evaluator import Evaluator
 from resnext_hub.training.feed import StepInputs, training_loader
 from resnext_hub.training.finetune import freeze, set_training
-from resnext_hub.training.multi_label import MultiLabelEvaluation
 from resnext_hub.training.objective import build_objective
 from resnext_hub.training.optim import set_lr
 from resnext_hub.training.plan import Plan
@@ -43,13 +43,11 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """Result of training: the model with its best weights, their evaluations, and facts about the run."""
+    """Result of training: the model with its best weights, their results, and facts about the run."""
 
     model: nn.Module
-    evaluation: AnyEvaluation
-    """On the split that chose the weights."""
-    test: AnyEvaluation | None
-    """On the test split, if there is one."""
+    final: Final
+    """Their results."""
     step: int
     """Step of the best weights."""
     epoch: float
@@ -273,7 +271,7 @@ class _Run:
         timer.checkpointed()
 
     def finish(self) -> Outcome:
-        """Load the best weights, evaluate them once more and on the test split, and return the outcome of the run."""
+        """Load the best weights, evaluate and calibrate them, and return the outcome of the run."""
         state = self.state
         if state.stopped_early:
             _logger.info(
@@ -286,25 +284,22 @@ class _Run:
             self.raise_stopped()
         state.model.load_state_dict(state.best.tensors)
         try:
-            evaluation = self.evaluator(state.model)
-            thresholds = evaluation.thresholds if isinstance(evaluation, MultiLabelEvaluation) else None
-            test = None if self.plan.splits.test is None else self.evaluator(state.model, "test", thresholds)
+            final = evaluate_and_calibrate(self.plan, state.model, self.evaluator, state.peers)
         except EvaluationStoppedError:
             self.stop.stopping()
             self.raise_stopped()
-        if evaluation.correct != state.best.correct:
+        if final.evaluation.correct != state.best.correct:
             _logger.warning(
                 "the best weights classified %d images correctly at step %d, but %d now; the current count is "
                 "recorded. Results on this device are not deterministic; for reproducible results, use --deterministic",
                 state.best.correct,
                 state.best.step,
-                evaluation.correct,
+                final.evaluation.correct,
             )
         self.unreadable.collect()
         return Outcome(
             model=state.model.eval(),
-            evaluation=evaluation,
-            test=test,
+            final=final,
             step=state.best.step,
             epoch=state.best.epoch,
             steps=state.step,

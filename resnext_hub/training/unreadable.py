@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from resnext_hub.data.batches import Unreadable
 from resnext_hub.errors import RunError, setting
+from resnext_hub.facts import UnreadableImage
 from resnext_hub.processes.peers import Peers
-from resnext_hub.record import UnreadableImage, renamed_image
+from resnext_hub.record import renamed_image
 from resnext_hub.run_folder import RunFolder
 from resnext_hub.text import listing, printable
 from resnext_hub.training.metrics import read_lines

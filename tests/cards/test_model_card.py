@@ -10,8 +10,8 @@ from pytest import mark
 from support.records import a_record
 
 from resnext_hub.cards.model_card import MOST_CLASSES, render_card
+from resnext_hub.facts import BaseModelFacts, DatasetFacts, SampleFacts
 from resnext_hub.hub.publish import CARD_BYTES
-from resnext_hub.record import BaseModelFacts, DatasetFacts, SampleFacts
 
 HOSTILE = (
     "<script>alert(1)</script>",

@@ -12,7 +12,8 @@ from pytest import TempPathFactory, fixture, importorskip, mark, raises
 from support.processes import ROOT, run_process, save_with_timm
 
 from resnext_hub.errors import RequestError, RunError
-from resnext_hub.export.runtime import Int8, export
+from resnext_hub.export.int8 import Int8
+from resnext_hub.export.runtime import export
 from resnext_hub.inference.classifier import Classifier, load
 from resnext_hub.kernels.merged import grouped_convolutions
 from resnext_hub.runs.calibration import prepare_int8

@@ -19,9 +19,10 @@ from support.processes import TINY, run_interpreter, run_process
 
 from resnext_hub.cards.model_card import render_card, wilson_interval
 from resnext_hub.export.model_folder import export_model
+from resnext_hub.facts import BaseModelFacts, UnreadableImage
 from resnext_hub.models.input_config import InputConfig
 from resnext_hub.models.lookup import build_model, find_model, portable_architecture
-from resnext_hub.record import BaseModelFacts, RunRecord, UnreadableImage
+from resnext_hub.record import RunRecord
 
 Command = Callable[..., tuple[int, str, str]]
 

@@ -18,15 +18,16 @@ from support.processes import TINY, run_process, write_images
 from support.records import DAMAGES, a_record
 from support.runs import lines
 
+from resnext_hub.data.images import IndexedImages
 from resnext_hub.errors import RequestError
 from resnext_hub.inference.classifier import load
-from resnext_hub.plots.reliability import Confidences
 from resnext_hub.record import RunRecord
 from resnext_hub.report.outputs import compute_outputs, first_batch, first_inputs
 from resnext_hub.report.page import render_page
 from resnext_hub.report.stored import read_predictions
-from resnext_hub.report.temperature import certainties
 from resnext_hub.runs.reopen import reopen
+from resnext_hub.training.evaluation import calibration_error
+from resnext_hub.training.temperature import certainties, cross_fitted
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -134,11 +135,20 @@ def test_the_training_batch_is_the_one_that_the_run_was_trained_on(mixing_run: P
     assert np.ptp(batch.pixels) > 200
 
 
-def test_the_diagram_before_calibration_has_the_error_of_the_record(finished: Path) -> None:
+def test_the_diagrams_before_and_after_calibration_have_the_errors_of_the_record(finished: Path) -> None:
     record = RunRecord.load(finished / "record.json")
-    found = read_predictions(finished / "predictions.parquet", 10, False, record.evaluation.count)
-    panel = Confidences(title="", probabilities=found.probabilities, right=~found.wrong)
-    assert panel.error == approx(record.evaluation.calibration_error, abs=1e-6)
+    assert record.calibration is not None
+    assert record.evaluation.uncalibrated_error is not None
+    run, classifier = reopen(finished), load(str(finished))
+    images = run.load_splits().eval
+    assert isinstance(images, IndexedImages)
+    outputs = compute_outputs(run, classifier, images, 1000, torch.device("cpu"))
+    as_trained = outputs.logits * record.calibration.temperature
+    errors = [
+        calibration_error(*certainties(logits, outputs.labels))
+        for logits in (as_trained, cross_fitted(as_trained, outputs.labels))
+    ]
+    assert errors == approx([record.evaluation.uncalibrated_error, record.evaluation.calibration_error], abs=1e-5)
 
 
 @mark.parametrize(

@@ -10,18 +10,19 @@ from pytest import LogCaptureFixture, approx, fixture, mark
 from sklearn.metrics import precision_recall_fscore_support
 from support.records import a_record
 
+from resnext_hub.facts import EvaluationFacts, LabelFacts
 from resnext_hub.plots.clusters import clustered_order
 from resnext_hub.plots.lettering import choose_lettering
 from resnext_hub.plots.per_class import class_results
 from resnext_hub.plots.reliability import Confidences
 from resnext_hub.plots.theme import THEMES, Theme
 from resnext_hub.plots.write import save_plot
-from resnext_hub.record import EvaluationFacts, LabelFacts, RunRecord
+from resnext_hub.record import RunRecord
 from resnext_hub.report import galleries, sections
 from resnext_hub.report.outputs import Outputs, TrainingBatch
 from resnext_hub.report.sections import Section
 from resnext_hub.report.stored import Predictions
-from resnext_hub.report.temperature import certainties, cross_fitted, fit_temperature
+from resnext_hub.training.temperature import certainties, cross_fitted, fit_temperature
 
 HISTORY = [
     {"step": 1, "epoch": 0.5, "loss": 2.0, "lr": 0.1, "images_per_second": 80.0},
@@ -102,7 +103,7 @@ def test_every_plot_is_drawn_for_any_number_of_classes(
         sections.curves(record),
         sections.confusion(record),
         sections.classes(record),
-        sections.reliability("not read", outputs),
+        sections.reliability(record, "not read", outputs),
         sections.embeddings(record, outputs),
         galleries.training_batch(batch_of(record), record.label_names, mixes=True),
     ]
@@ -185,7 +186,7 @@ def test_few_images_get_no_temperature_and_no_embedding() -> None:
     stored = Predictions(
         indices=np.arange(4), labels=np.zeros(4, int), predictions=np.arange(4) % 2, probabilities=np.full(4, 0.6)
     )
-    part = sections.reliability(stored, few)
+    part = sections.reliability(RECORDS["2"], stored, few)
     assert len(part.plots) == 1
     assert "8 images are too few to fit a temperature" in part.missing[0]
     assert sections.embeddings(RECORDS["2"], few).missing == ("Embeddings are not shown: 8 images are too few.",)

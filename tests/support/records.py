@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from resnext_hub.record import DatasetFacts, EvaluationFacts, HardwareFacts, ModelFacts, RunRecord, SampleFacts
+from resnext_hub.facts import DatasetFacts, EvaluationFacts, HardwareFacts, ModelFacts, SampleFacts
+from resnext_hub.record import RunRecord
 from resnext_hub.training.config import TrainConfig
 
 

@@ -17,9 +17,9 @@ from resnext_hub.data.images import IndexedImages
 from resnext_hub.data.loaders import EvaluationSamples
 from resnext_hub.data.transforms import EvalTransform
 from resnext_hub.errors import RequestError, RunError
+from resnext_hub.facts import UnreadableImage
 from resnext_hub.models.input_config import InputConfig
 from resnext_hub.processes.peers import Peers
-from resnext_hub.record import UnreadableImage
 from resnext_hub.run_folder import RunFolder
 from resnext_hub.training.evaluation import evaluate
 from resnext_hub.training.feed import require_readable
