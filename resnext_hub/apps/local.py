@@ -66,7 +66,7 @@ def serving(
 
         page = _page(classifier, title)
         page.launch(
-            server_name=host,
+            server_name=f"[{host}]" if ":" in host else host,  # as in an address
             server_port=port,
             share=False,
             quiet=True,
@@ -133,7 +133,7 @@ def _page(classifier: "Classifier", title: str) -> Any:
         gradio.HTML(render("heading.html.jinja", title=title, classes=len(classifier.label_names)), padding=False)
         file = gradio.File(label="Image", show_label=False, file_count="single", type="filepath", height=140)
         result = gradio.HTML(padding=False)
-        file.upload(classify, file, [result, file], concurrency_limit=1, api_name="classify")
+        file.upload(classify, file, [result, file], concurrency_limit=1)
     return page
 
 
