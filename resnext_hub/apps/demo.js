@@ -159,6 +159,7 @@ function show(probabilities, seconds, file) {
     facts.label_names[index], probabilities[index], several ? facts.thresholds[index] : null,
     predicted.includes(index), unsure,
   )));
+  element("legend").hidden = !several;
   const preview = element("preview");
   URL.revokeObjectURL(preview.src);
   preview.src = URL.createObjectURL(file);

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from resnext_hub.apps.answer import answer, has_heat_maps
-from resnext_hub.apps.templates import COLORS, render, text_of
+from resnext_hub.apps.templates import COLORS, invitation, render, text_of
 from resnext_hub.data.decode import UnreadableImageError
 from resnext_hub.errors import RequestError, RunError, one_line, setting
 from resnext_hub.text import printable
@@ -130,7 +130,8 @@ def _page(classifier: "Classifier", title: str) -> Any:
                 os.unlink(path)
 
     with gradio.Blocks(title=printable(title), analytics_enabled=False) as page:
-        gradio.HTML(render("heading.html.jinja", title=title, classes=len(classifier.label_names)), padding=False)
+        text = invitation(classifier.label_names, classifier.is_multi_label)
+        gradio.HTML(render("heading.html.jinja", title=title, invitation=text), padding=False)
         file = gradio.File(label="Image", show_label=False, file_count="single", type="filepath", height=140)
         result = gradio.HTML(padding=False)
         file.upload(classify, file, [result, file], concurrency_limit=1)

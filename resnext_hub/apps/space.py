@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from resnext_hub.apps.static import FILES, is_static_page
+from resnext_hub.apps.templates import invitation
 from resnext_hub.apps.web_runtime import VERSION
 from resnext_hub.errors import RequestError
 from resnext_hub.files import read_json, require_regular
@@ -23,6 +24,7 @@ class _Facts:
 
     title: str
     label_names: tuple[str, ...]
+    thresholds: tuple[float, ...] | None
 
 
 def publish_page(
@@ -83,7 +85,7 @@ def _card(facts: _Facts, license: str) -> str:
     return (
         f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n"
         f"# {markdown(facts.title)}\n\n"
-        f"Drop an image to classify it as one of {len(facts.label_names):,} classes. The model runs in the browser, "
+        f"{invitation(facts.label_names, facts.thresholds is not None)} The model runs in the browser, "
         f"with ONNX Runtime Web {VERSION} (MIT license); images are not uploaded.\n\n"
         "`model.onnx` contains the preprocessing and the class names. Made with resnext-hub.\n"
     )

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resnext_hub.apps.answer import MOST_CLASSES
-from resnext_hub.apps.templates import COLORS, render, text_of
+from resnext_hub.apps.templates import COLORS, invitation, render, text_of
 from resnext_hub.apps.web_runtime import MEMBERS, runtime_files
 from resnext_hub.data.decode import MAX_ASPECT, MAX_IMAGE_PIXELS
 from resnext_hub.errors import RequestError, setting
@@ -53,9 +53,8 @@ def write_static(classifier: "Classifier", title: str, folder: Path, archive: Pa
         }
         write_json(filling / "labels.json", facts)
         (filling / "demo.js").write_text(text_of("demo.js"), "utf-8")
-        page = render(
-            "index.html.jinja", title=title, classes=len(classifier.label_names), style=text_of("answer.css"), **COLORS
-        )
+        text = invitation(classifier.label_names, classifier.is_multi_label)
+        page = render("index.html.jinja", title=title, invitation=text, style=text_of("answer.css"), **COLORS)
         (filling / "index.html").write_text(page, "utf-8")
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 

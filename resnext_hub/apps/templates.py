@@ -3,6 +3,7 @@
 import base64
 import io
 import os
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +28,19 @@ def title_of(model: str) -> str:
     if os.path.exists(model):
         return Path(model).resolve().name
     return model.removeprefix("hf-hub:").partition("@")[0]
+
+
+def invitation(label_names: Sequence[str], several: bool) -> str:
+    """Return what to do on a page, in one sentence.
+
+    Args:
+        label_names: Names of the classes.
+        several: Whether an image can have several of them.
+    """
+    count = f"{len(label_names):,}"
+    if several:
+        return f"Drop an image to see which of {count} labels it has."
+    return f"Drop an image to classify it as one of {count} classes."
 
 
 def text_of(name: str) -> str:

@@ -192,7 +192,7 @@ def empty_page(folder: Path) -> Path:
     for name in FILES:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(name.encode() * (10_000 if name.endswith((".onnx", ".wasm")) else 1))
-    (folder / "labels.json").write_text(json.dumps({"title": "pets *", "label_names": NAMES}))
+    (folder / "labels.json").write_text(json.dumps({"title": "pets *", "label_names": NAMES, "thresholds": None}))
     return folder
 
 
