@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "resnext_hub"
 ORDER = (
     {"text", "__init__"},
     {"errors"},
-    {"files", "extras"},
+    {"files", "extras", "facts"},
     {"yaml_files"},
     {"settings"},
     {"machine", "record"},

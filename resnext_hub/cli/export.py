@@ -16,13 +16,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="RUN_OR_MODEL", help="run folder, model folder, hf-hub:owner/name, or timm model name"
     )
-    parser.add_argument("--format", choices=("onnx", "openvino"), default="onnx", help="output format (default: onnx)")
+    parser.add_argument(
+        "--format", choices=("onnx", "openvino", "torch"), default="onnx", help="output format (default: onnx)"
+    )
     parser.add_argument(
         "--output",
         type=existing_path,
         metavar="FILE",
         help="output file (default: RUN/model.onnx; for a model folder, FOLDER.onnx beside it; for a model from "
-        "the Hub or timm, NAME.onnx in the current folder; .xml for OpenVINO; with --int8, -int8 is added to its name)",
+        "the Hub or timm, NAME.onnx in the current folder; .xml for OpenVINO, .pt2 for torch; with --int8, -int8 is "
+        "added to its name)",
+    )
+    parser.add_argument(
+        "--raw",
+        action="store_true",
+        help="export the network alone, from normalized float32 images to logits; by default, the file takes RGB "
+        "images of any size, and returns probabilities",
     )
     parser.add_argument(
         "--merge-groups",
@@ -54,13 +63,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Write the file, and print its size, its input and output, and the error against torch."""
     from resnext_hub.export.int8 import MAX_DROP
-    from resnext_hub.export.runtime import BATCH_SIZES, TOLERANCE
+    from resnext_hub.export.runtime import BATCH_SIZES, PROBABILITY_TOLERANCE, TOLERANCE
     from resnext_hub.inference.classifier import load
     from resnext_hub.kernels.widths import list_widths
     from resnext_hub.processes.accelerator import set_threads
 
     if not options.int8 and (options.calibration is not None or options.max_drop is not None):
         raise RequestError("--calibration and --max-drop need --int8")
+    if options.int8 and options.format == "torch":
+        raise RequestError("--int8 needs --format onnx or --format openvino")
     max_drop = MAX_DROP if options.max_drop is None else options.max_drop
     classifier = load(options.model)
     set_threads(options.threads, "cpu")
@@ -70,15 +81,24 @@ def run(options: argparse.Namespace) -> None:
 
         int8 = prepare_int8(classifier, options.calibration, max_drop)
     merge: Any = "measure" if options.merge_groups == "auto" else options.merge_groups
-    done = classifier.export(options.format, options.output, merge=merge, int8=int8)
+    done = classifier.export(options.format, options.output, merge=merge, int8=int8, raw=options.raw)
     merged = list_widths((layer.name, layer.width, layer.merged_width) for layer in done.layers)
-    size = ", ".join(map(str, classifier.input.input_size))
+    if options.raw:
+        size = ", ".join(map(str, classifier.input.input_size))
+        mapping = f"normalized images (N, {size}) float32 to logits (N, {len(classifier.label_names)})"
+    else:
+        mapping = f"RGB images (N, height, width, 3) uint8 to {', '.join(done.outputs)}"
     write(
-        f"{done.path}: {done.size / 1e6:.1f} MB, normalized images (N, {size}) float32 to logits "
-        f"(N, {len(classifier.label_names)})\n"
+        f"{done.path}: {done.size / 1e6:.1f} MB, {mapping}\n"
         + (f"channels of merged groups: {merged or 'unchanged'}\n" if done.layers else "")
         + f"{done.runtime} against torch{', before int8' if done.int8 else ''}, at batch sizes "
         f"{', '.join(map(str, BATCH_SIZES))}: largest error {done.absolute_error:.1e} absolute, "
         f"{done.relative_error:.1e} relative (tolerance {TOLERANCE:.0e})\n"
+        + (
+            ""
+            if done.probability_error is None
+            else f"the whole file against timm's preprocessing: largest error of a probability "
+            f"{done.probability_error:.1e} (tolerance {PROBABILITY_TOLERANCE:g})\n"
+        )
         + (f"int8 on held-out images: {done.int8}\n" if done.int8 else "")
     )

@@ -1,17 +1,20 @@
 """Export to a single ONNX file for ONNX Runtime."""
 
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx.compose
 import onnxruntime
 import onnxscript  # noqa: F401 - torch's exporter needs it; import it early so a missing package fails before any work
 import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as runtime
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from resnext_hub.errors import RequestError, RunError, one_line, setting
+from resnext_hub.export.parts import Part
 from resnext_hub.export.runtime import Run
 from resnext_hub.files import write_atomic
 from resnext_hub.kernels.openvino import calibrate
@@ -36,18 +39,21 @@ class OnnxFormat:
                 f"{setting('format', 'openvino')}"
             )
 
-    def build(self, model: nn.Module, example: torch.Tensor, facts: dict[str, str], text: str) -> onnx.ModelProto:
-        """Return the content of a file with a dynamic batch size, with facts as its metadata."""
+    def build(self, part: Part) -> onnx.ModelProto:
+        """Return a part as the content of a file."""
+        dimensions = {name: torch.export.Dim(name) for axes in part.dynamic_axes for name in axes.values()}
+        shapes = [{axis: dimensions[name] for axis, name in axes.items()} for axes in part.dynamic_axes]
         try:
             # with an attention bias, the fused CPU kernel returns strides that torch.export does not predict
-            with sdpa_kernel(SDPBackend.MATH):
+            with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="# The axis name")  # two inputs have the same batch size
                 program = torch.onnx.export(
-                    model,
-                    (example,),
+                    part.module,
+                    part.example,
                     dynamo=True,
-                    input_names=["images"],
-                    output_names=["logits"],
-                    dynamic_shapes=({0: torch.export.Dim("batch")},),
+                    input_names=list(part.inputs),
+                    output_names=list(part.outputs),
+                    dynamic_shapes=shapes,
                     optimize=True,
                     verbose=False,
                 )
@@ -58,25 +64,37 @@ class OnnxFormat:
         for value in (*content.graph.input, *content.graph.output):
             if not value.type.tensor_type.shape.dim[0].dim_param:
                 raise RunError(
-                    f"the model fixes the batch size of its {value.name} to {len(example)}; "
+                    f"the model fixes the batch size of its {value.name} to {len(part.example[0])}; "
                     "expected a dynamic batch size"
                 )
         _remove_origin(content)
+        return content
+
+    def join(self, contents: Sequence[onnx.ModelProto]) -> onnx.ModelProto:
+        """Return contents that follow one another as one, joined by the names of their outputs and inputs."""
+        whole, *others = (
+            onnx.compose.add_prefix(content, f"{index}/", rename_inputs=False, rename_outputs=False)
+            for index, content in enumerate(contents)
+        )
+        for content in others:
+            names = [(value.name, value.name) for value in content.graph.input]
+            whole = onnx.compose.merge_models(whole, content, io_map=names)
+        return whole
+
+    def describe(self, content: onnx.ModelProto, facts: dict[str, str], text: str) -> None:
+        """Set the metadata of a content."""
         content.doc_string = text
         onnx.helper.set_model_props(content, facts)
-        return content
 
     def quantize(self, content: onnx.ModelProto, images: torch.Tensor) -> onnx.ModelProto:
         """Return the content quantized to int8, calibrated on images `(M, C, H, W)`."""
-        facts = {entry.key: entry.value for entry in content.metadata_props}
-        quantized: onnx.ModelProto = calibrate(content, [{"images": part.numpy()} for part in torch.split(images, 1)])
+        name = content.graph.input[0].name
+        quantized: onnx.ModelProto = calibrate(content, [{name: part.numpy()} for part in torch.split(images, 1)])
         _remove_origin(quantized)
-        quantized.doc_string = content.doc_string
-        onnx.helper.set_model_props(quantized, facts)
         return quantized
 
     def open(self, content: onnx.ModelProto) -> Run:
-        """Return a function that runs the content in ONNX Runtime."""
+        """Return a function that runs the content in ONNX Runtime, and returns its first output."""
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         failures = (
@@ -94,9 +112,11 @@ class OnnxFormat:
         except failures as error:
             raise RunError(f"{prefix}: {one_line(error)}") from error
 
+        given, returned = session.get_inputs()[0].name, session.get_outputs()[0].name
+
         def run(images: torch.Tensor) -> torch.Tensor:
             try:
-                return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+                return torch.from_numpy(session.run([returned], {given: images.numpy()})[0])
             except failures as error:
                 raise RunError(f"{prefix}: {one_line(error)}") from error
 

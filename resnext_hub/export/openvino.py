@@ -1,15 +1,19 @@
 """Export to OpenVINO's format: an XML file and a BIN file with the weights next to it."""
 
+import contextlib
+import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import openvino
 import torch
-from torch import nn
 
 from resnext_hub.errors import RunError, one_line
+from resnext_hub.export.parts import Part
 from resnext_hub.export.runtime import Run
 from resnext_hub.files import new_files
 from resnext_hub.kernels.openvino import OpenVinoModel, calibrate, convert
+from resnext_hub.machine import quiet_compilers
 from resnext_hub.models.lookup import LoadedModel
 
 FACTS = "resnext_hub"
@@ -25,17 +29,38 @@ class OpenVinoFormat:
     def check(self, model: LoadedModel) -> None:
         """Accept any model: the weights file has no size limit."""
 
-    def build(self, model: nn.Module, example: torch.Tensor, facts: dict[str, str], text: str) -> openvino.Model:
-        """Return the content of a file with a dynamic batch size, with facts as its metadata."""
+    def build(self, part: Part) -> openvino.Model:
+        """Return a part as the content of a file."""
         try:
-            content = convert(model, example, dynamic=True)
+            # tracing keeps the names of the layers, but not what depends on the size of an image
+            traced = not part.dynamic and len(part.inputs) == 1
+            content = convert(part.module, part.example[0], dynamic=True) if traced else _converted(part)
         except RuntimeError as error:  # OpenVINO raises no more specific type
             raise RunError(f"OpenVINO cannot convert the model: {one_line(error)}") from error
-        content.inputs[0].get_tensor().set_names({"images"})
-        content.outputs[0].get_tensor().set_names({"logits"})
+        for name, port in zip((*part.inputs, *part.outputs), (*content.inputs, *content.outputs), strict=True):
+            port.get_node().set_friendly_name(name)
+            port.get_tensor().set_names({name})
+        return content
+
+    def join(self, contents: Sequence[openvino.Model]) -> openvino.Model:
+        """Return contents that follow one another as one, joined by the names of their outputs and inputs."""
+        first, *others = contents
+        results = first.get_results()
+        for content in others:
+            # by the names of nodes: a tensor that is passed on has only one name
+            sources = {result.get_friendly_name(): result.input_value(0) for result in results}
+            for parameter in content.get_parameters():
+                for target in parameter.output(0).get_target_inputs():
+                    target.replace_source_output(sources[parameter.get_friendly_name()])
+            results = content.get_results()
+        for result in results:
+            result.output(0).get_tensor().set_names({result.get_friendly_name()})
+        return openvino.Model(results, first.get_parameters(), "classifier")
+
+    def describe(self, content: openvino.Model, facts: dict[str, str], text: str) -> None:
+        """Set the metadata of a content."""
         for name, value in (facts | {"description": text}).items():
             content.set_rt_info(value, [FACTS, name])
-        return content
 
     def quantize(self, content: openvino.Model, images: torch.Tensor) -> openvino.Model:
         """Return the content quantized to int8, calibrated on images `(M, C, H, W)`."""
@@ -53,3 +78,17 @@ class OpenVinoFormat:
 
 
 FORMAT = OpenVinoFormat()
+
+
+def _converted(part: Part) -> openvino.Model:
+    """Convert a part whose operations depend on the dynamic axes."""
+    dimensions = {name: torch.export.Dim(name) for axes in part.dynamic_axes for name in axes.values()}
+    shapes = tuple({axis: dimensions[name] for axis, name in axes.items()} for axes in part.dynamic_axes)
+    program = torch.export.export(part.module, part.example, dynamic_shapes=shapes)
+    with quiet_compilers(), contextlib.redirect_stdout(io.StringIO()):
+        content = openvino.convert_model(program)
+    for port, example, axes in zip(content.inputs, part.example, part.dynamic_axes, strict=True):
+        sides = [-1 if axis in axes else side for axis, side in enumerate(example.shape)]
+        port.get_node().set_partial_shape(openvino.PartialShape(sides))
+    content.validate_nodes_and_infer_types()
+    return content

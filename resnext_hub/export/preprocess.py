@@ -19,9 +19,9 @@ _GRAY = (19595, 38470, 7471)
 class Preprocess(nn.Module):
     """Maps RGB images `(N, H, W, 3)` uint8 of any size to a model's input `(N, C, height, width)` float32.
 
-    Equal to timm's evaluation transform with Pillow 13, except that a pixel may differ by one gray level where a
-    weighted sum ends in one half up to rounding, and that interpolation `nearest` may take the other of two pixels at
-    equal distances.
+    Equal to timm's evaluation transform with Pillow 13, except that a pixel may differ by one gray level, rarely two,
+    where a weighted sum ends in one half up to rounding, and that interpolation `nearest` may take the other of two
+    pixels at equal distances.
 
     Args:
         input: Input of the model.
@@ -59,8 +59,12 @@ class Preprocess(nn.Module):
         )
         # Pillow 13 starts with the rows if the height shrinks by more than twice as many pixels as the width
         shrinks = sides[0] - sizes[0]
-        rows_first = (shrinks > 0) & (shrinks > 2 * (sides[1] - sizes[1]))
-        found = torch.cond(rows_first, _rows_first, _columns_first, (pixels, rows, columns))
+        # both orders are computed, because OpenVINO returns random values from the first run of a branch
+        found = torch.where(
+            (shrinks > 0) & (shrinks > 2 * (sides[1] - sizes[1])),
+            _to_bytes(_to_bytes(rows @ pixels) @ columns.T),
+            _to_bytes(rows @ _to_bytes(pixels @ columns.T)),
+        )
         outside = 1 - rows.sum(dim=1).view(-1, 1) * columns.sum(dim=1)
         found = found + outside.round() * self.fill
         normalized: torch.Tensor = (found / 255 - self.mean) / self.std
@@ -75,7 +79,7 @@ class Preprocess(nn.Module):
             return [(self.resized[0] * side / short).floor() for side in (height, width)]
         ratios = height / self.resized[0], width / self.resized[1]
         ratio = torch.maximum(*ratios) if self.mode == "border" else torch.minimum(*ratios)
-        return [(side / ratio).round() for side in (height, width)]
+        return [(side / ratio).round().clamp(min=1.0) for side in (height, width)]
 
 
 def resize_matrix(
@@ -110,14 +114,6 @@ def resize_matrix(
         weights = weights / weights.sum(dim=1, keepdim=True)
     inside = (targets >= 0) & (targets < size)
     return torch.where(inside, weights, 0.0).to(torch.float32)
-
-
-def _rows_first(pixels: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    return _to_bytes(_to_bytes(rows @ pixels) @ columns.T)
-
-
-def _columns_first(pixels: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    return _to_bytes(rows @ _to_bytes(pixels @ columns.T))
 
 
 def _to_bytes(values: torch.Tensor) -> torch.Tensor:

@@ -39,9 +39,6 @@ class Classifier(LoadedModel):
         RequestError: If the temperature is not a positive number, or there is no such test-time augmentation.
     """
 
-    temperature: float = 1.0
-    """Divides the logits before the softmax or sigmoid; probabilities are less confident above 1."""
-
     def __post_init__(self) -> None:
         value = self.temperature
         if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
@@ -195,14 +192,16 @@ class Classifier(LoadedModel):
         *,
         merge: Literal["measure", "off"] | int = "off",
         int8: "Int8 | None" = None,
+        raw: bool = False,
     ) -> "ExportedFile":
-        """Write the model for another runtime and check the file with it; see `resnext_hub.export.runtime.export`.
+        """Write a file for another runtime, from images to probabilities, and check it with that runtime.
 
         Args:
-            format: `onnx` or `openvino`.
+            format: `onnx`, `openvino` or `torch`; see `resnext_hub.export.runtime.export`.
             path: The file; next to the model folder if not given.
             merge: Width to which groups are merged, `measure` (with OpenVINO) or `off`.
             int8: Calibration and evaluation images to quantize with; float32 if not given.
+            raw: Write the network alone, from normalized images to logits.
 
         Raises:
             RequestError: If an argument is invalid, the file cannot be written, or the model is an optimized one.
@@ -211,12 +210,12 @@ class Classifier(LoadedModel):
         from resnext_hub.export.runtime import export
         from resnext_hub.inference.optimize import OptimizedModel
 
-        if format not in ("onnx", "openvino"):
-            raise RequestError(f"{setting('format', shown(format))}: expected onnx or openvino")
+        if format not in ("onnx", "openvino", "torch"):
+            raise RequestError(f"{setting('format', shown(format))}: expected onnx, openvino or torch")
         if isinstance(self.model, OptimizedModel):
             raise RequestError("an optimized model cannot be exported; export the original classifier")
         self.model.cpu()
-        return export(self, format, None if path is None else Path(path), merge=merge, int8=int8)
+        return export(self, format, None if path is None else Path(path), merge=merge, int8=int8, raw=raw)
 
 
 def load(where: "str | os.PathLike[str]", *, verify: bool = False) -> Classifier:

@@ -84,6 +84,9 @@ class LoadedModel:
     tta: TestTimeAugmentation = "none"
     """Test-time augmentation, as in the evaluation of its run: with `flip`, the mean of the logits of an image and its
     mirror image is the prediction."""
+    temperature: float = 1.0
+    """Divides the logits before the softmax or sigmoid; probabilities are less confident above 1. The weights of a
+    calibrated model contain its temperature, so that this is 1."""
 
     @property
     def revision(self) -> str | None:

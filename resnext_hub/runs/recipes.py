@@ -81,7 +81,7 @@ RECIPES: dict[str, Recipe] = {
     AUTO: Recipe(
         purpose="fine-tune pretrained weights in the way that suits the number of images per class",
         source="Kumar et al., 2022 (arXiv 2202.10054): fit the classifier before training other layers; the "
-        "number of images was chosen by our comparison on small datasets",
+        "limit of 100 images per class is based on our comparison on small datasets",
         result="see 'Fine-tune with few images' in the documentation",
         settings={"pretrained": True},
         tiers=(

@@ -95,6 +95,7 @@ def test_the_page_can_be_used_with_the_keyboard(page: tuple[Path, Path]) -> None
         tab = Tab(browser, address)
         tab.page.locator("#file:enabled").wait_for(state="attached")
         tab.page.keyboard.press("Tab")
+        tab.page.locator("#file:focus").wait_for(state="attached")
         with tab.page.expect_file_chooser() as chooser:
             tab.page.keyboard.press("Enter")
         chooser.value.set_files({"name": "photo.jpg", "mimeType": "image/jpeg", "buffer": photo()})

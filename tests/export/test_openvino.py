@@ -30,7 +30,9 @@ def _one_thread() -> None:
 
 @fixture(scope="module")
 def exported(vehicles_run: Path) -> Path:
-    done = run_process("-W", "error", "scripts/export.py", vehicles_run, "--format", "openvino", "--threads", "1")
+    done = run_process(
+        "-W", "error", "scripts/export.py", vehicles_run, "--format", "openvino", "--raw", "--threads", "1"
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert "OpenVINO against torch, at batch sizes 1, 2, 7: largest error" in done.stdout
     return vehicles_run / "model.xml"
@@ -149,7 +151,7 @@ def test_openvino_sends_no_telemetry_and_writes_no_file_to_home(tmp_path: Path) 
 import os, sys
 asked = []
 watched = ("socket.connect", "socket.getaddrinfo", "socket.sendto")
-sys.addaudithook(lambda event, details: int8.append(event) if event in watched else None)
+sys.addaudithook(lambda event, details: asked.append(event) if event in watched else None)
 import torch
 from torch import nn
 from resnext_hub.inference.optimize import optimize

@@ -262,7 +262,7 @@ def test_an_exported_file_states_thresholds_and_what_the_logits_mean(
 ) -> None:
     import onnxruntime
 
-    code, _, err = command("export", run, "--format", "onnx", "--output", tmp_path / "pairs.onnx")
+    code, _, err = command("export", run, "--format", "onnx", "--raw", "--output", tmp_path / "pairs.onnx")
     assert code == 0, err
     facts = onnxruntime.InferenceSession(tmp_path / "pairs.onnx").get_modelmeta()
     assert json.loads(facts.custom_metadata_map["thresholds"])[0] > 0
