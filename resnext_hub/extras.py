@@ -28,6 +28,7 @@ EXTRA_OF_PACKAGE = {
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "onnx"),
     **dict.fromkeys(("nncf", "openvino"), "openvino"),
     "captum": "report",
+    "gradio": "demo",
     **{name: name for name in ("tensorboard", "trackio", "wandb", "mlflow")},
 }
 """Packages that commands import beyond the package's own dependencies, and the extra that installs them."""

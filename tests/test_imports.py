@@ -28,7 +28,7 @@ ORDER = (
     {"hub"},
     {"runs"},
     {"api"},
-    {"benchmark", "check", "report", "study"},
+    {"apps", "benchmark", "check", "report", "study"},
     {"cli"},
     {"__main__"},
 )

@@ -1,10 +1,11 @@
-"""`resnext-hub push`: upload a run's model folder, or a study, to the Hub, in one commit."""
+"""`resnext-hub push`: upload a run's model folder, a study or a page to the Hub, in one commit."""
 
 import argparse
 from typing import TYPE_CHECKING, Any
 
 from resnext_hub.cli.output import write
 from resnext_hub.cli.parser import existing_path
+from resnext_hub.errors import RequestError
 
 if TYPE_CHECKING:
     from resnext_hub.hub.publish import Publication
@@ -12,9 +13,14 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
-    parser.add_argument("run", type=existing_path, help="run folder, or study folder")
+    parser.add_argument("run", type=existing_path, help="run folder, study folder, or with --space folder of a page")
     parser.add_argument(
         "--repo-id", metavar="OWNER/NAME", help="Hub repository (required); created if it does not exist"
+    )
+    parser.add_argument(
+        "--space",
+        metavar="OWNER/NAME",
+        help="publish a page that `resnext-hub demo --static` wrote as a static Space, instead of --repo-id",
     )
     parser.add_argument("--license", help="license of the weights or the report (required), such as apache-2.0")
     parser.add_argument("--private", action="store_true", help="if the repository does not exist, create it as private")
@@ -33,7 +39,8 @@ def run(options: argparse.Namespace) -> None:
     done = _publish(options)
     listing = "".join(f"    {size:>12,}  {name}\n" for name, size in done.files)
     if done.address is None:
-        where = f"the private repository {options.repo_id}" if options.private else options.repo_id
+        name = options.space or options.repo_id
+        where = f"the private repository {name}" if options.private else name
         write(f"would upload to {where} in one commit:\n{listing}")
     elif done.changed:
         write(f"published and verified: {done.address}\n{listing}")
@@ -54,6 +61,12 @@ def _publish(options: argparse.Namespace) -> "Publication":
         "revision": options.revision,
         "dry_run": options.dry_run,
     }
+    if options.space is not None:
+        from resnext_hub.apps.space import publish_page
+
+        if options.repo_id is not None:
+            raise RequestError("--space and --repo-id: expected one of them")
+        return publish_page(options.run, options.space, options.license, **how)
     study = StudyFolder(options.run)
     if study.config.is_file():
         return publish_study(study, options.repo_id, options.license, **how)

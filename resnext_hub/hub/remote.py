@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeAlias, TypeVar
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
@@ -28,6 +28,9 @@ PAUSE = 1.0
 
 TRANSIENT = frozenset((408, 409, 412, 429, 500, 502, 503, 504))
 """HTTP status codes worth retrying; 409 and 412 mean that another commit came first."""
+
+RepoType: TypeAlias = Literal["model", "space"]
+"""Kind of a repository on the Hub that is written to."""
 
 Result = TypeVar("Result")
 
@@ -84,6 +87,7 @@ def commit_files(
     parent: str | None,
     create_pr: bool = False,
     deletions: Sequence[CommitOperationDelete] = (),
+    repo_type: RepoType = "model",
 ) -> CommitInfo:
     """Upload files in exactly one commit.
 
@@ -99,6 +103,7 @@ def commit_files(
         parent: Head of the branch; it prevents a second commit if the response to the first one was lost.
         create_pr: Whether to open a pull request instead.
         deletions: Files to delete in the same commit.
+        repo_type: Kind of the repository.
     """
     additions = [CommitOperationAdd(name, path) for name, path in files.items()]
     try:
@@ -109,6 +114,7 @@ def commit_files(
             revision=revision,
             create_pr=create_pr,
             parent_commit=parent,
+            repo_type=repo_type,
         )
     except RuntimeError as error:
         if isinstance(error.__cause__, HUB_ERRORS):
@@ -130,7 +136,12 @@ def no_bars() -> Iterator[None]:
 
 
 def differing_files(
-    api: HfApi, repo_id: str, revision: str, files: Mapping[str, Path], read_back: bool = False
+    api: HfApi,
+    repo_id: str,
+    revision: str,
+    files: Mapping[str, Path],
+    read_back: bool = False,
+    repo_type: RepoType = "model",
 ) -> list[str]:
     """Return the names of files that a revision does not contain byte for byte.
 
@@ -139,7 +150,7 @@ def differing_files(
     """
     listed = {
         entry.path: entry
-        for entry in api.list_repo_tree(repo_id, revision=revision, recursive=True)
+        for entry in api.list_repo_tree(repo_id, revision=revision, recursive=True, repo_type=repo_type)
         if isinstance(entry, RepoFile)
     }
     differing = []
@@ -153,7 +164,7 @@ def differing_files(
                 and (read_back or not same)
                 and entry.size == path.stat().st_size
             ):
-                fetched = hf_hub_download(repo_id, name, revision=revision, cache_dir=cache)
+                fetched = hf_hub_download(repo_id, name, revision=revision, cache_dir=cache, repo_type=repo_type)
                 same = Path(fetched).read_bytes() == path.read_bytes()
             if not same:
                 differing.append(name)

@@ -1,8 +1,8 @@
 """A small server that speaks the Hub's HTTP protocol to the real clients, and fails where a test asks for it.
 
-Models and datasets, branches and pull requests, private and gated repositories, tokens. Large files go over plain LFS
-(batch, PUT, verify), or over Xet where a client is not told HF_HUB_DISABLE_XET=1, and come from a storage under another
-host name, as the Hub's do.
+Models, datasets and Spaces, branches and pull requests, private and gated repositories, tokens. Large files go over
+plain LFS (batch, PUT, verify), or over Xet where a client is not told HF_HUB_DISABLE_XET=1, and come from a storage
+under another host name, as the Hub's do.
 """
 
 import base64
@@ -40,6 +40,8 @@ class Repo:
     granted: set[str] | None = None
     """Who has been given access, if it has to be asked for."""
     branches: dict[str, list[Commit]] = field(default_factory=dict)
+    sdk: str | None = None
+    """SDK of a Space."""
     pulls: list[str] = field(default_factory=list)
     """Titles of pull requests, numbered from 1."""
 
@@ -75,7 +77,7 @@ class Fault:
 
 
 class LoopbackHub:
-    """Repositories by `models/owner/name` and `datasets/owner/name`, and the requests that were made."""
+    """Repositories by `models/owner/name`, or `datasets` or `spaces`, and the requests that were made."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
@@ -225,7 +227,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json({})
         if match := re.fullmatch(r"/cdn/(\w+)", path):
             return self._send_range(self.hub.blobs[match[1]], {"ETag": f'"{match[1]}"'})
-        if match := re.fullmatch(rf"/(?:(datasets)/)?{REPO}\.git/info/lfs/objects/batch", path):
+        if match := re.fullmatch(rf"/(?:(datasets|spaces)/)?{REPO}\.git/info/lfs/objects/batch", path):
             asked = json.loads(body)
             transfer = "xet" if "xet" in asked.get("transfers", ()) else "basic"
             return self._json({"transfer": transfer, "objects": [self._upload(o) for o in asked["objects"]]})
@@ -234,9 +236,9 @@ class _Handler(BaseHTTPRequestHandler):
             blob = self.hub.blobs.get(verified["oid"], b"")
             right = hashlib.sha256(blob).hexdigest() == verified["oid"]
             return self._json({}, 200 if right else 422)
-        if match := re.fullmatch(rf"/api/(models|datasets)/{REPO}(?:/([\w-]+)(?:/(.*))?)?", path):
+        if match := re.fullmatch(rf"/api/(models|datasets|spaces)/{REPO}(?:/([\w-]+)(?:/(.*))?)?", path):
             return self._api(*match.groups(), body)
-        if match := re.fullmatch(rf"/(?:(datasets)/)?{REPO}/resolve/(refs/pr/\d+|[^/]+)/(.+)", path):
+        if match := re.fullmatch(rf"/(?:(datasets|spaces)/)?{REPO}/resolve/(refs/pr/\d+|[^/]+)/(.+)", path):
             return self._resolve(match[1] or "models", *match.groups()[1:])
         return self._json({"error": f"no such route {path}"}, 404)
 
@@ -261,7 +263,9 @@ class _Handler(BaseHTTPRequestHandler):
         if f"{kind}/{repo_id}" in self.hub.repos:
             return self._json({"error": "You already created this repo", "url": f"{self.hub.endpoint}/{repo_id}"}, 409)
         private = bool(asked.get("private")) or asked.get("visibility") == "private"
-        self.hub.create(kind, repo_id, private)
+        if kind == "spaces" and asked.get("sdk") not in ("static", "gradio", "docker"):
+            return self._json({"error": "a Space needs an SDK: static, gradio or docker"}, 400)
+        self.hub.create(kind, repo_id, private).sdk = asked.get("sdk")
         return self._json({"url": f"{self.hub.endpoint}/{repo_id}", "name": repo_id})
 
     def _upload(self, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -329,7 +333,7 @@ class _Handler(BaseHTTPRequestHandler):
             names = {"casUrl": "X-Xet-Cas-Url", "accessToken": "X-Xet-Access-Token", "exp": "X-Xet-Token-Expiration"}
             return self._json(token, headers={names[key]: str(value) for key, value in token.items()})
         if action == "commit":
-            return self._commit(repo, repo_id, str(rest), body)
+            return self._commit(repo, kind, repo_id, str(rest), body)
         match = re.fullmatch(r"(refs/pr/\d+|[^/]+)(?:/(.*))?", rest or "main")
         assert match
         commit = repo.at(match[1])
@@ -353,7 +357,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json([entries[path] for path in paths if path in entries])
         return self._json({"error": f"no such action {action}"}, 404)
 
-    def _commit(self, repo: Repo, repo_id: str, branch: str, body: bytes) -> None:
+    def _commit(self, repo: Repo, kind: str, repo_id: str, branch: str, body: bytes) -> None:
         pull = "create_pr=1" in self.path
         history = repo.branches.get(branch)
         if not history:
@@ -382,7 +386,7 @@ class _Handler(BaseHTTPRequestHandler):
         commit = repo.commit(message, files, branch)
         if self.fault == "lost reply":
             return self._hang_up()
-        url = f"{self.hub.endpoint}/{repo_id}"
+        url = f"{self.hub.endpoint}/{'' if kind == 'models' else f'{kind}/'}{repo_id}"
         answer = {"success": True, "commitOid": commit.oid, "commitUrl": f"{url}/commit/{commit.oid}", "hookOutput": ""}
         return self._json(answer | ({"pullRequestUrl": f"{url}/discussions/{len(repo.pulls)}"} if pull else {}))
 
