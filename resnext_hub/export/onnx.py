@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from resnext_hub.errors import RequestError, RunError, one_line, setting
+from resnext_hub.export.int8 import Check, Quantized
 from resnext_hub.export.runtime import Run
 from resnext_hub.files import write_atomic
-from resnext_hub.kernels.openvino import calibrate
+from resnext_hub.kernels.openvino import calibrate_within
 from resnext_hub.models.lookup import LoadedModel
 
 MOST_BYTES = 2**31 - 2**20
@@ -66,14 +67,15 @@ class OnnxFormat:
         onnx.helper.set_model_props(content, facts)
         return content
 
-    def quantize(self, content: onnx.ModelProto, images: torch.Tensor) -> onnx.ModelProto:
-        """Return the content quantized to int8, calibrated on images `(M, C, H, W)`."""
+    def quantize(self, content: onnx.ModelProto, images: torch.Tensor, check: Check) -> Quantized:
+        """Return the content quantized to int8, calibrated on images `(M, C, H, W)`, and good enough for a check."""
         facts = {entry.key: entry.value for entry in content.metadata_props}
-        quantized: onnx.ModelProto = calibrate(content, [{"images": part.numpy()} for part in torch.split(images, 1)])
-        _remove_origin(quantized)
-        quantized.doc_string = content.doc_string
-        onnx.helper.set_model_props(quantized, facts)
-        return quantized
+        inputs = [{"images": part.numpy()} for part in torch.split(images, 1)]
+        repaired = calibrate_within(content, inputs, lambda model, indices: check(self.open(model), indices))
+        _remove_origin(repaired.model)
+        repaired.model.doc_string = content.doc_string
+        onnx.helper.set_model_props(repaired.model, facts)
+        return Quantized.of(repaired, {node.name: _layer(node) for node in content.graph.node})
 
     def open(self, content: onnx.ModelProto) -> Run:
         """Return a function that runs the content in ONNX Runtime."""
@@ -109,6 +111,12 @@ class OnnxFormat:
 
 
 FORMAT = OnnxFormat()
+
+
+def _layer(node: onnx.NodeProto) -> str:
+    """Return the name of the layer whose weight a node has, or its own."""
+    weight = node.input[1] if len(node.input) > 1 else ""
+    return weight.removesuffix(".weight") if weight.endswith(".weight") else f"{node.name} ({node.op_type})"
 
 
 def _remove_origin(message: Any) -> None:

@@ -1,15 +1,19 @@
 """Export to OpenVINO's format: an XML file and a BIN file with the weights next to it."""
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import openvino
 import torch
 from torch import nn
 
 from resnext_hub.errors import RunError, one_line
+from resnext_hub.export.int8 import Check, Quantized
 from resnext_hub.export.runtime import Run
 from resnext_hub.files import new_files
-from resnext_hub.kernels.openvino import OpenVinoModel, calibrate, convert
+from resnext_hub.kernels.fold import fold_batch_norms
+from resnext_hub.kernels.openvino import OpenVinoModel, calibrate_within, convert, runner
 from resnext_hub.models.lookup import LoadedModel
 
 FACTS = "resnext_hub"
@@ -27,6 +31,8 @@ class OpenVinoFormat:
 
     def build(self, model: nn.Module, example: torch.Tensor, facts: dict[str, str], text: str) -> openvino.Model:
         """Return the content of a file with a dynamic batch size, with facts as its metadata."""
+        model = copy.deepcopy(model)
+        fold_batch_norms(model)  # OpenVINO folds them as well, but then the layer has no name
         try:
             content = convert(model, example, dynamic=True)
         except RuntimeError as error:  # OpenVINO raises no more specific type
@@ -37,9 +43,12 @@ class OpenVinoFormat:
             content.set_rt_info(value, [FACTS, name])
         return content
 
-    def quantize(self, content: openvino.Model, images: torch.Tensor) -> openvino.Model:
-        """Return the content quantized to int8, calibrated on images `(M, C, H, W)`."""
-        return calibrate(content, [part.numpy() for part in torch.split(images, 1)])
+    def quantize(self, content: openvino.Model, images: torch.Tensor, check: Check) -> Quantized:
+        """Return the content quantized to int8, calibrated on images `(M, C, H, W)`, and good enough for a check."""
+        inputs = [part.numpy() for part in torch.split(images, 1)]
+        names = {operation.get_friendly_name(): _layer(operation) for operation in content.get_ops()}
+        repaired = calibrate_within(content, inputs, lambda compiled, indices: check(runner(compiled), indices))
+        return Quantized.of(repaired, names)
 
     def open(self, content: openvino.Model) -> Run:
         """Return a function that runs the content in OpenVINO."""
@@ -53,3 +62,13 @@ class OpenVinoFormat:
 
 
 FORMAT = OpenVinoFormat()
+
+
+def _layer(operation: Any) -> str:
+    """Return the name of the layer that an operation belongs to, and its type if it is not the layer itself."""
+    name = operation.get_friendly_name().removeprefix("__module.").partition("/")[0]
+    return (
+        name
+        if operation.get_type_name() in ("Convolution", "GroupConvolution", "MatMul")
+        else (f"{name} ({operation.get_type_name()})")
+    )

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from resnext_hub.errors import RequestError, RunError, setting
-from resnext_hub.export.int8 import Accuracy, Int8, quantize
+from resnext_hub.export.int8 import Accuracy, Check, Int8, Quantized, quantize
 from resnext_hub.kernels.widths import LayerChoice, merge_layers
 from resnext_hub.machine import disable_telemetry, resolve_precision
 from resnext_hub.models.lookup import LoadedModel
@@ -59,8 +59,8 @@ class Format(Protocol):
     def build(self, model: nn.Module, example: torch.Tensor, facts: dict[str, str], text: str) -> Any:
         """Return the content of a file with a dynamic batch size, with facts as its metadata."""
 
-    def quantize(self, content: Any, images: torch.Tensor) -> Any:
-        """Return the content quantized to int8, calibrated on images `(M, C, H, W)`."""
+    def quantize(self, content: Any, images: torch.Tensor, check: Check) -> Quantized:
+        """Return the content quantized to int8, calibrated on images `(M, C, H, W)`, and good enough for a check."""
 
     def open(self, content: Any) -> Run:
         """Return a function that runs the content."""
