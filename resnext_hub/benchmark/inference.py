@@ -22,7 +22,8 @@ from resnext_hub.benchmark.comparison import (
 )
 from resnext_hub.data.transforms import IMAGE_SIZE
 from resnext_hub.errors import RequestError, setting
-from resnext_hub.inference.optimize import compile_frozen, optimize
+from resnext_hub.inference.engines import compile_frozen
+from resnext_hub.inference.optimize import optimize
 from resnext_hub.machine import device_type, resolve_precision
 from resnext_hub.settings import Range, check_fields
 
