@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from multiprocessing.connection import Connection
 from typing import Any
@@ -18,6 +19,7 @@ import timm
 import torch
 
 from resnext_hub.errors import RequestError, RunError, one_line
+from resnext_hub.kernels.timing import Latency, latency_of
 from resnext_hub.machine import cores, processor_name, versions
 from resnext_hub.models.complexity import complexity_of
 from resnext_hub.models.resnext import VARIANTS
@@ -54,6 +56,8 @@ class Entry:
     """Evidence that it does the same work: its error, or its accuracy in exact counts."""
     ours: bool = False
     """Whether it is from this package; the others are baselines."""
+    one_image: Callable[[], list[float]] | None = None
+    """Runs one round of single images and returns the seconds of each; None if that is not measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +69,18 @@ class Result:
     quality: str
     images_per_second: tuple[float, ...]
     """Throughput of each round."""
+    latencies: tuple[tuple[float, ...], ...] = ()
+    """Seconds of each single image in each round; empty if that is not measured."""
+
+    @property
+    def latency(self) -> Latency:
+        """Percentiles of the time of a single image, over all rounds."""
+        return latency_of([seconds for round_ in self.latencies for seconds in round_])
+
+    def latency_ratio(self, baseline: "Result") -> float:
+        """Return the time of a single image, relative to another entry: the median over rounds of that of medians."""
+        pairs = zip(self.latencies, baseline.latencies, strict=True)
+        return statistics.median(statistics.median(own) / statistics.median(other) for own, other in pairs)
 
     @property
     def median(self) -> float:
@@ -90,11 +106,14 @@ class Comparison:
     def table(self) -> str:
         """Return a Markdown table: throughput, the speedup of each of our entries over each row, and the error."""
         ours = [row for row in self.rows if row.ours]
-        head = ["", "images/s", *(f"speedup of {row.name}" for row in ours), "quality"]
-        lines = [head, ["---", *["---:"] * (1 + len(ours)), "---"]]
+        single = any(row.latencies for row in self.rows)
+        latency = ["p50 ms", "p99 ms"] if single else []
+        head = ["", "images/s", *(f"speedup of {row.name}" for row in ours), *latency, "quality"]
+        lines = [head, ["---", *["---:"] * (len(head) - 2), "---"]]
         for row in self.rows:
             speedups = ["" if row is own else f"{own.speedup(row):.2f}" for own in ours]
-            lines.append([row.name, f"{row.median:.1f}", *speedups, row.quality])
+            times = [f"{row.latency.p50:.2f}", f"{row.latency.p99:.2f}"] if single else []
+            lines.append([row.name, f"{row.median:.1f}", *speedups, *times, row.quality])
         text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
         settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
         packages = ", ".join(f"{name} {version}" for name, version in self.machine["versions"].items())
@@ -103,6 +122,7 @@ class Comparison:
             f"{self.machine['processor']}, {self.machine['threads']} threads; {packages}.",
             f"Settings: {settings}. Medians of {rounds} interleaved rounds; a speedup is the median over rounds of the "
             "ratio of throughputs.",
+            *(["p50 and p99 are percentiles of the time of a single image, over all rounds."] if single else []),
             *self.notes,
         ]
         spread = max((max(row.images_per_second) / min(row.images_per_second) for row in self.rows), default=1.0)
@@ -115,7 +135,7 @@ class Comparison:
 
     def to_json(self) -> str:
         """Return everything, with every round, as JSON."""
-        rows = [
+        rows: list[dict[str, Any]] = [
             {
                 "name": row.name,
                 "ours": row.ours,
@@ -126,6 +146,13 @@ class Comparison:
             }
             for row in self.rows
         ]
+        for content, row in zip(rows, self.rows, strict=True):
+            if row.latencies:
+                content["one_image_ms"] = dataclasses.asdict(row.latency)
+                content["one_image_seconds"] = row.latencies
+                content["one_image_time_over"] = {
+                    other.name: row.latency_ratio(other) for other in self.rows if other is not row
+                }
         content = {
             "kind": self.kind,
             "settings": self.settings,
@@ -155,14 +182,25 @@ def compare(
         notes: Sentences for below the table.
     """
     rates: dict[str, list[float]] = {entry.name: [] for entry in entries}
+    latencies: dict[str, list[tuple[float, ...]]] = {entry.name: [] for entry in entries}
     for number in range(rounds + 1):
         for entry in entries:
             rate = entry.run()
             if number:
                 rates[entry.name].append(rate)
                 _logger.info("round %d/%d: %s, %.1f images/s", number, rounds, entry.name, rate)
+            seconds = entry.one_image() if entry.one_image else []
+            if number and seconds:
+                latencies[entry.name].append(tuple(seconds))
     rows = tuple(
-        Result(name=e.name, ours=e.ours, quality=e.quality, images_per_second=tuple(rates[e.name])) for e in entries
+        Result(
+            name=entry.name,
+            ours=entry.ours,
+            quality=entry.quality,
+            images_per_second=tuple(rates[entry.name]),
+            latencies=tuple(latencies[entry.name]),
+        )
+        for entry in entries
     )
     return Comparison(kind=kind, settings=dict(settings), machine=machine_facts(device), rows=rows, notes=tuple(notes))
 
@@ -202,8 +240,9 @@ def in_own_process(title: str, build: Callable[..., Entry], *arguments: object) 
         return answer
 
     try:
-        name, quality, ours = answer_to()
-        yield Entry(name=name, run=lambda: answer_to("a round"), quality=quality, ours=ours)
+        name, quality, ours, has_latency = answer_to()
+        one_image = partial(answer_to, "one image") if has_latency else None
+        yield Entry(name=name, run=partial(answer_to, "a round"), quality=quality, ours=ours, one_image=one_image)
     finally:
         here.close()  # ends the process unless it is busy
         process.join(timeout=2)
@@ -216,11 +255,12 @@ def _serve(pipe: Connection, threads: int, build: Callable[..., Entry], argument
     torch.set_num_threads(threads)
     try:
         entry = build(*arguments)
-        pipe.send((entry.name, entry.quality, entry.ours))
+        pipe.send((entry.name, entry.quality, entry.ours, entry.one_image is not None))
         with contextlib.suppress(EOFError):
             while True:
-                pipe.recv()
-                pipe.send(entry.run())
+                measure = entry.one_image if pipe.recv() == "one image" else entry.run
+                assert measure is not None  # it is only asked for if there is one
+                pipe.send(measure())
     except RequestError as error:
         pipe.send(error)
     except (RuntimeError, ValueError, ImportError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Throughput of a model's forward pass against baselines: every entry maps float32 images to float32 logits."""
+"""Throughput and latency of a model against baselines: every entry maps float32 images to float32 logits."""
 
 import contextlib
 import logging
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import timm
 import torch
@@ -22,7 +22,9 @@ from resnext_hub.benchmark.comparison import (
 )
 from resnext_hub.data.transforms import IMAGE_SIZE
 from resnext_hub.errors import RequestError, setting
-from resnext_hub.inference.optimize import compile_frozen, optimize
+from resnext_hub.inference.engines import Objective, compile_frozen
+from resnext_hub.inference.optimize import optimize
+from resnext_hub.kernels.timing import call_seconds
 from resnext_hub.machine import device_type, resolve_precision
 from resnext_hub.settings import Range, check_fields
 
@@ -89,7 +91,7 @@ def build_entry(settings: Settings, title: str) -> Entry:
     device = torch.device(device_type())
     torch.backends.cudnn.benchmark = True
     candidate = _candidates(settings, device.type)[title]
-    model = seeded_model(settings.model).to(device)
+    model, same_model = (seeded_model(settings.model).to(device) for _ in range(2))
     shape = (settings.batch_size, 3, settings.image_size, settings.image_size)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device)
     with torch.no_grad():
@@ -100,13 +102,17 @@ def build_entry(settings: Settings, title: str) -> Entry:
                 f"{settings.model} does not accept {setting('image_size', settings.image_size)}; use a larger size"
             ) from error
     reference = None if candidate.other_model else expected
-    return _entry(title, candidate.build(model, images), images, reference, candidate.ours)
+    one_image = candidate.latency_build or candidate.build
+    forwards = candidate.build(model, images), one_image(same_model, images[:1])
+    return _entry(title, *forwards, images, reference, candidate.ours)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Candidate:
     build: Callable[[nn.Module, torch.Tensor], Forward]
     """Returns the forward pass to measure, for a float32 model in evaluation mode and example images."""
+    latency_build: Callable[[nn.Module, torch.Tensor], Forward] | None = None
+    """The same for a single image; `build` if not given."""
     ours: bool = False
     other_model: bool = False
     """Whether it ignores the model and runs another one."""
@@ -140,14 +146,15 @@ def _candidates(settings: Settings, device: str) -> dict[str, _Candidate]:
     if openvino:
         candidates[f"OpenVINO, {name}"] = _Candidate(build=partial(_openvino, dtype=low, int8=False))
         candidates["OpenVINO, int8 (NNCF)"] = _Candidate(build=partial(_openvino, dtype=low, int8=True))
-    candidates[f"resnext_hub.optimize, {name}"] = _Candidate(build=partial(_optimized, dtype=low), ours=True)
+
+    def ours(**settings: Any) -> _Candidate:
+        build = partial(_optimized, dtype=low, **settings)
+        return _Candidate(build=build, latency_build=partial(build, objective="latency"), ours=True)
+
+    candidates[f"resnext_hub.optimize, {name}"] = ours()
     if openvino:
-        candidates[f"resnext_hub.optimize, OpenVINO, {name}"] = _Candidate(
-            build=partial(_optimized, dtype=low, engine="openvino"), ours=True
-        )
-        candidates["resnext_hub.optimize, OpenVINO, int8"] = _Candidate(
-            build=partial(_optimized, dtype=low, engine="openvino", int8=True), ours=True
-        )
+        candidates[f"resnext_hub.optimize, OpenVINO, {name}"] = ours(engine="openvino")
+        candidates["resnext_hub.optimize, OpenVINO, int8"] = ours(engine="openvino", int8=True)
     return candidates
 
 
@@ -167,7 +174,14 @@ def seeded_model(name: str) -> nn.Module:
     return model
 
 
-def _entry(title: str, forward: Forward, images: torch.Tensor, expected: torch.Tensor | None, ours: bool) -> Entry:
+def _entry(
+    title: str,
+    forward: Forward,
+    forward_one: Forward,
+    images: torch.Tensor,
+    expected: torch.Tensor | None,
+    ours: bool,
+) -> Entry:
     device = images.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -188,7 +202,12 @@ def _entry(title: str, forward: Forward, images: torch.Tensor, expected: torch.T
         work(1)  # warmup: the entry before used the caches and threads
         return images_per_second(work, PASSES * len(images), device)
 
-    return Entry(name=title, run=run, quality=", ".join(facts), ours=ours)
+    def one_image() -> list[float]:
+        image = images[:1].clone()
+        with torch.no_grad():
+            return call_seconds(lambda: forward_one(image), device)
+
+    return Entry(name=title, run=run, quality=", ".join(facts), ours=ours, one_image=one_image)
 
 
 def _cast(model: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> Forward:
@@ -238,5 +257,7 @@ def _optimized(
     dtype: torch.dtype,
     engine: Literal["torch", "openvino"] = "torch",
     int8: bool = False,
+    objective: Objective = "throughput",
 ) -> Forward:
-    return optimize(model, images, dtype=dtype, engine=engine, calibration=images if int8 else None)
+    calibration = images if int8 else None
+    return optimize(model, images, dtype=dtype, engine=engine, calibration=calibration, objective=objective)

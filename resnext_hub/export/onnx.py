@@ -14,10 +14,11 @@ from onnxruntime.capi import onnxruntime_pybind11_state as runtime
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from resnext_hub.errors import RequestError, RunError, one_line, setting
+from resnext_hub.export.int8 import Check, Quantized
 from resnext_hub.export.parts import Part
 from resnext_hub.export.runtime import Run
 from resnext_hub.files import write_atomic
-from resnext_hub.kernels.openvino import calibrate
+from resnext_hub.kernels.openvino import calibrate_within
 from resnext_hub.models.lookup import LoadedModel
 
 MOST_BYTES = 2**31 - 2**20
@@ -86,12 +87,13 @@ class OnnxFormat:
         content.doc_string = text
         onnx.helper.set_model_props(content, facts)
 
-    def quantize(self, content: onnx.ModelProto, images: torch.Tensor) -> onnx.ModelProto:
-        """Return the content quantized to int8, calibrated on images `(M, C, H, W)`."""
-        name = content.graph.input[0].name
-        quantized: onnx.ModelProto = calibrate(content, [{name: part.numpy()} for part in torch.split(images, 1)])
-        _remove_origin(quantized)
-        return quantized
+    def quantize(self, content: onnx.ModelProto, images: torch.Tensor, check: Check) -> Quantized:
+        """Return the content of a network quantized to int8, calibrated on images, and good enough for a check."""
+        given = content.graph.input[0].name
+        inputs = [{given: part.numpy()} for part in torch.split(images, 1)]
+        repaired = calibrate_within(content, inputs, lambda model, indices: check(self.open(model), indices))
+        _remove_origin(repaired.model)
+        return Quantized.of(repaired, {node.name: _layer(node) for node in content.graph.node})
 
     def open(self, content: onnx.ModelProto) -> Run:
         """Return a function that runs the content in ONNX Runtime, and returns its first output."""
@@ -129,6 +131,16 @@ class OnnxFormat:
 
 
 FORMAT = OnnxFormat()
+
+
+def _layer(node: onnx.NodeProto) -> str:
+    """Return the name of the layer whose weight a node has, or its own."""
+    weight = node.input[1] if len(node.input) > 1 else ""
+    return (
+        weight.removeprefix("model.").removesuffix(".weight")
+        if weight.endswith(".weight")
+        else f"{node.name} ({node.op_type})"
+    )
 
 
 def _remove_origin(message: Any) -> None:

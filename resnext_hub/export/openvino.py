@@ -1,18 +1,22 @@
 """Export to OpenVINO's format: an XML file and a BIN file with the weights next to it."""
 
 import contextlib
+import copy
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import openvino
 import torch
 
 from resnext_hub.errors import RunError, one_line
+from resnext_hub.export.int8 import Check, Quantized
 from resnext_hub.export.parts import Part
 from resnext_hub.export.runtime import Run
 from resnext_hub.files import new_files
-from resnext_hub.kernels.openvino import OpenVinoModel, calibrate, convert
+from resnext_hub.kernels.fold import fold_batch_norms
+from resnext_hub.kernels.openvino import OpenVinoModel, calibrate_within, convert, runner
 from resnext_hub.machine import quiet_compilers
 from resnext_hub.models.lookup import LoadedModel
 
@@ -32,9 +36,8 @@ class OpenVinoFormat:
     def build(self, part: Part) -> openvino.Model:
         """Return a part as the content of a file."""
         try:
-            # tracing keeps the names of the layers, but not what depends on the size of an image
-            traced = not part.dynamic and len(part.inputs) == 1
-            content = convert(part.module, part.example[0], dynamic=True) if traced else _converted(part)
+            # what depends on the size of an image cannot be traced
+            content = _converted(part) if part.dynamic or len(part.inputs) > 1 else _traced(part)
         except RuntimeError as error:  # OpenVINO raises no more specific type
             raise RunError(f"OpenVINO cannot convert the model: {one_line(error)}") from error
         for name, port in zip((*part.inputs, *part.outputs), (*content.inputs, *content.outputs), strict=True):
@@ -62,9 +65,12 @@ class OpenVinoFormat:
         for name, value in (facts | {"description": text}).items():
             content.set_rt_info(value, [FACTS, name])
 
-    def quantize(self, content: openvino.Model, images: torch.Tensor) -> openvino.Model:
-        """Return the content quantized to int8, calibrated on images `(M, C, H, W)`."""
-        return calibrate(content, [part.numpy() for part in torch.split(images, 1)])
+    def quantize(self, content: openvino.Model, images: torch.Tensor, check: Check) -> Quantized:
+        """Return the content quantized to int8, calibrated on images `(M, C, H, W)`, and good enough for a check."""
+        inputs = [part.numpy() for part in torch.split(images, 1)]
+        names = {operation.get_friendly_name(): _layer(operation) for operation in content.get_ops()}
+        repaired = calibrate_within(content, inputs, lambda compiled, indices: check(runner(compiled), indices))
+        return Quantized.of(repaired, names)
 
     def open(self, content: openvino.Model) -> Run:
         """Return a function that runs the content in OpenVINO."""
@@ -92,3 +98,17 @@ def _converted(part: Part) -> openvino.Model:
         port.get_node().set_partial_shape(openvino.PartialShape(sides))
     content.validate_nodes_and_infer_types()
     return content
+
+
+def _traced(part: Part) -> openvino.Model:
+    """Convert a network by tracing, which keeps the names of the layers."""
+    module = copy.deepcopy(part.module)
+    fold_batch_norms(module)  # OpenVINO folds them as well, but then the layer has no name
+    return convert(module, part.example[0], dynamic=True)
+
+
+def _layer(operation: Any) -> str:
+    """Return the name of the layer that an operation belongs to, and its type if it is not the layer itself."""
+    name = operation.get_friendly_name().removeprefix("__module.").removeprefix("model.").partition("/")[0]
+    own = operation.get_type_name() in ("Convolution", "GroupConvolution", "MatMul")
+    return name if own else f"{name} ({operation.get_type_name()})"

@@ -21,7 +21,7 @@ from timm.data import create_transform
 from torch import nn
 
 from resnext_hub.errors import RequestError, RunError, setting
-from resnext_hub.export.int8 import Accuracy, Int8, quantize
+from resnext_hub.export.int8 import Accuracy, Check, Int8, Quantized, quantize
 from resnext_hub.export.parts import Answers, Part, all_parts, raw_network
 from resnext_hub.kernels.widths import LayerChoice, merge_layers
 from resnext_hub.machine import disable_telemetry, resolve_precision
@@ -76,8 +76,8 @@ class Format(Protocol):
     def describe(self, content: Any, facts: dict[str, str], text: str) -> None:
         """Set the metadata of a content."""
 
-    def quantize(self, content: Any, images: torch.Tensor) -> Any:
-        """Return the content of a network quantized to int8, calibrated on images `(M, C, H, W)`."""
+    def quantize(self, content: Any, images: torch.Tensor, check: Check) -> Quantized:
+        """Return the content of a network quantized to int8, calibrated on images, and good enough for a check."""
 
     def open(self, content: Any) -> Run:
         """Return a function that runs the content, and returns its first output."""

@@ -11,6 +11,7 @@ from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
 from resnext_hub.errors import RunError, one_line
+from resnext_hub.export.int8 import Check, Quantized
 from resnext_hub.export.parts import Part
 from resnext_hub.export.runtime import Run
 from resnext_hub.files import write_atomic
@@ -82,7 +83,7 @@ class TorchFormat:
         """Set the metadata of a content."""
         content.metadata = facts | {"description": text}
 
-    def quantize(self, content: Program, images: torch.Tensor) -> Program:
+    def quantize(self, content: Program, images: torch.Tensor, check: Check) -> Quantized:
         """Raise NotImplementedError."""
         raise NotImplementedError
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from resnext_hub.errors import RequestError
+from resnext_hub.errors import RequestError, setting
 from resnext_hub.kernels.widths import Merge
 from resnext_hub.settings import shown
 
@@ -20,6 +20,7 @@ def check_request(
     merge: Merge,
     at_once: int | Literal["measure"],
     calibration: torch.Tensor | None,
+    objective: str,
 ) -> None:
     """Check the arguments of `optimize` before any work.
 
@@ -48,6 +49,10 @@ def check_request(
             f"calibration of shape {tuple(calibration.shape)}: expected at least {len(example)} images of the "
             f"example's shape, {tuple(example.shape[1:])}"
         )
+    if objective not in ("throughput", "latency"):
+        raise RequestError(f"{setting('objective', shown(repr(objective)))}: expected 'throughput' or 'latency'")
+    if objective == "latency" and at_once not in ("measure", 1):
+        raise RequestError(f"at_once={shown(repr(at_once))} needs objective='throughput'; with 'latency' it is 1")
     if at_once != "measure" and not (_is_count(at_once) and at_once <= len(example)):
         raise RequestError(
             f"at_once={shown(repr(at_once))}: expected an int from 1 to {len(example)} (the number of example "

@@ -193,6 +193,7 @@ class Classifier(LoadedModel):
         dtype: torch.dtype | None = None,
         merge: "Merge" = "measure",
         compile: bool = True,
+        objective: Literal["throughput", "latency"] = "throughput",
     ) -> "Classifier":
         """Return this classifier with a faster model; see `resnext_hub.optimize`.
 
@@ -202,6 +203,7 @@ class Classifier(LoadedModel):
             dtype: bfloat16 or float32; None chooses bfloat16 if it is fast on the device.
             merge: How to merge groups; see `resnext_hub.optimize`.
             compile: With torch, compile the model.
+            objective: `throughput` makes batches of as many images fast, `latency` single images.
 
         Returns:
             A new classifier; its `model.report` has the speedup and the error.
@@ -214,7 +216,15 @@ class Classifier(LoadedModel):
 
         device = torch.device("cpu") if engine == "openvino" else self.device
         example = prepare(self, _listed(images)).to(device)
-        fast = optimize(self.model.to(device), example, engine=engine, dtype=dtype, merge=merge, compile=compile)
+        fast = optimize(
+            self.model.to(device),
+            example,
+            engine=engine,
+            dtype=dtype,
+            merge=merge,
+            compile=compile,
+            objective=objective,
+        )
         return replace(self, model=fast)
 
     def export(

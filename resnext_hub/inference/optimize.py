@@ -10,10 +10,7 @@ import copy
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from importlib.util import find_spec
-from math import ceil
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,9 +18,10 @@ from torch import nn
 from resnext_hub import machine
 from resnext_hub.errors import RequestError, one_line
 from resnext_hub.inference.checks import check_request
+from resnext_hub.inference.engines import Objective, Request, build_fastest, in_parts
 from resnext_hub.kernels.fold import fold_batch_norms
-from resnext_hub.kernels.timing import ForwardTiming, median_seconds
-from resnext_hub.kernels.widths import MARGIN, LayerChoice, Merge, merge_layers
+from resnext_hub.kernels.timing import Latency, latencies, median_seconds
+from resnext_hub.kernels.widths import LayerChoice, Merge
 from resnext_hub.models.weights import require_finite
 
 _logger = logging.getLogger(__name__)
@@ -50,10 +48,18 @@ class OptimizationReport:
     """Batch size of the forward passes."""
     milliseconds_at_once: dict[int, float]
     """Median time of the optimized model on the example by batch size; empty if only one was tried."""
+    threads: int
+    """Threads of a forward pass on a CPU."""
+    milliseconds_by_threads: dict[int, float]
+    """Median time of an image by number of threads; empty if only one was tried."""
+    latency: tuple[Latency, Latency] | None
+    """Time of an image with the original model, eager in float32, and with the optimized one; None if throughput was
+    optimized."""
     speedup: float
-    """Time of the original model on the example, eager in float32, divided by that of the optimized model."""
+    """Time of the original model on the example, eager in float32, divided by that of the optimized model; if
+    latency was optimized, on its first image."""
     milliseconds: float
-    """Median time of the optimized model on the example."""
+    """Median time of the optimized model, on the same images."""
     weight_bytes: tuple[int, int]
     """Bytes of the weights of the original and of the optimized model: larger if block-diagonal, smaller in a narrower
     type."""
@@ -69,15 +75,19 @@ class OptimizationReport:
 
     def __str__(self) -> str:
         """Return a summary, with a line for each kind of layer."""
-        before, after = self.weight_bytes
+        bytes_before, bytes_after = self.weight_bytes
         lines = [
             f"{self.engine}, {self.dtype}, batch size {self.at_once}: {self.milliseconds:.1f} ms, speedup "
             f"{self.speedup:.2f}x over the original model (eager, float32)",
             f"relative error of the logits {self.relative_error:.1e}, largest difference {self.max_error:.1e}, "
             f"relative error on a second batch {self.second_error:.1e}; same class for "
             f"{self.same_predictions:.1%} of the images",
-            f"{self.folded_batch_norms} batch norms folded; weights {after / 1e6:.1f} MB (were {before / 1e6:.1f} MB)",
+            f"{self.folded_batch_norms} batch norms folded; weights {bytes_after / 1e6:.1f} MB (were "
+            f"{bytes_before / 1e6:.1f} MB)",
         ]
+        if self.latency is not None:
+            before, after = self.latency
+            lines.append(f"one image: {after} with {self.threads} threads, {before} before")
         kinds: dict[str, list[str]] = {}
         for layer in self.layers:
             times = ", ".join(f"{width}: {time:.2f} ms" for width, time in layer.milliseconds.items())
@@ -136,7 +146,8 @@ class OptimizedModel(nn.Module):
             )
         # inference mode would compile the model again, and without frozen weights
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            return self._logits(images.clone() if images.is_inference() else images.detach())
+            images = images.clone() if images.is_inference() else images.detach()
+            return in_parts(self._compute, self._at_once, images)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Raise TypeError, because the compiled code belongs to this process.
@@ -149,14 +160,6 @@ class OptimizedModel(nn.Module):
             "original model and call optimize again"
         )
 
-    def _logits(self, images: torch.Tensor) -> torch.Tensor:
-        parts = []
-        for part in torch.split(images, self._at_once):
-            missing = self._at_once - len(part)
-            padded = nn.functional.pad(part, (0,) * 7 + (missing,)) if missing else part
-            parts.append(self._compute(padded)[: len(part)].float())
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
-
 
 def optimize(
     model: nn.Module,
@@ -167,6 +170,7 @@ def optimize(
     merge: Merge = "measure",
     at_once: int | Literal["measure"] = "measure",
     compile: bool = True,
+    objective: Objective = "throughput",
     calibration: torch.Tensor | None = None,
     keep_memory: bool = True,
 ) -> OptimizedModel:
@@ -182,12 +186,13 @@ def optimize(
             layers; a mapping has the factors of layers by name.
         at_once: Batch size of the forward passes, at most N. `measure` tries N and, on a CPU, a half, a quarter and an
             eighth of it, because activations of smaller batches fit the CPU's caches.
-        compile: With torch, compile the model with frozen weights; without a C++ compiler it stays eager, with a
-            warning.
+        compile: With torch, compile with frozen weights; without a C++ compiler, stay eager, with a warning.
+        objective: `throughput` makes batches fast. `latency` makes single images fast: widths and the number of threads
+            (1 or all) are measured at a batch size of 1, and the report has percentiles of the time of an image.
         calibration: With OpenVINO, normalized images `(M, C, H, W)` float32, M at least N: convolutions are computed
             in int8, with the ranges of activations on these images. The error is larger, so check the accuracy.
-        keep_memory: On a CPU with glibc, keep freed memory in this process from now on, instead of returning it to the
-            operating system: getting it back, zeroed, for each batch can take a fifth of the time.
+        keep_memory: With glibc, keep freed memory in this process from now on: getting it back, zeroed, from the
+            operating system for each batch can take a fifth of the time.
 
     Returns:
         The optimized model, with its `report`.
@@ -197,7 +202,7 @@ def optimize(
             copied, it does not accept the example or returns no logits, or a value is not finite.
         ModuleNotFoundError: If the engine is not installed.
     """
-    check_request(model, example, engine, dtype, merge, at_once, calibration)
+    check_request(model, example, engine, dtype, merge, at_once, calibration, objective)
     dtype = dtype or _fast_dtype(example.device)
     if keep_memory:
         machine.keep_memory(example.device.type)
@@ -207,29 +212,26 @@ def optimize(
     with torch.no_grad(), torch.autocast(example.device.type, enabled=False):
         expected = _logits_of(reference, example)
         folded = fold_batch_norms(fast)
-        if engine == "openvino":
-            layers, build = _prepare_openvino(fast, example, dtype, merge, calibration)
-        else:
-            layers, build = _prepare_torch(fast, example, dtype, merge, compile)
-        built, at_once_seconds = (build(at_once), {}) if at_once != "measure" else _build_fastest(build, example)
+        built = build_fastest(fast, example, Request(engine, dtype, merge, at_once, compile, calibration, objective))
         optimized = OptimizedModel(built.compute, built.at_once, tuple(example.shape[1:]), example.device)
-        runs = {"reference": lambda: reference(example), "fast": lambda: optimized(example)}
-        times = median_seconds(runs, example.device, rounds=3, warm=True)
+        milliseconds, one_image = _times(reference, optimized, example, objective)
         found = optimized(example)
-        second = _second_batch(example)
-        second_error = _relative(optimized(second), reference(second).float())
+        second_error = _second_error(reference, optimized, example)
     computed_in = "int8" if calibration is not None else str(dtype).removeprefix("torch.")
     optimized.report = OptimizationReport(
-        layers=layers,
+        layers=built.layers,
         folded_batch_norms=folded,
         engine=built.engine,
         dtype=computed_in,
         compiled=built.engine != "torch eager",
         at_once=built.at_once,
-        milliseconds_at_once={size: round(1000 * value, 4) for size, value in at_once_seconds.items()},
-        speedup=times["reference"] / times["fast"],
-        milliseconds=1000 * times["fast"],
-        weight_bytes=(_weight_bytes(model), _weight_bytes(fast, 1 if calibration is not None else dtype.itemsize)),
+        milliseconds_at_once=built.milliseconds_at_once,
+        threads=built.threads,
+        milliseconds_by_threads=built.milliseconds_by_threads,
+        latency=one_image,
+        speedup=milliseconds[0] / milliseconds[1],
+        milliseconds=milliseconds[1],
+        weight_bytes=(_weight_bytes(model), _weight_bytes(built.model, 1 if computed_in == "int8" else dtype.itemsize)),
         max_error=float((found - expected).abs().max()),
         relative_error=_relative(found, expected),
         second_error=second_error,
@@ -241,6 +243,20 @@ def optimize(
 
 def _fast_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if machine.resolve_precision("auto", device.type) == "bf16" else torch.float32
+
+
+def _times(
+    reference: nn.Module, optimized: OptimizedModel, example: torch.Tensor, objective: Objective
+) -> tuple[tuple[float, float], tuple[Latency, Latency] | None]:
+    """Return the median milliseconds of both models on the example, or on its first image if latency is optimized."""
+    images = example if objective == "throughput" else example[:1]
+    runs = {"reference": lambda: reference(images), "fast": lambda: optimized(images)}
+    if objective == "latency":
+        found = latencies(runs, example.device)
+        before, after = found["reference"], found["fast"]
+        return (before.p50, after.p50), (before, after)
+    seconds = median_seconds(runs, example.device, rounds=3, warm=True)
+    return (1000 * seconds["reference"], 1000 * seconds["fast"]), None
 
 
 def _warn_if_different(report: OptimizationReport) -> None:
@@ -290,101 +306,16 @@ def _logits_of(model: nn.Module, example: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _second_batch(example: torch.Tensor) -> torch.Tensor:
-    """Return the example's images mirrored and negated, and one more of noise."""
+def _second_error(reference: nn.Module, optimized: nn.Module, example: torch.Tensor) -> float:
+    """Return the relative error on the example's images mirrored and negated, and one more of noise."""
     noise = torch.randn(1, *example.shape[1:], generator=torch.Generator().manual_seed(0)).to(example.device)
-    return torch.cat([-example.flip(0, 3), noise])
+    second = torch.cat([-example.flip(0, 3), noise])
+    return _relative(optimized(second), reference(second).float())
 
 
 def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float32).tiny))
 
 
-class _Built(NamedTuple):
-    compute: Callable[[torch.Tensor], torch.Tensor]
-    """Maps `at_once` images to logits."""
-    at_once: int
-    engine: str
-
-
-_Build = Callable[[int], _Built]
-"""Builds a model for a batch size."""
-
-
-def _build_fastest(build: _Build, example: torch.Tensor) -> tuple[_Built, dict[int, float]]:
-    """Build for the batch size that is fastest on the example; return the seconds by batch size as well."""
-    count = len(example)
-    parts = (1, 2, 4, 8) if example.device.type == "cpu" else (1,)
-    sizes = dict.fromkeys(ceil(count / part) for part in parts)
-    built = {
-        size: build(size) for size in sizes if size > 1 or size == count
-    }  # a batch size of 1 is hardly ever fastest
-    if len(built) == 1:
-        return built[count], {}
-    runs = {
-        str(size): partial(OptimizedModel(found.compute, size, tuple(example.shape[1:]), example.device), example)
-        for size, found in built.items()
-    }
-    seconds = {int(size): value for size, value in median_seconds(runs, example.device, rounds=5).items()}
-    best = min(seconds, key=seconds.__getitem__)
-    return built[best if seconds[best] < MARGIN * seconds[count] else count], seconds
-
-
-def _prepare_torch(
-    fast: nn.Module, example: torch.Tensor, dtype: torch.dtype, merge: Merge, compile: bool
-) -> tuple[tuple[LayerChoice, ...], _Build]:
-    def cast(images: torch.Tensor) -> torch.Tensor:
-        return images.to(dtype, memory_format=torch.channels_last)
-
-    def build(at_once: int) -> _Built:
-        compute, compiled = compile_frozen(fast, cast(example[:at_once])) if compile else (fast, False)
-        engine = "torch.compile" if compiled else "torch eager"
-        return _Built(lambda images: compute(cast(images)), at_once, engine)
-
-    fast.to(dtype).to(memory_format=torch.channels_last)
-    return merge_layers(fast, cast(example), merge, ForwardTiming(packed=compile)), build
-
-
-def _prepare_openvino(
-    fast: nn.Module, example: torch.Tensor, dtype: torch.dtype, merge: Merge, calibration: torch.Tensor | None
-) -> tuple[tuple[LayerChoice, ...], _Build]:
-    if find_spec("openvino") is None or find_spec("nncf") is None:
-        raise ModuleNotFoundError('openvino is not installed; pip install "resnext-hub[openvino]"', name="openvino")
-    machine.disable_telemetry()
-    from resnext_hub.kernels.openvino import OpenVinoModel, OpenVinoTiming, convert
-
-    fast.float()
-    layers = merge_layers(fast, example, merge, OpenVinoTiming(fast, example, dtype, calibration))
-    converted = convert(fast, example, calibration)
-
-    def build(at_once: int) -> _Built:
-        part = converted.clone()
-        part.reshape([at_once, *example.shape[1:]])
-        return _Built(OpenVinoModel(part, dtype), at_once, "OpenVINO")
-
-    return layers, build
-
-
 def _weight_bytes(model: nn.Module, itemsize: int | None = None) -> int:
     return sum(tensor.numel() * (itemsize or tensor.element_size()) for tensor in model.state_dict().values())
-
-
-def compile_frozen(model: nn.Module, example: torch.Tensor) -> tuple[Callable[[torch.Tensor], torch.Tensor], bool]:
-    """Compile with frozen weights; the global setting for it is needed only in the first call, and then restored."""
-    from torch._dynamo.exc import BackendCompilerFailed
-    from torch._inductor import config
-
-    def run(images: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = model(images)
-        return found
-
-    # the compiler caches only a few results per code object, so models and batch sizes must not share one
-    run.__code__ = run.__code__.replace(co_name=f"run_{id(model)}_{len(example)}")
-    compiled = torch.compile(run, dynamic=False)
-    with config.patch(freezing=True), machine.quiet_compilers():
-        try:
-            compiled(example)
-        except (BackendCompilerFailed, RuntimeError) as error:
-            _logger.warning("torch.compile failed, so the model runs in eager mode: %s", str(error).splitlines()[0])
-            return model, False
-    return compiled, True

@@ -8,10 +8,12 @@ import contextlib
 import copy
 import functools
 import io
+import logging
 import random
 import statistics
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +27,10 @@ from resnext_hub.machine import disable_telemetry, quiet_compilers
 
 if TYPE_CHECKING:
     import openvino
+
+
+RANKING_INPUTS = 100
+"""Inputs by which operations are ranked: those with the largest errors in int8."""
 
 
 @functools.cache
@@ -68,6 +74,17 @@ class OpenVinoModel:
             if path in names:
                 found[path] = found.get(path, 0.0) + 1000 * entry.real_time.total_seconds()
         return found
+
+
+def runner(compiled: "openvino.CompiledModel") -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a function that runs a compiled model on images `(N, C, H, W)`, for any N that it accepts."""
+    request = compiled.create_infer_request()
+
+    def run(images: torch.Tensor) -> torch.Tensor:
+        found = request.infer({0: images.contiguous().numpy()}, share_inputs=True)
+        return torch.from_numpy(np.array(found[0]))  # the request reuses its output memory
+
+    return run
 
 
 class OpenVinoTiming:
@@ -146,6 +163,98 @@ def convert(
 
 def calibrate(model: Any, inputs: Sequence[Any]) -> Any:
     """Quantize an OpenVINO or ONNX model to int8, with activation ranges from the inputs."""
+    with _nncf() as nncf:
+        return nncf.quantize(model, nncf.Dataset(inputs), subset_size=len(inputs))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repaired:
+    """A quantized model, and the operations that went back to float32, by their names in the model."""
+
+    model: Any
+    steps: tuple[tuple[str, ...], ...]
+    """Operations returned to float32 in each step."""
+    restored: tuple[str, ...]
+    """Operations that are in float32 at the end; NNCF may take back a step that made it worse."""
+    operations: int
+    """Number of operations that full int8 quantizes."""
+    is_int8: bool
+    """Whether any operation is still quantized."""
+
+
+def calibrate_within(
+    model: Any, inputs: Sequence[Any], score: Callable[[Any, Sequence[int]], tuple[float, list[float]]]
+) -> Repaired:
+    """Quantize like `calibrate`; then return operations to float32, the worst first, until the score is 0.
+
+    Args:
+        model: An OpenVINO or ONNX model.
+        inputs: Inputs that determine the ranges of the activations.
+        score: Maps a compiled OpenVINO model or an ONNX model and indices of inputs to a score, at most 0, and a score
+            for each of these inputs. If it is called with a part of the inputs, it is to rank operations.
+    """
+
+    def validate(model: Any, indices: Iterable[int]) -> tuple[float, list[float]]:
+        total, scores = score(model, list(indices))
+        return 1 + total, scores  # NNCF divides by the score of the original model
+
+    with _nncf() as nncf, _Messages() as messages:
+        from nncf.quantization.advanced_parameters import AdvancedAccuracyRestorerParameters
+
+        repaired = nncf.quantize_with_accuracy_control(
+            model,
+            nncf.Dataset(inputs),
+            nncf.Dataset(range(len(inputs))),
+            validate,
+            max_drop=0.0,
+            subset_size=len(inputs),
+            advanced_accuracy_restorer_parameters=AdvancedAccuracyRestorerParameters(
+                ranking_subset_size=min(RANKING_INPUTS, len(inputs) - 1) or 1, num_ranking_workers=1
+            ),
+        )
+    steps = tuple(messages.listed("Reverted "))
+    final = messages.listed(" were reverted back ")
+    restored = final[-1] if final else tuple(name for step in steps for name in step)
+    operations = messages.number("Total number of quantized operations in the model: ")
+    # after returning the last operation, NNCF lists none
+    is_int8 = bool(final) or not steps
+    return Repaired(model=repaired, steps=steps, restored=restored, operations=operations, is_int8=is_int8)
+
+
+class _Messages(logging.Handler):
+    """Collects what NNCF logs, which is the only place where it names the operations that it returns to float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+    def listed(self, part: str) -> list[tuple[str, ...]]:
+        """Return the names that are listed in each message that contains a text."""
+        return [tuple(text.split("\n\t")[1:]) for text in self.texts if part in text.partition("\n")[0]]
+
+    def number(self, start: str) -> int:
+        """Return the number at the end of the message that starts with a text, or 0."""
+        return next((int(text.removeprefix(start)) for text in self.texts if text.startswith(start)), 0)
+
+    def __enter__(self) -> "_Messages":
+        logger = logging.getLogger("nncf")
+        self._before = (logger.handlers, logger.level)
+        logger.handlers = [self]
+        logger.setLevel(logging.INFO)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        logger = logging.getLogger("nncf")
+        logger.handlers = self._before[0]
+        logger.setLevel(self._before[1])
+
+
+@contextlib.contextmanager
+def _nncf() -> Iterator[Any]:
+    """Import NNCF; keep it quiet, and the random numbers as they were."""
     state = random.getstate()
     try:
         # NNCF seeds both generators, Python's on import
@@ -154,6 +263,6 @@ def calibrate(model: Any, inputs: Sequence[Any]) -> Any:
             import nncf
 
             _core()  # before NNCF creates its own
-            return nncf.quantize(model, nncf.Dataset(inputs), subset_size=len(inputs))
+            yield nncf
     finally:
         random.setstate(state)

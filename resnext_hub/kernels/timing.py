@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import ceil
 from typing import Protocol
 
 import torch
@@ -15,6 +16,10 @@ from resnext_hub.kernels.merged import MergedConv2d, merge_conv, merge_factors
 
 ROUNDS = 15
 """Interleaved measurements of each candidate, of which the median is taken."""
+
+
+WARMUP, CALLS = 3, 10
+"""Calls for single images in each round, untimed and timed."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,53 @@ def median_seconds(
             if round_:
                 seconds[name].append(time.perf_counter() - begin)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """Time of a single image, in milliseconds."""
+
+    p50: float
+    """Median."""
+    p99: float
+    """99th percentile."""
+
+    def __str__(self) -> str:
+        return f"p50 {self.p50:.2f} ms, p99 {self.p99:.2f} ms"
+
+
+def latency_of(seconds: Sequence[float]) -> Latency:
+    """Return the percentiles of times in seconds."""
+    ordered = sorted(seconds)
+    return Latency(p50=1000 * statistics.median(ordered), p99=1000 * ordered[ceil(0.99 * len(ordered)) - 1])
+
+
+def latencies(work: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = 10) -> dict[str, Latency]:
+    """Time functions that classify one image, in interleaved rounds of several calls each.
+
+    Args:
+        work: Functions to time, by name.
+        device: The device that they use.
+        rounds: Number of rounds.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(rounds):
+        for name, run in work.items():
+            seconds[name] += call_seconds(run, device)
+    return {name: latency_of(values) for name, values in seconds.items()}
+
+
+def call_seconds(run: Callable[[], object], device: torch.device) -> list[float]:
+    """Return the seconds of each of several calls, after a warmup: what ran before used the caches and threads."""
+    seconds = []
+    for call in range(WARMUP + CALLS):
+        _synchronize(device)
+        begin = time.perf_counter()
+        run()
+        _synchronize(device)
+        if call >= WARMUP:
+            seconds.append(time.perf_counter() - begin)
+    return seconds
 
 
 def _times_by_width(

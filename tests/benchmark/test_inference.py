@@ -34,6 +34,11 @@ def test_all_entries_compute_the_same_and_the_json_has_every_round(command: Comm
         assert f"| {name} | {row['median_images_per_second']:.1f} |" in out
         assert row["median_images_per_second"] == approx(median(row["images_per_second"]))
         assert len(row["images_per_second"]) == 2
+        times = [1000 * seconds for round_ in row["one_image_seconds"] for seconds in round_]
+        assert len(row["one_image_seconds"]) == 2
+        assert row["one_image_ms"]["p50"] == approx(median(times))
+        assert median(times) <= row["one_image_ms"]["p99"] <= max(times)
+        assert f" | {row['one_image_ms']['p50']:.2f} | {row['one_image_ms']['p99']:.2f} | {row['quality']} |" in out
         error = re.match(r"error (\S+)", row["quality"])
         if error:  # the model of equal FLOPs has none
             assert float(error[1]) < (0.3 if "int8" in name else 0.05), name
@@ -49,6 +54,16 @@ def test_a_speedup_is_the_median_over_rounds_of_the_ratio() -> None:
     assert "| speedup of fast |" in table
     assert "| slow | 20.0 | 2.00 |  |" in table
     assert "| fast | 30.0 |  | error 1e-3 |" in table
+
+
+def test_the_time_of_an_image_is_compared_within_each_round() -> None:
+    slow = Result(name="slow", ours=False, quality="", images_per_second=(1.0,), latencies=((0.2, 0.2), (0.4, 0.4)))
+    fast = Result(name="fast", ours=True, quality="", images_per_second=(1.0,), latencies=((0.1, 0.1), (0.1, 0.3)))
+    assert fast.latency_ratio(slow) == approx(0.5)
+    machine = {"processor": "P", "threads": 1, "versions": {"torch": "2"}}
+    comparison = Comparison(kind="k", settings={"size": 1}, machine=machine, rows=(slow, fast))
+    assert "| fast | 1.0 |  | 100.00 | 300.00 |  |" in comparison.table()
+    assert json.loads(comparison.to_json())["rows"][1]["one_image_time_over"] == {"slow": approx(0.5)}
 
 
 def build_working_entry(rate: float) -> Entry:

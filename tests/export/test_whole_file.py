@@ -15,6 +15,7 @@ from PIL import Image
 from pytest import TempPathFactory, approx, fixture, importorskip, mark, raises, skip
 from support.digit_pairs import write_pairs
 from support.processes import ROOT, TINY, run_process
+from support.runtimes import openvino_core
 
 from resnext_hub.data.decode import upright
 from resnext_hub.errors import RunError
@@ -77,8 +78,8 @@ def opened(path: Path) -> Callable[[np.ndarray], list[np.ndarray]]:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         return lambda pixels: session.run(None, {"images": pixels})
     if path.suffix == ".xml":
-        openvino = importorskip("openvino")
-        compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        importorskip("openvino")
+        compiled = openvino_core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         return lambda pixels: [np.array(value) for value in compiled({"images": pixels}).values()]
     program: Any = torch.export.load(path).module()
     return lambda pixels: [value.numpy() for value in program(torch.from_numpy(pixels.copy()))]

@@ -27,7 +27,7 @@ from resnext_hub.errors import RequestError
 from resnext_hub.inference.optimize import OptimizedModel, optimize
 from resnext_hub.kernels.fold import fold_batch_norms
 from resnext_hub.kernels.merged import grouped_convolutions
-from resnext_hub.kernels.timing import Packed, TrainingTiming
+from resnext_hub.kernels.timing import Packed, TrainingTiming, latency_of
 from resnext_hub.kernels.widths import _read_cache, _update_cache, cache_file, choose_widths
 
 
@@ -106,6 +106,39 @@ def test_the_fastest_batch_size_is_chosen_by_measurement() -> None:
         assert fixed.report is not None
         assert (fixed.report.at_once, fixed.report.milliseconds_at_once) == (5, {})
         torch.testing.assert_close(fixed(images), expected, rtol=1e-3, atol=1e-4)
+
+
+@mark.parametrize("engine", ["torch", "openvino"])
+def test_latency_is_optimized_for_one_image_with_the_faster_number_of_threads(engine: str) -> None:
+    if engine == "openvino":
+        importorskip("openvino")
+    model, images = small_model("test_resnet"), some_images(3, 32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        fast = quick(model, images, objective="latency", engine=engine, merge="measure")
+        assert torch.get_num_threads() == 2
+        with torch.no_grad():  # fewer and more images than the one that it was optimized for
+            torch.testing.assert_close(fast(images), model(images), rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(fast(images[:1]), model(images[:1]), rtol=1e-3, atol=1e-4)
+    finally:
+        torch.set_num_threads(before)
+    report = fast.report
+    assert report is not None
+    assert (report.at_once, report.milliseconds_at_once) == (1, {})
+    times = report.milliseconds_by_threads
+    assert list(times) == [1, 2]
+    assert times[report.threads] == min(times.values())
+    assert report.latency is not None
+    assert all(0 < latency.p50 <= latency.p99 for latency in report.latency)
+    assert report.speedup == approx(report.latency[0].p50 / report.latency[1].p50)
+    assert re.search(rf"one image: p50 \S+ ms, p99 \S+ ms with {report.threads} threads, p50 \S+ ms", str(report))
+    assert all(layer.input_shape[0] == 1 for layer in report.layers)
+
+
+def test_the_99th_percentile_is_reached_by_one_call_in_a_hundred() -> None:
+    latency = latency_of([0.002] * 98 + [0.005, 0.1])
+    assert (latency.p50, latency.p99) == (2.0, 5.0)
 
 
 @mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -604,6 +637,17 @@ def test_an_invalid_width_or_factor_is_refused(merge: Any) -> None:
 def test_an_invalid_batch_size_is_refused(at_once: Any) -> None:
     with raises(RequestError, match=r"^at_once=[^\n]*: expected an int from 1 to 2 \(the number of example images\)"):
         quick(classifier(), some_images(2, 16), at_once=at_once)
+
+
+@mark.parametrize("objective", ["speed", None, 1, True])
+def test_an_unknown_objective_is_refused(objective: Any) -> None:
+    with raises(RequestError, match=r"^objective=[^\n]*: expected 'throughput' or 'latency'$"):
+        quick(classifier(), some_images(2, 16), objective=objective)
+
+
+def test_a_batch_size_is_refused_if_latency_is_optimized() -> None:
+    with raises(RequestError, match=r"^at_once=2 needs objective='throughput'; with 'latency' it is 1$"):
+        quick(classifier(), some_images(2, 16), objective="latency", at_once=2)
 
 
 def traced() -> nn.Module:
