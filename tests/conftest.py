@@ -96,3 +96,12 @@ def _digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(_digits_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of 30 steps on the digits, which the tests of a module may publish."""
     return Path(shutil.copytree(_digits_run, tmp_path_factory.mktemp("runs") / "published"))
+
+
+@pytest.fixture(autouse=True)
+def _keep_signal_stack() -> Iterator[None]:
+    """Restore the stack of signal handlers: destroyed OpenVINO cores leave a freed one, and SIGCHLD crashes."""
+    from resnext_hub.kernels.openvino import keep_signal_stack
+
+    with keep_signal_stack():
+        yield

@@ -6,11 +6,14 @@ layouts used there, so widths are measured on whole models: one for each width.
 
 import contextlib
 import copy
+import ctypes
 import functools
+import gc
 import io
 import logging
 import random
 import statistics
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -252,6 +255,27 @@ class _Messages(logging.Handler):
         logger.setLevel(self._before[1])
 
 
+class _SignalStack(ctypes.Structure):
+    """`stack_t` of Linux."""
+
+    _fields_ = (("pointer", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+@contextlib.contextmanager
+def keep_signal_stack() -> Iterator[None]:
+    """Restore the alternate stack of signal handlers afterwards; cores that were destroyed may leave a freed one."""
+    if sys.platform != "linux":
+        yield
+        return
+    library, before = ctypes.CDLL(None), _SignalStack()
+    library.sigaltstack(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        gc.collect()
+        library.sigaltstack(ctypes.byref(before), None)
+
+
 @contextlib.contextmanager
 def _nncf() -> Iterator[Any]:
     """Import NNCF; keep it quiet, and the random numbers as they were."""
@@ -263,6 +287,7 @@ def _nncf() -> Iterator[Any]:
             import nncf
 
             _core()  # before NNCF creates its own
-            yield nncf
+            with keep_signal_stack():
+                yield nncf
     finally:
         random.setstate(state)
