@@ -1,4 +1,4 @@
-"""Classify one image for a page: classes with their probabilities, whether the answer is unsure, and a heat map."""
+"""Classify one image for a page: classes with their probabilities, and a heat map."""
 
 import os
 import time
@@ -49,8 +49,6 @@ class Answer:
 
     bars: tuple[Bar, ...]
     """The most probable classes in descending order; of a model with several labels per image, all."""
-    unsure: bool
-    """Whether the classifier says that the most probable class may well be wrong."""
     seconds: float
     """Time to decode and classify the image."""
     preview: "Image"
@@ -102,7 +100,6 @@ def answer(classifier: "Classifier", path: str | os.PathLike[str], *, heat_map: 
         ]
         return Answer(
             bars=tuple(bars if limits is not None else bars[:MOST_CLASSES]),
-            unsure=False,
             seconds=seconds,
             preview=_preview(image),
             heat_map=_heat_map(classifier, pixels, found.guesses[0].index) if heat_map else None,

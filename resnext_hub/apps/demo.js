@@ -146,18 +146,15 @@ function onGraphics(bitmap) {
 function show(probabilities, seconds, file) {
   const several = facts.thresholds !== null;
   const order = Array.from(probabilities.keys()).sort((a, b) => probabilities[b] - probabilities[a] || a - b);
-  const unsure = facts.unsure_below !== null && probabilities[order[0]] < facts.unsure_below;
   const predicted = several ? order.filter((index) => probabilities[index] >= facts.thresholds[index]) : [order[0]];
   const names = predicted.map((index) => facts.label_names[index]).join(", ");
   const verdict = document.createElement("b");
-  verdict.textContent = unsure ? "Unsure" : names || "None of the labels";
+  verdict.textContent = names || "None of the labels";
   element("verdict").replaceChildren(verdict);
-  element("remark").textContent = unsure
-    ? `The most probable class is ${facts.label_names[order[0]]}, but answers like this one are often wrong.` : "";
   const bars = several ? order : order.slice(0, facts.most_classes);
   element("bars").replaceChildren(...bars.map((index) => bar(
     facts.label_names[index], probabilities[index], several ? facts.thresholds[index] : null,
-    predicted.includes(index), unsure,
+    predicted.includes(index),
   )));
   element("legend").hidden = !several;
   const preview = element("preview");
@@ -168,10 +165,9 @@ function show(probabilities, seconds, file) {
   element("answer").hidden = false;
 }
 
-function bar(label, probability, threshold, predicted, unsure) {
+function bar(label, probability, threshold, predicted) {
   const item = document.createElement("li");
   item.classList.toggle("predicted", predicted);
-  item.classList.toggle("unsure", unsure);
   const from = threshold === null ? "" : `predicted from ${percent(threshold)}`;
   const meter = part("div", "meter", "");
   for (const [name, value] of Object.entries({

@@ -46,7 +46,6 @@ def write_static(classifier: "Classifier", title: str, folder: Path, archive: Pa
             "title": title,
             "label_names": classifier.label_names,
             "thresholds": classifier.thresholds,
-            "unsure_below": None,
             "most_classes": MOST_CLASSES,
             "max_pixels": MAX_IMAGE_PIXELS,
             "max_aspect": MAX_ASPECT,

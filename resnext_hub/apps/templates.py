@@ -16,9 +16,8 @@ if TYPE_CHECKING:
 
 
 COLORS = {
-    "light": "--paper: white; --ink: #1d2125; --faint: #5b6570; --track: #e3e7eb; --bar: #1a66b3; --warn: #c2570c;",
-    "dark": f"--paper: {DARK.paper}; --ink: {DARK.ink}; --faint: {DARK.faint}; --track: #2c333b; --bar: #6cb6ff; "
-    "--warn: #ffa657;",
+    "light": "--paper: white; --ink: #1d2125; --faint: #5b6570; --track: #e3e7eb; --bar: #1a66b3;",
+    "dark": f"--paper: {DARK.paper}; --ink: {DARK.ink}; --faint: {DARK.faint}; --track: #2c333b; --bar: #6cb6ff;",
 }
 """Variables of `answer.css` in both themes."""
 

@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--onnxruntime-web",
         type=existing_path,
         metavar="FILE",
-        help="with --static: npm's package, as `npm pack` writes it (default: downloaded by npm once, and cached)",
+        help="with --static: the onnxruntime-web package, as written by `npm pack` (default: downloaded by npm once, "
+        "and cached)",
     )
     add_threads(parser)
 

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--raw",
         action="store_true",
-        help="export the network alone, from normalized float32 images to logits; by default, the file takes RGB "
+        help="export the model alone, from normalized float32 images to logits; by default, the file takes RGB "
         "images of any size, and returns probabilities",
     )
     parser.add_argument(

@@ -13,9 +13,13 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
-    parser.add_argument("run", type=existing_path, help="run folder, study folder, or with --space folder of a page")
     parser.add_argument(
-        "--repo-id", metavar="OWNER/NAME", help="Hub repository (required); created if it does not exist"
+        "run", type=existing_path, help="run folder, study folder or, with --space, the folder of a page"
+    )
+    parser.add_argument(
+        "--repo-id",
+        metavar="OWNER/NAME",
+        help="Hub repository (required unless --space is given); created if it does not exist",
     )
     parser.add_argument(
         "--space",

@@ -1,6 +1,6 @@
 """Quantize an exported model to int8, with as many layers in float32 as accuracy on the held-out images requires.
 
-NNCF returns the worst layers to float32, one after the other, until a test says that the loss is within the limit. The
+NNCF returns the worst layers to float32, one after the other, until a test shows that the loss is within the limit. The
 test is that of a paired comparison (McNemar's): the upper confidence limit of the drop has to be within `max_drop`.
 """
 
@@ -20,7 +20,7 @@ from resnext_hub.errors import RunError, setting
 from resnext_hub.kernels.openvino import Repaired
 
 if TYPE_CHECKING:
-    from resnext_hub.export.runtime import Format, Run
+    from resnext_hub.export.runtime import QuantizingFormat, Run
 
 _logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ class Accuracy:
         return "\n".join(lines)
 
 
-def quantize(files: "Format", content: Any, model: nn.Module, int8: Int8) -> tuple[Any, Accuracy]:
+def quantize(files: "QuantizingFormat", content: Any, model: nn.Module, int8: Int8) -> tuple[Any, Accuracy]:
     """Return the content of a file quantized to int8, and its accuracy.
 
     Args:

@@ -26,7 +26,7 @@ MOST_BYTES = 2**31 - 2**20
 
 
 class OnnxFormat:
-    """ONNX files; implements `resnext_hub.export.runtime.Format`."""
+    """ONNX files; implements `resnext_hub.export.runtime.QuantizingFormat`."""
 
     suffix = ".onnx"
     runtime = "ONNX Runtime"
@@ -88,7 +88,7 @@ class OnnxFormat:
         onnx.helper.set_model_props(content, facts)
 
     def quantize(self, content: onnx.ModelProto, images: torch.Tensor, check: Check) -> Quantized:
-        """Return the content of a network quantized to int8, calibrated on images, and good enough for a check."""
+        """Return the content of a model quantized to int8, calibrated on images, and good enough for a check."""
         given = content.graph.input[0].name
         inputs = [{given: part.numpy()} for part in torch.split(images, 1)]
         repaired = calibrate_within(content, inputs, lambda model, indices: check(self.open(model), indices))

@@ -25,7 +25,7 @@ FACTS = "resnext_hub"
 
 
 class OpenVinoFormat:
-    """OpenVINO files; implements `resnext_hub.export.runtime.Format`."""
+    """OpenVINO files; implements `resnext_hub.export.runtime.QuantizingFormat`."""
 
     suffix = ".xml"
     runtime = "OpenVINO"
@@ -101,7 +101,7 @@ def _converted(part: Part) -> openvino.Model:
 
 
 def _traced(part: Part) -> openvino.Model:
-    """Convert a network by tracing, which keeps the names of the layers."""
+    """Convert a model by tracing, which keeps the names of the layers."""
     module = copy.deepcopy(part.module)
     fold_batch_norms(module)  # OpenVINO folds them as well, but then the layer has no name
     return convert(module, part.example[0], dynamic=True)

@@ -1,6 +1,6 @@
-"""The parts of an exported file: preprocessing, network, and the step from logits to answers.
+"""The parts of an exported file: preprocessing, model, and the step from logits to answers.
 
-They are built one by one, so that the network can be checked and quantized alone, and then joined by the names of their
+They are built one by one, so that the model can be checked and quantized alone, and then joined by the names of their
 inputs and outputs.
 """
 
@@ -35,13 +35,13 @@ class Part:
         return self.dynamic or tuple({0: "batch"} for _ in self.inputs)
 
 
-def raw_network(model: nn.Module, input_size: Sequence[int]) -> Part:
+def raw_model(model: nn.Module, input_size: Sequence[int]) -> Part:
     """Return a part that maps normalized `images` `(N, C, H, W)` float32 to `logits` `(N, classes)`."""
     return Part(module=model, example=(torch.zeros(2, *input_size),), inputs=("images",), outputs=("logits",))
 
 
 def all_parts(classifier: LoadedModel, model: nn.Module) -> list[Part]:
-    """Return preprocessing, network and answers of a classifier, which follow one another.
+    """Return preprocessing, model and answers of a classifier, which follow one another.
 
     The input is `images` `(N, H, W, 3)` uint8: RGB, upright, of any size. The outputs are `probabilities`
     `(N, classes)` float32; `label` `(N,)` int64, or `labels` `(N, classes)` bool if an image can have several; and
@@ -53,9 +53,9 @@ def all_parts(classifier: LoadedModel, model: nn.Module) -> list[Part]:
     """
     views = 1 if classifier.tta == "none" else 2
     pixels = torch.zeros(2 * views, *classifier.input.input_size)
-    network = Network(model).eval()
+    computed = LogitsAndFeatures(model).eval()
     with torch.inference_mode():
-        found = network(pixels)
+        found = computed(pixels)
     embeds = len(found) == 2
     names = ("logits", "features") if embeds else ("logits",)
     limits = None
@@ -71,7 +71,7 @@ def all_parts(classifier: LoadedModel, model: nn.Module) -> list[Part]:
             outputs=("pixels",),
             dynamic=({0: "batch", 1: "height", 2: "width"},),
         ),
-        Part(module=network, example=(pixels,), inputs=("pixels",), outputs=names),
+        Part(module=computed, example=(pixels,), inputs=("pixels",), outputs=names),
         Part(
             module=Answers(views, classifier.temperature, limits).eval(),
             example=tuple(tensor.clone() for tensor in found),
@@ -94,7 +94,7 @@ class Views(nn.Module):
         return pixels if self.views == 1 else torch.cat([pixels, pixels.flip(-1)])
 
 
-class Network(nn.Module):
+class LogitsAndFeatures(nn.Module):
     """Maps pixels `(N, C, H, W)` to logits `(N, classes)` and, if the architecture has them, features `(N, F)`."""
 
     def __init__(self, model: Any) -> None:

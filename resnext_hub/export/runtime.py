@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch import nn
 
 from resnext_hub.errors import RequestError, RunError, setting
 from resnext_hub.export.int8 import Accuracy, Check, Int8, Quantized, quantize
-from resnext_hub.export.parts import Answers, Part, all_parts, raw_network
+from resnext_hub.export.parts import Answers, Part, all_parts, raw_model
 from resnext_hub.kernels.widths import LayerChoice, merge_layers
 from resnext_hub.machine import disable_telemetry, resolve_precision
 from resnext_hub.models.lookup import LoadedModel
@@ -76,14 +76,19 @@ class Format(Protocol):
     def describe(self, content: Any, facts: dict[str, str], text: str) -> None:
         """Set the metadata of a content."""
 
-    def quantize(self, content: Any, images: torch.Tensor, check: Check) -> Quantized:
-        """Return the content of a network quantized to int8, calibrated on images, and good enough for a check."""
-
     def open(self, content: Any) -> Run:
         """Return a function that runs the content, and returns its first output."""
 
     def write(self, content: Any, path: Path) -> tuple[Path, ...]:
         """Write the content atomically; return the paths of the files."""
+
+
+@runtime_checkable
+class QuantizingFormat(Format, Protocol):
+    """A file format that can hold a model in int8."""
+
+    def quantize(self, content: Any, images: torch.Tensor, check: Check) -> Quantized:
+        """Return the content of a model quantized to int8, calibrated on images, and good enough for a check."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +101,7 @@ class Checked:
     relative_error: float
     """The same, relative to the largest logit of the same image."""
     probability_error: float | None
-    """Largest error of the probabilities of the whole file against the same network fed by timm's transform; None if
+    """Largest error of the probabilities of the whole file against the same model fed by timm's transform; None if
     the file contains no preprocessing."""
     outputs: tuple[str, ...]
     """Names of the outputs."""
@@ -145,7 +150,7 @@ def export(
         merge: Channels to which neighboring groups of grouped convolutions are merged in the file, or `off`; with
             OpenVINO, `measure` chooses the fastest width on this machine for each layer.
         int8: Images for computing convolutions in int8; float32 if not given.
-        raw: Export the network alone: from `images` `(N, C, H, W)` float32, normalized, to `logits` `(N, classes)`.
+        raw: Export the model alone: from `images` `(N, C, H, W)` float32, normalized, to `logits` `(N, classes)`.
         tolerance: Largest relative error of the logits.
 
     Raises:
@@ -158,7 +163,7 @@ def export(
     path = _default_path(model, files.suffix if int8 is None else f"-int8{files.suffix}") if path is None else path
     _check_place(path, files.suffix)
     files.check(model)
-    if int8 is not None and format == "torch":
+    if int8 is not None and not isinstance(files, QuantizingFormat):
         raise RequestError(f"{setting('int8', True)} needs {setting('format', 'onnx')} or openvino")
     require_finite(model.model)
     merged, layers = _merged(model, format, merge, None if int8 is None else int8.calibration)
@@ -183,22 +188,22 @@ def export(
 
 
 def _checked(
-    files: Format, model: LoadedModel, network: nn.Module, *, raw: bool, int8: Int8 | None, tolerance: float
+    files: Format, model: LoadedModel, computed: nn.Module, *, raw: bool, int8: Int8 | None, tolerance: float
 ) -> tuple[Any, Checked]:
     """Return the content of a file, after checking it.
 
     Args:
         files: The format.
         model: The model.
-        network: Its network, with merged groups if they were requested.
-        raw: Whether the file contains the network alone.
+        computed: The module to export, with merged groups if they were requested.
+        raw: Whether the file contains the model alone.
         int8: Images for int8.
         tolerance: Largest relative error of the logits.
 
     Raises:
         RunError: If an error exceeds its tolerance, or int8 loses more accuracy than allowed.
     """
-    parts = [raw_network(network, model.input.input_size)] if raw else all_parts(model, network)
+    parts = [raw_model(computed, model.input.input_size)] if raw else all_parts(model, computed)
     content = files.build(parts[0 if raw else 1])
     absolute, relative = _errors(model, files.open(content))
     if not relative <= tolerance:  # written so that NaN fails too
@@ -207,7 +212,7 @@ def _checked(
             f"logit (tolerance {tolerance:.0e}); no file was written"
         )
     accuracy, error = None, None
-    if int8 is not None:
+    if int8 is not None and isinstance(files, QuantizingFormat):
         content, accuracy = quantize(files, content, model.model, int8)
     if not raw:
         run = files.open(content)
@@ -309,12 +314,12 @@ def _facts(model: LoadedModel, raw: bool) -> tuple[dict[str, str], str]:
 
 
 @torch.inference_mode()
-def _probability_error(model: LoadedModel, network: Run, whole: Run) -> float:
-    """Return the largest error of a file's probabilities against its network fed by timm's transform.
+def _probability_error(model: LoadedModel, alone: Run, whole: Run) -> float:
+    """Return the largest error of a file's probabilities against its model fed by timm's transform.
 
     Args:
         model: The classifier.
-        network: Maps pixels to logits.
+        alone: Maps pixels to logits.
         whole: Maps images to probabilities.
     """
     generator = np.random.default_rng(0)
@@ -326,7 +331,7 @@ def _probability_error(model: LoadedModel, network: Run, whole: Run) -> float:
         coarse = generator.integers(0, 256, (2, -(-height // 8), -(-width // 8), 3), dtype=np.uint8)
         images = [Image.fromarray(part).resize((width, height), Image.Resampling.BICUBIC) for part in coarse]
         pixels = torch.stack([transform(image.convert(model.input.mode)) for image in images])
-        logits = network(pixels if views == 1 else torch.cat([pixels, pixels.flip(-1)]))
+        logits = alone(pixels if views == 1 else torch.cat([pixels, pixels.flip(-1)]))
         found = whole(torch.from_numpy(np.stack([np.asarray(image) for image in images])))
         errors.append((answers(logits)[0] - found).abs().max())
     return torch.stack(errors).max().item()

@@ -11,7 +11,6 @@ from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
 from resnext_hub.errors import RunError, one_line
-from resnext_hub.export.int8 import Check, Quantized
 from resnext_hub.export.parts import Part
 from resnext_hub.export.runtime import Run
 from resnext_hub.files import write_atomic
@@ -82,10 +81,6 @@ class TorchFormat:
     def describe(self, content: Program, facts: dict[str, str], text: str) -> None:
         """Set the metadata of a content."""
         content.metadata = facts | {"description": text}
-
-    def quantize(self, content: Program, images: torch.Tensor, check: Check) -> Quantized:
-        """Raise NotImplementedError."""
-        raise NotImplementedError
 
     def open(self, content: Program) -> Run:
         """Return a function that runs the content, and returns its first output."""

@@ -71,7 +71,7 @@ def _check_model(model: object) -> None:
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, torch.Tensor) or tensor.is_quantized:
             raise RequestError(
-                f"{name} of the model is not a plain tensor, as in a quantized model; expected the original model"
+                f"the model's {name} is not a plain tensor, so the model may be quantized; expected the original model"
             )
         if is_lazy(tensor) or tensor.is_meta:
             why = "is uninitialized" if is_lazy(tensor) else "is on the meta device"

@@ -243,7 +243,7 @@ class Classifier(LoadedModel):
             path: The file; next to the model folder if not given.
             merge: Width to which groups are merged, `measure` (with OpenVINO) or `off`.
             int8: Calibration and evaluation images to quantize with; float32 if not given.
-            raw: Write the network alone, from normalized images to logits.
+            raw: Write the model alone, from normalized images to logits.
 
         Raises:
             RequestError: If an argument is invalid, the file cannot be written, or the model is an optimized one.

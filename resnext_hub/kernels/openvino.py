@@ -232,6 +232,7 @@ class _Messages(logging.Handler):
         self.texts: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Keep the text of a message."""
         self.texts.append(record.getMessage())
 
     def listed(self, part: str) -> list[tuple[str, ...]]:
@@ -255,7 +256,7 @@ class _Messages(logging.Handler):
         logger.setLevel(self._before[1])
 
 
-class _SignalStack(ctypes.Structure):
+class SignalStack(ctypes.Structure):
     """`stack_t` of Linux."""
 
     _fields_ = (("pointer", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
@@ -267,7 +268,7 @@ def keep_signal_stack() -> Iterator[None]:
     if sys.platform != "linux":
         yield
         return
-    library, before = ctypes.CDLL(None), _SignalStack()
+    library, before = ctypes.CDLL(None), SignalStack()
     library.sigaltstack(None, ctypes.byref(before))
     try:
         yield

@@ -247,8 +247,8 @@ class TrainConfig:
             )
         if self.repeated_augmentation > self.batch_size:
             raise RequestError(
-                f"{setting('repeated_augmentation', self.repeated_augmentation)} needs a {setting('batch_size')} of at "
-                "least as many images"
+                f"{setting('repeated_augmentation', self.repeated_augmentation)} needs {setting('batch_size')} to be "
+                f"at least {self.repeated_augmentation}"
             )
         if self.data.streaming and self.eval_every != round(self.eval_every):
             raise RequestError(

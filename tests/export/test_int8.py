@@ -1,8 +1,10 @@
 """An int8 file loses at most as much accuracy as allowed: layers that cost too much go back to float32."""
 
+import ctypes
 import importlib
 import logging
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
@@ -13,8 +15,9 @@ from torch import nn
 
 from resnext_hub.errors import RunError
 from resnext_hub.export.int8 import Accuracy, Int8, _risk, can_show, largest_difference, quantize
-from resnext_hub.export.parts import raw_network
+from resnext_hub.export.parts import raw_model
 from resnext_hub.inference.classifier import load
+from resnext_hub.kernels.openvino import SignalStack, keep_signal_stack
 from resnext_hub.runs.calibration import prepare_int8
 
 importorskip("openvino")
@@ -68,7 +71,7 @@ def test_the_layer_that_costs_accuracy_goes_back_to_float32(
     format: str, planted: nn.Module, images: Int8, caplog: LogCaptureFixture
 ) -> None:
     files = importlib.import_module(f"resnext_hub.export.{format}").FORMAT
-    content = files.build(raw_network(planted, (3, 32, 32)))
+    content = files.build(raw_model(planted, (3, 32, 32)))
     with caplog.at_level(logging.WARNING, "resnext_hub"):
         quantized, accuracy = quantize(files, content, planted, images)
     (nothing, full), (layers, repaired) = accuracy.steps
@@ -88,7 +91,7 @@ def test_the_layer_that_costs_accuracy_goes_back_to_float32(
 
 def test_int8_is_refused_if_returning_layers_to_float32_does_not_help(planted: nn.Module, images: Int8) -> None:
     files = importlib.import_module("resnext_hub.export.openvino").FORMAT
-    content = files.build(raw_network(planted, (3, 32, 32)))
+    content = files.build(raw_model(planted, (3, 32, 32)))
     with raises(RunError, match=r"^int8 loses \S+ points of top-1 accuracy, more than max_drop=-50 allows, and ret"):
         quantize(files, content, planted, replace(images, max_drop=-50))
 
@@ -144,3 +147,15 @@ def test_the_limit_decides_only_if_there_are_enough_images_for_it() -> None:
     assert few.largest_drop > 0.5
     assert many.drop < 0.3
     assert not many.within(0.3)
+
+
+@mark.skipif(sys.platform != "linux", reason="the structure is that of Linux")
+def test_the_stack_of_signal_handlers_is_restored() -> None:
+    library = ctypes.CDLL(None)
+    memory = ctypes.create_string_buffer(1 << 16)
+    before, other, after = SignalStack(), SignalStack(ctypes.addressof(memory), 0, len(memory)), SignalStack()
+    library.sigaltstack(None, ctypes.byref(before))
+    with keep_signal_stack():
+        assert library.sigaltstack(ctypes.byref(other), None) == 0
+    library.sigaltstack(None, ctypes.byref(after))
+    assert (after.pointer, after.flags, after.size) == (before.pointer, before.flags, before.size)

@@ -680,7 +680,7 @@ def quantized() -> nn.Module:
     [
         (traced, "which is already compiled: expected the original model"),
         (lambda: quick(classifier(), some_images(2, 16)), "which is already compiled"),
-        (quantized, "is not a plain tensor, as in a quantized model; expected the original model"),
+        (quantized, "is not a plain tensor, so the model may be quantized; expected the original model"),
         (lambda: classifier().to("meta"), r"weights are not materialized \(0\.weight is on the meta device\)"),
         (lambda: nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten()), r"not materialized \(0\.weight is uninitialized\)"),
         (with_old_weight_norm, r"cannot be copied .*torch\.nn\.utils\.parametrizations\.weight_norm instead of"),

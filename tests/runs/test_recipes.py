@@ -66,7 +66,7 @@ def test_repeated_augmentation_and_binary_cross_entropy_resume_bit_for_bit(tmp_p
         (("--loss", "bce", "--class-weights", "auto"), "--loss bce does not support --class-weights auto"),
         (("--loss", "bce", "--logit-adjustment", 1), "--loss bce does not support --logit-adjustment 1.0"),
         (("--repeated-augmentation", 3, "--sampling", "balanced"), "is not possible with --sampling balanced"),
-        (("--repeated-augmentation", 30), "--repeated-augmentation 30 needs a --batch-size of at least as many images"),
+        (("--repeated-augmentation", 30), "--repeated-augmentation 30 needs --batch-size to be at least 30"),
     ],
 )
 def test_settings_that_exclude_each_other_are_refused_by_name(
