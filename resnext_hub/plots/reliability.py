@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from resnext_hub.plots.theme import LIGHT, PAGE_WIDTH, Theme
+from resnext_hub.training.temperature import BINS, calibration_error
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-BINS = 15
-"""Bins of equal width, as for the expected calibration error of a record."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,8 +35,7 @@ class Confidences:
     @property
     def error(self) -> float:
         """Expected calibration error, 0 to 1."""
-        counts, mean, accuracy = self.bins
-        return float((counts * np.abs(mean - accuracy)).sum() / max(len(self.right), 1))
+        return calibration_error(self.probabilities, self.right) if len(self.right) else 0.0
 
 
 def plot_reliability(panels: Sequence[Confidences], theme: Theme = LIGHT) -> "Figure":

@@ -12,11 +12,11 @@ from torch import nn
 
 from resnext_hub.models.saved import classifier_names
 from resnext_hub.processes.peers import Peers
-from resnext_hub.training.evaluation import AnyEvaluation, Evaluation, Logits, calibration_error
+from resnext_hub.training.evaluation import AnyEvaluation, Evaluation, Logits
 from resnext_hub.training.evaluator import Evaluator
 from resnext_hub.training.finetune import has_linear_classifier
 from resnext_hub.training.plan import Plan
-from resnext_hub.training.temperature import FEWEST, certainties, cross_fitted, fit_temperature
+from resnext_hub.training.temperature import FEWEST, calibration_error, certainties, cross_fitted, fit_temperature
 
 _logger = logging.getLogger(__name__)
 

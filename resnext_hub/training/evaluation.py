@@ -21,6 +21,7 @@ from resnext_hub.errors import RunError, setting
 from resnext_hub.models.views import TestTimeAugmentation, predict_views
 from resnext_hub.text import printable
 from resnext_hub.training.multi_label import MultiLabelEvaluation, choose_thresholds
+from resnext_hub.training.temperature import calibration_error
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,18 +124,6 @@ class Evaluation:
         for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True):
             rows[pair // classes].append((pair % classes, count))
         return rows
-
-
-def calibration_error(probabilities: np.ndarray, right: np.ndarray) -> float:
-    """Return the expected calibration error, 0 to 1, over 15 bins of equal width.
-
-    Args:
-        probabilities: Probability of each prediction, `(N,)`.
-        right: Whether it is right, `(N,)` bool.
-    """
-    bins = np.minimum((probabilities * 15).astype(np.int64), 14)
-    gaps = np.bincount(bins, weights=right.astype(np.float64) - probabilities, minlength=15)
-    return float(np.abs(gaps).sum() / len(right))
 
 
 AnyEvaluation = Evaluation | MultiLabelEvaluation

@@ -6,6 +6,7 @@ from functools import cached_property
 import numpy as np
 
 from resnext_hub.data.batches import Unreadable
+from resnext_hub.training.temperature import calibration_error
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,10 +114,7 @@ class MultiLabelEvaluation:
 
         Over 15 bins of equal width, weighted by their number of pairs of an image and a label.
         """
-        found, own = self.probabilities.ravel(), self.labels.ravel()
-        bins = np.minimum((found * 15).astype(np.int64), 14)
-        gaps = np.bincount(bins, weights=own - found, minlength=15)
-        return float(np.abs(gaps).sum() / len(found))
+        return calibration_error(self.probabilities.ravel(), self.labels.ravel())
 
 
 def choose_thresholds(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:

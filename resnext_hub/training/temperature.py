@@ -10,6 +10,9 @@ FOLDS = 5
 FEWEST = 50
 """Fewest images for which a temperature is fitted."""
 
+BINS = 15
+"""Bins of equal width for the expected calibration error."""
+
 _RANGE = (0.05, 20.0)
 """Smallest and largest temperature."""
 
@@ -49,6 +52,18 @@ def certainties(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.
     from scipy.special import softmax
 
     return np.asarray(softmax(logits, axis=1)).max(axis=1), logits.argmax(axis=1) == labels
+
+
+def calibration_error(probabilities: np.ndarray, right: np.ndarray) -> float:
+    """Return the expected calibration error, 0 to 1: the mean gap between probability and frequency, over 15 bins.
+
+    Args:
+        probabilities: Probability of each prediction, `(N,)`.
+        right: Whether it is right, `(N,)` bool.
+    """
+    bins = np.minimum((probabilities * BINS).astype(np.int64), BINS - 1)
+    gaps = np.bincount(bins, weights=right.astype(np.float64) - probabilities, minlength=BINS)
+    return float(np.abs(gaps).sum() / len(right))
 
 
 def _cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:

@@ -26,8 +26,7 @@ from resnext_hub.report.outputs import compute_outputs, first_batch, first_input
 from resnext_hub.report.page import render_page
 from resnext_hub.report.stored import read_predictions
 from resnext_hub.runs.reopen import reopen
-from resnext_hub.training.evaluation import calibration_error
-from resnext_hub.training.temperature import certainties, cross_fitted
+from resnext_hub.training.temperature import calibration_error, certainties, cross_fitted
 
 Command = Callable[..., tuple[int, str, str]]
 
