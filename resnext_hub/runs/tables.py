@@ -35,9 +35,11 @@ def write_confusion(record: RunRecord, path: Path) -> None:
         label, prediction, count = np.array(cells, dtype=np.int64).reshape(-1, 3).T
         order = np.argsort(-count, kind="stable")
         parts.append((np.full(len(cells), split), label[order], prediction[order], count[order]))
-    split, label, prediction, count = map(np.concatenate, zip(*parts, strict=True))
-    columns = {"split": split, "label": label, "prediction": prediction, "count": count}
-    _write_parquet(columns | {"label_name": names[label], "prediction_name": names[prediction]}, path)
+    columns = dict(
+        zip(("split", "label", "prediction", "count"), map(np.concatenate, zip(*parts, strict=True)), strict=True)
+    )
+    named = {f"{column}_name": names[columns[column]] for column in ("label", "prediction")}
+    _write_parquet(columns | named, path)
 
 
 def _write_parquet(columns: dict[str, Any], path: Path) -> None:
