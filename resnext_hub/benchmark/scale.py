@@ -21,6 +21,7 @@ from typing import Annotated, Any
 import numpy as np
 from PIL import Image
 
+from resnext_hub.benchmark.comparison import STEADY
 from resnext_hub.errors import RequestError, RunError, setting
 from resnext_hub.machine import cores, processor_name, versions
 from resnext_hub.models.complexity import complexity_of
@@ -52,7 +53,7 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 imported, empty = time.perf_counter(), peak()
 splits = load_splits(DataConfig(dataset=sys.argv[1], group_duplicates=False))
-loaded, full = time.perf_counter(), peak()
+loaded, full, worked = time.perf_counter(), peak(), time.process_time()
 def read():
     with open("/proc/self/io") as file:
         return int(file.readline().split()[1])
@@ -61,7 +62,7 @@ before = read()
 for images in (splits.train, splits.eval):
     for index in range(len(images)):
         read_bytes(images.row(index))
-print(json.dumps([imported - begin, loaded - imported, empty, full - empty, read() - before]))
+print(json.dumps([imported - begin, loaded - imported, empty, full - empty, read() - before, worked]))
 """
 """Opens a dataset as a run does, and reads each image once."""
 
@@ -125,6 +126,8 @@ class Constants:
     reduce_rate: float
     """Bytes per second that a process sends in an all-reduce."""
     cores: int
+    waited: float
+    """Time of a start over its CPU time; much more than 1 if other processes were running, or the disk was slow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,8 +222,15 @@ class Report:
                 f"{1e6 * self.constants.reduce_seconds:.0f} us per message and "
                 f"{self.constants.reduce_rate / 1e9:.2f} GB/s.",
                 f"{self.machine['processor']}, {self.constants.cores} cores; {packages}.",
+                *([self._warning()] if self.constants.waited > STEADY else []),
                 "",
             ]
+        )
+
+    def _warning(self) -> str:
+        return (
+            f"Warning: a start took {self.constants.waited:.1f}x its CPU time; other processes were probably running "
+            "on this machine."
         )
 
     def to_json(self) -> str:
@@ -261,6 +271,7 @@ class Start:
     import_bytes: float
     open_bytes: float
     read_bytes: float
+    cpu_seconds: float
 
 
 def fit(sizes: Sequence[tuple[int, int]], costs: Sequence[float]) -> tuple[float, float, float]:
@@ -294,6 +305,7 @@ def measure_constants(aside: Path, rounds: int) -> Constants:
         reduce_seconds=latency / messages,
         reduce_rate=(4 * (long - short) / 2) / max((transfer - latency) / messages, 1e-9),
         cores=cores(),
+        waited=statistics.median((start.import_seconds + start.open_seconds) / start.cpu_seconds for start in starts),
     )
 
 

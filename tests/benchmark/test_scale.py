@@ -18,6 +18,7 @@ MACHINE = Constants(
     reduce_seconds=1e-4,
     reduce_rate=1e9,
     cores=4,
+    waited=1.0,
 )
 
 
@@ -46,7 +47,10 @@ def test_processes_that_wait_for_a_core_start_and_sum_later() -> None:
 
 def test_the_report_shows_each_check_and_the_worst_ratio() -> None:
     settings = Settings(images=500, classes=5, processes=2)
-    checks = (Check(what="start-up, s", predicted=2.0, measured=1.6), Check(what="memory, MB", predicted=9, measured=15))
+    checks = (
+        Check(what="start-up, s", predicted=2.0, measured=1.6),
+        Check(what="memory, MB", predicted=9, measured=15),
+    )
     report = Report(
         settings=settings,
         machine={"processor": "a processor", "versions": {"torch": "2"}},
@@ -57,6 +61,9 @@ def test_the_report_shows_each_check_and_the_worst_ratio() -> None:
     text = report.table()
     assert "| start-up, s | 2 | 1.6 | 1.25 |" in text
     assert "within 1.67x of the 2 measurements" in text
+    assert "Warning" not in text
+    busy = dataclasses.replace(report, constants=dataclasses.replace(MACHINE, waited=3.04))
+    assert "Warning: a start took 3.0x its CPU time" in busy.table()
     assert json.loads(report.to_json())["prediction"] == dataclasses.asdict(report.prediction)
 
 
