@@ -158,7 +158,7 @@ def test_a_record_of_10_000_classes_has_less_than_5_megabytes(tmp_path: Path) ->
     assert len(lines) < 3 * 10_000  # lines of names and of rows
 
 
-def test_a_record_in_the_layout_of_version_0_2_is_read(folder: Path) -> None:
+def test_a_record_with_a_line_for_each_number_is_read(folder: Path) -> None:
     path = folder / "record.json"
     path.write_text(json.dumps(json.loads(path.read_text()), indent=2))
     assert RunRecord.load(path) == a_record()

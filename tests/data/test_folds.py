@@ -51,7 +51,7 @@ def test_the_members_of_a_class_are_found_without_looking_at_all_images_for_each
     assert elements(1000) <= 2 * elements(2) + 3000
 
 
-def test_the_folds_are_those_of_version_0_2() -> None:
+def test_the_folds_are_those_of_existing_runs() -> None:
     generator = np.random.default_rng(4)
     labels = generator.integers(0, 7, 60)
     owner = assign_folds(labels, np.split(generator.permutation(60)[:8], 2), 4, 9)
