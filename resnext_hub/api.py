@@ -16,7 +16,8 @@ from resnext_hub.training.evaluation import AnyEvaluation
 from resnext_hub.training.keywords import TrainSettings
 
 if TYPE_CHECKING:
-    from resnext_hub.inference.prediction import ImageInput, Prediction, Unread
+    from resnext_hub.inference.inputs import ImageInput
+    from resnext_hub.inference.prediction import Prediction, Unread
     from resnext_hub.runs.fold_results import CrossValidation
     from resnext_hub.runs.train import TrainRequest
 

@@ -125,7 +125,7 @@ def run(options: argparse.Namespace) -> None:
 
     from resnext_hub.data.remote import RemoteImage
     from resnext_hub.inference.classifier import load
-    from resnext_hub.inference.prediction import find_images
+    from resnext_hub.inference.inputs import find_images
     from resnext_hub.machine import device_type
     from resnext_hub.processes.accelerator import set_threads
 

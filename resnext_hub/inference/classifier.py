@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from resnext_hub.export.int8 import Int8
     from resnext_hub.export.runtime import ExportedFile, FormatName
-    from resnext_hub.inference.prediction import ImageInput, Prediction, Unread
+    from resnext_hub.inference.inputs import ImageInput
+    from resnext_hub.inference.prediction import Prediction, Unread
     from resnext_hub.inference.similar import Match
     from resnext_hub.kernels.widths import Merge
 
@@ -211,8 +212,8 @@ class Classifier(LoadedModel):
         Raises:
             RequestError: If an image is unreadable, or the model cannot be optimized or already is.
         """
+        from resnext_hub.inference.inputs import prepare
         from resnext_hub.inference.optimize import optimize
-        from resnext_hub.inference.prediction import prepare
 
         device = torch.device("cpu") if engine == "openvino" else self.device
         example = prepare(self, _listed(images)).to(device)
