@@ -142,6 +142,7 @@ def predict(
     *,
     top: int | None = None,
     threshold: float | None = None,
+    accept_precision: float | None = None,
 ) -> "list[Prediction | Unread]":
     """Classify images.
 
@@ -151,12 +152,14 @@ def predict(
         top: Number of classes for each image; if not given, the most probable one, or if an image can have several
             labels, all that reach their thresholds.
         threshold: Probability that a class has to reach, 0 to 1; with several labels, in place of their thresholds.
+        accept_precision: Fraction of the accepted answers that should be right, between 0 and 1; those that are not
+            probable enough for it are unsure.
 
     Returns:
         For each image its most probable classes, or the reason why it cannot be decoded.
     """
     classifier = model if isinstance(model, Classifier) else load(os.fspath(model))
-    return classifier.predict(images, top=top, threshold=threshold)
+    return classifier.predict(images, top=top, threshold=threshold, accept_precision=accept_precision)
 
 
 def publish(

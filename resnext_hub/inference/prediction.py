@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ from resnext_hub.data.loaders import derive_workers
 from resnext_hub.errors import RequestError, RunError, setting
 from resnext_hub.inference.inputs import ImageInput, Inputs
 from resnext_hub.machine import device_type
-from resnext_hub.models.views import predict_views
+from resnext_hub.models.views import logits_and_features, predict_views, views_of
 from resnext_hub.processes.launcher import local_processes
 
 if TYPE_CHECKING:
@@ -38,6 +38,11 @@ class Prediction:
 
     image: ImageInput
     guesses: tuple[Guess, ...]
+    unsure: bool | None = None
+    """Whether the most probable class is less probable than the asked precision requires; None without one."""
+    ood_score: float | None = None
+    """How unlike the training images it is; above 0 for 5 % of the held-out images of the run. None if the model has no
+    such score."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ def predict(
     device: torch.device | None = None,
     top: int | None = None,
     threshold: float | None = None,
+    accept_precision: float | None = None,
     decoder: str = "pil",
     max_pixels: int = MAX_IMAGE_PIXELS,
 ) -> Iterator[Prediction | Unread]:
@@ -69,6 +75,8 @@ def predict(
         top: Number of classes for each image, at most all; if not given, the most probable one, or if an image can
             have several labels, all that reach their thresholds.
         threshold: Probability that a class has to reach, 0 to 1; with several labels, in place of their thresholds.
+        accept_precision: Fraction of the accepted answers that should be right, between 0 and 1; those that are not
+            probable enough for it are unsure.
         decoder: `pil`, as for the accuracy on the card, or `simplejpeg`, which is faster with nearly equal pixels.
         max_pixels: An image with more pixels is unreadable.
 
@@ -79,12 +87,41 @@ def predict(
     """
     if top is not None and not _is_count(top):
         raise RequestError(f"{setting('top', top)}: expected a whole number of at least 1")
-    rows = probabilities(
-        classifier, images, batch_size=batch_size, device=device, decoder=decoder, max_pixels=max_pixels
+    lowest = None if accept_precision is None else lowest_accepted(classifier, accept_precision)
+    compute = partial(_answers, classifier)
+    rows = compute_rows(
+        classifier, images, compute, batch_size=batch_size, device=device, decoder=decoder, max_pixels=max_pixels
     )
     if threshold is not None and not 0 <= threshold <= 1:
         raise RequestError(f"{setting('threshold', threshold)}: expected a number from 0 to 1")
-    return _ranked(classifier, images, rows, top, threshold)
+    return _ranked(classifier, images, rows, top, threshold, lowest)
+
+
+def lowest_accepted(classifier: "Classifier", precision: float) -> float:
+    """Return the lowest probability of an accepted answer for a precision, or for the next higher one that was fitted.
+
+    Raises:
+        RequestError: If it is not between 0 and 1, or not known for this model.
+    """
+    shown = setting("accept_precision", precision)
+    if isinstance(precision, bool) or not isinstance(precision, Real) or not 0 < precision < 1:
+        raise RequestError(f"{shown}: expected a number between 0 and 1")
+    if classifier.is_multi_label:
+        raise RequestError(f"{shown} needs one class per image; each label of this model has a threshold")
+    if not classifier.accept:
+        raise RequestError(
+            f"{shown}: the model does not contain how probable an answer has to be; it is fitted at the end of a "
+            "training run with at least 50 evaluation images"
+        )
+    if not classifier.accept_thresholds:
+        as_fitted = classifier.source.saved.config.tta
+        raise RequestError(f"{shown} needs a temperature of 1 and {setting('tta', as_fitted)}, as in the run")
+    fitting = [known for known in classifier.accept if known >= precision]
+    if not fitting:
+        raise RequestError(
+            f"{shown}: the evaluation images of the run show no higher precision than {max(classifier.accept):g}"
+        )
+    return classifier.accept[min(fitting)]
 
 
 def _ranked(
@@ -93,7 +130,9 @@ def _ranked(
     rows: Iterator[torch.Tensor | str],
     top: int | None,
     threshold: float | None,
+    lowest: float | None,
 ) -> Iterator[Prediction | Unread]:
+    """Return predictions from rows of probabilities, followed by the OOD score if there is one."""
     names = classifier.label_names
     limits = None if threshold is None else torch.full((len(names),), threshold, dtype=torch.float64)
     if classifier.thresholds is not None:
@@ -107,6 +146,9 @@ def _ranked(
         if isinstance(row, str):
             yield Unread(image, row)
             continue
+        score = float(row[-1]) if len(row) > len(names) else None
+        row = row[: len(names)]
+        unsure = None if lowest is None else float(row.max()) < lowest
         # stable: of equally probable classes the first wins, as with argmax
         values, indices = row.sort(descending=True, stable=True)
         values, indices = values[:most], indices[:most]
@@ -114,7 +156,8 @@ def _ranked(
             chosen = values >= limits[indices]
             values, indices = values[chosen], indices[chosen]
         best = zip(indices.tolist(), values.tolist(), strict=True)
-        yield Prediction(image, tuple(Guess(index, names[index], value) for index, value in best))
+        guesses = tuple(Guess(index, names[index], value) for index, value in best)
+        yield Prediction(image, guesses, unsure=unsure, ood_score=score)
 
 
 def probabilities(
@@ -131,7 +174,7 @@ def probabilities(
     All forward passes have the same shape, as in the evaluation of a run, so probabilities do not depend on the number
     of images in the last batch. Arguments and errors are those of `predict`.
     """
-    compute = partial(_probabilities, classifier)
+    compute = partial(_plain, classifier)
     return compute_rows(
         classifier, images, compute, batch_size=batch_size, device=device, decoder=decoder, max_pixels=max_pixels
     )
@@ -230,9 +273,24 @@ def _in_batch(
     return compute(model, stacked.to(device).contiguous(memory_format=torch.channels_last))[: len(images)].cpu()
 
 
-def _probabilities(classifier: "Classifier", model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Return probabilities `(N, classes)` float64."""
-    logits = predict_views(model, images, classifier.tta).mean(dim=0) / classifier.temperature
+def _answers(classifier: "Classifier", model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Return probabilities, followed by the OOD score if there is one: `(N, classes)` or `(N, classes + 1)` float64."""
+    if classifier.ood is None or not hasattr(model, "forward_head"):
+        return _plain(classifier, model, images)
+    found = [logits_and_features(model, view) for view in views_of(images, classifier.tta)]
+    probabilities = _probabilities(classifier, torch.stack([logits for logits, _ in found]))
+    logits, features = found[0]
+    score = classifier.ood(logits.cpu(), features.cpu()).double()
+    return torch.cat([probabilities, score[:, None]], dim=1)
+
+
+def _plain(classifier: "Classifier", model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    return _probabilities(classifier, predict_views(model, images, classifier.tta))
+
+
+def _probabilities(classifier: "Classifier", views: torch.Tensor) -> torch.Tensor:
+    """Return probabilities `(N, classes)` float64 from the logits of each view, `(views, N, classes)`."""
+    logits = views.mean(dim=0) / classifier.temperature
     several = classifier.is_multi_label
     found: torch.Tensor = (
         logits.cpu().double().sigmoid() if several else F.log_softmax(logits, dim=1).cpu().double().exp()
