@@ -346,7 +346,7 @@ def test_csv_and_parquet_hold_what_json_holds(
     rows = list(csv.DictReader(io.StringIO(out)))
     expected = [
         {"path": line["path"], "rank": str(rank), "label": guess["label"], "error": "",
-         "probability": f"{guess['probability']:.6f}"}
+         "probability": f"{guess['probability']:.6f}", "unsure": "", "ood_score": ""}
         for line in lines for rank, guess in enumerate(line.get("predictions", []), 1)
     ]  # fmt: skip
     assert [row for row in rows if not row["error"]] == expected
