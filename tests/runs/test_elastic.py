@@ -41,6 +41,19 @@ def test_1_2_and_4_processes_train_the_same_weights(tmp_path: Path, flags: tuple
 
 
 @mark.slow
+def test_a_stream_trains_the_same_weights(tmp_path: Path) -> None:
+    from resnext_hub.data.sources import load_digits_table
+
+    digits = load_digits_table()
+    for shard in range(4):
+        digits.shard(4, shard).select(range(300 + shard)).to_parquet(tmp_path / "digits" / f"train-{shard}.parquet")
+    digits.select(range(1700, 1797)).to_parquet(tmp_path / "digits" / "test-0.parquet")
+    flags = (*EVERYTHING, "--dataset", str(tmp_path / "digits"), "--streaming", "--image-size", "32")
+    one, two = (trained(tmp_path, processes, *flags) for processes in (1, 2))
+    assert differences(one, two) == []
+
+
+@mark.slow
 @mark.parametrize("counts", [(1, 2, 1), (2, 4, 1, 2)])
 def test_a_run_that_moves_between_numbers_of_processes_ends_like_one_that_does_not(
     tmp_path: Path, counts: tuple[int, ...]
