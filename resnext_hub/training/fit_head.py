@@ -62,7 +62,11 @@ def fit_head(plan: Plan, model: nn.Module, accelerator: "Accelerator", peers: Pe
     names = sorted(classifier_names(model), reverse=True)  # weight, bias
 
     def solve() -> dict[str, torch.Tensor]:
-        weight, bias = _solve(features[:, read], chosen.labels[read], plan)
+        from threadpoolctl import threadpool_limits
+
+        # its number of threads changes the last bits, and launchers set it
+        with threadpool_limits(torch.get_num_threads(), "blas"):
+            weight, bias = _solve(features[:, read], chosen.labels[read], plan)
         found = dict(zip(names, (weight, bias), strict=False))
         own = model.state_dict()
         return {name: torch.from_numpy(value).float().view(own[name].shape) for name, value in found.items()}

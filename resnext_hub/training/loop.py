@@ -32,7 +32,7 @@ from resnext_hub.training.plan import Plan
 from resnext_hub.training.progress import Progress
 from resnext_hub.training.recorder import Recorder
 from resnext_hub.training.state import TrainingState
-from resnext_hub.training.step import seed_step, take_step
+from resnext_hub.training.step import mean_metrics, prepare_objective, take_step
 from resnext_hub.training.stop import StopSignal
 from resnext_hub.training.unreadable import UnreadableLog, read_unreadable
 
@@ -125,10 +125,9 @@ def train(
                 state.keep_start()
             lr = plan.schedule.lr_at(state.step, config.optim.lr or 0.0)
             set_lr(state.optimizer, lr)
-            seed_step(config.seed, state.step, accelerator.process_index)
             images, targets = inputs(batch, state.step)
             with _compiling() if config.compile else contextlib.nullcontext():
-                metrics = take_step(objective, optimizer, images, targets, plan, accelerator)
+                metrics = take_step(objective, optimizer, images, targets, state.step, plan, accelerator)
             state.advance(batch, metrics[0], optimizer.step_was_skipped)
             unreadable.note("training", plan.splits.train.count or state.step * config.batch_size, batch.unreadable)
             if compiling:
@@ -186,10 +185,8 @@ class _Run:
         view = state.build_view()
         if plan.config.compile:
             view.compile(dynamic=False)
-        # the model is on its device already; if Accelerate moved it again, its buffers would be replaced by copies
-        objective: nn.Module = state.accelerator.prepare(
-            build_objective(plan, view, state.accelerator.device), device_placement=[False]
-        )
+        built = build_objective(plan, view, state.accelerator.device)
+        objective = prepare_objective(built, plan, state.accelerator)
         require_shared_tensors(view, state.model)
         objective.train()
         set_training(view)
@@ -219,7 +216,7 @@ class _Run:
         Raises:
             RunError: If the loss of this or an earlier step is not finite.
         """
-        loss, top1 = self.state.accelerator.reduce(metrics, "mean").tolist()
+        loss, top1 = mean_metrics(metrics, self.plan, self.state.accelerator)
         if not math.isfinite(loss):
             self._raise_not_finite(f"loss is {loss}", self.state.first_bad_step())
         return loss, top1
