@@ -1,11 +1,13 @@
 """Kill training runs at random moments until they end, and compare the result with a run that was left alone.
 
     python tests/chaos.py --kills 20 --processes 1 2 3
+    python tests/chaos.py --kills 20 --processes 1 2 4 --elastic 4
 
 Each run is killed in another way at each of its moments: all its processes, the launcher alone, or one process of
 several; by SIGKILL, or by SIGTERM as a preempted machine is. Moments are spread over the whole run, start and
 checkpoints included. After each kill the same command is typed again. The table says what was killed, and whether
-weights, moving average, metrics and logged pixels came out the same to the bit.
+weights, moving average, metrics and logged pixels came out the same to the bit. With --elastic there is one run: it
+goes on with another number of processes after each kill, and is compared with a run of the first number of them.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -40,14 +43,18 @@ CLOCK = ("images_per_second", "data_wait")
 class Training:
     """One run, typed as often as it takes."""
 
-    def __init__(self, folder: Path, processes: int, steps: int) -> None:
+    def __init__(self, folder: Path, processes: int, steps: int, flags: Sequence[str] = FLAGS) -> None:
         self.folder = folder
         self.processes = processes
-        train = ["scripts/train.py", *FLAGS, "--max-steps", str(steps), "--output-dir", str(folder)]
-        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
-        launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-        self.command = [sys.executable, *(launcher if processes > 1 else []), *train]
+        self.train = ["scripts/train.py", *flags, "--max-steps", str(steps), "--output-dir", str(folder)]
         self.errors = folder.with_name(f"{folder.name}.errors")
+
+    @property
+    def command(self) -> list[str]:
+        """What is typed."""
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(self.processes), "--master_port", "0"]
+        launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+        return [sys.executable, *(launcher if self.processes > 1 else []), *self.train]
 
     def start(self) -> "subprocess.Popen[bytes]":
         """Type the command; it gets a process group of its own, as a shell gives it."""
@@ -119,8 +126,14 @@ def without_clock(path: Path) -> list[dict[str, object]]:
     return [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
 
 
-def differences(one: Path, other: Path, processes: int) -> list[str]:
-    """Name everything that two finished runs do not have in common to the bit."""
+def differences(one: Path, other: Path, processes: int = 0) -> list[str]:
+    """Name everything that two finished runs do not have in common to the bit.
+
+    Args:
+        one: Their folders.
+        other: The second one.
+        processes: How many processes each had, to compare the samples of each as well.
+    """
     found = []
     last = sorted((one / "checkpoints").iterdir())[-1].name
     for name in (
@@ -136,26 +149,32 @@ def differences(one: Path, other: Path, processes: int) -> list[str]:
     return found
 
 
-def torment(folder: Path, processes: int, kills: int, steps: int, seed: int) -> tuple[list[tuple[str, int]], list[str]]:
+def torment(
+    folder: Path, processes: int | Sequence[int], kills: int, steps: int, seed: int, elastic: int = 0
+) -> tuple[list[tuple[str, int]], list[str]]:
     """Compare a run that is killed often with one that is left alone.
 
     Args:
         folder: Where the two runs go.
-        processes: How many processes each has.
+        processes: How many processes each has; several numbers are those of the killed one from kill to kill.
         kills: How often the one is killed.
         steps: Optimizer steps of a run.
         seed: Seed of moments and ways.
+        elastic: How many virtual processes each has, if the number of processes changes.
 
     Returns:
         What was done (way, step), and what came out different.
     """
     luck = random.Random(seed)
-    alone = Training(folder / f"alone-{processes}", processes, steps)
+    counts = [processes] if isinstance(processes, int) else list(processes)
+    flags = (*FLAGS, "--drop-path", "0.2", "--elastic", str(elastic)) if elastic else FLAGS
+    alone = Training(folder / f"alone-{counts[0]}", counts[0], steps, flags)
     alone.finish()
-    killed = Training(folder / f"killed-{processes}", processes, steps)
+    killed = Training(folder / f"killed-{counts[0]}", counts[0], steps, flags)
     done: list[tuple[str, int]] = []
     while len(done) < kills:
-        how = ways(processes)[len(done) % len(ways(processes))]
+        killed.processes = counts[len(done) % len(counts)]
+        how = ways(killed.processes)[len(done) % len(ways(killed.processes))]
         # moments go by progress, so that every part of the run is hit; the last bit by the clock, down to the instant
         target = round(steps * len(done) / kills) + luck.randint(0, 3)
         before = killed.step()
@@ -174,8 +193,9 @@ def torment(folder: Path, processes: int, kills: int, steps: int, seed: int) -> 
             break
         killed.strike(run, how, luck)
         done.append((how, killed.step()))
+    killed.processes = counts[len(done) % len(counts)]
     killed.finish()
-    return done, differences(alone.folder, killed.folder, processes)
+    return done, differences(alone.folder, killed.folder, 0 if elastic else counts[0])
 
 
 def main() -> int:
@@ -185,12 +205,15 @@ def main() -> int:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--elastic", type=int, default=0)
     options = parser.parse_args()
     wrong = 0
     print("| processes | killed, at step | different from the run left alone |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
-        for processes in options.processes:
-            done, different = torment(Path(scratch), processes, options.kills, options.steps, options.seed)
+        for processes in [options.processes] if options.elastic else options.processes:
+            done, different = torment(
+                Path(scratch), processes, options.kills, options.steps, options.seed, options.elastic
+            )
             kills = ", ".join(f"{how} {step}" for how, step in done)
             print(f"| {processes} | {len(done)}: {kills} | {', '.join(different) or 'nothing'} |", flush=True)
             wrong += bool(different)

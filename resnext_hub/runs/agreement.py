@@ -18,6 +18,8 @@ def shared_facts(plan: Plan) -> dict[str, object]:
     """
     config, splits = plan.config, plan.splits
     excluded = set(process_fields())
+    if config.elastic is not None:
+        excluded.discard("threads")
     excluded.add("class_weights")  # a file may have another path on another host; the weights are compared below
     if splits.hub_id is None:
         excluded.add("dataset")

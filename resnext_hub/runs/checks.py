@@ -14,6 +14,7 @@ from resnext_hub.models.saved import check_saving, without_values
 from resnext_hub.models.saved_config import MAX_RESIZED, resized_side
 from resnext_hub.processes.launcher import processes
 from resnext_hub.run_folder import RunFolder
+from resnext_hub.runs.elastic import check_elastic
 from resnext_hub.runs.existing import nearest, require_writable
 from resnext_hub.text import printable
 from resnext_hub.training.config import TrainConfig
@@ -25,19 +26,21 @@ MODEL_FOLDER_BYTES = 4_000_000
 
 def check_batch(config: TrainConfig) -> None:
     """Raise RequestError if the processes cannot share the global batch equally, or cannot mix their parts in pairs."""
-    count = processes()
+    check_elastic(config)
+    count, unit = config.elastic or processes(), "process" if config.elastic is None else "virtual process"
     if config.batch_size % count:
         low = config.batch_size // count * count
         closest = [str(size) for size in (low, low + count) if size]
         raise RequestError(
             f"{setting('batch_size', config.batch_size)} (the global batch size) is not divisible by {count} "
-            f"processes; use {' or '.join(closest)}"
+            f"{unit}es; use {' or '.join(closest)}"
         )
     part = config.batch_size // count
     if config.transform.mixes and part % 2:
+        closest = [str(n * count) for n in (part - 1, part + 1) if n]
         raise RequestError(
-            f"{setting('batch_size', config.batch_size)} gives {part} images per process, but {setting('mixup')} and "
-            f"{setting('cutmix')} need pairs; use {' or '.join(str(n * count) for n in (part - 1, part + 1) if n)}"
+            f"{setting('batch_size', config.batch_size)} gives {part} images per {unit}, but {setting('mixup')} and "
+            f"{setting('cutmix')} need pairs; use {' or '.join(closest)}"
         )
 
 
@@ -145,9 +148,8 @@ def check_model(
 
 
 def _check_smallest_batch(config: TrainConfig, model: torch.nn.Module, size: int, reduction: int, name: str) -> None:
-    part = config.batch_size // processes()
-    micro = config.micro_batch_size or part
-    smallest = part % micro or min(micro, part)
+    micro = config.images_per_pass(processes())
+    smallest = config.batch_size // (config.elastic or processes()) % micro or micro
     has_batch_norm = any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
     if smallest == 1 and size <= reduction and has_batch_norm:
         raise RequestError(

@@ -61,8 +61,7 @@ def estimate(plan: Plan, accelerator: "Accelerator") -> Estimate | None:
     config, device = plan.config, accelerator.device
     model = plan.source.saved.build(len(plan.splits.label_names), config.drop_rate, config.drop_path)
     model = model.to(device).to(memory_format=torch.channels_last)
-    part = config.batch_size // accelerator.num_processes
-    shape = (min(config.micro_batch_size or part, part), *plan.input.input_size)
+    shape = (config.images_per_pass(accelerator.num_processes), *plan.input.input_size)
     factors = agree_on_factors(model, shape, config.merge_groups, plan.precision, accelerator)
     sizes = _steps_by_size(plan)
     seconds = 0.0
@@ -103,7 +102,7 @@ def _time_steps(
     objective = build_objective(plan, view, device).train()
     set_training(view)
     optimizer = build_optimizer(model, config.optim)
-    micro = config.micro_batch_size or config.batch_size
+    micro = config.images_per_pass(accelerator.num_processes)
     found = {}
     with contextlib.closing(read_batches(loader)) as batches:
         for size in sizes:

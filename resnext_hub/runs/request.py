@@ -27,6 +27,7 @@ from resnext_hub.processes.peers import Peers
 from resnext_hub.run_folder import RunFolder
 from resnext_hub.runs.auto import SETTINGS, choose
 from resnext_hub.runs.checks import check_batch, check_input, check_model, check_space
+from resnext_hub.runs.elastic import resolve_elastic
 from resnext_hub.runs.existing import CONFIG_VERSION, is_finished, read_config, read_existing
 from resnext_hub.runs.public import public_model
 from resnext_hub.runs.recipes import AUTO, QUICKSTART, find_recipe
@@ -138,7 +139,7 @@ def prepare(
     recipe, config = _choose(config, recipe, settings, before, splits, source)
     input = resolve_input(config.transform, source.pretrained_cfg)
     check_input(config, input)
-    config = _resolve(config, source, splits, input, device)
+    config = _resolve(resolve_elastic(config, resumed, device), source, splits, input, device)
     check_optimizer(config.optim, device)
     schedule = plan_schedule(config, splits.train.count)
     balance = resolve_balance(config.balance, splits.train, splits.label_names)

@@ -36,9 +36,11 @@ def describe(plan: Plan, accelerator: "Accelerator", expected: Estimate | None) 
         *_finetune(plan),
         *_look(plan),
         f"{schedule.steps} steps of {config.batch_size} images: {accelerator.num_processes} process(es) x {part}, "
-        f"{min(config.micro_batch_size or part, part)} per pass; {accelerator.device.type}, "
+        f"{config.images_per_pass(accelerator.num_processes)} per pass; {accelerator.device.type}, "
         f"{ {'no': 'float32'}.get(plan.precision, plan.precision) }, {torch.get_num_threads()} thread(s)",
     ]
+    if config.elastic is not None:
+        lines.append(f"{config.elastic} virtual processes: the same weights for any number of processes")
     if expected is not None:
         slower = ", measured without torch.compile" if config.compile else ""
         lines.append(

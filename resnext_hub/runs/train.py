@@ -172,8 +172,7 @@ def as_run_errors(config: TrainConfig) -> Iterator[None]:
 def _memory_advice(config: TrainConfig) -> str:
     from resnext_hub.processes.launcher import processes
 
-    part = config.batch_size // processes()
-    micro = min(config.micro_batch_size or part, part)
+    micro = config.images_per_pass(processes())
     size = config.transform.image_size
     smaller = setting("micro_batch_size", micro // 2) if micro >= 4 else f"{setting('image_size')} below {size}"
     return (

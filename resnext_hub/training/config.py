@@ -162,6 +162,10 @@ class TrainConfig:
     epoch keeps its length, so it contains fewer distinct images."""
     micro_batch_size: Annotated[int, Range(1, BATCH)] | None = None
     """Images per forward and backward pass of a process, for gradient accumulation; no accumulation if not given."""
+    elastic: Annotated[int, Range(2, BATCH)] | None = None
+    """Number of virtual processes, a power of two that divides the batch size: 1, 2, 4, … up to as many processes then
+    train bit-identical weights, also when a run is resumed with another number of them. Each virtual process has its
+    own batch norm statistics and its own random numbers, as a process has otherwise. Off if not given."""
     eval_batch_size: Annotated[int, Range(1, BATCH)] = 32
     """Images per forward pass of a process during evaluation."""
     tta: TestTimeAugmentation = "none"
@@ -259,6 +263,11 @@ class TrainConfig:
             raise RequestError(
                 f"{setting('threads', shown(self.threads))}: expected auto or a number of threads from 1 to {THREADS:,}"
             )
+
+    def images_per_pass(self, processes: int) -> int:
+        """Return the images of a forward pass, given the number of processes; the last micro-batch may be smaller."""
+        part = self.batch_size // (self.elastic or processes)
+        return min(self.micro_batch_size or part, part)
 
     def to_flat(self) -> dict[str, Any]:
         """Return the value of every field by its flat name; the inverse of `from_flat`."""

@@ -18,6 +18,7 @@ class TrainSettings(TypedDict, total=False):
     batch_size: int
     repeated_augmentation: int
     micro_batch_size: int | None
+    elastic: int | None
     eval_batch_size: int
     tta: Literal["none", "flip"]
     calibrate: bool

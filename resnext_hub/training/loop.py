@@ -26,12 +26,13 @@ from resnext_hub.training.evaluator import Evaluator
 from resnext_hub.training.feed import StepInputs, training_loader
 from resnext_hub.training.finetune import freeze, set_training
 from resnext_hub.training.objective import build_objective
+from resnext_hub.training.ood import FittedOod, fit_ood
 from resnext_hub.training.optim import set_lr
 from resnext_hub.training.plan import Plan
 from resnext_hub.training.progress import Progress
 from resnext_hub.training.recorder import Recorder
 from resnext_hub.training.state import TrainingState
-from resnext_hub.training.step import seed_step, take_step
+from resnext_hub.training.step import mean_metrics, prepare_objective, take_step
 from resnext_hub.training.stop import StopSignal
 from resnext_hub.training.unreadable import UnreadableLog, read_unreadable
 
@@ -48,6 +49,8 @@ class Outcome:
     model: nn.Module
     final: Final
     """Their results."""
+    ood: FittedOod | None
+    """Score of out-of-distribution images, if one could be fitted."""
     step: int
     """Step of the best weights."""
     epoch: float
@@ -122,10 +125,9 @@ def train(
                 state.keep_start()
             lr = plan.schedule.lr_at(state.step, config.optim.lr or 0.0)
             set_lr(state.optimizer, lr)
-            seed_step(config.seed, state.step, accelerator.process_index)
             images, targets = inputs(batch, state.step)
             with _compiling() if config.compile else contextlib.nullcontext():
-                metrics = take_step(objective, optimizer, images, targets, plan, accelerator)
+                metrics = take_step(objective, optimizer, images, targets, state.step, plan, accelerator)
             state.advance(batch, metrics[0], optimizer.step_was_skipped)
             unreadable.note("training", plan.splits.train.count or state.step * config.batch_size, batch.unreadable)
             if compiling:
@@ -183,10 +185,8 @@ class _Run:
         view = state.build_view()
         if plan.config.compile:
             view.compile(dynamic=False)
-        # the model is on its device already; if Accelerate moved it again, its buffers would be replaced by copies
-        objective: nn.Module = state.accelerator.prepare(
-            build_objective(plan, view, state.accelerator.device), device_placement=[False]
-        )
+        built = build_objective(plan, view, state.accelerator.device)
+        objective = prepare_objective(built, plan, state.accelerator)
         require_shared_tensors(view, state.model)
         objective.train()
         set_training(view)
@@ -216,7 +216,7 @@ class _Run:
         Raises:
             RunError: If the loss of this or an earlier step is not finite.
         """
-        loss, top1 = self.state.accelerator.reduce(metrics, "mean").tolist()
+        loss, top1 = mean_metrics(metrics, self.plan, self.state.accelerator)
         if not math.isfinite(loss):
             self._raise_not_finite(f"loss is {loss}", self.state.first_bad_step())
         return loss, top1
@@ -288,6 +288,7 @@ class _Run:
         except EvaluationStoppedError:
             self.stop.stopping()
             self.raise_stopped()
+        ood = fit_ood(self.plan, state.model, state.accelerator)
         if final.evaluation.correct != state.best.correct:
             _logger.warning(
                 "the best weights classified %d images correctly at step %d, but %d now; the current count is "
@@ -300,6 +301,7 @@ class _Run:
         return Outcome(
             model=state.model.eval(),
             final=final,
+            ood=ood,
             step=state.best.step,
             epoch=state.best.epoch,
             steps=state.step,

@@ -18,7 +18,7 @@ from resnext_hub.training.optim import set_lr
 from resnext_hub.training.plan import Plan
 from resnext_hub.training.schedule import Schedule
 from resnext_hub.training.state import TrainingState
-from resnext_hub.training.step import seed_step, take_step
+from resnext_hub.training.step import mean_metrics, prepare_objective, take_step
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -73,10 +73,7 @@ def range_test(plan: Plan, model: nn.Module, accelerator: "Accelerator", peers: 
     state = TrainingState(plan, model, accelerator, peers)
     freeze(state.model, config.finetune.frozen(state.model, head_only=False))
     view = state.build_view()
-    # the model is on its device already
-    objective: nn.Module = accelerator.prepare(
-        build_objective(plan, view, accelerator.device), device_placement=[False]
-    )
+    objective = prepare_objective(build_objective(plan, view, accelerator.device), plan, accelerator)
     optimizer = accelerator.prepare(state.optimizer, device_placement=[False])
     objective.train()
     set_training(view)
@@ -97,10 +94,9 @@ def range_test(plan: Plan, model: nn.Module, accelerator: "Accelerator", peers: 
         for step in range(STEPS):
             lr = LOWEST * (HIGHEST / LOWEST) ** (step / (STEPS - 1))
             set_lr(state.optimizer, lr)
-            seed_step(config.seed, step, process)
             images, targets = inputs(next(batches), step)
-            metrics = take_step(objective, optimizer, images, targets, plan, accelerator)
-            loss, _ = accelerator.reduce(metrics, "mean").tolist()
+            metrics = take_step(objective, optimizer, images, targets, step, plan, accelerator)
+            loss, _ = mean_metrics(metrics, plan, accelerator)
             if not math.isfinite(loss):
                 diverged = True
                 break

@@ -224,8 +224,7 @@ class TrainingState:
         """Return the training view of the model; the main process chooses the merged groups, once per run."""
         config, before = self.plan.config, self.merged_groups
         if before is None or config.merge_groups != "auto":
-            part = config.batch_size // self.accelerator.num_processes
-            shape = (min(config.micro_batch_size or part, part), *self.plan.input.input_size)
+            shape = (config.images_per_pass(self.accelerator.num_processes), *self.plan.input.input_size)
             self.merged_groups = agree_on_factors(
                 self.model, shape, config.merge_groups, self.plan.precision, self.accelerator
             )
@@ -279,7 +278,8 @@ class TrainingState:
         if not all(n in layers and f > 0 and layers[n].groups % f == 0 for n, f in self.merged_groups.items()):
             raise checkpoint.mismatch("its merged groups belong to another model")
         for name, before in facts.how.items():
-            if name in self.how and self.how[name] != before:
+            exact = name == "processes" and self.plan.config.elastic is not None
+            if name in self.how and self.how[name] != before and not exact:
                 effect = (
                     "in the last bits"
                     if name != "decoder"
