@@ -1,6 +1,7 @@
 """Every fact about a finished run, in one JSON file that training writes and everything after it reads."""
 
 import dataclasses
+import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -23,7 +24,7 @@ from resnext_hub.facts import (
     Some,
     UnreadableImage,
 )
-from resnext_hub.files import convert, read_json, write_json
+from resnext_hub.files import convert, read_json, write_atomic
 from resnext_hub.text import printable
 
 FORMAT_VERSION = 3
@@ -135,7 +136,7 @@ class RunRecord:
 
     def save(self, path: Path) -> None:
         """Write the record as JSON, atomically."""
-        write_json(path, dataclasses.asdict(self))
+        write_atomic(path, _json(dataclasses.asdict(self)) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "RunRecord":
@@ -160,6 +161,25 @@ _WAY_OUT = "remove it, and rerun the training command to write it again"
 
 _CARD_SETTINGS = frozenset({"split_seed", "ema", "streaming", "shuffle_block"})
 """Settings that a card mentions."""
+
+
+def _json(value: Any, indent: str = "") -> str:
+    """Return JSON with a line for each entry, but with rows of numbers on one line: most of a record is counts."""
+    inner, lines = f"{indent}  ", list[str]()
+    if isinstance(value, dict):
+        lines = [f"{inner}{json.dumps(name, ensure_ascii=False)}: {_json(part, inner)}" for name, part in value.items()]
+    elif isinstance(value, (list, tuple)) and not _is_row(value):
+        lines = [inner + _json(part, inner) for part in value]
+    if not lines:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    start, end = "{}" if isinstance(value, dict) else "[]"
+    return "\n".join([start, ",\n".join(lines), indent + end])
+
+
+def _is_row(values: Sequence[Any]) -> bool:
+    """Return whether a list contains numbers, or pairs and other lists of numbers."""
+    numbers = (number for value in values for number in (value if isinstance(value, (list, tuple)) else [value]))
+    return all(isinstance(number, (int, float)) for number in numbers)
 
 
 def sparse_rows(dense: Iterable[Sequence[int]]) -> list[list[tuple[int, int]]]:

@@ -69,6 +69,11 @@ class RunFolder:
         return self.path / "test-predictions.parquet"
 
     @property
+    def confusion(self) -> Path:
+        """Confusion matrices of the evaluation and the test split, in Parquet; none with several labels per image."""
+        return self.path / "confusion.parquet"
+
+    @property
     def record(self) -> Path:
         """Facts of a finished run, in JSON; written last."""
         return self.path / "record.json"

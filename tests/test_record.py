@@ -149,6 +149,21 @@ def test_a_record_grows_with_classes_and_not_with_classes_squared(tmp_path: Path
     assert sizes[1] < 400_000
 
 
+def test_a_record_of_10_000_classes_has_less_than_5_megabytes(tmp_path: Path) -> None:
+    rows = [[((n + other) % 10_000, 1 + other % 2) for other in range(0, 200, 20)] for n in range(10_000)]
+    a_record([f"the name of class {n}" for n in range(10_000)], rows).save(tmp_path / "record.json")
+    assert (tmp_path / "record.json").stat().st_size < 5e6 / 2  # as much remains for the results on a test split
+    lines = (tmp_path / "record.json").read_text().splitlines()
+    assert "      [[0,1],[20,1],[40,1],[60,1],[80,1],[100,1],[120,1],[140,1],[160,1],[180,1]]," in lines
+    assert len(lines) < 3 * 10_000  # lines of names and of rows
+
+
+def test_a_record_with_a_line_for_each_number_is_read(folder: Path) -> None:
+    path = folder / "record.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=2))
+    assert RunRecord.load(path) == a_record()
+
+
 @mark.parametrize("damage", [*DAMAGES, *NO_FILES])
 def test_damaged_settings_are_refused_with_the_name_of_their_file(folder: Path, damage: str) -> None:
     path = folder / "config.yaml"

@@ -1,4 +1,4 @@
-"""`resnext-hub benchmark`: measure speed against baselines."""
+"""`resnext-hub benchmark`: measure speed against baselines, and predict costs at scale."""
 
 import argparse
 import importlib
@@ -14,6 +14,7 @@ BENCHMARKS = {
     "inference": "measure the forward pass of a model against timm, torchvision, ONNX Runtime and OpenVINO",
     "training": "measure training against bare PyTorch loops and timm's train.py",
     "loader": "measure data loading, from encoded images to batches, against datasets, PIL and timm's transform",
+    "scale": "predict start-up, memory, reading and all-reduce at any number of images, classes and processes",
 }
 
 

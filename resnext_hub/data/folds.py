@@ -34,14 +34,18 @@ def assign_folds(labels: np.ndarray, groups: Sequence[np.ndarray], folds: int, s
         counts[:, fold] += own
         totals[fold] += len(group)
     generator = np.random.RandomState(seed)
+    free = np.flatnonzero(owner < 0)
+    ends = np.bincount(labels[free], minlength=classes).cumsum()
+    members = np.split(free[np.argsort(labels[free], kind="stable")], ends[:-1])  # of each class, in ascending order
     for label in range(classes):
         queue = [(int(counts[label, fold]), int(totals[fold]), fold) for fold in range(folds)]
         heapq.heapify(queue)
-        for index in generator.permutation(np.flatnonzero((labels == label) & (owner < 0))):
+        for index in generator.permutation(members[label]):
             count, total, fold = queue[0]
             heapq.heapreplace(queue, (count + 1, total + 1, fold))
             owner[index] = fold
-        totals = np.bincount(owner[owner >= 0], minlength=folds)
+        for _, total, fold in queue:
+            totals[fold] = total
     if not totals.all():
         raise RequestError(
             f"{setting('folds', folds)} leaves folds without images: the training split has {len(labels)} images"

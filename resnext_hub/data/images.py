@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -86,9 +87,17 @@ class IndexedImages:
         """
         return located(self._stored(index), self.roots)
 
+    @cached_property
+    def _column(self) -> Any:
+        # the Arrow column itself: indexing the Dataset would cost a tenth of the time to decode an image, and getting
+        # the column again for each row would cost more the more chunks it has
+        return self.rows.data.column(self.image_column)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_column"}  # `rows` contains it
+
     def _stored(self, index: int) -> dict[str, Any]:
-        # read the Arrow table directly: indexing the Dataset would cost a tenth of the time to decode an image
-        row = self.rows.data.column(self.image_column)[int(self.indices[index])]
+        row = self._column[int(self.indices[index])]
         try:
             return row.as_py() or {"bytes": None, "path": None}
         except UnicodeDecodeError:  # parquet does not check that text is UTF-8

@@ -67,6 +67,11 @@ def local_processes() -> int:
     return max(_whole_number("LOCAL_WORLD_SIZE", processes()), 1)
 
 
+def local_rank() -> int:
+    """Return the index of this process among those that the launcher started on this machine."""
+    return _whole_number("LOCAL_RANK", 0) if processes() > 1 else 0
+
+
 def speaks_for_host() -> bool:
     """Return whether this process reports errors for its host."""
     return _is_first("LOCAL_RANK")

@@ -163,7 +163,8 @@ def require_writable_paths(folder: RunFolder) -> None:
         replaceable = path.is_symlink() and path in (folder.model, folder.plots)
         if os.path.lexists(path) and not path.is_dir() and not replaceable:
             raise RequestError(f"{printable(path)} is not a folder; {remedy}")
-    replaced = [folder.config, folder.metrics, folder.predictions, folder.test_predictions, folder.previous_record]
+    replaced = [folder.config, folder.metrics, folder.predictions, folder.test_predictions, folder.confusion]
+    replaced.append(folder.previous_record)
     for path in (*replaced, folder.lock, *folder.unreadable_lists):
         if path.is_symlink() and path in replaced:
             continue

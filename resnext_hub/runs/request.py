@@ -21,6 +21,7 @@ from resnext_hub.hub.publish import check_request
 from resnext_hub.machine import device_type, resolve_precision
 from resnext_hub.models.input_config import InputConfig
 from resnext_hub.models.lookup import ModelSource, find_model
+from resnext_hub.processes.host import once_per_host
 from resnext_hub.processes.launcher import check_launcher, local_processes
 from resnext_hub.processes.peers import Peers
 from resnext_hub.run_folder import RunFolder
@@ -133,7 +134,8 @@ def prepare(
     config = _continue(config, folder, before, resume)
     resumed = before or (read_config(RunFolder(resume_from)) if resume_from else {})
     config = _choose_decoder(config, folder, resumed, asked)
-    splits = load_splits(config.data)
+    data = config.data
+    splits = load_splits(data) if data.streaming else once_per_host(peers, lambda: load_splits(data))
     recipe, config = _choose(config, recipe, settings, before, splits, source)
     input = resolve_input(config.transform, source.pretrained_cfg)
     check_input(config, input)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import io
 import itertools
 import logging
 import os
@@ -11,7 +10,6 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 
@@ -44,11 +42,11 @@ from resnext_hub.runs.ood_facts import ood_facts
 from resnext_hub.runs.public import public_model, public_settings
 from resnext_hub.runs.recipes import QUICKSTART
 from resnext_hub.runs.summary import class_counts
+from resnext_hub.runs.tables import write_confusion, write_predictions
 from resnext_hub.settings import flag_of
 from resnext_hub.text import listing, printable
 from resnext_hub.trackers.fan_out import Trackers
 from resnext_hub.training.config import TrainConfig
-from resnext_hub.training.evaluation import AnyEvaluation
 from resnext_hub.training.feed import evaluation_samples
 from resnext_hub.training.loop import Outcome
 from resnext_hub.training.multi_label import MultiLabelEvaluation
@@ -91,9 +89,11 @@ def _write_files(plan: Plan, outcome: Outcome, accelerator: "Accelerator", track
     with new_folder(folder.model) as model:
         digest = _write_model(plan, outcome, model)
         record = _record_of(plan, outcome, accelerator, digest)
-        _write_predictions(evaluation, folder.predictions)
+        write_predictions(evaluation, folder.predictions)
         if outcome.final.test is not None:
-            _write_predictions(outcome.final.test, folder.test_predictions)
+            write_predictions(outcome.final.test, folder.test_predictions)
+        if not record.evaluation.is_multi_label:
+            write_confusion(record, folder.confusion)
         with new_folder(folder.plots) as aside:
             record = dataclasses.replace(record, plots=write_plots(record, aside))
             if isinstance(splits.eval, IndexedImages):  # not published: the images may be under another license
@@ -301,26 +301,6 @@ def _sample(plan: Plan, model: torch.nn.Module) -> SampleFacts:
         label=[names[int(i)] for i in own.nonzero()] if several else names[int(own)],
         output=[(names[int(i)], round(float(value), 4)) for i, value in zip(classes, probabilities, strict=True)],
     )
-
-
-def _write_predictions(evaluation: AnyEvaluation, path: Path) -> None:
-    """Write a row for each readable image; with several labels, label and prediction are lists."""
-    import pyarrow
-    from pyarrow import parquet
-
-    columns: dict[str, Any] = {
-        "index": evaluation.indices,
-        "label": evaluation.labels,
-        "prediction": evaluation.predictions,
-        "probability": evaluation.probabilities,
-    }
-    if isinstance(evaluation, MultiLabelEvaluation):
-        columns |= {name: [np.flatnonzero(row) for row in columns[name]] for name in ("label", "prediction")}
-        columns["probability"] = list(evaluation.probabilities.astype(np.float32))
-    table = pyarrow.table(columns)
-    buffer = io.BytesIO()
-    parquet.write_table(table, buffer)
-    write_atomic(path, buffer.getvalue())
 
 
 def _base_model(source: ModelSource) -> BaseModelFacts | None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from pytest import LogCaptureFixture, fixture, mark, param, raises
+from support.counting import CountedArray
 from support.digit_pairs import write_pairs
 from support.processes import write_images
 
@@ -40,6 +41,21 @@ def test_groups_stay_together_and_the_other_images_balance_the_folds(seed: int) 
     for label in range(4):
         counts = np.bincount(owner[labels == label], minlength=4)
         assert counts.max() - counts.min() <= 1  # the largest group has fewer images of a class than a fold
+
+
+def test_the_members_of_a_class_are_found_without_looking_at_all_images_for_each_class() -> None:
+    def elements(classes: int) -> int:
+        assign_folds(CountedArray.of(np.arange(3000) % classes), [], 3, 0)
+        return CountedArray.elements
+
+    assert elements(1000) <= 2 * elements(2) + 3000
+
+
+def test_the_folds_are_those_of_existing_runs() -> None:
+    generator = np.random.default_rng(4)
+    labels = generator.integers(0, 7, 60)
+    owner = assign_folds(labels, np.split(generator.permutation(60)[:8], 2), 4, 9)
+    assert "".join(map(str, owner.tolist())) == "130032212120020130221223010313110301300132223223031321310230"
 
 
 def test_too_many_folds_are_refused() -> None:

@@ -2,14 +2,12 @@
 
 import hashlib
 import json
-import sys
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 
 from PIL import Image
 from pytest import mark
+from support.counting import calls_of
 
 from resnext_hub.data.config import DataConfig
 from resnext_hub.data.sources import open_source
@@ -31,22 +29,6 @@ def few_images(root: Path) -> Path:
     rows = (f"images/{row % 10}.png,{('cat', 'dog')[row % 2]}" for row in range(MANY))
     (root / "labels.csv").write_text("\n".join(["file,label", *rows]))
     return root / "labels.csv"
-
-
-def calls_of(work: Callable[[], object]) -> int:
-    """Count the Python functions that are entered, and the generators that are resumed."""
-    count = 0
-
-    def profile(frame: FrameType, event: str, argument: object) -> None:
-        nonlocal count
-        count += event == "call"
-
-    sys.setprofile(profile)
-    try:
-        work()
-    finally:
-        sys.setprofile(None)
-    return count
 
 
 def test_rows_that_name_the_same_files_again_and_again_are_opened(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_two_epochs_have_the_same_pixels_for_any_number_of_processes_and_workers
 
 def test_a_sample_is_augmented_differently_in_each_epoch() -> None:
     data = samples()
-    places = Order(1437, 3).step(0, 1437)[:1] + Order(1437, 3).step(1, 1437)
+    places = [*Order(1437, 3).step(0, 1437)[:1], *Order(1437, 3).step(1, 1437)]
     first = places[0]
     again = next(p for p in places[1:] if p.sample == first.sample)
     assert not torch.equal(data[first].image, data[again].image)

@@ -1,11 +1,17 @@
 """The order of the samples is a function of seed and epoch, also if the classes are balanced."""
 
+import hashlib
+import json
+import pickle
 from collections import Counter
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
 
 import numpy as np
 from pytest import mark
+from support.counting import CountedArray, calls_of
 
-from resnext_hub.data.order import Order, Place, StepSampler
+from resnext_hub.data.order import Order, Place, StepSampler, by_class
 
 LABELS = np.repeat([0, 1, 2, 5], [100, 30, 3, 1])
 """A long tail; classes 3 and 4 have no samples."""
@@ -81,3 +87,72 @@ def test_repeated_augmentation_puts_each_image_into_a_batch_several_times(count:
 
 def test_without_repeats_the_order_is_the_same_as_before() -> None:
     assert Order(40, 3).step(2, 8) == Order(40, 3, repeats=1, apart=5).step(2, 8)
+
+
+def naive_step(order: Order, epochs: list[list[Place]], step: int, batch: int) -> list[Place]:
+    """Return the places of a step, one at a time."""
+    return [epochs[place // order.count][place % order.count] for place in range(step * batch, (step + 1) * batch)]
+
+
+@mark.parametrize("settings", [{}, {"labels": LABELS}, {"repeats": 3, "apart": 4}])
+@mark.parametrize(("batch", "processes"), [(12, 1), (12, 4), (300, 5), (134, 2)])
+def test_each_process_computes_its_own_part_of_the_step(settings: dict[str, Any], batch: int, processes: int) -> None:
+    order = Order(len(LABELS), 7, **settings)
+    epochs = [[*order.step(epoch, order.count)] for epoch in range(16)]
+    for step in range(5):
+        parts = [order.step(step, batch, process, processes) for process in range(processes)]
+        assert {len(part) for part in parts} == {batch // processes}
+        assert [place for part in parts for place in part] == naive_step(order, epochs, step, batch)
+
+
+@mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "a5d08e8ef4fdf8d9"),
+        ({"labels": LABELS}, "baebab74f783d22d"),
+        ({"repeats": 3, "apart": 4}, "7caf7ab807fc471c"),
+    ],
+)
+def test_the_order_is_that_of_existing_runs(settings: dict[str, Any], expected: str) -> None:
+    order = Order(134, 7, **settings)
+    places = [[int(number) for number in place] for step in range(60) for place in order.step(step, 12)]
+    assert hashlib.sha256(json.dumps(places).encode()).hexdigest()[:16] == expected
+
+
+@mark.parametrize("settings", [{}, {"repeats": 4, "apart": 512}])
+def test_the_work_of_a_step_does_not_depend_on_the_batch_size(settings: dict[str, Any]) -> None:
+    order = Order(100_000, 0, **settings)
+    order.step(0, 16)  # computes the epoch
+
+    def sent(batch: int) -> bytes:
+        return bytes(ForkingPickler.dumps(order.step(1, batch, 3, 8)))  # as to a worker
+
+    sent(32_768)  # fills caches
+    assert calls_of(lambda: sent(32_768)) == calls_of(lambda: sent(64))
+    columns = 1 if not settings else 2
+    assert len(sent(32_768)) < columns * 8 * 4096 + 1024
+
+
+def test_places_survive_the_way_to_a_worker() -> None:
+    order = Order(50, 7, repeats=2, apart=3)
+    places = order.step(8, 48)
+    assert pickle.loads(pickle.dumps(places)) == places == [*places]
+    assert places[5] == [*places][5]
+    assert places[3:7] == [*places][3:7]
+    assert places != [*places][1:]
+
+
+def test_the_samples_of_each_class_are_found_in_their_order() -> None:
+    labels = np.random.default_rng(0).choice([0, 3, 4, 9], 200)
+    found = by_class(labels)
+    assert len(found) == 4
+    for members, label in zip(found, np.unique(labels), strict=True):
+        assert (members == np.flatnonzero(labels == label)).all()
+
+
+def test_the_samples_of_each_class_are_found_without_looking_at_all_samples_for_each_class() -> None:
+    def elements(classes: int) -> int:
+        by_class(CountedArray.of(np.arange(6000) % classes))
+        return CountedArray.elements
+
+    assert elements(2000) <= 2 * elements(2) <= 4 * 6000
