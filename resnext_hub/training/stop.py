@@ -52,6 +52,10 @@ class StopSignal:
             self.stopping()
         return bool(flag.item())
 
+    def request(self) -> None:
+        """Ask all processes to stop at the same step."""
+        self.requested = True
+
     def stopping(self) -> None:
         """Note that all processes know that they stop, and only the state is left to save."""
         self._known.set()
