@@ -220,6 +220,11 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
     return None
 
 
+def latest_step(folder: Path) -> int:
+    """Return the step of the newest checkpoint in a folder, intact or not; 0 if there is none."""
+    return max(_steps(folder), default=0) if folder.is_dir() else 0
+
+
 def last_good_checkpoint(folder: Path) -> str:
     """Return a clause for messages that names the newest intact checkpoint."""
     checkpoint = latest_checkpoint(folder)
