@@ -1,10 +1,12 @@
 """Hosts in network namespaces, each with a disk of its own, train one run and survive the loss of a host or a disk."""
 
+import functools
 import os
 import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -88,18 +90,35 @@ def same_weights(one: Path, other: Path) -> None:
         assert all(torch.equal(a[key], b[key]) for key in a), name
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, vehicles: Path) -> Callable[[int], list[Path]]:
+    """Return the run folders on each of a number of hosts after an uninterrupted run."""
+
+    @functools.cache
+    def run(count: int) -> list[Path]:
+        folder = tmp_path_factory.mktemp("alone")
+        with connected_hosts(count, folder) as hosts:
+            for host in hosts:
+                shutil.copytree(vehicles, host.disk / "vehicles")
+            errors = succeed(start(hosts, *FLAGS))
+            for host in hosts[1:]:
+                assert f"{host.name}:{folder / 'disk' / 'run' / f'samples-{host.rank}.jsonl'}" in errors[0]
+                assert [path.name for path in (host.disk / "run").iterdir()] == [f"samples-{host.rank}.jsonl"]
+            return [host.disk / "run" for host in hosts]
+
+    return run
+
+
 @pytest.mark.parametrize("count", [2, 3])
-def test_hosts_that_lose_a_process_and_a_disk_resume_bit_for_bit(tmp_path: Path, vehicles: Path, count: int) -> None:
+def test_hosts_that_lose_a_process_and_a_disk_resume_bit_for_bit(
+    tmp_path: Path, vehicles: Path, alone: Callable[[int], list[Path]], count: int
+) -> None:
+    folders = alone(count)
     with connected_hosts(count, tmp_path) as hosts:
         for host in hosts:
             shutil.copytree(vehicles, host.disk / "vehicles")
-        main, *others = hosts
-        errors = succeed(start(hosts, *FLAGS, "--output-dir", "alone"))
-        for host in others:
-            assert f"{host.name}:{tmp_path / 'disk' / 'alone' / f'samples-{host.rank}.jsonl'}" in errors[0]
-            assert [path.name for path in (host.disk / "alone").iterdir()] == [f"samples-{host.rank}.jsonl"]
-
-        started = start(hosts, *FLAGS, port=29501)
+        main = hosts[0]
+        started = start(hosts, *FLAGS)
         wait_for(main.disk / "run" / "checkpoints" / "step-00000004", started[0])
         started[-1].send_signal(signal.SIGKILL)
         ended = finish(started)
@@ -110,14 +129,14 @@ def test_hosts_that_lose_a_process_and_a_disk_resume_bit_for_bit(tmp_path: Path,
         shutil.copytree(main.disk / "run", main.disk / "one")
         errors = succeed(start(hosts, *FLAGS, port=29502))
         assert "resuming from step-" in errors[0]
-        same_weights(main.disk / "alone", main.disk / "run")
+        same_weights(folders[0], main.disk / "run")
         record = RunRecord.load(main.disk / "run" / "record.json")
         assert (record.processes, record.resumes, len(record.unreadable_images)) == (count, 1, 1)
 
         # all other disks are lost: the run goes on with one process, on the same data
         (error,) = succeed(start([main], *FLAGS, "--output-dir", "one"))
         assert f"processes was {count} before the resume and is 1 now" in error
-        whole = global_batches([host.disk / "alone" for host in hosts])
+        whole = global_batches(folders)
         resumed = lines(main.disk / "one" / "samples-0.jsonl")
         first = next(index for index, line in enumerate(resumed) if len(line["indices"]) == 12)  # type: ignore[arg-type]
         assert 4 <= first < 16
@@ -142,11 +161,13 @@ def trainers(agent: int) -> list[int]:
     return [int(pid) for pid in path.read_text().split()]
 
 
-def test_torchrun_restarts_a_killed_trainer_and_takes_back_a_host_that_was_away(tmp_path: Path, vehicles: Path) -> None:
+def test_torchrun_restarts_a_killed_trainer_and_takes_back_a_host_that_was_away(
+    tmp_path: Path, vehicles: Path, alone: Callable[[int], list[Path]]
+) -> None:
+    (folder, _) = alone(2)
     with connected_hosts(2, tmp_path) as hosts:
         for host in hosts:
             shutil.copytree(vehicles, host.disk / "vehicles")
-        succeed(start(hosts, *FLAGS, "--output-dir", "alone"))
         launcher = ("-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 1, "--max-restarts", 3)
         launcher += ("--master_addr", hosts[0].address, "--master_port", 29501)
 
@@ -164,11 +185,11 @@ def test_torchrun_restarts_a_killed_trainer_and_takes_back_a_host_that_was_away(
         agents[1].communicate()
         agents[1] = torchrun(hosts[1])
         succeed(agents)
-        same_weights(hosts[0].disk / "alone", hosts[0].disk / "run")
+        same_weights(folder, hosts[0].disk / "run")
         assert RunRecord.load(hosts[0].disk / "run" / "record.json").resumes == 2
 
 
-def test_torchrun_on_hosts_with_different_settings_names_host_and_field(tmp_path: Path, vehicles: Path) -> None:
+def test_three_hosts_with_different_settings_refuse_and_name_host_and_field(tmp_path: Path, vehicles: Path) -> None:
     with connected_hosts(3, tmp_path) as hosts:
         for host in hosts:
             shutil.copytree(vehicles, host.disk / "vehicles")
