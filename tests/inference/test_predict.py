@@ -25,7 +25,8 @@ from support.processes import ROOT, run_process, small_model, write_images
 import resnext_hub
 from resnext_hub.errors import RequestError, RunError
 from resnext_hub.inference.classifier import load
-from resnext_hub.inference.prediction import find_images, predict
+from resnext_hub.inference.inputs import find_images
+from resnext_hub.inference.prediction import predict
 
 Command = Callable[..., tuple[int, str, str]]
 
