@@ -234,9 +234,13 @@ def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
+        while block := file.read(_HASHED_AT_ONCE):
             digest.update(block)
     return digest.hexdigest()
+
+
+_HASHED_AT_ONCE = 1 << 23
+"""Bytes; between blocks, a thread may wait milliseconds for the interpreter."""
 
 
 def same_content(path: Path, sha256: str | None, blob_id: str | None) -> bool:

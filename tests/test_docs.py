@@ -41,6 +41,7 @@ def test_every_command_is_one_that_the_command_line_takes(page: Path, line: str)
 def test_every_flag_that_a_page_mentions_exists() -> None:
     flags = _flags(build_parser()) | {
         *("--shm-size", "--cpu", "--nnodes", "--node_rank", "--nproc_per_node", "--master_addr", "--master_port"),
+        *("--rdzv_backend", "--max-restarts", "--num_processes"),
         *("--kills", "--processes", "--xet", "--timm", "--transformers", "--strict"),
     }
     for page in PAGES:

@@ -78,7 +78,7 @@ def measure(settings: Settings, rounds: int) -> Comparison:
     fast = resolve_precision("auto", device.type)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        _write_images(folder / "images", settings)
+        write_images(folder / "images", settings.steps * settings.batch_size, settings.batch_size, settings.image_size)
         entries = _ours(settings, folder, device, fast)
         entries += _bare_loops(settings, device, fast)
         entries += _timm_scripts(settings, folder, device, fast)
@@ -101,11 +101,11 @@ def _check_size(model: str, image_size: int) -> None:
             ) from error
 
 
-def _write_images(folder: Path, settings: Settings) -> None:
-    """Write random images to class folders, enough for the steps of one round."""
+def write_images(folder: Path, train: int, validation: int, image_size: int) -> None:
+    """Write numbers of random images of a size in pixels to the class folders of two splits."""
     generator = np.random.default_rng(0)
-    side = (settings.image_size, settings.image_size)
-    for split, count in (("train", settings.steps * settings.batch_size), ("validation", settings.batch_size)):
+    side = (image_size, image_size)
+    for split, count in (("train", train), ("validation", validation)):
         for index in range(count):
             path = folder / split / f"class{index % CLASSES}" / f"{index}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +144,7 @@ def _run_ours(settings: Settings, folder: Path, flags: Sequence[str]) -> float:
             "--lr", 0.01, "--warmup-epochs", 0, "--log-every", quarter, "--eval-every", 1000,
             "--threads", torch.get_num_threads(), *flags, "--output-dir", Path(output, "run"),
         ]  # fmt: skip
-        _run(words, Path(__file__).parents[2])
+        run_python(words, Path(__file__).parents[2])
         lines = [json.loads(line) for line in Path(output, "run", "metrics.jsonl").read_text("utf-8").splitlines()]
     rates: list[float] = [line["images_per_second"] for line in lines if "images_per_second" in line][1:4]
     return len(rates) / sum(1 / rate for rate in rates)
@@ -228,7 +228,7 @@ def _run_timm(settings: Settings, folder: Path, device: torch.device, flags: Seq
             "--batch-size", settings.batch_size, "--device", device.type, "--epochs", 1, "--warmup-epochs", 0,
             "--lr", 0.01, "--color-jitter", 0, "--log-interval", 1, "--output", output, *flags,
         ]  # fmt: skip
-        text = _run(words, Path(settings.timm_checkout or ""))
+        text = run_python(words, Path(settings.timm_checkout or ""))
     seconds = [float(found) for found in re.findall(r"Train: .*?Time: *([\d.]+)s", text)]
     counted = seconds[settings.steps // 4 :]
     if not counted:
@@ -236,8 +236,12 @@ def _run_timm(settings: Settings, folder: Path, device: torch.device, flags: Seq
     return settings.batch_size * len(counted) / sum(counted)
 
 
-def _run(words: Sequence[object], cwd: Path) -> str:
-    """Run Python with as many threads as this process has; return its output."""
+def run_python(words: Sequence[object], cwd: Path) -> str:
+    """Run Python with as many threads as this process has; return its output.
+
+    Raises:
+        RunError: If it fails.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(
         [sys.executable, *map(str, words)],

@@ -13,6 +13,7 @@ from resnext_hub.training.config import BATCH, fields_of
 BENCHMARKS = {
     "inference": "measure the forward pass of a model against timm, torchvision, ONNX Runtime and OpenVINO",
     "training": "measure training against bare PyTorch loops and timm's train.py",
+    "checkpoints": "measure what frequent checkpoints cost a training run",
     "loader": "measure data loading, from encoded images to batches, against datasets, PIL and timm's transform",
     "scale": "predict start-up, memory, reading and all-reduce at any number of images, classes and processes",
 }

@@ -39,9 +39,11 @@ LOGS = ("metrics.jsonl", "unreadable-*.jsonl")
 
 
 class CheckpointPusher:
-    """Uploads checkpoints in the background, one at a time; a newer checkpoint replaces one that is waiting.
+    """Uploads checkpoints in the background, one at a time; only the newest is worth the upload.
 
-    A failure is logged and does not stop the run; the next checkpoint is uploaded as usual.
+    A newer checkpoint replaces one that is waiting, and one whose upload failed and would be retried. The branch holds
+    one checkpoint and no history, so the storage of older ones is freed. A failure is logged and does not stop the run;
+    the next checkpoint is uploaded as usual.
 
     Args:
         repo_id: The repository; created if it does not exist.
@@ -103,14 +105,24 @@ class CheckpointPusher:
                     )
 
     def _upload(self, folder: Path) -> None:
+        """Replace the content of the branch by a folder, unless a newer checkpoint is waiting; may be repeated."""
+        if self._waiting is not None:
+            return
         api = HfApi(library_name="resnext-hub")
         api.create_repo(self.repo_id, private=self.private, exist_ok=True)
         api.create_branch(self.repo_id, branch=BRANCH, exist_ok=True)
-        files = files_under(folder)
-        if not differing_files(api, self.repo_id, BRANCH, files):
-            return  # an earlier attempt succeeded, but its response was lost
-        head = api.repo_info(self.repo_id, revision=BRANCH).sha
         (step,) = (path.name for path in folder.glob("step-*"))
+        files = files_under(folder)
+        if differing_files(api, self.repo_id, BRANCH, files):  # otherwise only the response of an attempt was lost
+            self._commit(api, step, files)
+        try:
+            api.super_squash_history(self.repo_id, branch=BRANCH, commit_message=f"checkpoint {step}")
+        except HUB_ERRORS as error:  # the checkpoint is uploaded, and the next one frees the storage as well
+            _logger.warning("older checkpoints still use storage of %s: %s", self.repo_id, one_line(error))
+
+    def _commit(self, api: HfApi, step: str, files: Mapping[str, Path]) -> None:
+        """Upload the files of a checkpoint and remove other checkpoints, in one commit."""
+        head = api.repo_info(self.repo_id, revision=BRANCH).sha
         listed = api.list_repo_tree(self.repo_id, revision=head, recursive=True)
         old = {entry.path.partition("/")[0] for entry in listed if isinstance(entry, RepoFile)}
         deletions = [

@@ -16,7 +16,8 @@ from datetime import timedelta
 from torch import distributed
 
 from resnext_hub.processes.launcher import Place
-from resnext_hub.processes.peers import Peers, open_store
+from resnext_hub.processes.peers import Peers
+from resnext_hub.processes.rendezvous import open_store
 from resnext_hub.text import printable
 
 BEAT = 5.0
@@ -37,9 +38,9 @@ def heartbeat(peers: Peers) -> Iterator[None]:
     if peers.size == 1:
         yield
         return
-    store = open_store(Place.read())
+    store = distributed.PrefixStore(peers.attempt, open_store(Place.read()))
     store.set_timeout(timedelta(seconds=SILENCE))
-    store.set(_key(peers.rank), "")  # reset the counter of an earlier attempt before the others read it
+    store.set(_key(peers.rank), "")
     pulse = _Pulse(peers.rank, peers.gather(platform.node()), store)
     for work in (pulse.beat, pulse.watch):
         threading.Thread(target=work, daemon=True).start()

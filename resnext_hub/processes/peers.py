@@ -5,13 +5,9 @@ processes compare everything that determines the run. If one fails, the others a
 """
 
 import contextlib
-import json
-import os
 import platform
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -20,13 +16,8 @@ from torch import distributed
 from resnext_hub.errors import RequestError, RunError, failed_system_call, one_line
 from resnext_hub.machine import device_type
 from resnext_hub.processes.launcher import WAIT, Place
+from resnext_hub.processes.rendezvous import meet
 from resnext_hub.text import printable
-
-RENDEZVOUS = timedelta(minutes=5)
-"""How long a process waits for the others to start."""
-
-PARTING = timedelta(seconds=5)
-"""How long the main process keeps the store open for others to read why the run cannot start."""
 
 MAX_NAMED = 4
 """Number of differing settings that a message names."""
@@ -44,10 +35,11 @@ class Peers:
         rank: Index of this process; 0 is the main process.
         size: Number of processes.
         group: A gloo group of all of them, for CPU tensors.
+        attempt: Name of this attempt in the store of the run, see `rendezvous.meet`.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
-        self.rank, self.size = rank, size
+    def __init__(self, rank: int = 0, size: int = 1, group: Any = None, attempt: str = "") -> None:
+        self.rank, self.size, self.attempt = rank, size, attempt
         self._group = group
         self._failed = False
 
@@ -234,74 +226,9 @@ def join() -> Peers:
     place = Place.read()
     if place.processes == 1:
         return Peers()
-    store = open_store(place, serves=place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True")
-    _check_in(store, place)
+    store, attempt = meet(place)
     device = device_type()
     backend = "gloo" if device == "cpu" else distributed.get_default_backend_for_device(device)
     with lost_peers(place.rank, place.processes):
         distributed.init_process_group(backend, store=store, rank=place.rank, world_size=place.processes, timeout=WAIT)
-        return Peers(place.rank, place.processes, distributed.new_group(backend="gloo", timeout=WAIT))
-
-
-def open_store(place: Place, *, serves: bool = False) -> distributed.Store:
-    """Return the key-value store through which the processes find each other.
-
-    Args:
-        place: Its address, and the rank of this process.
-        serves: Whether this process serves it; the main process does, unless the launcher does.
-
-    Raises:
-        RunError: If it cannot be reached or opened.
-    """
-    where = f"{printable(place.address)}:{place.port}"
-    try:
-        return distributed.TCPStore(
-            place.address,
-            place.port,
-            place.processes,
-            is_master=serves,
-            timeout=RENDEZVOUS,
-            wait_for_workers=False,
-            multi_tenant=serves,
-        )
-    except (RuntimeError, ValueError) as error:
-        action = "open" if serves else "reach"
-        raise RunError(
-            f"rank {place.rank} could not {action} {where} (MASTER_ADDR, MASTER_PORT) for the rendezvous of the run's "
-            f"processes: {one_line(error)[:160]}"
-        ) from error
-
-
-def _check_in(store: distributed.Store, place: Place) -> None:
-    """Wait for all processes, and check that all expect the same number of them."""
-    mine = json.dumps([platform.node(), place.processes])
-    deadline = time.monotonic() + RENDEZVOUS.total_seconds()
-    waited_for = 0
-    try:
-        store.set(_key(place.rank), mine)
-        for waited_for in range(place.processes):
-            store.wait([_key(waited_for)], timedelta(seconds=max(deadline - time.monotonic(), 1)))
-            host, processes = json.loads(store.get(_key(waited_for)))
-            if processes != place.processes:
-                _wait_until_read(store, place, waited_for)
-                raise RequestError(
-                    f"rank {waited_for} (host {printable(host)}) was started with WORLD_SIZE {processes}, but rank "
-                    f"{place.rank} with {place.processes}; start every process with the same WORLD_SIZE"
-                )
-    except RuntimeError as error:
-        raise RunError(
-            f"rank {place.rank} waited for rank {waited_for} of {place.processes} at {printable(place.address)}:"
-            f"{place.port}, which did not start within {RENDEZVOUS.total_seconds():.0f} s ({one_line(error)[:80]})"
-        ) from error
-
-
-def _key(rank: int) -> str:
-    return f"resnext-hub/{rank}"
-
-
-def _wait_until_read(store: distributed.Store, place: Place, other: int) -> None:
-    """Keep the store open, if this process serves it, until the other one has seen the difference as well."""
-    with contextlib.suppress(RuntimeError):
-        store.set(f"{_key(place.rank)}/read", "")
-        if place.rank == 0:
-            store.wait([f"{_key(other)}/read"], PARTING)
+        return Peers(place.rank, place.processes, distributed.new_group(backend="gloo", timeout=WAIT), attempt)

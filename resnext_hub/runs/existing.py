@@ -2,6 +2,7 @@
 
 import logging
 import os
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,14 @@ from resnext_hub.data.config import NO_TEST
 from resnext_hub.data.splits import Splits
 from resnext_hub.errors import RequestError, one_line, setting
 from resnext_hub.hub.publish import require_model
+from resnext_hub.processes.peers import Peers
 from resnext_hub.record import RunRecord
 from resnext_hub.run_folder import RunFolder
 from resnext_hub.runs.public import public_settings
 from resnext_hub.text import listing, printable
 from resnext_hub.training.balance import Balance, digest_of
-from resnext_hub.training.config import TrainConfig, growing_fields, resumable_fields
+from resnext_hub.training.checkpoint import latest_step
+from resnext_hub.training.config import TrainConfig, fixed_settings, growing_fields, resumable_fields
 from resnext_hub.training.schedule import Schedule, plan_schedule
 from resnext_hub.yaml_files import read_yaml
 
@@ -137,6 +140,41 @@ def is_finished(
             requested["model"] = fetched["model"]  # its path may differ between machines; tensors are compared
         _compare(folder, ExistingRun(settings=fetched), requested, splits, schedule)
     return False
+
+
+def require_run_on_main_host(folder: RunFolder, config: TrainConfig, peers: Peers) -> None:
+    """Check that no other host has got further with this run than the host of the main process.
+
+    The main process may be on another host than before, since some launchers order hosts by name. It would silently
+    repeat steps, or start from scratch.
+
+    Raises:
+        RequestError: In every process, if another host has got further.
+    """
+    if peers.size == 1:
+        return
+    step = peers.together(lambda: _step_of(folder, config))
+    (main_host, main_step), *others = peers.gather((platform.node(), step))
+    host, furthest = max(others, key=lambda found: found[1])
+    if furthest > main_step:
+        has = f"has it at step {main_step}" if main_step else "does not have it"
+        raise RequestError(
+            f"host {printable(host)} has this run at step {furthest} in its {printable(folder)}, but host "
+            f"{printable(main_host)}, whose process has rank 0, {has}; give rank 0 to {printable(host)}, copy the run "
+            f"folder from there, or remove it there to repeat those steps"
+        )
+
+
+def _step_of(folder: RunFolder, config: TrainConfig) -> int:
+    """Return the step of the newest checkpoint of a run in a folder of this host; 0 if the folder does not hold it."""
+    try:
+        before = read_config(folder)
+    except RequestError:
+        return 0
+    settings = fixed_settings(config)
+    settings.pop("class_weights", None)  # a file may have another path on another host
+    same = all(before.get(name) == value for name, value in settings.items())
+    return latest_step(folder.checkpoints) if same else 0
 
 
 def _compare(

@@ -135,6 +135,7 @@ def _claim_folder(plan: Plan, stack: contextlib.ExitStack) -> None:
     require_writable_paths(folder)
     stack.enter_context(RunLock(folder))
     remove_leftovers(folder.path)
+    remove_leftovers(folder.checkpoints)
     if folder.state() != plan.folder_state:
         raise RequestError(f"{printable(folder)} was changed by another command; rerun this command")
     if config.publish.repo_id and (config.publish.push_to_hub or config.publish.push_checkpoints):

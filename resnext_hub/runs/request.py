@@ -28,7 +28,13 @@ from resnext_hub.run_folder import RunFolder
 from resnext_hub.runs.auto import SETTINGS, choose
 from resnext_hub.runs.checks import check_batch, check_input, check_model, check_space
 from resnext_hub.runs.elastic import resolve_elastic
-from resnext_hub.runs.existing import CONFIG_VERSION, is_finished, read_config, read_existing
+from resnext_hub.runs.existing import (
+    CONFIG_VERSION,
+    is_finished,
+    read_config,
+    read_existing,
+    require_run_on_main_host,
+)
 from resnext_hub.runs.public import public_model
 from resnext_hub.runs.recipes import AUTO, QUICKSTART, find_recipe
 from resnext_hub.settings import shown
@@ -153,6 +159,7 @@ def prepare(
 
     # only the main process compares paths with earlier ones: the dataset may have another path on another host
     finished = peers.from_main(check_folder)
+    require_run_on_main_host(folder, config, peers)
     if not finished:
         _require_decoder(config, printable(folder) if before else setting("decoder", "simplejpeg"))
     return Plan(

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from resnext_hub.errors import RequestError, one_line, setting
-from resnext_hub.files import convert, new_folder, read_json, remove_folder, remove_leftovers, sha256_of, write_json
+from resnext_hub.files import convert, new_folder, read_json, remove_folder, sha256_of, write_json
 from resnext_hub.settings import FREE, FREE_PER_PROCESS, Range, check_fields, shown
 from resnext_hub.text import printable
 
@@ -211,7 +211,6 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
     """Return the newest intact checkpoint; log a warning for each damaged one that is skipped."""
     if not folder.is_dir():
         return None
-    remove_leftovers(folder)
     for step in reversed(_steps(folder)):
         path = folder / f"step-{step:08d}"
         try:
@@ -219,6 +218,17 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
         except RequestError as error:
             _logger.warning("checkpoint %s is damaged and is skipped: %s", path.name, error)
     return None
+
+
+def latest_step(folder: Path) -> int:
+    """Return the step of the newest checkpoint in a folder, intact or not; 0 if there is none."""
+    return max(_steps(folder), default=0) if folder.is_dir() else 0
+
+
+def last_good_checkpoint(folder: Path) -> str:
+    """Return a clause for messages that names the newest intact checkpoint."""
+    checkpoint = latest_checkpoint(folder)
+    return f"the last good checkpoint is {checkpoint.path.name}" if checkpoint else "there is no checkpoint yet"
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

@@ -21,6 +21,8 @@ from resnext_hub.processes.launcher import WAIT
 from resnext_hub.processes.peers import Peers
 from resnext_hub.trackers.fan_out import Trackers
 from resnext_hub.training.calibrate import Final, evaluate_and_calibrate
+from resnext_hub.training.checkpoint import last_good_checkpoint
+from resnext_hub.training.checkpoint_writer import CheckpointWriter
 from resnext_hub.training.evaluation import EvaluationStoppedError
 from resnext_hub.training.evaluator import Evaluator
 from resnext_hub.training.feed import StepInputs, training_loader
@@ -90,7 +92,7 @@ def train(
         accelerator: The accelerator of this process.
         peers: The processes of the run.
         trackers: Trackers of the run; only the main process has any.
-        on_checkpoint: Called in the main process with the path of each new checkpoint.
+        on_checkpoint: Called in a thread of the main process with the path of each new checkpoint.
 
     Raises:
         RunError: If the loss is not finite, or more images are unreadable than allowed.
@@ -104,13 +106,16 @@ def train(
     evaluator = Evaluator(plan, state, stop, unreadable)
     state.restore()
     recorder = Recorder(plan, state, trackers)
-    run = _Run(plan, state, stop, unreadable, evaluator, recorder, on_checkpoint)
+    writer = CheckpointWriter(
+        plan.folder.checkpoints, config.checkpoint.keep_checkpoints, written=on_checkpoint, failed=stop.request
+    )
+    run = _Run(plan, state, stop, unreadable, evaluator, recorder, writer)
 
     head_only = plan.schedule.head_only(state.step)
     objective = run.prepare_objective()
     optimizer = accelerator.prepare(state.optimizer, device_placement=[False])
     state.keep_start()
-    with stop, recorder, contextlib.ExitStack() as stack:
+    with stop, recorder, writer, contextlib.ExitStack() as stack:
         if not state.evaluated and not run.evaluate_step():
             run.raise_stopped()
         batches = stack.enter_context(contextlib.closing(read_batches(run.build_loader())))
@@ -164,7 +169,7 @@ class _Run:
     unreadable: UnreadableLog
     evaluator: Evaluator
     recorder: Recorder
-    on_checkpoint: Callable[[Path], None]
+    writer: CheckpointWriter
 
     def build_loader(self) -> DataLoader[Parcel]:
         """Return a loader of this process's part of every remaining step."""
@@ -227,6 +232,7 @@ class _Run:
         Returns:
             Whether the evaluation completed; False if a signal interrupted it.
         """
+        self.wait_saved()  # evaluation forks workers, which must not inherit what another thread is writing
         self.state.synchronize_buffers()  # before weights are averaged
         try:
             with self.recorder.timer.evaluating():
@@ -257,22 +263,31 @@ class _Run:
         return bool(broadcast(torch.tensor([due], device=state.accelerator.device, dtype=torch.uint8)).item())
 
     def save(self) -> None:
-        """Write a checkpoint.
+        """Take a snapshot, and write it as a checkpoint in a thread of the main process.
 
         Raises:
-            RunError: If it cannot be written, or the weights are not finite.
+            RunError: If the previous checkpoint could not be written, or the weights are not finite.
         """
         state, timer = self.state, self.recorder.timer
         if not state.weights_are_finite():
             self._raise_not_finite("weights are not finite", state.step)
         with timer.apart():
             self.unreadable.collect()
-            state.peers.from_main(lambda: self.on_checkpoint(state.save(lambda: timer.wall_seconds)))
+            state.peers.from_main(lambda: self.writer.write(lambda: state.snapshot(timer.wall_seconds)))
         timer.checkpointed()
+
+    def wait_saved(self) -> None:
+        """Wait, in every process, until the last checkpoint is complete.
+
+        Raises:
+            RunError: If it could not be written.
+        """
+        self.state.peers.from_main(self.writer.wait)
 
     def finish(self) -> Outcome:
         """Load the best weights, evaluate and calibrate them, and return the outcome of the run."""
         state = self.state
+        self.wait_saved()
         if state.stopped_early:
             _logger.info(
                 "stopped early at step %d of %d: %d evaluations in a row without an improvement",
@@ -317,7 +332,8 @@ class _Run:
         )
 
     def raise_stopped(self) -> NoReturn:
-        """Raise StoppedRun after a signal; the state of this step is saved."""
+        """Raise StoppedRun after a signal, once the checkpoint of this step is complete."""
+        self.wait_saved()
         raise StoppedRun(
             f"stopped by {self.stop.number.name}; step {self.state.step} of {self.plan.schedule.steps} is saved: rerun "
             "the same command to resume",
@@ -325,7 +341,8 @@ class _Run:
         )
 
     def _raise_not_finite(self, what: str, step: int) -> NoReturn:
-        good = self.state.peers.from_main(self.state.last_good_checkpoint)
+        self.wait_saved()
+        good = self.state.peers.from_main(lambda: last_good_checkpoint(self.plan.folder.checkpoints))
         raise RunError(
             f"the {what} at step {step}; {good}; try a lower {setting('lr')}, or {setting('clip_grad', 1)}",
             everywhere=True,

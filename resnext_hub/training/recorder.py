@@ -2,11 +2,15 @@
 
 import hashlib
 import logging
+import platform
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from resnext_hub.data.batches import Batch
+from resnext_hub.processes.peers import Peers
+from resnext_hub.text import listing, printable
 from resnext_hub.trackers.fan_out import Trackers
 from resnext_hub.training.balance import is_imbalanced
 from resnext_hub.training.evaluation import AnyEvaluation
@@ -69,6 +73,7 @@ class Recorder:
         if self._plan.config.log_samples:
             folder.path.mkdir(parents=True, exist_ok=True)  # it exists only on the main process's host
             self._samples = LineLog(folder.samples(state.accelerator.process_index), state.step)
+            _log_where(folder.samples(state.accelerator.process_index), state.peers)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -144,3 +149,11 @@ class Recorder:
     def history(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl."""
         return read_lines(self._plan.folder.metrics, *METRICS)
+
+
+def _log_where(samples: Path, peers: Peers) -> None:
+    """Log where the processes of other hosts than the main process's log their samples."""
+    (main, _), *others = peers.gather((platform.node(), str(samples.absolute())))
+    elsewhere = [f"{printable(host)}:{printable(path)}" for host, path in others if host != main]
+    if elsewhere:
+        _logger.info("samples of processes on other hosts: %s", listing(elsewhere, 8))

@@ -5,26 +5,24 @@ order, learning rate and random numbers are functions of the step, so they need 
 """
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from timm.utils import ModelEmaV3
 from torch import nn
 
 from resnext_hub.data.batches import Batch, Position
 from resnext_hub.data.images import StreamedImages
-from resnext_hub.errors import RequestError, RunError, one_line, setting
+from resnext_hub.errors import RequestError, one_line, setting
 from resnext_hub.kernels.merged import grouped_convolutions
 from resnext_hub.kernels.training_view import agree_on_factors, build_training_view
 from resnext_hub.kernels.widths import list_widths
 from resnext_hub.processes.peers import Peers
 from resnext_hub.text import printable
 from resnext_hub.training.averaging import StartAverage
-from resnext_hub.training.checkpoint import BestFacts, Checkpoint, StateFacts, latest_checkpoint, save_checkpoint
+from resnext_hub.training.checkpoint import BestFacts, Checkpoint, StateFacts, latest_checkpoint
+from resnext_hub.training.checkpoint_writer import Snapshot, host_copy
 from resnext_hub.training.config import fixed_settings
 from resnext_hub.training.evaluation import AnyEvaluation
 from resnext_hub.training.multi_label import MultiLabelEvaluation
@@ -196,14 +194,13 @@ class TrainingState:
             self.stale += 1
         is_best = self.best is None or self.best.beaten_by(score, evaluation.loss)
         if is_best:
-            tensors = {name: tensor.detach().cpu().clone() for name, tensor in self.published.state_dict().items()}
             self.best = Best(
                 step=self.step,
                 score=score,
                 correct=evaluation.correct,
                 loss=evaluation.loss,
                 epoch=self.epoch,
-                tensors=tensors,
+                tensors=host_copy(self.published.state_dict()),
             )
         return is_best and best_by != "last"
 
@@ -338,24 +335,22 @@ class TrainingState:
                 tensors=tensors(name, weights),
             )
 
-    def save(self, wall_seconds: Callable[[], float]) -> Path:
-        """Write a checkpoint; call only in the main process.
+    def snapshot(self, wall_seconds: float) -> Snapshot:
+        """Return a copy of the state for a checkpoint.
 
         Args:
-            wall_seconds: Returns the wall time of the run so far.
-
-        Raises:
-            RunError: If it cannot be written.
+            wall_seconds: Wall time of the run so far.
         """
         optimizer_tensors, optimizer_facts = optimizer_state(self.optimizer)
-        tensors = {"model": self.model.state_dict(), "optimizer": optimizer_tensors}
+        changing = {"model": self.model.state_dict(), "optimizer": optimizer_tensors}
+        constant = {}
         if self.ema is not None:
-            tensors["ema"] = self.ema.module.state_dict()
+            changing["ema"] = self.ema.module.state_dict()
         scaler, best = self.accelerator.scaler, self.best
         if self.average is not None and self.average.start is not None:
-            tensors["start"] = self.average.start
+            constant["start"] = self.average.start
         if best is not None and (best.step != self.step or self.average is not None):
-            tensors["best"] = best.tensors
+            constant["best"] = best.tensors
         facts = StateFacts(
             optimizer=optimizer_facts,
             scaler=None if scaler is None else scaler.state_dict(),
@@ -364,7 +359,7 @@ class TrainingState:
             else BestFacts(step=best.step, correct=best.correct, loss=best.loss, epoch=best.epoch, score=best.score),
             how=self.how,
             decoders=self.decoders,
-            wall_seconds=wall_seconds(),
+            wall_seconds=wall_seconds,
             resumes=self.resumes,
             skipped_steps=self.skipped_steps,
             stale=self.stale,
@@ -375,21 +370,8 @@ class TrainingState:
             fingerprint=self.plan.splits.fingerprint,
             settings=self._fixed_settings(),
         )
-        try:
-            keep = self.plan.config.checkpoint.keep_checkpoints
-            return save_checkpoint(self.plan.folder.checkpoints, self.step, tensors, facts, keep)
-        except (OSError, SafetensorError) as error:
-            raise RunError(
-                f"the checkpoint of step {self.step} could not be written ({one_line(error)}); "
-                f"{self.last_good_checkpoint()}",
-                everywhere=True,
-            ) from error
+        return Snapshot.take(self.step, changing, constant, facts)
 
     def _fixed_settings(self) -> dict[str, Any]:
         """Return the settings that determine the result; class weights by their digest, since a file can change."""
         return fixed_settings(self.plan.config) | {"class_weights": self.plan.balance.digest or "none"}
-
-    def last_good_checkpoint(self) -> str:
-        """Return a clause for messages that names the newest intact checkpoint."""
-        checkpoint = latest_checkpoint(self.plan.folder.checkpoints)
-        return f"the last good checkpoint is {checkpoint.path.name}" if checkpoint else "there is no checkpoint yet"

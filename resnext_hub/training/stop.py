@@ -4,14 +4,13 @@ The signal reaches the processes at different times, and possibly only one of th
 step, over a gloo group of their own that does not involve the accelerator.
 """
 
-import contextlib
 import os
 import signal
 import sys
 import threading
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import distributed
@@ -52,6 +51,10 @@ class StopSignal:
             self.stopping()
         return bool(flag.item())
 
+    def request(self) -> None:
+        """Ask all processes to stop at the same step."""
+        self.requested = True
+
     def stopping(self) -> None:
         """Note that all processes know that they stop, and only the state is left to save."""
         self._known.set()
@@ -75,16 +78,20 @@ class StopSignal:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._left.set()
         if self._group is not None:
             signal.set_wakeup_fd(self._wakeup)
             os.close(self._arrived)
+        self._left.set()
 
     def _watch(self) -> None:
         """End the process if it was asked to stop and is blocked."""
-        number = _first_stop(self._arrivals)
-        if number is None or self._left.is_set():
-            return
+        with open(self._arrivals, "rb", buffering=0) as arrivals:  # open to the end, because more signals may arrive
+            number = _first_stop(arrivals)
+            if number is not None:
+                self._require_end(number)
+
+    def _require_end(self, number: int) -> None:
+        """End the process unless the processes agree to stop in time."""
         if self._known.wait(GRACE) and self._left.wait(SAVING):
             return
         if not self._left.is_set():
@@ -96,10 +103,9 @@ class StopSignal:
             os._exit(128 + number)
 
 
-def _first_stop(descriptor: int) -> int | None:
+def _first_stop(arrivals: IO[bytes]) -> int | None:
     """Wait for SIGTERM or Ctrl-C among the signals that arrive; return None if the pipe is closed first."""
-    with contextlib.closing(os.fdopen(descriptor, "rb", buffering=0)) as arrivals:
-        while found := arrivals.read(1):
-            if found[0] in (signal.SIGTERM, signal.SIGINT):
-                return found[0]
+    while found := arrivals.read(1):
+        if found[0] in (signal.SIGTERM, signal.SIGINT):
+            return found[0]
     return None

@@ -60,9 +60,8 @@ def test_a_run_of_a_lost_machine_resumes_from_the_hub_bit_for_bit(hub: LoopbackH
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and run.poll() is None:
             repo = hub.repos.get("models/me/run")
-            if (
-                repo and len(repo.branches.get("checkpoints", [])) > 2
-            ):  # the initial commit of main, and two checkpoints
+            commits = sum("/commit/checkpoints" in request for request in hub.requests)
+            if repo and commits > 1 and repo.branches["checkpoints"][-1].files:
                 break
             time.sleep(0.01)
         run.send_signal(signal.SIGKILL)
@@ -144,6 +143,50 @@ def _refuse_damaged_states(hub: LoopbackHub, client: Client, tmp_path: Path) -> 
         assert not list(tmp_path.rglob("evil*"))
         assert history[-1].message == "damaged"
     history.append(good)
+
+
+PUSHES = """
+from pathlib import Path
+from resnext_hub.hub import remote
+from resnext_hub.hub.checkpoints import CheckpointPusher
+remote.PAUSE = {pause}
+pusher = CheckpointPusher("me/run", True, "lr: 0.1")
+for step in range(1, {steps} + 1):
+    path = Path({folder!r}, "checkpoints", f"step-{{step:08d}}")
+    path.mkdir(parents=True)
+    Path(path, "model.safetensors").write_bytes(bytes([step]) * 200_000)
+    pusher.push(path)
+    if {each}:
+        pusher.finish()
+pusher.finish()
+"""
+
+
+def stored(hub: LoopbackHub) -> set[str]:
+    """Return the names of the checkpoints in any commit of the branch."""
+    history = hub.repos["models/me/run"].branches["checkpoints"]
+    return {name.partition("/")[0] for commit in history for name in commit.files if name.startswith("step-")}
+
+
+def test_the_hub_stores_one_checkpoint_however_many_are_pushed(hub: LoopbackHub, tmp_path: Path) -> None:
+    hub.faults.append(Fault("POST .*/super-squash/", "503", 1))
+    with contextlib.closing(Client(hub, tmp_path / "home")) as client:
+        done = client.run(PUSHES.format(folder=str(tmp_path / "run"), steps=20, pause=0.01, each=True))
+    assert done["code"] == 0, done["err"]
+    assert done["err"].count("older checkpoints still use storage of me/run") == 1  # the next push frees it
+    assert "could not be uploaded" not in done["err"]
+    assert sum("/commit/checkpoints" in request for request in hub.requests) == 20
+    assert stored(hub) == {"step-00000020"}
+    assert [commit.files for commit in hub.repos["models/me/run"].commits] == [{}]  # main is unchanged
+
+
+def test_a_checkpoint_that_is_waiting_or_retried_is_dropped_for_a_newer_one(hub: LoopbackHub, tmp_path: Path) -> None:
+    hub.faults.append(Fault("POST .*/commit/checkpoints", "503", 1))
+    with contextlib.closing(Client(hub, tmp_path / "home")) as client:
+        done = client.run(PUSHES.format(folder=str(tmp_path / "run"), steps=5, pause=1, each=False))
+    assert done["code"] == 0, done["err"]
+    assert sum("/commit/checkpoints" in request for request in hub.requests) == 2  # the one that failed, and the newest
+    assert stored(hub) == {"step-00000005"}
 
 
 def test_failed_checkpoint_uploads_do_not_stop_training(hub: LoopbackHub, tmp_path: Path) -> None:

@@ -361,7 +361,7 @@ def test_a_checkpoint_round_trips_over_xet_or_the_failure_is_reported(
     pushed = client.run(PUSH_CHECKPOINT.format(checkpoint=str(checkpoint)))
     assert pushed["code"] == 0, pushed["err"]
     assert "could not be uploaded" not in pushed["err"]
-    assert len(hub.repos["models/me/run"].branches["checkpoints"]) == 2
+    assert sum("/commit/checkpoints" in request for request in hub.requests) == 1
     over_xet(hub, "POST /cas/v2/shards")
     fetch = "from pathlib import Path\n" + FETCH_RUN.format(folder=str(tmp_path / "found"))
     hub.faults[0] = Fault("GET /xorbs/", "reset", 1000)

@@ -280,7 +280,9 @@ class _Handler(BaseHTTPRequestHandler):
         }
 
     def _api(self, kind: str, repo_id: str, action: str | None, rest: str | None, body: bytes) -> None:
-        repo = self._find(kind, repo_id, write=action in ("preupload", "commit", "branch", "xet-write-token"))
+        repo = self._find(
+            kind, repo_id, write=action in ("preupload", "commit", "branch", "xet-write-token", "super-squash")
+        )
         if repo is None:
             return None
         if action == "branch":
@@ -288,6 +290,14 @@ class _Handler(BaseHTTPRequestHandler):
             if rest in repo.branches:
                 return self._json({"error": "Reference already exists"}, 409)
             repo.branches[str(rest)] = [commit for commit in [repo.at(start)] if commit]
+            return self._json({})
+        if action == "super-squash":
+            history = repo.branches.get(str(rest))
+            if not history:
+                return self._json({"error": "Revision not found"}, 404, {"X-Error-Code": "RevisionNotFound"})
+            files = history[-1].files
+            history.clear()
+            repo.commit(json.loads(body)["message"], files, str(rest))
             return self._json({})
         if action == "refs":
             branches = {name: history[-1].oid for name, history in repo.branches.items() if history}

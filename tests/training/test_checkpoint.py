@@ -203,7 +203,6 @@ def test_an_interrupted_write_keeps_the_previous_checkpoint(tmp_path: Path) -> N
     found = latest_checkpoint(tmp_path)
     assert found is not None
     assert found.step == 1
-    assert not partial.exists()
 
 
 def test_a_failure_while_a_folder_is_written_keeps_the_old_one(tmp_path: Path) -> None:
