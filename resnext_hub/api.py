@@ -16,7 +16,8 @@ from resnext_hub.training.evaluation import AnyEvaluation
 from resnext_hub.training.keywords import TrainSettings
 
 if TYPE_CHECKING:
-    from resnext_hub.inference.prediction import ImageInput, Prediction, Unread
+    from resnext_hub.inference.inputs import ImageInput
+    from resnext_hub.inference.prediction import Prediction, Unread
     from resnext_hub.runs.fold_results import CrossValidation
     from resnext_hub.runs.train import TrainRequest
 
@@ -141,6 +142,7 @@ def predict(
     *,
     top: int | None = None,
     threshold: float | None = None,
+    accept_precision: float | None = None,
 ) -> "list[Prediction | Unread]":
     """Classify images.
 
@@ -150,12 +152,14 @@ def predict(
         top: Number of classes for each image; if not given, the most probable one, or if an image can have several
             labels, all that reach their thresholds.
         threshold: Probability that a class has to reach, 0 to 1; with several labels, in place of their thresholds.
+        accept_precision: Fraction of the accepted answers that should be right, between 0 and 1; those that are not
+            probable enough for it are unsure.
 
     Returns:
         For each image its most probable classes, or the reason why it cannot be decoded.
     """
     classifier = model if isinstance(model, Classifier) else load(os.fspath(model))
-    return classifier.predict(images, top=top, threshold=threshold)
+    return classifier.predict(images, top=top, threshold=threshold, accept_precision=accept_precision)
 
 
 def publish(

@@ -1,6 +1,6 @@
 """The parts of a run's record: facts about its model, dataset, results and machine."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from msgspec import Meta
@@ -85,6 +85,20 @@ class LabelFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AcceptanceFacts:
+    """How often a model is sure enough for an asked precision, and how often it is right then."""
+
+    precision: Fraction
+    """The asked precision: of the accepted answers, at least this fraction should be right."""
+    answered: Count
+    """Images whose answer is accepted."""
+    right: Count
+    """Those of them whose answer is right."""
+    count: Some
+    """All images. None of them was fitted on: on the evaluation split, the facts are cross-fitted."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationFacts:
     """Results of the published weights on the evaluation or the test split."""
 
@@ -108,6 +122,9 @@ class EvaluationFacts:
     """The same before calibration; None without calibration."""
     batch_size: Some
     """Batch size of every forward pass; the last bits of float32 logits depend on it."""
+    accepted: list[AcceptanceFacts] = field(default_factory=list)
+    """By precision; empty in records of versions without it, if nothing could be fitted, and if an image can have
+    several labels."""
     confusion: list[list[tuple[Count, Some]]]
     """For each true class, the predicted classes with their counts; only those that occur. Empty if an image can have
     several labels."""
@@ -190,6 +207,21 @@ class CalibrationFacts:
     """The logits of the trained model were divided by it."""
     images: Some
     """Evaluation images that it was fitted on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OodFacts:
+    """How well the score of out-of-distribution images tells those of another dataset from held-out images."""
+
+    dataset: str
+    """Description of the other dataset."""
+    images: Some
+    auroc: Fraction
+    """Area under the ROC curve: the probability that an image of it has a higher score than a held-out image."""
+    max_softmax_auroc: Fraction
+    """The same for 1 minus the largest probability as the score."""
+    flagged: Count
+    """Images of it whose score is above 0, as that of 5 % of the held-out images is."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from resnext_hub.facts import (
     EvaluationFacts,
     HardwareFacts,
     ModelFacts,
+    OodFacts,
     SampleFacts,
     Some,
     UnreadableImage,
@@ -59,6 +60,8 @@ class RunRecord:
     """On the test split, measured once; None if there was no test."""
     calibration: CalibrationFacts | None = None
     """None if the weights are published as trained."""
+    ood: list[OodFacts] = field(default_factory=list)
+    """By dataset; empty if the model has no score of out-of-distribution images."""
     sample: SampleFacts
     history: list[dict[str, Any]]
     """The lines of metrics.jsonl."""

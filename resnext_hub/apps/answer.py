@@ -1,4 +1,4 @@
-"""Classify one image for a page: classes with their probabilities, and a heat map."""
+"""Classify one image for a page: classes with their probabilities, whether to trust them, and a heat map."""
 
 import os
 import time
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 MOST_CLASSES = 5
 """Classes that a page shows of a model with one class per image."""
+
+PRECISION = 0.95
+"""Precision of the answers of a page; those that are not probable enough for it are unsure."""
 
 SIDE = 448
 """Largest side of a preview in pixels: twice that on the page, for screens with twice the resolution."""
@@ -49,6 +52,10 @@ class Answer:
 
     bars: tuple[Bar, ...]
     """The most probable classes in descending order; of a model with several labels per image, all."""
+    unsure: bool
+    """Whether the most probable class is not probable enough for the precision of a page."""
+    unlike: bool
+    """Whether the image is unlike the training images."""
     seconds: float
     """Time to decode and classify the image."""
     preview: "Image"
@@ -100,10 +107,18 @@ def answer(classifier: "Classifier", path: str | os.PathLike[str], *, heat_map: 
         ]
         return Answer(
             bars=tuple(bars if limits is not None else bars[:MOST_CLASSES]),
+            unsure=found.guesses[0].probability < unsure_below(classifier),
+            unlike=found.ood_score is not None and found.ood_score > 0,
             seconds=seconds,
             preview=_preview(image),
             heat_map=_heat_map(classifier, pixels, found.guesses[0].index) if heat_map else None,
         )
+
+
+def unsure_below(classifier: "Classifier") -> float:
+    """Return the probability below which an answer is unsure; 0 if that is not known."""
+    fitting = [precision for precision in classifier.accept_thresholds if precision >= PRECISION]
+    return classifier.accept_thresholds[min(fitting)] if fitting else 0.0
 
 
 def has_heat_maps(classifier: "Classifier") -> bool:

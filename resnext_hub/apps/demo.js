@@ -66,20 +66,21 @@ async function classify(file) {
   element("answer").hidden = true;
   say("Classifying…");
   queue = queue.then(() => run(file)).then(
-    ([answer, seconds]) => number === latest && show(answer, seconds, file),
+    (answer) => number === latest && show(...answer, file),
     (error) => number === latest && say(`This file cannot be classified: ${reason(error)}`),
   );
 }
 
-/** Return the probabilities of an image file, and the seconds that decoding and the model took. */
+/** Return the probabilities of an image file, whether it is unlike the training images, and the seconds that it took. */
 async function run(file) {
   const begin = performance.now();
   const { pixels, width, height } = await decode(file);
   try {
     await load();
     const images = new ort.Tensor("uint8", pixels, [1, height, width, 3]);
-    const { probabilities } = await session.run({ images }, ["probabilities"]);
-    return [probabilities.data, (performance.now() - begin) / 1000];
+    const found = await session.run({ images });
+    const unlike = found.ood_score?.data[0] > 0;
+    return [found.probabilities.data, unlike, (performance.now() - begin) / 1000];
   } catch (error) {
     session = null; // after running out of memory, it would fail again
     throw error;
@@ -143,18 +144,23 @@ function onGraphics(bitmap) {
   return failed ? null : pixels;
 }
 
-function show(probabilities, seconds, file) {
+function show(probabilities, unlike, seconds, file) {
   const several = facts.thresholds !== null;
   const order = Array.from(probabilities.keys()).sort((a, b) => probabilities[b] - probabilities[a] || a - b);
+  const unsure = !several && probabilities[order[0]] < facts.unsure_below;
   const predicted = several ? order.filter((index) => probabilities[index] >= facts.thresholds[index]) : [order[0]];
   const names = predicted.map((index) => facts.label_names[index]).join(", ");
   const verdict = document.createElement("b");
-  verdict.textContent = names || "None of the labels";
+  verdict.textContent = unsure ? "Unsure" : names || "None of the labels";
   element("verdict").replaceChildren(verdict);
+  element("remark").textContent = `The most probable class is ${names}, but answers with such a probability are too `
+    + "often wrong.";
+  element("remark").hidden = !unsure;
+  element("warning").hidden = !unlike;
   const bars = several ? order : order.slice(0, facts.most_classes);
   element("bars").replaceChildren(...bars.map((index) => bar(
     facts.label_names[index], probabilities[index], several ? facts.thresholds[index] : null,
-    predicted.includes(index),
+    predicted.includes(index) && !unsure,
   )));
   element("legend").hidden = !several;
   const preview = element("preview");

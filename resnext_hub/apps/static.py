@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resnext_hub.apps.answer import MOST_CLASSES
+from resnext_hub.apps.answer import MOST_CLASSES, unsure_below
 from resnext_hub.apps.templates import COLORS, invitation, render, text_of
 from resnext_hub.apps.web_runtime import MEMBERS, runtime_files
 from resnext_hub.data.decode import MAX_ASPECT, MAX_IMAGE_PIXELS
@@ -46,6 +46,7 @@ def write_static(classifier: "Classifier", title: str, folder: Path, archive: Pa
             "title": title,
             "label_names": classifier.label_names,
             "thresholds": classifier.thresholds,
+            "unsure_below": unsure_below(classifier),
             "most_classes": MOST_CLASSES,
             "max_pixels": MAX_IMAGE_PIXELS,
             "max_aspect": MAX_ASPECT,

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 
 COLORS = {
-    "light": "--paper: white; --ink: #1d2125; --faint: #5b6570; --track: #e3e7eb; --bar: #1a66b3;",
-    "dark": f"--paper: {DARK.paper}; --ink: {DARK.ink}; --faint: {DARK.faint}; --track: #2c333b; --bar: #6cb6ff;",
+    "light": "--paper: white; --ink: #1d2125; --faint: #5b6570; --track: #e3e7eb; --bar: #1a66b3; --warn: #a34100;",
+    "dark": f"--paper: {DARK.paper}; --ink: {DARK.ink}; --faint: {DARK.faint}; --track: #2c333b; --bar: #6cb6ff; "
+    "--warn: #ffa657;",
 }
 """Variables of `answer.css` in both themes."""
 

@@ -299,8 +299,8 @@ def _limits(record: RunRecord) -> list[str]:
     if confusions:
         limits.append(f"Most frequent confusions: {', '.join(confusions)}.")
     limits.append(
-        f"The results apply to images like those of the {part} split. Accuracy on other kinds of images and "
-        "behavior on images of other classes were not measured."
+        f"The results apply to images like those of the {part} split. Accuracy on other kinds of images was not "
+        "measured."
     )
     return limits
 

@@ -23,9 +23,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=existing_path,
         metavar="FILE",
-        help="output file (default: RUN/model.onnx; for a model folder, FOLDER.onnx beside it; for a model from "
-        "the Hub or timm, NAME.onnx in the current folder; .xml for OpenVINO, .pt2 for torch; with --int8, -int8 is "
-        "added to its name)",
+        help="output file, or with --layout the folder (default: RUN/model.onnx; for a model folder, FOLDER.onnx "
+        "beside it; for a model from the Hub or timm, NAME.onnx in the current folder; .xml for OpenVINO, .pt2 for "
+        "torch; with --int8, -int8 is added to its name; with --layout, RUN/ovms or RUN/triton)",
+    )
+    parser.add_argument(
+        "--layout",
+        choices=("ovms", "triton"),
+        help="write a model repository for a server instead of a file: ovms for OpenVINO Model Server (with --format "
+        "openvino), triton for NVIDIA Triton (with --format onnx)",
     )
     parser.add_argument(
         "--raw",
@@ -64,6 +70,7 @@ def run(options: argparse.Namespace) -> None:
     """Write the file, and print its size, its input and output, and the error against torch."""
     from resnext_hub.export.int8 import MAX_DROP
     from resnext_hub.export.runtime import BATCH_SIZES, PROBABILITY_TOLERANCE, TOLERANCE
+    from resnext_hub.export.serving import check_layout, file_in, model_name, repository_path, write_configuration
     from resnext_hub.inference.classifier import load
     from resnext_hub.kernels.widths import list_widths
     from resnext_hub.processes.accelerator import set_threads
@@ -72,6 +79,8 @@ def run(options: argparse.Namespace) -> None:
         raise RequestError("--calibration and --max-drop need --int8")
     if options.int8 and options.format == "torch":
         raise RequestError("--int8 needs --format onnx or --format openvino")
+    if options.layout is not None:
+        check_layout(options.layout, options.format, raw=options.raw)
     max_drop = MAX_DROP if options.max_drop is None else options.max_drop
     classifier = load(options.model)
     set_threads(options.threads, "cpu")
@@ -81,7 +90,11 @@ def run(options: argparse.Namespace) -> None:
 
         int8 = prepare_int8(classifier, options.calibration, max_drop)
     merge: Any = "measure" if options.merge_groups == "auto" else options.merge_groups
-    done = classifier.export(options.format, options.output, merge=merge, int8=int8, raw=options.raw)
+    path, name = options.output, ""
+    if options.layout is not None:
+        repository, name = options.output or repository_path(classifier, options.layout), model_name(classifier)
+        path = file_in(repository, options.layout, name)
+    done = classifier.export(options.format, path, merge=merge, int8=int8, raw=options.raw)
     merged = list_widths((layer.name, layer.width, layer.merged_width) for layer in done.layers)
     if options.raw:
         size = ", ".join(map(str, classifier.input.input_size))
@@ -102,3 +115,6 @@ def run(options: argparse.Namespace) -> None:
         )
         + (f"int8 on held-out images: {done.int8}\n" if done.int8 else "")
     )
+    if options.layout is not None:
+        written = write_configuration(repository, options.layout, name, classifier, done.outputs)
+        write(f"{written}: configuration of the model {name}\n")

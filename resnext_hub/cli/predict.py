@@ -55,6 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "replaces their thresholds",
     )
     parser.add_argument(
+        "--accept-precision",
+        type=fraction,
+        metavar="P",
+        help="mark answers as unsure that are not probable enough for this fraction of the others to be right, such as "
+        "0.95; the probability was fitted on the evaluation images of the run",
+    )
+    parser.add_argument(
         "--tta",
         choices=TEST_TIME_AUGMENTATIONS,
         help="test-time augmentation: flip predicts from the mean of the logits of an image and its mirror image, none "
@@ -125,7 +132,7 @@ def run(options: argparse.Namespace) -> None:
 
     from resnext_hub.data.remote import RemoteImage
     from resnext_hub.inference.classifier import load
-    from resnext_hub.inference.prediction import find_images
+    from resnext_hub.inference.inputs import find_images
     from resnext_hub.machine import device_type
     from resnext_hub.processes.accelerator import set_threads
 
@@ -200,7 +207,14 @@ def _classify(
     from resnext_hub.inference.prediction import Unread, predict
 
     writer = _writer(options)
-    results = predict(classifier, paths, top=options.top, threshold=options.threshold, **reading)
+    results = predict(
+        classifier,
+        paths,
+        top=options.top,
+        threshold=options.threshold,
+        accept_precision=options.accept_precision,
+        **reading,
+    )
     for path, result in zip(paths, results, strict=True):
         writer.add(str(path), result)
         yield path, result.reason if isinstance(result, Unread) else None

@@ -12,6 +12,9 @@ from resnext_hub.files import write_atomic
 from resnext_hub.inference.prediction import Prediction, Unread
 from resnext_hub.text import printable
 
+UNSURE = "\tunsure"
+"""Last column of the line of an unsure answer."""
+
 BAR = 20
 """Characters of the bar of a probability of 1."""
 
@@ -27,14 +30,14 @@ class Writer(Protocol):
 
 
 class TextLines:
-    """A line per image: the path, and each class with its probability, separated by tabs."""
+    """A line per image: the path, each class with its probability, and unsure if it is, separated by tabs."""
 
     def add(self, path: str, result: Prediction | Unread) -> None:
         """Write a line; an unreadable image has none."""
         if isinstance(result, Prediction):
             # escaped, a tab or newline in a name cannot break the columns
             columns = (f"\t{printable(guess.label)}\t{guess.probability:.4f}" for guess in result.guesses)
-            write(f"{printable(path)}{''.join(columns)}\n")
+            write(f"{printable(path)}{''.join(columns)}{UNSURE if result.unsure else ''}\n")
 
     def close(self) -> None:
         """Write nothing."""
@@ -55,6 +58,10 @@ class Table:
             lines.append(f"  {printable(guess.label).ljust(width)}  {bar} {100 * guess.probability:5.1f} %")
         if not result.guesses:
             lines.append("  no class reaches the threshold")
+        if result.unsure:
+            lines.append("  unsure: not probable enough for the asked precision")
+        if result.ood_score is not None and result.ood_score > 0:
+            lines.append(f"  unlike the training images (OOD score {result.ood_score:.1f}, above 0)")
         write("".join(f"{line}\n" for line in lines))
 
     def close(self) -> None:
@@ -70,7 +77,9 @@ class JsonLines:
             write(json_line({"path": path, "error": result.reason}))
         else:
             guesses = [dataclasses.asdict(guess) for guess in result.guesses]
-            write(json_line({"path": path, "predictions": guesses}))
+            trust = {"unsure": result.unsure, "ood_score": result.ood_score}
+            stated = {name: value for name, value in trust.items() if value is not None}
+            write(json_line({"path": path, "predictions": guesses, **stated}))
 
     def close(self) -> None:
         """Write nothing."""
@@ -80,18 +89,21 @@ class CsvLines:
     """A CSV table with a row per image and class, the most probable one first."""
 
     def __init__(self) -> None:
-        write("path,rank,label,probability,error\n")
+        write("path,rank,label,probability,error,unsure,ood_score\n")
 
     def add(self, path: str, result: Prediction | Unread) -> None:
         """Write the rows of an image; an unreadable one has one with an error, and one without classes an empty one."""
         rows: list[list[Any]]
+        trust = ["", ""]
         if isinstance(result, Unread):
             rows = [["", "", "", printable(result.reason)]]
         else:
             rows = [[rank, printable(g.label), f"{g.probability:.6f}", ""] for rank, g in enumerate(result.guesses, 1)]
+            trust[0] = "" if result.unsure is None else str(result.unsure).lower()
+            trust[1] = "" if result.ood_score is None else f"{result.ood_score:.4f}"
         for row in rows or [["", "", "", ""]]:
             line = io.StringIO()
-            csv.writer(line, lineterminator="\n").writerow([printable(path), *row])
+            csv.writer(line, lineterminator="\n").writerow([printable(path), *row, *trust])
             write(line.getvalue())
 
     def close(self) -> None:
@@ -99,7 +111,7 @@ class CsvLines:
 
 
 class ParquetFile:
-    """A parquet file with a row per image: path, labels, probabilities, and an error for an unreadable one.
+    """A parquet file with a row per image: path, labels, probabilities, unsure, ood_score, and an error if unreadable.
 
     Args:
         path: The file; it is replaced at the end.
@@ -107,27 +119,29 @@ class ParquetFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._rows: list[tuple[str, list[str], list[float], str | None]] = []
+        self._rows: list[tuple[str, list[str], list[float], bool | None, float | None, str | None]] = []
 
     def add(self, path: str, result: Prediction | Unread) -> None:
         """Keep the row of an image."""
         if isinstance(result, Unread):
-            self._rows.append((printable(path), [], [], printable(result.reason)))
+            self._rows.append((printable(path), [], [], None, None, printable(result.reason)))
         else:
             names, values = ([g.label for g in result.guesses], [g.probability for g in result.guesses])
-            self._rows.append((printable(path), names, values, None))
+            self._rows.append((printable(path), names, values, result.unsure, result.ood_score, None))
 
     def close(self) -> None:
         """Write the file."""
         import pyarrow
 
-        paths, labels, probabilities, errors = zip(*self._rows, strict=True)
+        paths, labels, probabilities, unsure, scores, errors = zip(*self._rows, strict=True)
         text, number = pyarrow.string(), pyarrow.float64()
         write_table(
             self._path,
             path=pyarrow.array(paths, text),
             labels=pyarrow.array(labels, pyarrow.list_(text)),
             probabilities=pyarrow.array(probabilities, pyarrow.list_(number)),
+            unsure=pyarrow.array(unsure, pyarrow.bool_()),
+            ood_score=pyarrow.array(scores, number),
             error=pyarrow.array(errors, text),
         )
 

@@ -76,7 +76,8 @@ def _embed(classifier: "Classifier", folder: Path, how: dict[str, Any]) -> "Embe
     import numpy as np
     from tqdm import tqdm
 
-    from resnext_hub.inference.prediction import embeddings, find_images
+    from resnext_hub.inference.inputs import find_images
+    from resnext_hub.inference.prediction import embeddings
     from resnext_hub.inference.similar import Embeddings
 
     paths = find_images([folder])

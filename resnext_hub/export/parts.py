@@ -13,6 +13,7 @@ from torch import nn
 
 from resnext_hub.export.preprocess import Preprocess
 from resnext_hub.models.lookup import LoadedModel
+from resnext_hub.models.ood import OodScore
 
 _SIZE = (48, 40)
 """Height and width of an example image; those of an image can be any."""
@@ -44,8 +45,9 @@ def all_parts(classifier: LoadedModel, model: nn.Module) -> list[Part]:
     """Return preprocessing, model and answers of a classifier, which follow one another.
 
     The input is `images` `(N, H, W, 3)` uint8: RGB, upright, of any size. The outputs are `probabilities`
-    `(N, classes)` float32; `label` `(N,)` int64, or `labels` `(N, classes)` bool if an image can have several; and
-    `embedding` `(N, features)` float32, if the architecture has one.
+    `(N, classes)` float32; `label` `(N,)` int64, or `labels` `(N, classes)` bool if an image can have several;
+    `embedding` `(N, features)` float32, if the architecture has one; and `ood_score` `(N,)` float32, if the model has
+    one.
 
     Args:
         classifier: The classifier.
@@ -58,6 +60,9 @@ def all_parts(classifier: LoadedModel, model: nn.Module) -> list[Part]:
         found = computed(pixels)
     embeds = len(found) == 2
     names = ("logits", "features") if embeds else ("logits",)
+    ood = classifier.ood if embeds else None
+    answers = ["probabilities", "label" if classifier.thresholds is None else "labels"]
+    answers += ["embedding"] * embeds + ["ood_score"] * (ood is not None)
     limits = None
     if classifier.thresholds is not None:
         # the temperature moves a threshold as it moves a probability
@@ -73,10 +78,10 @@ def all_parts(classifier: LoadedModel, model: nn.Module) -> list[Part]:
         ),
         Part(module=computed, example=(pixels,), inputs=("pixels",), outputs=names),
         Part(
-            module=Answers(views, classifier.temperature, limits).eval(),
+            module=Answers(views, classifier.temperature, limits, ood).eval(),
             example=tuple(tensor.clone() for tensor in found),
             inputs=names,
-            outputs=("probabilities", "label" if limits is None else "labels", *(("embedding",) if embeds else ())),
+            outputs=tuple(answers),
         ),
     ]
 
@@ -117,17 +122,22 @@ class Answers(nn.Module):
         views: Views of an image, whose logits are averaged.
         temperature: Divides the logits.
         thresholds: Lowest probability at which each label is predicted, `(classes,)`, if an image can have several.
+        ood: Score of out-of-distribution images, from the logits and features of the first view.
     """
 
-    def __init__(self, views: int, temperature: float, thresholds: torch.Tensor | None) -> None:
+    def __init__(
+        self, views: int, temperature: float, thresholds: torch.Tensor | None, ood: OodScore | None = None
+    ) -> None:
         super().__init__()
-        self.views, self.temperature = views, temperature
+        self.views, self.temperature, self.ood = views, temperature, ood
         self.thresholds: torch.Tensor | None
         self.register_buffer("thresholds", thresholds)
 
     def forward(self, logits: torch.Tensor, features: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
         """Map logits `(views * N, classes)` and features `(views * N, F)` to the outputs of the file."""
+        own = logits
         if self.views > 1:
+            own = logits.unflatten(0, (self.views, -1))[0]
             logits = logits.unflatten(0, (self.views, -1)).mean(dim=0)
             features = None if features is None else features.unflatten(0, (self.views, -1))[0]
         if self.temperature != 1:
@@ -138,4 +148,8 @@ class Answers(nn.Module):
             probabilities = logits.sigmoid()
             answers = probabilities, probabilities >= self.thresholds
         # a copy, because some runtimes do not allow an output that is an input
-        return answers if features is None else (*answers, features.clone())
+        if features is not None:
+            answers = (*answers, features.clone())
+            if self.ood is not None:
+                answers = (*answers, self.ood(own, features))
+        return answers

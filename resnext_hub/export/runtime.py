@@ -133,13 +133,13 @@ def export(
     """Export a classifier for another runtime, and check the file against torch and timm's preprocessing.
 
     The input `images` is `(N, H, W, 3)` uint8: RGB, upright, of any size. The outputs are `probabilities`
-    `(N, classes)` float32; `label` `(N,)` int64, or `labels` `(N, classes)` bool if an image can have several; and
-    `embedding` `(N, features)` float32, if the architecture has one. Test-time augmentation and temperature are in the
-    file.
+    `(N, classes)` float32; `label` `(N,)` int64, or `labels` `(N, classes)` bool if an image can have several;
+    `embedding` `(N, features)` float32, if the architecture has one; and `ood_score` `(N,)` float32, if the model has
+    one. Test-time augmentation and temperature are in the file.
 
     The metadata of the file is `label_names` (a JSON list), `preprocessing` (JSON: input_size, crop_pct, crop_mode,
-    interpolation, mean and std in timm's words), `license`, `source`, `architecture`, and `thresholds` (JSON) if an
-    image can have several labels.
+    interpolation, mean and std in timm's words), `license`, `source`, `architecture`, `thresholds` (JSON) if an image
+    can have several labels, and else `accept_thresholds` (JSON) if they were fitted.
 
     Args:
         model: The classifier, on the CPU.
@@ -290,6 +290,9 @@ def _facts(model: LoadedModel, raw: bool) -> tuple[dict[str, str], str]:
     several = model.thresholds is not None
     if several:
         facts["thresholds"] = json.dumps(model.thresholds)
+    elif model.accept_thresholds:
+        accept = {f"{precision:g}": lowest for precision, lowest in model.accept_thresholds.items()}
+        facts["accept_thresholds"] = json.dumps(accept)
     if not raw:
         answers = (
             "labels: for each entry of label_names, whether it is predicted. "
@@ -298,7 +301,9 @@ def _facts(model: LoadedModel, raw: bool) -> tuple[dict[str, str], str]:
         )
         return facts, (
             "images: uint8 RGB, (N, height, width, 3), of any size and upright; preprocessing is part of the model. "
-            f"probabilities: one per entry of label_names. {answers}embedding: the features before the classifier."
+            f"probabilities: one per entry of label_names. {answers}embedding: the features before the classifier. "
+            "ood_score: above 0 if the image is unlike the training images. accept_thresholds: for each precision, the "
+            "lowest probability of an answer such that so many of the answers are right."
         )
     meaning = (
         "sigmoid gives the probability of each label; those that reach their entry of thresholds are predicted. "

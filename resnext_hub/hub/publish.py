@@ -25,6 +25,7 @@ from resnext_hub.errors import RequestError, RunError, hide_tokens, one_line, se
 from resnext_hub.files import read_json, read_regular, sha256_of, write_json
 from resnext_hub.hub.remote import commit_files, differing_files, fetch_text, no_bars, persist, status_of
 from resnext_hub.models.fetch import HUB_ERRORS, check_revision
+from resnext_hub.models.ood import OOD, read_ood
 from resnext_hub.models.saved import WEIGHTS
 from resnext_hub.models.saved_config import MULTI_LABEL, parse_config
 from resnext_hub.record import PLOTS, RunRecord
@@ -168,7 +169,13 @@ def require_model(folder: Path, record: RunRecord) -> dict[str, Any]:
         raise RequestError(f"{printable(weights)} is missing or not a regular file; {WAY_OUT}")
     if sha256_of(weights) != record.model.weights_sha256:
         raise RequestError(f"{printable(weights)} does not match the SHA-256 of the weights in record.json; {WAY_OUT}")
-    return require_config(folder, record)
+    config = require_config(folder, record)
+    sha256 = (config.get("resnext_hub") or {}).get("ood_sha256")
+    if sha256 is not None:
+        if not (folder / OOD).exists():
+            raise RequestError(f"{printable(folder / OOD)} is missing, but config.json states its hash; {WAY_OUT}")
+        read_ood(printable(folder), folder / OOD, sha256)
+    return config
 
 
 def require_config(folder: Path, record: RunRecord) -> dict[str, Any]:
@@ -188,7 +195,7 @@ def require_config(folder: Path, record: RunRecord) -> dict[str, Any]:
 def _published_files(folder: Path) -> dict[str, Path]:
     """Return the weights and plots of a model folder by their names in the repository; log all other files."""
     plots = [] if (folder / "plots").is_symlink() else [folder / "plots" / name for name in PLOTS]
-    known = {folder / WEIGHTS, *(path for path in plots if path.is_file() and not path.is_symlink())}
+    known = {path for path in (folder / WEIGHTS, folder / OOD, *plots) if path.is_file() and not path.is_symlink()}
     generated = {folder / "config.json", folder / "README.md", folder / "plots", folder / EVAL_RESULTS}
     others = [
         path.relative_to(folder).as_posix()

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from resnext_hub.export.int8 import Int8
     from resnext_hub.export.runtime import ExportedFile, FormatName
-    from resnext_hub.inference.prediction import ImageInput, Prediction, Unread
+    from resnext_hub.inference.inputs import ImageInput
+    from resnext_hub.inference.prediction import Prediction, Unread
     from resnext_hub.inference.similar import Match
     from resnext_hub.kernels.widths import Merge
 
@@ -166,6 +167,7 @@ class Classifier(LoadedModel):
         *,
         top: int | None = None,
         threshold: float | None = None,
+        accept_precision: float | None = None,
         batch_size: int = 32,
     ) -> "list[Prediction | Unread]":
         """Return the most probable classes of each image, or the reason if it is unreadable.
@@ -175,6 +177,8 @@ class Classifier(LoadedModel):
             top: Number of classes for each image, at most all; if not given, the most probable one, or if an image can
                 have several labels, all that reach their thresholds.
             threshold: Probability that a class has to reach, 0 to 1; with several labels, in place of their thresholds.
+            accept_precision: Fraction of the accepted answers that should be right, between 0 and 1; those that are
+                not probable enough for it are unsure.
             batch_size: Batch size of the forward passes.
 
         Raises:
@@ -182,8 +186,16 @@ class Classifier(LoadedModel):
         """
         from resnext_hub.inference.prediction import predict
 
-        listed = _listed(images)
-        return list(predict(self, listed, top=top, threshold=threshold, batch_size=batch_size, device=self.device))
+        found = predict(
+            self,
+            _listed(images),
+            top=top,
+            threshold=threshold,
+            accept_precision=accept_precision,
+            batch_size=batch_size,
+            device=self.device,
+        )
+        return list(found)
 
     def optimize(
         self,
@@ -211,8 +223,8 @@ class Classifier(LoadedModel):
         Raises:
             RequestError: If an image is unreadable, or the model cannot be optimized or already is.
         """
+        from resnext_hub.inference.inputs import prepare
         from resnext_hub.inference.optimize import optimize
-        from resnext_hub.inference.prediction import prepare
 
         device = torch.device("cpu") if engine == "openvino" else self.device
         example = prepare(self, _listed(images)).to(device)
@@ -299,7 +311,7 @@ def from_hub(repo_id: str, *, revision: str | None = None, verify: bool = True) 
 
 
 def _classifier(loaded: LoadedModel) -> Classifier:
-    return Classifier(loaded.model, loaded.input, loaded.label_names, loaded.source, loaded.thresholds, loaded.tta)
+    return Classifier(**vars(loaded))
 
 
 def _stacked(rows: "Iterable[torch.Tensor | str]") -> torch.Tensor:

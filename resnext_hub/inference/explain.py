@@ -11,7 +11,8 @@ from torch import nn
 
 from resnext_hub.data.decode import MAX_IMAGE_PIXELS
 from resnext_hub.errors import RequestError, setting
-from resnext_hub.inference.prediction import ImageInput, compute_rows
+from resnext_hub.inference.inputs import ImageInput
+from resnext_hub.inference.prediction import compute_rows
 from resnext_hub.settings import shown
 
 if TYPE_CHECKING:

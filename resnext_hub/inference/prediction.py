@@ -1,41 +1,26 @@
 """Classify images with a model's own evaluation transform."""
 
-import glob
-import os
-import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from resnext_hub.data.decode import MAX_IMAGE_PIXELS, UnreadableImageError, upright
-from resnext_hub.data.jpeg import FastTransform
-from resnext_hub.data.loaders import derive_workers, read_transformed
-from resnext_hub.data.remote import RemoteImage
-from resnext_hub.data.sources import IMAGE_SUFFIXES, list_images
-from resnext_hub.data.sources.walk import is_run_folder
-from resnext_hub.data.transforms import EvalTransform
-from resnext_hub.errors import RequestError, RunError, one_line, setting
+from resnext_hub.data.decode import MAX_IMAGE_PIXELS
+from resnext_hub.data.loaders import derive_workers
+from resnext_hub.errors import RequestError, RunError, setting
+from resnext_hub.inference.inputs import ImageInput, Inputs
 from resnext_hub.machine import device_type
-from resnext_hub.models.input_config import IMAGE_MODES
-from resnext_hub.models.views import predict_views
+from resnext_hub.models.views import logits_and_features, predict_views, views_of
 from resnext_hub.processes.launcher import local_processes
-from resnext_hub.text import printable
 
 if TYPE_CHECKING:
     from resnext_hub.inference.classifier import Classifier
-
-ImageInput: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | np.ndarray | RemoteImage"
-"""A path, an encoded image, a PIL image, a uint8 array `(H, W)` or `(H, W, C)`, or an image on the web."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +38,11 @@ class Prediction:
 
     image: ImageInput
     guesses: tuple[Guess, ...]
+    unsure: bool | None = None
+    """Whether the most probable class is less probable than the asked precision requires; None without one."""
+    ood_score: float | None = None
+    """How unlike the training images it is; above 0 for 5 % of the held-out images of the run. None if the model has no
+    such score."""
 
 
 @dataclass(frozen=True)
@@ -63,48 +53,6 @@ class Unread:
     reason: str
 
 
-def find_images(paths: Sequence[Path]) -> list[Path]:
-    """Return the images at paths, in order: files as they are, all images below a folder, and those of a pattern.
-
-    Raises:
-        RequestError: If a path does not exist, is not a file or folder, or is a folder without images.
-    """
-    found: list[Path] = []
-    for path in paths:
-        try:
-            mode = os.stat(path).st_mode
-        except FileNotFoundError as error:
-            if glob.has_magic(str(path)):
-                found += _matching(path)
-                continue
-            raise RequestError(f"{printable(path)}: no such file or folder") from error
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or one_line(error)
-            raise RequestError(f"{printable(path)} cannot be read: {reason}; expected an image or a folder") from error
-        if stat.S_ISDIR(mode):
-            inside = list_images(path)
-            if is_run_folder(os.listdir(path)):
-                raise RequestError(
-                    f"{printable(path)} is a run folder whose images are plots; expected a folder of images"
-                )
-            if not inside:
-                raise RequestError(f"{printable(path)} contains no images; known suffixes: {' '.join(IMAGE_SUFFIXES)}")
-            found += inside
-        elif stat.S_ISREG(mode):
-            found.append(path)
-        else:
-            raise RequestError(f"{printable(path)} is not a regular file: expected an image or a folder of images")
-    return found
-
-
-def _matching(pattern: Path) -> list[Path]:
-    """Return the images that match a pattern such as `photos/**/*.jpg`, in the order of their paths."""
-    found = [Path(path) for path in sorted(glob.glob(str(pattern), recursive=True)) if os.path.isfile(path)]
-    if not found:
-        raise RequestError(f"{printable(pattern)}: no file matches this pattern")
-    return found
-
-
 def predict(
     classifier: "Classifier",
     images: Sequence[ImageInput],
@@ -113,6 +61,7 @@ def predict(
     device: torch.device | None = None,
     top: int | None = None,
     threshold: float | None = None,
+    accept_precision: float | None = None,
     decoder: str = "pil",
     max_pixels: int = MAX_IMAGE_PIXELS,
 ) -> Iterator[Prediction | Unread]:
@@ -126,6 +75,8 @@ def predict(
         top: Number of classes for each image, at most all; if not given, the most probable one, or if an image can
             have several labels, all that reach their thresholds.
         threshold: Probability that a class has to reach, 0 to 1; with several labels, in place of their thresholds.
+        accept_precision: Fraction of the accepted answers that should be right, between 0 and 1; those that are not
+            probable enough for it are unsure.
         decoder: `pil`, as for the accuracy on the card, or `simplejpeg`, which is faster with nearly equal pixels.
         max_pixels: An image with more pixels is unreadable.
 
@@ -136,12 +87,41 @@ def predict(
     """
     if top is not None and not _is_count(top):
         raise RequestError(f"{setting('top', top)}: expected a whole number of at least 1")
-    rows = probabilities(
-        classifier, images, batch_size=batch_size, device=device, decoder=decoder, max_pixels=max_pixels
+    lowest = None if accept_precision is None else lowest_accepted(classifier, accept_precision)
+    compute = partial(_answers, classifier)
+    rows = compute_rows(
+        classifier, images, compute, batch_size=batch_size, device=device, decoder=decoder, max_pixels=max_pixels
     )
     if threshold is not None and not 0 <= threshold <= 1:
         raise RequestError(f"{setting('threshold', threshold)}: expected a number from 0 to 1")
-    return _ranked(classifier, images, rows, top, threshold)
+    return _ranked(classifier, images, rows, top, threshold, lowest)
+
+
+def lowest_accepted(classifier: "Classifier", precision: float) -> float:
+    """Return the lowest probability of an accepted answer for a precision, or for the next higher one that was fitted.
+
+    Raises:
+        RequestError: If it is not between 0 and 1, or not known for this model.
+    """
+    shown = setting("accept_precision", precision)
+    if isinstance(precision, bool) or not isinstance(precision, Real) or not 0 < precision < 1:
+        raise RequestError(f"{shown}: expected a number between 0 and 1")
+    if classifier.is_multi_label:
+        raise RequestError(f"{shown} needs one class per image; each label of this model has a threshold")
+    if not classifier.accept:
+        raise RequestError(
+            f"{shown}: the model does not contain how probable an answer has to be; it is fitted at the end of a "
+            "training run with at least 50 evaluation images"
+        )
+    if not classifier.accept_thresholds:
+        as_fitted = classifier.source.saved.config.tta
+        raise RequestError(f"{shown} needs a temperature of 1 and {setting('tta', as_fitted)}, as in the run")
+    fitting = [known for known in classifier.accept if known >= precision]
+    if not fitting:
+        raise RequestError(
+            f"{shown}: the evaluation images of the run show no higher precision than {max(classifier.accept):g}"
+        )
+    return classifier.accept[min(fitting)]
 
 
 def _ranked(
@@ -150,7 +130,9 @@ def _ranked(
     rows: Iterator[torch.Tensor | str],
     top: int | None,
     threshold: float | None,
+    lowest: float | None,
 ) -> Iterator[Prediction | Unread]:
+    """Return predictions from rows of probabilities, followed by the OOD score if there is one."""
     names = classifier.label_names
     limits = None if threshold is None else torch.full((len(names),), threshold, dtype=torch.float64)
     if classifier.thresholds is not None:
@@ -164,6 +146,9 @@ def _ranked(
         if isinstance(row, str):
             yield Unread(image, row)
             continue
+        score = float(row[-1]) if len(row) > len(names) else None
+        row = row[: len(names)]
+        unsure = None if lowest is None else float(row.max()) < lowest
         # stable: of equally probable classes the first wins, as with argmax
         values, indices = row.sort(descending=True, stable=True)
         values, indices = values[:most], indices[:most]
@@ -171,7 +156,8 @@ def _ranked(
             chosen = values >= limits[indices]
             values, indices = values[chosen], indices[chosen]
         best = zip(indices.tolist(), values.tolist(), strict=True)
-        yield Prediction(image, tuple(Guess(index, names[index], value) for index, value in best))
+        guesses = tuple(Guess(index, names[index], value) for index, value in best)
+        yield Prediction(image, guesses, unsure=unsure, ood_score=score)
 
 
 def probabilities(
@@ -188,7 +174,7 @@ def probabilities(
     All forward passes have the same shape, as in the evaluation of a run, so probabilities do not depend on the number
     of images in the last batch. Arguments and errors are those of `predict`.
     """
-    compute = partial(_probabilities, classifier)
+    compute = partial(_plain, classifier)
     return compute_rows(
         classifier, images, compute, batch_size=batch_size, device=device, decoder=decoder, max_pixels=max_pixels
     )
@@ -217,22 +203,6 @@ def embeddings(
     )
 
 
-def prepare(classifier: "Classifier", images: Sequence[ImageInput]) -> torch.Tensor:
-    """Return images as input of the model, `(N, C, H, W)` float32 on the CPU.
-
-    Raises:
-        RequestError: If there are none, or one is unreadable.
-    """
-    if not images:
-        raise RequestError("expected at least one image")
-    found = []
-    for index, entry in enumerate(map(_Inputs(classifier, images).__getitem__, range(len(images)))):
-        if isinstance(entry, str):
-            raise RequestError(f"image {index} is unreadable: {entry}")
-        found.append(entry)
-    return torch.stack(found)
-
-
 def compute_rows(
     classifier: "Classifier",
     images: Sequence[ImageInput],
@@ -258,14 +228,14 @@ def compute_rows(
     """
     if not _is_count(batch_size):
         raise RequestError(f"{setting('batch_size', batch_size)}: expected a whole number of at least 1")
-    files = _Inputs(classifier, images, decoder, max_pixels)
+    files = Inputs(classifier, images, decoder, max_pixels)
     size, place = min(batch_size, max(len(images), 1)), device or torch.device(device_type())
     return _computed(classifier, files, size, place, compute)
 
 
 def _computed(
     classifier: "Classifier",
-    files: "_Inputs",
+    files: "Inputs",
     batch_size: int,
     device: torch.device,
     compute: Callable[[nn.Module, torch.Tensor], torch.Tensor],
@@ -284,77 +254,8 @@ def _computed(
             yield entry if isinstance(entry, str) else next(rows)
 
 
-class _Inputs(Dataset[torch.Tensor | str]):
-    """Transformed images `(C, H, W)` float32, or the reason if one is unreadable."""
-
-    def __init__(
-        self,
-        classifier: "Classifier",
-        images: Sequence[ImageInput],
-        decoder: str = "pil",
-        max_pixels: int = MAX_IMAGE_PIXELS,
-    ) -> None:
-        input = classifier.input
-        if input.channels not in IMAGE_MODES:
-            raise RequestError(
-                f"the model expects images with {input.channels} channels, but only 1 or 3 are supported"
-            )
-        for index, image in enumerate(images):
-            _check_input(index, image)
-        self.images = images
-        self.transform = EvalTransform(input)
-        self.fast = FastTransform(input, max_pixels) if decoder == "simplejpeg" else None
-        self.mode, self.max_pixels = input.mode, max_pixels
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> torch.Tensor | str:
-        image = self.images[index]
-        try:
-            if isinstance(image, np.ndarray):
-                return self.transform(upright(_from_array(image), self.mode))
-            if isinstance(image, RemoteImage):
-                image = image.read()
-            if isinstance(image, Image.Image):
-                return self.transform(_decoded(image, self.mode))
-            row = {"bytes": image, "path": None} if isinstance(image, bytes) else {"bytes": None, "path": str(image)}
-            if self.fast is not None:
-                return self.fast(row)
-            return read_transformed(row, self.transform, self.mode, self.max_pixels)
-        except UnreadableImageError as error:
-            return str(error)
-
-
 def _is_count(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
-
-
-def _check_input(index: int, image: object) -> None:
-    """Raise RequestError for an object that is not an image, before any worker gets it."""
-    if not isinstance(image, (str, os.PathLike, bytes, Image.Image, np.ndarray, RemoteImage)):
-        raise RequestError(
-            f"image {index} is a {type(image).__name__}: expected a path, encoded bytes, a PIL image or a uint8 array"
-        )
-    if isinstance(image, np.ndarray):
-        shape = image.shape
-        of_an_image = len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3, 4))
-        if image.dtype != np.uint8 or not of_an_image or image.size == 0:
-            raise RequestError(
-                f"image {index} is an array of shape {shape} and dtype {image.dtype}: expected (H, W) or (H, W, C), "
-                "uint8, with 1, 3 or 4 channels"
-            )
-
-
-def _decoded(image: Image.Image, mode: str) -> Image.Image:
-    try:
-        return upright(image, mode)
-    except (OSError, SyntaxError, ValueError) as error:  # an image opened lazily is decoded only here
-        raise UnreadableImageError(one_line(error)) from error
-
-
-def _from_array(pixels: np.ndarray) -> Image.Image:
-    return Image.fromarray(pixels[:, :, 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
 
 
 @torch.inference_mode()
@@ -372,9 +273,24 @@ def _in_batch(
     return compute(model, stacked.to(device).contiguous(memory_format=torch.channels_last))[: len(images)].cpu()
 
 
-def _probabilities(classifier: "Classifier", model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Return probabilities `(N, classes)` float64."""
-    logits = predict_views(model, images, classifier.tta).mean(dim=0) / classifier.temperature
+def _answers(classifier: "Classifier", model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Return probabilities, followed by the OOD score if there is one: `(N, classes)` or `(N, classes + 1)` float64."""
+    if classifier.ood is None or not hasattr(model, "forward_head"):
+        return _plain(classifier, model, images)
+    found = [logits_and_features(model, view) for view in views_of(images, classifier.tta)]
+    probabilities = _probabilities(classifier, torch.stack([logits for logits, _ in found]))
+    logits, features = found[0]
+    score = classifier.ood(logits.cpu(), features.cpu()).double()
+    return torch.cat([probabilities, score[:, None]], dim=1)
+
+
+def _plain(classifier: "Classifier", model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    return _probabilities(classifier, predict_views(model, images, classifier.tta))
+
+
+def _probabilities(classifier: "Classifier", views: torch.Tensor) -> torch.Tensor:
+    """Return probabilities `(N, classes)` float64 from the logits of each view, `(views, N, classes)`."""
+    logits = views.mean(dim=0) / classifier.temperature
     several = classifier.is_multi_label
     found: torch.Tensor = (
         logits.cpu().double().sigmoid() if several else F.log_softmax(logits, dim=1).cpu().double().exp()

@@ -11,7 +11,7 @@ import numpy as np
 
 from resnext_hub.errors import RequestError, one_line, setting
 from resnext_hub.files import require_regular, sha256_of
-from resnext_hub.inference.prediction import ImageInput
+from resnext_hub.inference.inputs import ImageInput
 from resnext_hub.models.lookup import local_name
 from resnext_hub.text import printable
 

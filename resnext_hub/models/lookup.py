@@ -1,9 +1,10 @@
 """Look up models by name, `hf-hub:owner/name` or `local-dir:folder`, and build them."""
 
+import contextlib
 import difflib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 from resnext_hub.errors import RequestError, setting
 from resnext_hub.models.fetch import check_revision, commit_of, fetch_file, list_files
 from resnext_hub.models.input_config import InputConfig
+from resnext_hub.models.ood import OOD, OodScore
 from resnext_hub.models.resnext import OWN_ARGUMENTS, VARIANTS, Variant, stock_architecture
 from resnext_hub.models.saved import CONFIG, WEIGHTS, SavedModel, check_fit, named_config, read_model
 from resnext_hub.models.views import TestTimeAugmentation
@@ -65,7 +67,16 @@ class ModelSource:
         if saved.config.num_classes < 1:
             raise RequestError(f"{saved.where} has no classes and returns features; expected a classifier")
         config = saved.config
-        return LoadedModel(saved.load(), saved.input, saved.label_names, self, config.thresholds, config.tta)
+        return LoadedModel(
+            saved.load(),
+            saved.input,
+            saved.label_names,
+            self,
+            thresholds=config.thresholds,
+            tta=config.tta,
+            accept=config.accept,
+            ood=saved.load_ood(),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +98,17 @@ class LoadedModel:
     temperature: float = 1.0
     """Divides the logits before the softmax or sigmoid; probabilities are less confident above 1. The weights of a
     calibrated model contain its temperature, so that this is 1."""
+    accept: Mapping[float, float] = field(default_factory=dict)
+    """For each precision, the lowest probability of an answer such that so many of the answers are right, fitted on
+    the evaluation split of its run; empty if nothing was fitted."""
+    ood: OodScore | None = None
+    """Score of out-of-distribution images, from logits and features; None if the model folder contains none."""
+
+    @property
+    def accept_thresholds(self) -> Mapping[float, float]:
+        """`accept`, or nothing if the probabilities are not those that it was fitted to."""
+        as_fitted = self.temperature == 1 and self.tta == self.source.saved.config.tta
+        return self.accept if as_fitted else {}
 
     @property
     def revision(self) -> str | None:
@@ -189,6 +211,9 @@ def find_on_hub(
     if listing is not None:
         listing.check(where, {CONFIG: config, **({WEIGHTS: weights} if weights else {})})
     saved = read_model(where, config, weights)
+    if saved.weights is not None and saved.config.ood_sha256 is not None:
+        with contextlib.suppress(RequestError):  # the model loads without it
+            fetch_file(where, repo_id, OOD, commit)  # into the same snapshot
     return ModelSource(
         requested=f"hf-hub:{repo_id}" + (f"@{revision}" if revision else ""),
         saved=saved,

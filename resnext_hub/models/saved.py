@@ -22,6 +22,7 @@ from torch import nn
 from resnext_hub.errors import RequestError, one_line
 from resnext_hub.files import require_regular
 from resnext_hub.models.input_config import InputConfig
+from resnext_hub.models.ood import OOD, OodScore, read_ood
 from resnext_hub.models.saved_config import WAY_OUT, ModelConfig, named_config, parse_config, read_config
 from resnext_hub.models.weights import problem_of, strip_wrapper
 from resnext_hub.text import printable
@@ -153,6 +154,16 @@ class SavedModel:
             raise RequestError(
                 f"{self.where}: {self.config.architecture} cannot be built with {_shown(stated)}: {one_line(error)}"
             ) from error
+
+    def load_ood(self) -> OodScore | None:
+        """Load the score of out-of-distribution images, or return None if the model folder does not contain it.
+
+        Raises:
+            RequestError: If the file is damaged, or not the one of this model.
+        """
+        sha256 = self.config.ood_sha256
+        path = None if self.weights is None else self.weights.with_name(OOD)
+        return None if sha256 is None or path is None or not path.exists() else read_ood(self.where, path, sha256)
 
     @torch.no_grad()
     def _fill(self, model: nn.Module, skip: frozenset[str]) -> None:

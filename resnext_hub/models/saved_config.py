@@ -8,8 +8,8 @@ import dataclasses
 import inspect
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -92,6 +92,8 @@ class _Config(Struct):
 
 class _PluginFacts(Struct):
     tta: TestTimeAugmentation = "none"
+    ood_sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")] | None = None
+    accept_thresholds: dict[Annotated[str, Meta(pattern=r"^0\.\d{1,4}$")], _Probability] | None = None
 
 
 class _CommonArgs(Struct):
@@ -156,6 +158,10 @@ class ModelConfig:
     """Lowest probability at which each label is predicted, if an image can have several; None if it has exactly one."""
     tta: TestTimeAugmentation = "none"
     """Test-time augmentation with which it was evaluated."""
+    accept: Mapping[float, float] = field(default_factory=dict)
+    """For each precision, the lowest probability of an answer such that so many of the answers are right."""
+    ood_sha256: str | None = None
+    """SHA-256 of the file with the score of out-of-distribution images; None if there is none."""
 
 
 def named_config(architecture: str, cfg: PretrainedCfg | None) -> ModelConfig:
@@ -224,6 +230,7 @@ class _Reader:
         if args_classes not in (None, classes):
             raise self.error("model_args.num_classes", args_classes, f"expected {classes}, the value of num_classes")
         names = config.label_names if config.label_names is not None else facts.label_names
+        own = self.convert(config.resnext_hub or {}, _PluginFacts, "resnext_hub")
         return ModelConfig(
             architecture=architecture,
             model_args=model_args,
@@ -235,7 +242,9 @@ class _Reader:
             thresholds=self.thresholds(config.resnext_hub or {}, classes)
             if config.problem_type == MULTI_LABEL
             else None,
-            tta=self.convert(config.resnext_hub or {}, _PluginFacts, "resnext_hub").tta,
+            tta=own.tta,
+            ood_sha256=own.ood_sha256,
+            accept={float(precision): lowest for precision, lowest in (own.accept_thresholds or {}).items()},
         )
 
     def thresholds(self, facts: dict[str, Any], classes: int) -> tuple[float, ...]:

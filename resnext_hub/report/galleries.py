@@ -13,7 +13,7 @@ from resnext_hub.data.images import IndexedImages
 from resnext_hub.errors import RequestError
 from resnext_hub.inference.classifier import Classifier
 from resnext_hub.inference.explain import explain
-from resnext_hub.inference.prediction import ImageInput, prepare
+from resnext_hub.inference.inputs import ImageInput, prepare
 from resnext_hub.plots.lettering import Lettering
 from resnext_hub.plots.overlay import draw_overlay
 from resnext_hub.plots.samples import percent

@@ -24,7 +24,7 @@ from resnext_hub.facts import LabelFacts
 from resnext_hub.models.lookup import ModelSource, needs_plugin
 from resnext_hub.record import sparse_rows
 from resnext_hub.runs import stock_timm
-from resnext_hub.runs.results import label_facts
+from resnext_hub.runs.evaluation_facts import label_facts
 from resnext_hub.text import printable
 from resnext_hub.training.multi_label import MultiLabelEvaluation
 

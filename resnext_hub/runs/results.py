@@ -9,7 +9,7 @@ import os
 import shlex
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,9 +26,7 @@ from resnext_hub.facts import (
     BaseModelFacts,
     CalibrationFacts,
     DatasetFacts,
-    EvaluationFacts,
     HardwareFacts,
-    LabelFacts,
     ModelFacts,
     SampleFacts,
 )
@@ -36,10 +34,13 @@ from resnext_hub.files import new_folder, read_json, read_regular, write_atomic
 from resnext_hub.hub.publish import CARD_BYTES
 from resnext_hub.machine import git_commit, processor_name, versions
 from resnext_hub.models.lookup import ModelSource, needs_plugin, portable_architecture, variant_of
+from resnext_hub.models.ood import OOD, write_ood
 from resnext_hub.models.saved import CONFIG, WEIGHTS
 from resnext_hub.plots.write import write_plots, write_samples
 from resnext_hub.record import PLOTS, RunRecord
 from resnext_hub.run_folder import RunFolder
+from resnext_hub.runs.evaluation_facts import evaluation_facts
+from resnext_hub.runs.ood_facts import ood_facts
 from resnext_hub.runs.public import public_model, public_settings
 from resnext_hub.runs.recipes import QUICKSTART
 from resnext_hub.runs.summary import class_counts
@@ -60,11 +61,8 @@ _logger = logging.getLogger(__name__)
 
 _DEFAULTS = TrainConfig().to_flat()
 
-_MODEL_FILES = {"README.md", CONFIG, WEIGHTS, "plots", EVAL_RESULTS}
+_MODEL_FILES = {"README.md", CONFIG, WEIGHTS, OOD, "plots", EVAL_RESULTS}
 _SAMPLES = "samples.png"
-
-TOP5_CLASSES = 20
-"""Number of classes above which top-5 accuracy is reported; with 20 classes, chance level is 25 %."""
 
 
 def write_results(plan: Plan, outcome: Outcome, accelerator: "Accelerator", trackers: Trackers) -> RunRecord:
@@ -126,6 +124,8 @@ def _write_model(plan: Plan, outcome: Outcome, folder: Path) -> str:
     evaluation = outcome.final.evaluation
     architecture, model_args = portable_architecture(plan.source)
     variant = variant_of(plan.source)
+    ood = {} if outcome.ood is None else {"ood_sha256": write_ood(outcome.ood.score, folder)}
+    accept = {f"{precision:g}": lowest for precision, lowest in outcome.final.accept.items()}
     return write_model(
         outcome.model,
         folder,
@@ -140,6 +140,8 @@ def _write_model(plan: Plan, outcome: Outcome, folder: Path) -> str:
             "cardinality": variant.cardinality if variant else None,
             "base_width": variant.base_width if variant else None,
             **({} if plan.config.tta == "none" else {"tta": plan.config.tta}),
+            **({"accept_thresholds": accept} if accept else {}),
+            **ood,
         },
         thresholds=evaluation.thresholds.tolist() if isinstance(evaluation, MultiLabelEvaluation) else None,
     )
@@ -160,11 +162,14 @@ def _record_of(plan: Plan, outcome: Outcome, accelerator: "Accelerator", weights
         steps=outcome.steps,
         planned_steps=outcome.planned_steps,
         epochs=outcome.epochs,
-        evaluation=_evaluation_facts(plan, outcome, "evaluation"),
-        test=None if outcome.final.test is None else _evaluation_facts(plan, outcome, "test"),
+        evaluation=evaluation_facts(plan, outcome, "evaluation"),
+        test=None if outcome.final.test is None else evaluation_facts(plan, outcome, "test"),
         calibration=None
         if calibration is None
         else CalibrationFacts(temperature=calibration.temperature, images=calibration.images),
+        ood=[]
+        if outcome.ood is None
+        else ood_facts(outcome.ood, outcome.model, plan.input, splits.dataset_id, config.eval_batch_size),
         sample=_sample(plan, outcome.model),
         history=outcome.history,
         versions=versions(),
@@ -219,52 +224,6 @@ def _dataset_facts(plan: Plan, outcome: Outcome) -> DatasetFacts:
         eval_counts=class_counts(splits.eval, classes),
         test_counts=None if splits.test is None else class_counts(splits.test, classes),
     )
-
-
-def _evaluation_facts(plan: Plan, outcome: Outcome, part: Literal["evaluation", "test"]) -> EvaluationFacts:
-    classes, final = len(plan.splits.label_names), outcome.final
-    evaluation = final.evaluation if part == "evaluation" else final.test
-    assert evaluation is not None
-    calibrated, before = evaluation.calibration_error, None
-    if final.calibration is not None:
-        calibrated = final.calibration.after if part == "evaluation" else calibrated
-        before = final.calibration.before if part == "evaluation" else final.calibration.before_test
-    several = evaluation if isinstance(evaluation, MultiLabelEvaluation) else None
-    single = None if isinstance(evaluation, MultiLabelEvaluation) else evaluation
-    return EvaluationFacts(
-        step=outcome.step,
-        epoch=outcome.epoch,
-        correct=evaluation.correct,
-        count=evaluation.count,
-        top1=evaluation.top1,
-        loss=evaluation.loss,
-        top5=single.top5 if single is not None and classes > TOP5_CLASSES else None,
-        macro_f1=evaluation.macro_f1,
-        macro_recall=evaluation.macro_recall,
-        calibration_error=calibrated,
-        uncalibrated_error=before,
-        batch_size=plan.config.eval_batch_size,
-        confusion=[] if single is None else single.confusion(classes),
-        labels=None if several is None else label_facts(several),
-        mean_average_precision=None if several is None else several.mean_average_precision,
-        without_tta=evaluation.without_tta,
-    )
-
-
-def label_facts(evaluation: MultiLabelEvaluation) -> list[LabelFacts]:
-    """Return the results for each label of an evaluation."""
-    columns = (evaluation.positives, evaluation.predicted, evaluation.true_positives, evaluation.thresholds)
-    rows = zip(*(column.tolist() for column in columns), evaluation.average_precisions, strict=True)
-    return [
-        LabelFacts(
-            positives=positives,
-            predicted=predicted,
-            true_positives=right,
-            average_precision=average_precision,
-            threshold=threshold,
-        )
-        for positives, predicted, right, threshold, average_precision in rows
-    ]
 
 
 def _kept_of_card(folder: RunFolder) -> Kept | None:

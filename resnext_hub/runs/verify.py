@@ -30,6 +30,7 @@ from resnext_hub.files import read_json, sha256_of
 from resnext_hub.machine import device_type
 from resnext_hub.models.fetch import check_revision, fetch_repository
 from resnext_hub.models.lookup import ModelSource, find_model
+from resnext_hub.models.ood import OOD
 from resnext_hub.models.saved import CONFIG, WEIGHTS
 from resnext_hub.models.saved_config import CONFIG_BYTES
 from resnext_hub.processes.accelerator import set_threads
@@ -78,6 +79,9 @@ def verify(
     yield _text(card)
     yield _same(WEIGHTS, card.facts.weights, sha256_of(folder / WEIGHTS), length=16)
     yield from _check_config(folder, card)
+    if (folder / OOD).is_file():
+        stated_hash = str(card.facts.config.get("resnext_hub.ood_sha256"))
+        yield _same(OOD, stated_hash, sha256_of(folder / OOD), length=16)
     if not evaluate:
         return
     try:

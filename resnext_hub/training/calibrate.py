@@ -6,12 +6,14 @@ Every library and runtime that loads the weights then gives calibrated probabili
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
 
 from resnext_hub.models.saved import classifier_names
 from resnext_hub.processes.peers import Peers
+from resnext_hub.training.acceptance import fit_acceptance
 from resnext_hub.training.evaluation import AnyEvaluation, Evaluation, Logits
 from resnext_hub.training.evaluator import Evaluator
 from resnext_hub.training.finetune import has_linear_classifier
@@ -52,6 +54,13 @@ class Final:
     """On the test split, if there is one."""
     calibration: Calibration | None
     """None if the weights are as trained."""
+
+    @cached_property
+    def accept(self) -> dict[float, float]:
+        """For each precision, the lowest probability of an answer such that so many of the answers are right."""
+        if not isinstance(self.evaluation, Evaluation):
+            return {}
+        return fit_acceptance(self.evaluation.probabilities, self.evaluation.predictions == self.evaluation.labels)
 
 
 def evaluate_and_calibrate(plan: Plan, model: nn.Module, evaluator: Evaluator, peers: Peers) -> Final:

@@ -1,6 +1,5 @@
 """Fit the classifier to features of the training images, computed once: a linear probe before the first step."""
 
-import contextlib
 import logging
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from resnext_hub.data.images import IndexedImages
 from resnext_hub.errors import RunError
 from resnext_hub.models.saved import classifier_names
 from resnext_hub.processes.peers import Peers
-from resnext_hub.training.feed import evaluation_samples
+from resnext_hub.training.features import compute_features, sampled, select
 from resnext_hub.training.plan import Plan
 
 if TYPE_CHECKING:
@@ -53,10 +52,11 @@ def fit_head(plan: Plan, model: nn.Module, accelerator: "Accelerator", peers: Pe
     """
     images = plan.splits.train
     assert isinstance(images, IndexedImages)
-    rows = _sampled(len(images), plan.config.seed)
+    rows = sampled(len(images), MOST_IMAGES, plan.config.seed)
     _logger.info("fitting the classifier to the features of %d training images", len(rows))
-    chosen = IndexedImages(images.rows, images.image_column, images.indices[rows], images.labels[rows], images.roots)
-    features, read = _features(plan, chosen, model, accelerator)
+    chosen = select(images, rows)
+    computed = compute_features(plan, chosen, model, accelerator, mirrored=plan.config.transform.hflip > 0)
+    features, read = computed.values, computed.read
     if not read.any():
         raise RunError("none of the training images is readable, so the classifier cannot be fitted", everywhere=True)
     names = sorted(classifier_names(model), reverse=True)  # weight, bias
@@ -74,48 +74,6 @@ def fit_head(plan: Plan, model: nn.Module, accelerator: "Accelerator", peers: Pe
     with torch.no_grad():
         for name, value in peers.share_tensors(solve).items():
             model.get_parameter(name).copy_(value)
-
-
-def _sampled(count: int, seed: int) -> np.ndarray:
-    """Return the rows of the images to use, in ascending order."""
-    if count <= MOST_IMAGES:
-        return np.arange(count)
-    return np.sort(np.random.default_rng(seed).choice(count, MOST_IMAGES, replace=False))
-
-
-@torch.no_grad()
-def _features(
-    plan: Plan, images: IndexedImages, model: Any, accelerator: "Accelerator"
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the features of images, `(views, N, features)` float32, and which images are readable, `(N,)` bool."""
-    config, device = plan.config, accelerator.device
-    views = 2 if config.transform.hflip else 1
-    model = model.to(device).to(memory_format=torch.channels_last).eval()
-    samples = evaluation_samples(images, plan.input, config.loader.max_image_pixels)
-    batches: Any = samples.batches(
-        config.eval_batch_size,
-        accelerator.process_index,
-        accelerator.num_processes,
-        config.loader.workers or 0,
-        device.type == "cuda",
-    )
-    read = torch.zeros(len(images), dtype=torch.float64)
-    found = torch.zeros(views, len(images), model.num_features)
-    with contextlib.closing(batches):
-        for batch in batches:
-            inputs = batch.images.to(device).contiguous(memory_format=torch.channels_last)
-            for view in range(views):
-                maps = model.forward_features(inputs.flip(3) if view else inputs)
-                values = model.forward_head(maps, pre_logits=True).float().flatten(1).cpu()
-                if values.shape[1] != found.shape[2]:  # some models end in a layer that is wider than their features
-                    found = torch.zeros(views, len(images), values.shape[1])
-                found[view, batch.indices] = values
-            read[batch.indices] = 1.0
-            read[[entry.index for entry in batch.unreadable]] = 0.0
-    if accelerator.num_processes > 1:
-        summed: Any = accelerator.reduce([read.to(device), found.to(device)], "sum")
-        read, found = (value.cpu() for value in summed)
-    return found.numpy(), read.numpy().astype(bool)
 
 
 def _solve(features: np.ndarray, labels: np.ndarray, plan: Plan) -> tuple[np.ndarray, np.ndarray]:

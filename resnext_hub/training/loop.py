@@ -26,6 +26,7 @@ from resnext_hub.training.evaluator import Evaluator
 from resnext_hub.training.feed import StepInputs, training_loader
 from resnext_hub.training.finetune import freeze, set_training
 from resnext_hub.training.objective import build_objective
+from resnext_hub.training.ood import FittedOod, fit_ood
 from resnext_hub.training.optim import set_lr
 from resnext_hub.training.plan import Plan
 from resnext_hub.training.progress import Progress
@@ -48,6 +49,8 @@ class Outcome:
     model: nn.Module
     final: Final
     """Their results."""
+    ood: FittedOod | None
+    """Score of out-of-distribution images, if one could be fitted."""
     step: int
     """Step of the best weights."""
     epoch: float
@@ -285,6 +288,7 @@ class _Run:
         except EvaluationStoppedError:
             self.stop.stopping()
             self.raise_stopped()
+        ood = fit_ood(self.plan, state.model, state.accelerator)
         if final.evaluation.correct != state.best.correct:
             _logger.warning(
                 "the best weights classified %d images correctly at step %d, but %d now; the current count is "
@@ -297,6 +301,7 @@ class _Run:
         return Outcome(
             model=state.model.eval(),
             final=final,
+            ood=ood,
             step=state.best.step,
             epoch=state.best.epoch,
             steps=state.step,

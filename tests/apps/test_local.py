@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 from pytest import MonkeyPatch, TempPathFactory, fixture, mark, raises, skip
 from support.browser import Tab, chromium
-from support.demos import model, photo
+from support.demos import careful_model, model, photo
 from support.processes import ROOT
 
 from resnext_hub.apps.answer import answer
@@ -188,6 +188,18 @@ def test_an_answer_is_that_of_the_classifier_with_the_image_upright(plain: Path,
     path.write_bytes(b"text")
     with raises(UnreadableImageError, match="not an image"):
         answer(load(plain), path, heat_map=False)
+
+
+def test_an_answer_tells_what_is_unsure_and_what_is_unlike_the_training_images(tmp_path: Path) -> None:
+    classifier, path = load(careful_model(tmp_path / "model")), tmp_path / "photo.png"
+    for orientation, unsure in ((1, True), (5, False)):
+        path.write_bytes(photo("PNG", orientation))
+        found = answer(classifier, path, heat_map=False)
+        assert (found.unsure, found.unlike) == (unsure, not unsure)
+        html = render("answer.html.jinja", answer=found)
+        assert ("<b>Unsure</b>" in html) == unsure
+        assert ("This image is unlike the training images" in html) != unsure
+        assert html.count('class="predicted"') == (0 if unsure else 1)
 
 
 def test_the_answer_escapes_the_names_of_classes(plain: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 from pytest import MonkeyPatch, TempPathFactory, approx, fixture, mark, skip
 from support.browser import Tab, chromium
 from support.client import Client
-from support.demos import NAMES, model, photo
+from support.demos import NAMES, careful_model, model, photo
 from support.loopback_hub import Fault, serve
 
 from resnext_hub.apps.static import FILES
@@ -87,6 +87,22 @@ def test_the_page_answers_as_the_classifier_and_requests_only_its_own_files(page
             assert tab.page.evaluate("document.documentElement.scrollWidth") == width
             assert tab.foreign_requests(address) == []
             assert tab.errors == []
+
+
+@mark.slow
+def test_the_page_tells_what_is_unsure_and_what_is_unlike_the_training_images(
+    page: tuple[Path, Path], tmp_path: Path
+) -> None:
+    assert main(["demo", str(careful_model(tmp_path / "pets")), "--static", str(tmp_path / "page")]) == 0
+    with served(tmp_path / "page") as address, chromium() as browser:
+        tab = Tab(browser, address)
+        for orientation, unsure in ((1, True), (5, False), (1, True)):
+            answer_for(tab, photo("PNG", orientation))
+            assert (tab.text("#verdict") == "Unsure") == unsure
+            assert tab.page.locator("#remark").is_visible() == unsure
+            assert tab.page.locator("#warning").is_visible() != unsure
+            assert tab.page.locator("#bars .predicted").count() == (0 if unsure else 1)
+        assert tab.errors == []
 
 
 @mark.slow

@@ -36,7 +36,7 @@ for name in ("torch", "torchvision", "timm", "resnext_hub"):
 EACH = """
 for path in sys.argv[1:]:
     pixels = np.asarray(Image.open(path).convert("RGB"))
-    probabilities, label, _ = session.run(None, {"images": pixels[None]})
+    probabilities, label = session.run(["probabilities", "label"], {"images": pixels[None]})
     print(json.dumps([names[label[0]], float(probabilities.max())]))
 """
 

@@ -90,7 +90,7 @@ def agreement(path: Path, expected: np.ndarray, found: list[Image.Image]) -> tup
     run = opened(path)
     same, error = 0, 0.0
     for image, wanted in zip(found, expected, strict=True):
-        probabilities, label, embedding = run(np.asarray(image.convert("RGB"))[None])
+        probabilities, label, embedding, _ = run(np.asarray(image.convert("RGB"))[None])
         assert probabilities.shape == (1, 10)
         assert label == probabilities.argmax()
         assert embedding.shape[0] == 1
@@ -106,9 +106,13 @@ def test_a_file_answers_as_timms_pipeline_for_every_size_and_mode(
     importorskip({"onnx": "onnxscript", "openvino": "openvino", "torch": "torch"}[format])
     done = export(load(str(digits_run)), format, tmp_path / f"model{FORMATS[format]}")
     assert done.probability_error is not None
-    assert done.outputs == ("probabilities", "label", "embedding")
+    assert done.outputs == ("probabilities", "label", "embedding", "ood_score")
     found = images(100)
     assert agreement(done.path, with_timm(digits_run, found), found) == (100, approx(0, abs=0.01))
+    run, expected = opened(done.path), load(str(digits_run)).predict([image.convert("RGB") for image in found])
+    scores = [float(run(np.asarray(image.convert("RGB"))[None])[3][0]) for image in found]
+    assert np.median(np.abs(np.subtract(scores, [prediction.ood_score for prediction in expected]))) < 0.01
+    assert scores == approx([prediction.ood_score for prediction in expected], abs=0.1)
 
 
 @mark.slow

@@ -25,7 +25,8 @@ from support.processes import ROOT, run_process, small_model, write_images
 import resnext_hub
 from resnext_hub.errors import RequestError, RunError
 from resnext_hub.inference.classifier import load
-from resnext_hub.inference.prediction import find_images, predict
+from resnext_hub.inference.inputs import find_images
+from resnext_hub.inference.prediction import predict
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -345,7 +346,7 @@ def test_csv_and_parquet_hold_what_json_holds(
     rows = list(csv.DictReader(io.StringIO(out)))
     expected = [
         {"path": line["path"], "rank": str(rank), "label": guess["label"], "error": "",
-         "probability": f"{guess['probability']:.6f}"}
+         "probability": f"{guess['probability']:.6f}", "unsure": "", "ood_score": ""}
         for line in lines for rank, guess in enumerate(line.get("predictions", []), 1)
     ]  # fmt: skip
     assert [row for row in rows if not row["error"]] == expected

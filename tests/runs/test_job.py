@@ -49,6 +49,7 @@ def test_a_run_leaves_all_documented_files(finished: Path) -> None:
         "model/README.md",
         "model/config.json",
         "model/model.safetensors",
+        "model/ood.safetensors",
         "model/plots/curves.png",
         "model/plots/confusion_matrix.png",
         *(f"checkpoints/step-000000{n}/{f}" for n in (50, 60) for f in ("model.safetensors", "optimizer.safetensors")),

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,10 @@ def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> Non
     path.write_text(json.dumps(config))
 
 
-def flip_a_byte(folder: Path) -> None:
-    weights = bytearray((folder / "model.safetensors").read_bytes())
-    weights[-1] ^= 1
-    (folder / "model.safetensors").write_bytes(weights)
+def flip_a_byte(folder: Path, name: str = "model.safetensors") -> None:
+    content = bytearray((folder / name).read_bytes())
+    content[-1] ^= 1
+    (folder / name).write_bytes(content)
 
 
 def swap_names(folder: Path) -> None:
@@ -76,6 +77,7 @@ def change_a_count(folder: Path) -> None:
 
 DAMAGES = {
     "flipped byte": (flip_a_byte, "model.safetensors"),
+    "flipped byte of the score": (partial(flip_a_byte, name="ood.safetensors"), "ood.safetensors"),
     "swapped names": (swap_names, "config.json: label_names"),
     "changed mean": (change_the_mean, "config.json: pretrained_cfg.mean"),
     "changed count": (change_a_count, "card"),

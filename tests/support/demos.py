@@ -1,6 +1,7 @@
 """Models and images of the tests of pages."""
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,9 @@ import timm
 import torch
 from PIL import Image
 from support.processes import small_model
+
+from resnext_hub.inference.classifier import load
+from resnext_hub.models.ood import OodScore, write_ood
 
 NAMES = ["<img src=x onerror=document.title='broken'>", "猫 & {{ 7 * 7 }}", "dog"]
 
@@ -20,6 +24,22 @@ def model(folder: Path, **config: object) -> Path:
         network.get_classifier().weight.mul_(4)
     cfg = {"input_size": [3, 64, 64], "crop_pct": 0.9}
     return small_model(folder, network, num_classes=3, label_names=NAMES, pretrained_cfg=cfg, **config)
+
+
+def careful_model(folder: Path) -> Path:
+    """Write a model that is unsure about `photo("PNG")`, and to which `photo("PNG", 5)` is unlike its images."""
+    score = OodScore(
+        mean=torch.zeros(96),
+        directions=torch.zeros(1, 96),
+        shrink=torch.zeros(1),
+        centers=load(model(folder)).embed(photo("PNG")),
+        standard=torch.tensor([0.0, 1.0, 0.0, 1e9, -5.0]),  # the logarithm of the squared distance, above -5
+    )
+    config = json.loads((folder / "config.json").read_text())
+    accept = {"accept_thresholds": {"0.9": 0.0, "0.95": 0.44}}
+    config["resnext_hub"] = config.get("resnext_hub", {}) | accept | {"ood_sha256": write_ood(score, folder)}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def photo(kind: str = "JPEG", orientation: int = 1, side: int = 90) -> bytes:

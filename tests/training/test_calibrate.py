@@ -1,18 +1,21 @@
 """The published weights give calibrated probabilities, and calibration changes nothing else."""
 
+import io
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import timm
 import torch
+from PIL import Image
 from pyarrow import parquet
-from pytest import LogCaptureFixture, TempPathFactory, approx, fixture
+from pytest import LogCaptureFixture, TempPathFactory, approx, fixture, importorskip
 from support.processes import TINY, run_process
 from support.runs import weights
 
 from resnext_hub.data.config import DataConfig
 from resnext_hub.data.loaders import EvaluationSamples
+from resnext_hub.data.sources import load_digits_table
 from resnext_hub.data.splits import load_splits
 from resnext_hub.data.transforms import EvalTransform
 from resnext_hub.inference.classifier import load
@@ -69,6 +72,17 @@ def test_stock_timm_gives_the_calibrated_probabilities(runs: dict[str, Path]) ->
     with torch.inference_mode():
         expected = (plain(images) / record.calibration.temperature).softmax(dim=1)
         torch.testing.assert_close(model(images).softmax(dim=1), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_pipeline_of_transformers_gives_the_calibrated_probabilities(runs: dict[str, Path]) -> None:
+    transformers = importorskip("transformers")
+    classify = transformers.pipeline("image-classification", model=str(runs["calibrated"] / "model"), device="cpu")
+    images = [Image.open(io.BytesIO(entry["bytes"])).convert("RGB") for entry in load_digits_table()["image"][:20]]
+    calibrated, plain = (load(runs[name]).predict(images, top=10) for name in ("calibrated", "plain"))
+    for image, expected, uncalibrated in zip(images, calibrated, plain, strict=True):
+        scores = {answer["label"]: answer["score"] for answer in classify(image, top_k=10)}
+        assert scores == approx({guess.label: guess.probability for guess in expected.guesses}, abs=1e-5)
+        assert abs(scores[expected.guesses[0].label] - uncalibrated.guesses[0].probability) > 1e-5
 
 
 def test_a_temperature_that_would_change_a_prediction_is_undone(caplog: LogCaptureFixture) -> None:

@@ -20,6 +20,7 @@ from resnext_hub.record import RunRecord
 from resnext_hub.training import fit_head
 from resnext_hub.training.averaging import StartAverage
 from resnext_hub.training.config import TrainConfig
+from resnext_hub.training.features import sampled
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -193,9 +194,9 @@ def test_two_processes_fit_what_one_does(probed: Path, start: Path, tmp_path: Pa
 
 
 def test_images_beyond_the_limit_are_sampled() -> None:
-    assert len(fit_head._sampled(100, 0)) == 100
-    rows = fit_head._sampled(fit_head.MOST_IMAGES + 1000, 0)
-    assert len(set(rows.tolist())) == fit_head.MOST_IMAGES
+    assert sampled(100, 500, 0).tolist() == list(range(100))
+    rows = sampled(600, 500, 0)
+    assert len(set(rows.tolist())) == 500
     assert (np.diff(rows) > 0).all()
 
 
