@@ -111,7 +111,7 @@ def _in_place(name: str, builder: Any) -> OpenDataset:
     """
     kind = type(builder).__module__.rpartition(".")[2]
     if kind == "parquet":
-        opened = {split: _remote_files(urls) for split, urls in builder.config.data_files.items()}
+        opened = {str(split): _remote_files(urls) for split, urls in builder.config.data_files.items()}
         parts = {split: tuple(part for part, _ in files) for split, files in opened.items()}
         parts = {split: _described(own, builder) for split, own in parts.items()}
         tables = {
@@ -120,7 +120,7 @@ def _in_place(name: str, builder: Any) -> OpenDataset:
         }
     elif kind == "imagefolder":
         parts = {}
-        tables = {split: _listed(name, table) for split, table in builder.as_streaming_dataset().items()}
+        tables = {str(split): _listed(name, table) for split, table in builder.as_streaming_dataset().items()}
     else:
         raise _not_streamed(name, f"{kind} files")
     return OpenDataset(tables=tables, parts=parts, roots=(_HUB,), revision=builder.hash)
