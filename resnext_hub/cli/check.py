@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from resnext_hub.check.labels import LabelFindings
     from resnext_hub.check.survey import Survey
 
-_UNUSED = ("dataset", "streaming", "shuffle_block", "max_bad_fraction", "folds", "fold")
+_UNUSED = ("dataset", "streaming", "shuffle_block", "lanes", "max_bad_fraction", "folds", "fold")
 """Settings of a dataset that are given otherwise, or have no meaning here."""
 
 GRID_ROWS = 12

@@ -50,21 +50,13 @@ class Sample:
     erased: Edges = NOTHING
 
 
-class Position(NamedTuple):
-    """A position in the endless sequence of samples: the epoch, and how many of its samples were consumed."""
-
-    epoch: int
-    place: int
-
-
 class Batch(NamedTuple):
     """Images `(N, C, H, W)`, labels and indices `(N,)` int64, and the unreadable images.
 
     If an image can have several labels, `labels` is `(N, classes)` bool.
 
     Training images are uint8 and channels last in memory; `erased` `(N, 4)` int64 holds the edges of the rectangle to
-    erase in each. Evaluation images are float32 and normalized. `end` is the position after the global batch, or None
-    where it follows from the step.
+    erase in each. Evaluation images are float32 and normalized.
     """
 
     images: torch.Tensor
@@ -72,7 +64,6 @@ class Batch(NamedTuple):
     indices: torch.Tensor
     unreadable: list[Unreadable]
     erased: torch.Tensor
-    end: Position | None = None
 
 
 class Parcel(NamedTuple):
@@ -84,7 +75,6 @@ class Parcel(NamedTuple):
     numbers: np.ndarray
     """Index and the four edges of the erased rectangle of each sample; `(N, 5)` int64."""
     unreadable: list[Unreadable]
-    end: Position | None
 
     def open(self) -> Batch:
         """Return the batch with its own copy of the pixels."""
@@ -95,8 +85,23 @@ class Parcel(NamedTuple):
             indices=numbers[:, 0],
             unreadable=self.unreadable,
             erased=numbers[:, 1:],
-            end=self.end,
         )
+
+
+def join_parcels(parcels: Sequence[Parcel], pin_memory: bool) -> Batch:
+    """Return the parts of a batch from several workers as one batch with its own copy of the pixels."""
+    if len(parcels) == 1:
+        return parcels[0].open()
+    count, layout = sum(len(parcel.images) for parcel in parcels), parcels[0].images
+    images = torch.empty(
+        (count, *layout.shape[1:]), dtype=layout.dtype, memory_format=torch.channels_last, pin_memory=pin_memory
+    )
+    return Parcel(
+        images=torch.cat([parcel.images for parcel in parcels], out=images),
+        labels=np.concatenate([parcel.labels for parcel in parcels]),
+        numbers=np.concatenate([parcel.numbers for parcel in parcels]),
+        unreadable=[entry for parcel in parcels for entry in parcel.unreadable],
+    ).open()
 
 
 class Packer:
@@ -109,7 +114,7 @@ class Packer:
     def __init__(self) -> None:
         self._kept: list[torch.Tensor] = []
 
-    def __call__(self, samples: list[Sample], end: Position | None = None) -> Parcel:
+    def __call__(self, samples: list[Sample]) -> Parcel:
         """Return the samples as a parcel."""
         images = [sample.image for sample in samples]
         channels_last = images[0].dtype == torch.uint8
@@ -121,7 +126,6 @@ class Packer:
             labels=np.array([sample.label for sample in samples]),
             numbers=np.array([(sample.index, *sample.erased) for sample in samples], dtype=np.int64),
             unreadable=[entry for sample in samples for entry in sample.unreadable],
-            end=end,
         )
 
     def _buffer(self, images: list[torch.Tensor]) -> torch.Tensor:

@@ -22,7 +22,8 @@ class DataConfig:
 
     dataset: str = "digits"
     """Bundled `digits`, a folder with one subfolder per class, a table of file names and labels, parquet files,
-    WebDataset shards, a zip or tar file of one of these, the URL of such a file (https, http, hf or s3), or a
+    WebDataset shards, a zip or tar file of one of these, the URL of such a file (https, http, hf or s3; with
+    --streaming also a pattern for parquet files, such as https://example.com/{train,test}-{000..031}.parquet), or a
     dataset ID on the Hub."""
     dataset_config: str | None = None
     """Configuration (subset) to use if a Hub dataset, or a local clone of one, has several."""
@@ -70,7 +71,11 @@ class DataConfig:
     """Read a Hub dataset, parquet files or WebDataset shards sequentially, without a copy on disk; requires an
     evaluation split."""
     shuffle_block: Annotated[int, Range(1, 10_000_000)] = 1000
-    """With --streaming: number of consecutive samples that are held in memory and shuffled together."""
+    """With --streaming: number of samples that are held in memory and shuffled, over all lanes; each lane holds at
+    least one row group."""
+    lanes: Annotated[int, Range(1, 1 << 20)] | None = None
+    """With --streaming: number of lanes, places at which the stream is read at the same time, each by a single worker;
+    it has to divide the batch size. If not given, up to 64, so that lanes have at least 50 row groups."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -79,6 +84,8 @@ class DataConfig:
                 f"{setting('test_fraction', self.test_fraction)} and {setting('test_split', self.test_split)} are "
                 "mutually exclusive; omit one of them"
             )
+        if self.lanes is not None and not self.streaming:
+            raise RequestError(f"{setting('lanes', self.lanes)} needs {setting('streaming', True)}")
         self._check_folds()
 
     def _check_folds(self) -> None:

@@ -1,19 +1,21 @@
 """Labeled, encoded images, by index or as a stream."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from huggingface_hub.errors import HTTPError
 from PIL import Image
 
 from resnext_hub.data.decode import UnreadableImageError, decode
+from resnext_hub.data.lanes import Piece, in_order
+from resnext_hub.data.sources.streamed import Row, Shard, stored_row
 from resnext_hub.data.sources.walk import real_path
-from resnext_hub.errors import RunError, one_line, setting
+from resnext_hub.errors import RunError, one_line
 from resnext_hub.text import printable
 
 if TYPE_CHECKING:
@@ -56,7 +58,7 @@ class IndexedImages:
         return tuple(np.flatnonzero(self.labels[index]).tolist()) if self.is_multi_label else (int(self.labels[index]),)
 
     @property
-    def count(self) -> int | None:
+    def count(self) -> int:
         """Number of images."""
         return len(self)
 
@@ -97,12 +99,7 @@ class IndexedImages:
         return {name: value for name, value in self.__dict__.items() if name != "_column"}  # `rows` contains it
 
     def _stored(self, index: int) -> dict[str, Any]:
-        row = self._column[int(self.indices[index])]
-        try:
-            return row.as_py() or {"bytes": None, "path": None}
-        except UnicodeDecodeError:  # parquet does not check that text is UTF-8
-            path = row["path"].as_buffer().to_pybytes()
-            return {"bytes": row["bytes"].as_py(), "path": path.decode("utf-8", "surrogateescape")}
+        return stored_row(self._column[int(self.indices[index])])
 
 
 def count_labels(labels: np.ndarray, classes: int) -> np.ndarray:
@@ -147,19 +144,15 @@ def located(row: dict[str, Any], roots: tuple[str, ...] | None) -> dict[str, Any
     raise UnreadableImageError("its path leads outside the dataset's folder")
 
 
-class Record(NamedTuple):
-    """A sample of a stream: its shard and number, the encoded image, and its label."""
+@dataclass(frozen=True)
+class Record:
+    """A sample of a stream: its index in the split, its shard and number there, the encoded image, and its label."""
 
+    index: int
     shard: int
     number: int
-    """Index within the shard."""
     row: dict[str, Any]
     label: int
-
-    @property
-    def key(self) -> int:
-        """A number that identifies the sample."""
-        return self.shard << 32 | self.number
 
     @property
     def name(self) -> str:
@@ -171,14 +164,13 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class StreamedImages:
-    """Labeled images that are read in order, shard by shard."""
+    """Labeled images that are read in place, from shards."""
 
-    rows: "datasets.IterableDataset"
+    shards: tuple[Shard, ...]
     image_column: str
     label_column: str
-    classes: int
-    count: int | None
-    """Number of images according to the source."""
+    stored_names: tuple[str, ...]
+    """Names of the classes as they are stored."""
     roots: tuple[str, ...] | None = ()
     """Folders, or prefixes of URLs, that must contain the files that rows refer to by path."""
 
@@ -187,48 +179,73 @@ class StreamedImages:
         """Whether an image can have any number of labels; never in a stream."""
         return False
 
-    @property
-    def shards(self) -> int:
-        """Number of shards: files, or parts of files, that can be read independently."""
-        return int(self.rows.num_shards)
+    @cached_property
+    def groups(self) -> list[np.ndarray]:
+        """Rows of each row group of each shard; a row group is read as a whole."""
+        return [shard.groups for shard in self.shards]
 
-    def read(self, shards: Sequence[int]) -> Iterator[Record]:
-        """Yield the records of shards, one shard after the other.
+    @property
+    def row_groups(self) -> int:
+        """Number of row groups."""
+        return sum(map(len, self.groups))
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """Number of images before each shard, and of all images."""
+        return np.cumsum([0, *(int(groups.sum()) for groups in self.groups)])
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return int(self.starts[-1])
+
+    def read(self, pieces: Iterable[Piece]) -> list[Record]:
+        """Read records.
 
         Raises:
-            RunError: If a label is out of range, or reading the source fails.
+            RunError: If a label is out of range, or reading fails.
         """
-        for shard in shards:
-            number = 0
-            for batch in self._batches(shard):
-                for row, label in zip(batch[self.image_column], batch[self.label_column], strict=True):
-                    if label is None or not 0 <= label < self.classes:
-                        raise RunError(
-                            f"record {number} of shard {shard} has the label {label}; expected 0 to {self.classes - 1}"
-                        )
-                    yield Record(int(shard), number, row or {"bytes": None, "path": None}, label)
-                    number += 1
+        return [record for piece in pieces for record in self._records(piece)]
+
+    def records(self, first: int = 0, last: int | None = None) -> Iterator[Record]:
+        """Yield the records from index `first` up to `last`, which is not included; all if not given."""
+        for piece in in_order(self.groups, first, self.count if last is None else last):
+            yield from self.read([piece])
 
     def is_labelled(self) -> bool:
         """Return whether the first records have labels that are classes."""
-        first: dict[str, list[Any]] = next(self._batches(0), {})
-        return all(label is not None and 0 <= label < self.classes for label in first.get(self.label_column, []))
+        rows = self._rows(Piece(0, 0, int(self.groups[0][0])), labels_only=True)
+        return all(self._class_of(stored) is not None for _, stored in rows)
 
-    def _batches(self, shard: int) -> Iterator[dict[str, list[Any]]]:
-        # `iter`, because a plain loop would split the shards between data-loading workers
-        rows = self.rows.shard(num_shards=self.shards, index=int(shard)).iter(batch_size=16)
+    def _records(self, piece: Piece) -> Iterator[Record]:
+        for number, (row, stored) in enumerate(self._rows(piece), start=piece.first):
+            label = self._class_of(stored)
+            if label is None:
+                raise RunError(
+                    f"record {number} of shard {piece.shard} has the label {printable(stored)}; expected 0 to "
+                    f"{len(self.stored_names) - 1}"
+                )
+            yield Record(int(self.starts[piece.shard]) + number, piece.shard, number, row, label)
+
+    def _rows(self, piece: Piece, labels_only: bool = False) -> Sequence[Row]:
+        shard, first, last = piece
         try:
-            yield from rows
-        except UnicodeDecodeError as error:
-            raise RunError(
-                f"shard {shard} contains text that is not valid UTF-8 ({one_line(error)}) and cannot be streamed; use "
-                f"{setting('streaming', False)}, or rewrite the file"
-            ) from error
-        except (HTTPError, OSError, ValueError) as error:  # ValueError: damaged parquet
+            return self.shards[shard].read(first, last, self.label_column, None if labels_only else self.image_column)
+        except (HTTPError, OSError, ValueError) as error:  # ValueError: damaged
             raise RunError(
                 f"the stream was interrupted in shard {shard} ({one_line(error)}); rerun the same command to resume "
                 "from the last checkpoint"
             ) from error
+
+    def _class_of(self, stored: int | str | None) -> int | None:
+        """Return the class of a stored label, which is its number or its name; None if there is none."""
+        if isinstance(stored, str):
+            return self._numbers.get(stored)
+        return stored if stored is not None and 0 <= stored < len(self.stored_names) else None
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.stored_names)}
 
     def image(self, record: Record, mode: str = "RGB") -> Image.Image:
         """Decode an image.

@@ -23,11 +23,11 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LabelledTable:
-    """A split with labels: its part in a run, its table, and the files that its rows come from."""
+    """A split with labels: its part in a run, its table or stream, and the files that its rows come from."""
 
     name: str
     """`training`, `evaluation` or `test`."""
-    table: "datasets.Dataset | datasets.IterableDataset"
+    table: "datasets.Dataset"
     parts: tuple[Part, ...]
 
     def described(self) -> tuple[Part, ...]:

@@ -24,6 +24,9 @@ from resnext_hub.text import printable
 WORKERS = 256
 """Most data-loading workers per training process."""
 
+MOST_UNREADABLE = 100
+"""Unreadable images in a row that end a run."""
+
 PIXELS = 10_000_000_000
 """Greatest allowed `max_image_pixels`."""
 
@@ -71,14 +74,18 @@ class TrainingSamples(Dataset[Sample]):
                 break
             except UnreadableImageError as error:
                 unreadable.append(Unreadable(index, self.images.name(index), str(error)))
-                if len(unreadable) == 100:
-                    raise RunError(
-                        "100 images drawn in a row are unreadable; the last one: "
-                        f"{printable(self.images.name(index))} ({error})"
-                    ) from None
+                if len(unreadable) == MOST_UNREADABLE:
+                    raise all_unreadable(unreadable[-1]) from None
                 draw = np.random.SeedSequence((place.sample, len(unreadable))).generate_state(1, np.uint64)[0]
                 index = int(draw % len(self.images))
         return Sample(image, self.images.label(index), place.sample, unreadable, erased)
+
+
+def all_unreadable(last: Unreadable) -> RunError:
+    """Return the error for an image for which no replacement is readable, given the last one tried."""
+    return RunError(
+        f"{MOST_UNREADABLE} images drawn in a row are unreadable; the last one: {printable(last.name)} ({last.reason})"
+    )
 
 
 def read_transformed(row: dict[str, Any], transform: Transform, mode: str, max_pixels: int) -> torch.Tensor:

@@ -22,6 +22,7 @@ from resnext_hub.data.labels import LabelledTable, class_names, read_labels
 from resnext_hub.data.sources import BUNDLED, OpenDataset, Request, is_url, open_source, public_name
 from resnext_hub.data.sources import check_source as check_source
 from resnext_hub.data.sources.names import likely_splits, loose_role
+from resnext_hub.data.sources.streamed import StreamedTable
 from resnext_hub.errors import RequestError, setting
 from resnext_hub.text import listing, printable
 
@@ -200,7 +201,9 @@ def _groups(config: DataConfig, roles: _Roles, source: OpenDataset) -> bool:
         )
     if config.group_duplicates is not None or not holds_out:
         return bool(config.group_duplicates)
-    count = len(source.tables[roles.train])
+    table = source.tables[roles.train]
+    assert not isinstance(table, StreamedTable)
+    count = len(table)
     if count > MOST_GROUPED:
         _logger.warning(
             "%s: images are held out without looking for duplicates, because that takes long for %d images; "
@@ -226,14 +229,13 @@ def _streamed(source: OpenDataset, found: _Found, labelled: Sequence[LabelledTab
     label_names = class_names(name, found.label_column, labelled)
     images = {
         part.name: StreamedImages(
-            part.table.select_columns([found.image_column, found.label_column]),
+            part.table.shards,
             found.image_column,
             found.label_column,
-            len(label_names),
-            source.stated.get(split),
+            tuple(part.described()[0].features[found.label_column].names),
             source.roots,
         )
-        for split, part in zip(roles.used().values(), labelled, strict=True)
+        for part in labelled
     }
     test = images.get("test")
     if test is not None and not test.is_labelled():

@@ -1,138 +1,126 @@
-"""Sample order and data loaders of streams.
+"""Samples and data loaders of streams; `lanes.py` defines their order.
 
-An epoch consists of the shards in an order drawn from (seed, epoch), split into blocks of consecutive samples that are
-each shuffled by (seed, epoch, block). A run is one endless sequence of epochs, and every step takes the next global
-batch: the same samples for any number of processes and workers, each once per epoch. Every worker reads the whole
-stream, but decodes only its own samples.
-
-The state is a `Position`. Resuming from one reads the samples before it in its epoch without decoding them.
+A worker reads its lanes alone, one block of each at a time, while the next one is read in the background. Its parcels
+are a part of each global batch; those of all workers of a process are joined to the batch of the process.
 """
 
-import logging
-import time
-from collections.abc import Generator, Iterator
-from typing import NamedTuple
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from itertools import count, islice
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from resnext_hub.data.augment import Augment
-from resnext_hub.data.batches import Batch, Packer, Parcel, Position, Sample, Unreadable, build_loader, read_items
+from resnext_hub.data.batches import (
+    Batch,
+    Packer,
+    Parcel,
+    Sample,
+    Unreadable,
+    build_loader,
+    join_parcels,
+    read_batches,
+    read_items,
+)
 from resnext_hub.data.decode import MAX_IMAGE_PIXELS, UnreadableImageError
 from resnext_hub.data.images import Record, StreamedImages
-from resnext_hub.data.loaders import read_transformed, seed_sample
+from resnext_hub.data.lanes import Block, Lanes, Piece, Share, divide, in_order, most_readers
+from resnext_hub.data.loaders import MOST_UNREADABLE, all_unreadable, read_transformed, seed_sample
 from resnext_hub.data.transforms import Transform
-from resnext_hub.errors import RunError
-from resnext_hub.text import printable
 
-_logger = logging.getLogger(__name__)
+_THREADS = 8
+"""Most threads of a worker that read in the background."""
 
-
-class _Place(NamedTuple):
-    """A place of the sequence: a sample within its block, and the position after it."""
-
-    block: list[Record]
-    within: int
-    epoch: int
-    after: Position
+Request = TypeVar("Request")
 
 
-class StreamBatches(IterableDataset[Parcel]):
-    """The augmented samples of each step for one process: a contiguous part of the global batch.
+class StreamSamples:
+    """Augmented samples of a stream, in the order of its lanes.
 
     Args:
         images: The stream.
         augment: Maps an encoded image to an augmented one.
         seed: Seed of order and augmentation.
         batch_size: Samples of a global batch.
-        block_size: Consecutive samples that are shuffled among themselves.
-        start: Position before the first step.
-        steps: Number of steps.
-        process: Index of this process.
-        processes: Number of processes.
+        lanes: Number of lanes; it divides the batch size.
+        block_size: Samples that are held in memory and shuffled, over all lanes.
     """
 
     def __init__(
-        self,
-        images: StreamedImages,
-        augment: Augment,
-        *,
-        seed: int,
-        batch_size: int,
-        block_size: int,
-        start: Position,
-        steps: int,
-        process: int = 0,
-        processes: int = 1,
+        self, images: StreamedImages, augment: Augment, *, seed: int, batch_size: int, lanes: int, block_size: int
     ) -> None:
         self.images, self.augment, self.seed = images, augment, seed
-        self.batch_size, self.block_size = batch_size, block_size
-        self.start, self.steps = start, steps
-        self.process, self.processes = process, processes
+        self.batch_size = batch_size
+        self.lanes = Lanes(images.groups, lanes=lanes, seed=seed, block_size=block_size)
 
-    def __iter__(self) -> Iterator[Parcel]:
-        worker = get_worker_info()
-        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        pack = Packer()
-        part = self.batch_size // self.processes
-        places = self._places(logs=self.process == 0 and number == 0)
-        for step in range(self.steps):
-            taken = [next(places) for _ in range(self.batch_size)]
-            if step % workers == number:
-                mine = taken[self.process * part : (self.process + 1) * part]
-                yield pack([self._sample(place) for place in mine], end=taken[-1].after)
+    def batches(
+        self, start: int, stop: int, process: int, processes: int, workers: int, pin_memory: bool
+    ) -> Generator[Batch, None, None]:
+        """Yield the part of one process of every batch from step `start` up to `stop`, which is not included."""
+        shares = divide(self.batch_size, self.lanes.lanes, process, processes, workers)
+        parts = _TrainingParts(self, shares, range(start, stop))
+        readers = len(shares) if workers else 0
+        loader = build_loader(parts, None, readers, pin_memory and readers < 2)
+        with closing(read_items(loader)) as parcels:
+            while parts_of_step := list(islice(parcels, len(shares))):
+                yield join_parcels(parts_of_step, pin_memory)
 
-    def _places(self, logs: bool) -> Iterator[_Place]:
-        epoch, done = self.start
-        while True:
-            begin, read = time.monotonic(), 0
-            for number, (block, last) in enumerate(self._blocks(epoch)):
-                first = done - read
-                read += len(block)
-                if read <= done:
-                    continue
-                if logs and done and first >= 0:
-                    seconds = time.monotonic() - begin
-                    _logger.info("skipped %d records of epoch %d without decoding, in %.1f s", done, epoch, seconds)
-                order = np.random.default_rng((self.seed, epoch, number)).permutation(len(block))
-                for place in range(max(first, 0), len(block)):
-                    ended = last and place == len(block) - 1
-                    after = Position(epoch + 1, 0) if ended else Position(epoch, read - len(block) + place + 1)
-                    yield _Place(block, int(order[place]), epoch, after)
-            if read == 0:
-                raise RunError("the training split has no records")
-            epoch, done = epoch + 1, 0
+    def read(self, share: Share, steps: range, pool: ThreadPoolExecutor) -> Iterator[Sample]:
+        """Return an iterator over the samples of a share of every step; its first block is read at once."""
+        each = self.batch_size // self.lanes.lanes
+        first, last = steps.start * each, steps.stop * each
+        requests = ((block, block.pieces) for block in self.lanes.blocks(share.lane, first, last))
+        blocks = _read_ahead(self.images, requests, pool)
+        places = ((block, records, n) for block, records in blocks for n in range(block.begin, block.end))
+        return (
+            self._sample(block, records, within)
+            for place, (block, records, within) in enumerate(places)
+            if share.first <= place % each < share.last
+        )
 
-    def _blocks(self, epoch: int) -> Iterator[tuple[list[Record], bool]]:
-        """Yield the blocks of an epoch in order, and whether each is the last one."""
-        shards = np.random.default_rng((self.seed, epoch)).permutation(self.images.shards)
-        block: list[Record] = []
-        for record in self.images.read([int(shard) for shard in shards]):
-            if len(block) == self.block_size:
-                yield block, False
-                block = []
-            block.append(record)
-        if block:
-            yield block, True
-
-    def _sample(self, place: _Place) -> Sample:
-        """Decode and augment a sample; an unreadable one is replaced by the next readable one of its block."""
-        own = place.block[place.within]
-        unreadable = []
-        for offset in range(len(place.block)):
-            record = place.block[(place.within + offset) % len(place.block)]
-            seed_sample(self.seed, place.epoch, own.key)
+    def _sample(self, block: Block, records: list[Record], within: int) -> Sample:
+        """Decode and augment a sample; an unreadable one is replaced, depending on its index and its block alone."""
+        own = int(block.order[within])
+        index = records[own].index
+        unreadable: list[Unreadable] = []
+        for record in islice(self._candidates(records, own), MOST_UNREADABLE):
+            seed_sample(self.seed, block.epoch, index)
             try:
                 image, erased = self.augment(self.images.row(record))
             except UnreadableImageError as error:
-                unreadable.append(Unreadable(record.key, record.name, str(error)))
+                unreadable.append(Unreadable(record.index, record.name, str(error)))
                 continue
-            return Sample(image, record.label, own.key, unreadable, erased)
-        raise RunError(
-            f"{len(place.block)} consecutive records are unreadable; the last one: {printable(unreadable[-1].name)} "
-            f"({unreadable[-1].reason})"
-        )
+            return Sample(image, record.label, index, unreadable, erased)
+        raise all_unreadable(unreadable[-1])
+
+    def _candidates(self, records: list[Record], own: int) -> Iterator[Record]:
+        """Yield a record, the next ones of its block, and then others, each of which has to be read."""
+        yield from records[own:]
+        yield from records[:own]
+        for attempt in count():
+            draw = np.random.SeedSequence((records[own].index, attempt)).generate_state(1, np.uint64)[0]
+            index = int(draw % self.images.count)
+            yield from self.images.records(index, index + 1)
+
+
+class _TrainingParts(IterableDataset[Parcel]):
+    """The shares of the workers of one process, step by step."""
+
+    def __init__(self, samples: StreamSamples, shares: list[list[Share]], steps: range) -> None:
+        self.samples, self.shares, self.steps = samples, shares, steps
+
+    def __iter__(self) -> Iterator[Parcel]:
+        worker = get_worker_info()
+        mine = self.shares[worker.id if worker else 0]
+        pack = Packer()
+        with _reading_threads(len(mine)) as pool:
+            streams = [(share, self.samples.read(share, self.steps, pool)) for share in mine]
+            for _ in self.steps:
+                yield pack([s for share, stream in streams for s in islice(stream, share.last - share.first)])
 
 
 class StreamedEvaluation:
@@ -145,57 +133,77 @@ class StreamedEvaluation:
         self, images: StreamedImages, transform: Transform, mode: str = "RGB", max_pixels: int = MAX_IMAGE_PIXELS
     ) -> None:
         self.images, self.transform, self.mode, self.max_pixels = images, transform, mode, max_pixels
-        self.count = 0
-        """Number of samples, known after reading them to the end."""
+
+    @property
+    def count(self) -> int:
+        """Number of samples."""
+        return self.images.count
 
     def batches(
         self, batch_size: int, process: int, processes: int, workers: int, pin_memory: bool
     ) -> Generator[Batch, None, None]:
-        """Yield every `processes`-th batch of `batch_size` samples, starting with the one numbered `process`."""
-        parts = _EvaluationParts(self, batch_size, process, processes)
-        for item in read_items(build_loader(parts, None, workers, pin_memory)):
-            if isinstance(item, int):
-                self.count = item
-            else:
-                yield item.open()
+        """Yield the batches of `batch_size` samples that belong to a process: consecutive ones, read by it alone."""
+        total = -(-self.count // batch_size)
+        first, last = total * process // processes, total * (process + 1) // processes
+        readers = min(workers, max(most_readers(self.images.row_groups) // processes, 1), max(last - first, 1))
+        parts = _EvaluationParts(self, batch_size, range(first, last), max(readers, 1))
+        return read_batches(build_loader(parts, None, readers, pin_memory))
 
-    def sample(self, index: int, record: Record) -> Sample:
+    def sample(self, record: Record) -> Sample:
         """Decode and transform a sample."""
         unreadable = []
         try:
             image = read_transformed(self.images.row(record), self.transform, self.mode, self.max_pixels)
         except UnreadableImageError as error:
-            unreadable = [Unreadable(index, record.name, str(error))]
+            unreadable = [Unreadable(record.index, record.name, str(error))]
             image = self.transform(Image.new(self.mode, (8, 8)))
-        return Sample(image, record.label, index, unreadable)
+        return Sample(image, record.label, record.index, unreadable)
 
 
-class _EvaluationParts(IterableDataset[Parcel | int]):
-    """The batches of one process, and at the end of each worker the total number of samples."""
+class _EvaluationParts(IterableDataset[Parcel]):
+    """The batches of one process; each worker reads a run of them."""
 
-    def __init__(self, samples: StreamedEvaluation, batch_size: int, process: int, processes: int) -> None:
-        self.samples, self.batch_size = samples, batch_size
-        self.process, self.processes = process, processes
+    def __init__(self, samples: StreamedEvaluation, batch_size: int, batches: range, readers: int) -> None:
+        self.samples, self.batch_size, self.batches, self.readers = samples, batch_size, batches, readers
 
-    def __iter__(self) -> Iterator[Parcel | int]:
+    def __iter__(self) -> Iterator[Parcel]:
         worker = get_worker_info()
+        number, total = worker.id if worker else 0, len(self.batches)
+        mine = self.batches[total * number // self.readers : total * (number + 1) // self.readers]
+        first, last = mine.start * self.batch_size, min(mine.stop * self.batch_size, self.samples.count)
         pack = Packer()
-        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        images = self.samples.images
-        count = 0
-        batch: list[Sample] = []
-        for count, record in enumerate(images.read(range(images.shards)), start=1):
-            turn = (count - 1) // self.batch_size
-            if turn % self.processes == self.process and turn // self.processes % workers == number:
-                batch.append(self.samples.sample(count - 1, record))
-            if batch and count % self.batch_size == 0:
-                yield pack(batch)
-                batch = []
-        if batch:
-            yield pack(batch)
-        yield count
+        with _reading_threads(1) as pool:
+            requests = ((None, [piece]) for piece in in_order(self.samples.images.groups, first, last))
+            records = (r for _, some in _read_ahead(self.samples.images, requests, pool) for r in some)
+            while batch := list(islice(records, self.batch_size)):
+                yield pack([self.samples.sample(record) for record in batch])
 
 
-def build_stream_loader(batches: StreamBatches, workers: int, pin_memory: bool = False) -> DataLoader[Parcel]:
-    """Return a loader that yields this process's batch of each step; the workers take turns."""
-    return build_loader(batches, None, workers, pin_memory)
+@contextmanager
+def _reading_threads(readers: int) -> Iterator[ThreadPoolExecutor]:
+    """Open threads that read in the background; reads that are not needed any more are not waited for."""
+    pool = ThreadPoolExecutor(min(readers, _THREADS))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _read_ahead(
+    images: StreamedImages, requests: Iterable[tuple[Request, Iterable[Piece]]], pool: ThreadPoolExecutor
+) -> Iterator[tuple[Request, list[Record]]]:
+    """Return an iterator over requests and their records; the next one is read while one is in use."""
+    waiting = iter(requests)
+
+    def submit() -> tuple[Request, Future[list[Record]]] | None:
+        following = next(waiting, None)
+        return None if following is None else (following[0], pool.submit(images.read, following[1]))
+
+    def results(current: tuple[Request, Future[list[Record]]] | None) -> Iterator[tuple[Request, list[Record]]]:
+        while current is not None:
+            request, reading = current
+            following = submit()
+            yield request, reading.result()
+            current = following
+
+    return results(submit())

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from resnext_hub.data.batches import Position, read_batches
 from resnext_hub.data.images import IndexedImages
 from resnext_hub.data.loaders import derive_workers
 from resnext_hub.data.splits import Splits
@@ -18,7 +17,7 @@ from resnext_hub.models.views import predict_views
 from resnext_hub.processes.launcher import local_processes
 from resnext_hub.runs.reopen import FinishedRun
 from resnext_hub.training.balance import Balance
-from resnext_hub.training.feed import StepInputs, evaluation_samples, training_loader
+from resnext_hub.training.feed import StepInputs, evaluation_samples, training_batches
 from resnext_hub.training.plan import Plan
 from resnext_hub.training.schedule import plan_schedule
 
@@ -107,8 +106,8 @@ def first_inputs(
     plan = _plan(run, classifier, splits)
     # a process loads a contiguous part of the batch: the first of several has the first images
     processes = max(plan.config.batch_size // count, 1)
-    loader = training_loader(plan, start=0, position=Position(0, 0), process=0, processes=processes, pin_memory=False)
-    with contextlib.closing(read_batches(loader)) as batches:
+    batches = training_batches(plan, start=0, process=0, processes=processes, pin_memory=False)
+    with contextlib.closing(batches):
         batch = next(batches)
     kept = min(len(batch.images), count)
     batch = batch._replace(images=batch.images[:kept], labels=batch.labels[:kept], erased=batch.erased[:kept])

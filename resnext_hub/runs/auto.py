@@ -11,9 +11,6 @@ from resnext_hub.runs.recipes import AUTO, RECIPES
 from resnext_hub.training.config import TrainConfig
 from resnext_hub.training.finetune import has_linear_classifier
 
-_STREAMED = 500.0
-"""Images per class to assume if a stream does not state its length."""
-
 SETTINGS = frozenset({"batch_size"}.union(*(tier.settings for tier in RECIPES[AUTO].tiers)))
 """Settings that `auto` chooses."""
 
@@ -36,7 +33,7 @@ def choose(splits: Splits, source: ModelSource, config: TrainConfig) -> dict[str
     saved = source.saved
     if saved.config.label_names is not None and saved.keeps_classifier(splits.label_names):
         fits = False  # a classifier for the same classes was probably trained on more images
-    per_class = _STREAMED if count is None else count / len(splits.label_names)
+    per_class = count / len(splits.label_names)
     tier = next(t for t in RECIPES[AUTO].tiers if per_class <= t.most and (fits or t.settings["epochs"]))
     settings = dict(tier.settings)
     if not fits:

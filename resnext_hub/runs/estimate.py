@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from resnext_hub.data.batches import Position, read_batches
 from resnext_hub.data.images import IndexedImages
 from resnext_hub.kernels.training_view import agree_on_factors, build_training_view
-from resnext_hub.training.feed import StepInputs, evaluation_samples, training_loader
+from resnext_hub.training.feed import StepInputs, evaluation_samples, training_batches
 from resnext_hub.training.finetune import freeze, set_training
 from resnext_hub.training.objective import build_objective
 from resnext_hub.training.optim import build_optimizer
@@ -69,8 +68,8 @@ def estimate(plan: Plan, accelerator: "Accelerator") -> Estimate | None:
     for size, step_time in step_times.items():
         seconds += sizes[size] * step_time
     per_image = _time_evaluation(plan, model, device)
-    evaluated = (len(plan.schedule.evaluations) + 1) * (plan.splits.eval.count or 0)
-    evaluated += 0 if plan.splits.test is None else plan.splits.test.count or 0
+    evaluated = (len(plan.schedule.evaluations) + 1) * plan.splits.eval.count
+    evaluated += 0 if plan.splits.test is None else plan.splits.test.count
     return Estimate(seconds=seconds + evaluated * per_image / accelerator.num_processes, memory=_peak_memory(device))
 
 
@@ -88,10 +87,9 @@ def _time_steps(
     """Return the seconds of a step at each image size, loading its images included."""
     config, device = plan.config, accelerator.device
     steps, first, full = plan.schedule.steps, config.progressive_size, plan.input.image_size
-    loader = training_loader(
+    batches = training_batches(
         plan,
         start=0,
-        position=Position(0, 0),
         process=accelerator.process_index,
         processes=accelerator.num_processes,
         pin_memory=device.type == "cuda",
@@ -104,7 +102,7 @@ def _time_steps(
     optimizer = build_optimizer(model, config.optim)
     micro = config.images_per_pass(accelerator.num_processes)
     found = {}
-    with contextlib.closing(read_batches(loader)) as batches:
+    with contextlib.closing(batches):
         for size in sizes:
             at = next(step for step in range(steps) if size_at(step, steps, first, full) == size)
             times: list[float] = []

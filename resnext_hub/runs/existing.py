@@ -187,6 +187,13 @@ def _compare(
     """
     before = existing.settings
     fixed = [name for name in now if name not in resumable_fields() | growing_fields()]
+    if before["streaming"] and before["lanes"] is None:  # a version without lanes
+        if existing.steps != schedule.steps:
+            raise RequestError(
+                f"{printable(folder)} contains a run of an earlier version, which read its stream in another order, so "
+                f"it cannot be resumed; choose another {setting('output_dir')}"
+            )
+        fixed.remove("lanes")
     if all(settings.get("class_weights") not in ("auto", "none", None) for settings in (before, now)):
         fixed.remove("class_weights")  # a file may have moved; its content is compared
     differing = [

@@ -162,7 +162,7 @@ def _decoded(images: Images, mode: str, max_pixels: int) -> Iterator[tuple[Image
     entries: Any = (
         ((index, images.label(index)) for index in range(len(images)))
         if isinstance(images, IndexedImages)
-        else ((record, record.label) for record in images.read(range(images.shards)))
+        else ((record, record.label) for record in images.records())
     )
     for entry, label in entries:
         try:

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from resnext_hub.data.config import NO_TEST
+from resnext_hub.data.images import StreamedImages
 from resnext_hub.data.jpeg import is_installed
+from resnext_hub.data.lanes import fitting_lanes
 from resnext_hub.data.loaders import derive_workers
 from resnext_hub.data.sources import check_source, dataset_name
-from resnext_hub.data.splits import Splits, load_splits
+from resnext_hub.data.splits import Images, Splits, load_splits
 from resnext_hub.data.transforms import resolve_input
 from resnext_hub.errors import RequestError, setting
 from resnext_hub.hub.publish import check_request
@@ -38,7 +40,7 @@ from resnext_hub.runs.existing import (
 from resnext_hub.runs.public import public_model
 from resnext_hub.runs.recipes import AUTO, QUICKSTART, find_recipe
 from resnext_hub.settings import shown
-from resnext_hub.text import printable, slug
+from resnext_hub.text import listing, printable, slug
 from resnext_hub.training.balance import resolve_balance
 from resnext_hub.training.config import TrainConfig
 from resnext_hub.training.optim import check_optimizer, derive_lr
@@ -283,7 +285,7 @@ def _resolve(config: TrainConfig, source: ModelSource, splits: Splits, input: In
         model=source.requested,
         pretrained=source.pretrained,
         deterministic=device == "cpu" if config.deterministic is None else config.deterministic,
-        data=found,
+        data=dataclasses.replace(found, lanes=_lanes(config, splits.train)),
         transform=dataclasses.replace(
             config.transform,
             image_size=input.image_size,
@@ -307,6 +309,25 @@ def _resolve(config: TrainConfig, source: ModelSource, splits: Splits, input: In
             optim, lr=optim.lr or derive_lr(optim.optimizer, config.batch_size, source.pretrained)
         ),
     )
+
+
+def _lanes(config: TrainConfig, train: Images) -> int | None:
+    """Return the number of lanes of a stream; None for other images.
+
+    Raises:
+        RequestError: If the requested number does not divide the batch.
+    """
+    if not isinstance(train, StreamedImages):
+        return None
+    if config.data.lanes is None:
+        return fitting_lanes(config.batch_size, train.row_groups)
+    if config.batch_size % config.data.lanes:
+        fitting = [lanes for lanes in range(1, config.batch_size + 1) if config.batch_size % lanes == 0]
+        raise RequestError(
+            f"{setting('lanes', config.data.lanes)} does not divide {setting('batch_size', config.batch_size)}; use "
+            f"one of {listing(fitting, len(fitting))}"
+        )
+    return config.data.lanes
 
 
 def _selection(config: TrainConfig, is_multi_label: bool) -> Literal["last", "map", "top1"]:

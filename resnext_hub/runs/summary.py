@@ -140,7 +140,7 @@ def _finetune(plan: Plan) -> list[str]:
     if is_auto and schedule.steps:
         parts.append(f"{optim.optimizer}, learning rate {optim.lr:g}")
     found = ", ".join(filter(None, parts))
-    per_class = f" ({count / len(plan.splits.label_names):.0f} training images per class)" if count else ""
+    per_class = f" ({count / len(plan.splits.label_names):.0f} training images per class)"
     return [f"recipe auto{per_class}: {found}"] if is_auto else [f"training: {found}"] if found else []
 
 
@@ -149,7 +149,7 @@ def log_warnings(plan: Plan) -> None:
     config, splits = plan.config, plan.splits
     count, size, steps = splits.train.count, config.batch_size, plan.schedule.steps
     fitting = _fitting_batch(count, config.epochs)
-    if count is not None and count < size and steps:
+    if count < size and steps:
         _logger.warning(
             "--batch-size %d is larger than the training split (%d images), so steps repeat images; "
             "--batch-size %d makes %d steps per epoch",
@@ -171,6 +171,7 @@ def log_warnings(plan: Plan) -> None:
             config.transform.color_jitter,
             policy,
         )
+    _warn_of_lanes(plan)
     for part, images in splits.evaluated.items():
         counts = class_counts(images, len(splits.label_names)) or []
         for few, what in (((0, 0), "no images"), ((1, SMALL_CLASS - 1), f"fewer than {SMALL_CLASS} images")):
@@ -179,16 +180,40 @@ def log_warnings(plan: Plan) -> None:
                 _logger.warning("the %s split has %s of class %s", part, what, listing(names))
 
 
-def _fitting_batch(count: int | None, epochs: float) -> int:
+def _warn_of_lanes(plan: Plan) -> None:
+    """Log a warning if the lanes of a stream do not fit the processes or their workers."""
+    lanes, train, size = plan.config.data.lanes, plan.splits.train, plan.config.batch_size
+    if lanes is None or not isinstance(train, StreamedImages):
+        return
+    workers = max(plan.config.loader.workers or 0, 1)
+    needed, fitting = workers * processes(), [n for n in range(processes(), size + 1, processes()) if size % n == 0]
+    other = next((n for n in fitting if n >= needed), fitting[-1])
+    if lanes % processes():
+        effect = f"{processes()} processes do not divide them, so some lanes are read by two of them"
+    elif lanes < needed:
+        effect = f"only {lanes // processes()} of {workers} workers per process read it"
+    else:
+        return
+    _logger.warning(
+        "the stream of %d row groups has %d lanes, and %s; a new run with --lanes %d would not have this problem, but "
+        "read up to %.0f %% of the stream twice",
+        train.row_groups,
+        lanes,
+        effect,
+        other,
+        min(100 * (other - 1) / train.row_groups, 100),
+    )
+
+
+def _fitting_batch(count: int, epochs: float) -> int:
     """Return a batch size, a power of two per process, for at least 4 steps per epoch and 20 per run if possible."""
-    images = min((count or 1) / 4, (count or 1) * epochs / 20)
+    images = min(count / 4, count * epochs / 20)
     part = images / processes()
     return processes() * (1 << int(math.log2(part)) if part >= 2 else 2)
 
 
 def _count(images: IndexedImages | StreamedImages) -> str:
-    count = "an unknown number of" if images.count is None else str(images.count)
-    return f"{count} streamed" if isinstance(images, StreamedImages) else count
+    return f"{images.count} streamed" if isinstance(images, StreamedImages) else str(images.count)
 
 
 def _origin(splits: Splits, part: str) -> str:
@@ -198,8 +223,8 @@ def _origin(splits: Splits, part: str) -> str:
         return f"split {printable(stored)}"
     if splits.found.folds is not None:
         return f"fold {splits.found.fold or 1} of {splits.found.folds}"
-    held_out = [found.count or 0 for name, found in splits.evaluated.items() if splits.stored_in(name) is None]
-    share = (splits.evaluated[part].count or 0) / max((splits.train.count or 0) + sum(held_out), 1)
+    held_out = [found.count for name, found in splits.evaluated.items() if splits.stored_in(name) is None]
+    share = splits.evaluated[part].count / max(splits.train.count + sum(held_out), 1)
     return f"held out, {100 * share:.0f} %"
 
 

@@ -82,11 +82,12 @@ class StateFacts:
     resumes: int
     skipped_steps: int
     evaluated: bool
-    position: tuple[int, int]
     fingerprint: str
     """Fingerprint of the dataset."""
     decoders: list[str] = field(default_factory=lambda: ["pil"])
     merged_groups: dict[str, int] | None = field(default_factory=dict)
+    position: tuple[int, int] | None = None
+    """Position in a stream, in checkpoints of versions before 0.3; now it follows from the step."""
     stale: int = 0
     """Evaluations in a row without an improvement."""
     reached: float | None = None

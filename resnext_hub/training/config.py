@@ -205,7 +205,7 @@ class TrainConfig:
     log_every: Annotated[int, Range(1, STEPS)] = field(default=10, metadata=FREE)
     """Optimizer steps between training lines in metrics.jsonl, and between updates of the progress that is shown."""
     eval_every: Annotated[float, Range(0.001, STEPS)] = 1.0
-    """Epochs between evaluations; fractions are allowed, except with --streaming. The last step is always evaluated."""
+    """Epochs between evaluations; fractions are allowed. The last step is always evaluated."""
     log_samples: bool = field(default=False, metadata=FREE_PER_PROCESS)
     """Write samples-P.jsonl for each process P, with the image indices and a hash of the pixels of every step."""
     track: str | None = field(default=None, metadata=FREE_PER_PROCESS)
@@ -253,11 +253,6 @@ class TrainConfig:
             raise RequestError(
                 f"{setting('repeated_augmentation', self.repeated_augmentation)} needs {setting('batch_size')} to be "
                 f"at least {self.repeated_augmentation}"
-            )
-        if self.data.streaming and self.eval_every != round(self.eval_every):
-            raise RequestError(
-                f"{setting('eval_every', self.eval_every)}: a stream is evaluated after whole epochs; expected a whole "
-                "number"
             )
         if self.threads != "auto" and not is_count(self.threads, THREADS):
             raise RequestError(

@@ -1,16 +1,17 @@
 """Inputs of training steps and evaluations: samples, data loaders, and the preprocessing that runs on the device."""
 
+from collections.abc import Generator
+
 import torch
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from resnext_hub.data.augment import Augmentation
-from resnext_hub.data.batches import Batch, Parcel, Position, Unreadable
+from resnext_hub.data.batches import Batch, Unreadable, read_batches
 from resnext_hub.data.decode import MAX_IMAGE_PIXELS
 from resnext_hub.data.images import IndexedImages, StreamedImages
 from resnext_hub.data.loaders import EvaluationSamples, TrainingSamples, build_train_loader
 from resnext_hub.data.order import Order, StepSampler
-from resnext_hub.data.stream import StreamBatches, StreamedEvaluation, build_stream_loader
+from resnext_hub.data.stream import StreamedEvaluation, StreamSamples
 from resnext_hub.data.transforms import EvalTransform, draw_mix, erase, mix_pairs, normalize
 from resnext_hub.errors import RequestError, setting
 from resnext_hub.models.input_config import InputConfig
@@ -59,15 +60,14 @@ def require_readable(samples: EvaluationSamples | StreamedEvaluation, part: str 
     )
 
 
-def training_loader(
-    plan: Plan, *, start: int, position: Position, process: int, processes: int, pin_memory: bool
-) -> DataLoader[Parcel]:
-    """Return a loader of one process's part of every batch from step `start` to the end of the run.
+def training_batches(
+    plan: Plan, *, start: int, process: int, processes: int, pin_memory: bool
+) -> Generator[Batch, None, None]:
+    """Return one process's part of every batch from step `start` to the end of the run; close it to end the workers.
 
     Args:
         plan: The run.
         start: The first step, counted from 0.
-        position: Position in a stream; ignored for other data, where it follows from the step.
         process: Index of this process.
         processes: Number of processes.
         pin_memory: Whether to put batches into pinned memory, for faster transfer to a GPU.
@@ -76,24 +76,22 @@ def training_loader(
     workers, stop = config.loader.workers or 0, plan.schedule.steps
     augment = Augmentation(config.transform, plan.input, config.loader.decoder, config.loader.max_image_pixels)
     if isinstance(images, StreamedImages):
-        batches = StreamBatches(
+        assert config.data.lanes is not None
+        stream = StreamSamples(
             images,
             augment,
             seed=config.seed,
             batch_size=config.batch_size,
+            lanes=config.data.lanes,
             block_size=config.data.shuffle_block,
-            start=position,
-            steps=stop - start,
-            process=process,
-            processes=processes,
         )
-        return build_stream_loader(batches, workers, pin_memory)
+        return stream.batches(start, stop, process, processes, workers, pin_memory)
     samples = TrainingSamples(images, augment, config.seed)
     labels = images.labels if config.balance.sampling == "balanced" else None
     repeats = config.repeated_augmentation
     order = Order(len(images), config.seed, labels, repeats, max(config.batch_size // repeats, 1))
     sampler = StepSampler(order, config.batch_size, start, stop, process, processes)
-    return build_train_loader(samples, sampler, workers, pin_memory)
+    return read_batches(build_train_loader(samples, sampler, workers, pin_memory))
 
 
 class StepInputs:

@@ -55,6 +55,7 @@ class TrainSettings(TypedDict, total=False):
     max_bad_fraction: float
     streaming: bool
     shuffle_block: int
+    lanes: int | None
     image_size: int | None
     crop_pct: float | None
     interpolation: str | None

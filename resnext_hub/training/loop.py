@@ -3,16 +3,15 @@
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
-from resnext_hub.data.batches import Parcel, read_batches
+from resnext_hub.data.batches import Batch
 from resnext_hub.errors import RunError, StoppedRun, one_line, setting
 from resnext_hub.facts import UnreadableImage
 from resnext_hub.kernels.training_view import require_shared_tensors
@@ -25,7 +24,7 @@ from resnext_hub.training.checkpoint import last_good_checkpoint
 from resnext_hub.training.checkpoint_writer import CheckpointWriter
 from resnext_hub.training.evaluation import EvaluationStoppedError
 from resnext_hub.training.evaluator import Evaluator
-from resnext_hub.training.feed import StepInputs, training_loader
+from resnext_hub.training.feed import StepInputs, training_batches
 from resnext_hub.training.finetune import freeze, set_training
 from resnext_hub.training.objective import build_objective
 from resnext_hub.training.ood import FittedOod, fit_ood
@@ -118,7 +117,7 @@ def train(
     with stop, recorder, writer, contextlib.ExitStack() as stack:
         if not state.evaluated and not run.evaluate_step():
             run.raise_stopped()
-        batches = stack.enter_context(contextlib.closing(read_batches(run.build_loader())))
+        batches = stack.enter_context(contextlib.closing(run.batches()))
         compiling = config.compile
         progress = stack.enter_context(contextlib.closing(run.progress()))
         recorder.timer.restart(state.step)  # exclude the time before the first step from the training speed
@@ -133,8 +132,8 @@ def train(
             images, targets = inputs(batch, state.step)
             with _compiling() if config.compile else contextlib.nullcontext():
                 metrics = take_step(objective, optimizer, images, targets, state.step, plan, accelerator)
-            state.advance(batch, metrics[0], optimizer.step_was_skipped)
-            unreadable.note("training", plan.splits.train.count or state.step * config.batch_size, batch.unreadable)
+            state.advance(metrics[0], optimizer.step_was_skipped)
+            unreadable.note("training", plan.splits.train.count, batch.unreadable)
             if compiling:
                 recorder.log_compiled()
                 compiling = False
@@ -171,13 +170,12 @@ class _Run:
     recorder: Recorder
     writer: CheckpointWriter
 
-    def build_loader(self) -> DataLoader[Parcel]:
-        """Return a loader of this process's part of every remaining step."""
+    def batches(self) -> Generator[Batch, None, None]:
+        """Return this process's part of every remaining step."""
         state = self.state
-        return training_loader(
+        return training_batches(
             self.plan,
             start=state.step,
-            position=state.position,
             process=state.accelerator.process_index,
             processes=state.accelerator.num_processes,
             pin_memory=state.accelerator.device.type == "cuda",
@@ -203,7 +201,7 @@ class _Run:
         return Progress(
             steps=self.plan.schedule.steps,
             step=self.state.step,
-            per_epoch=count / self.plan.config.batch_size if count else None,
+            per_epoch=count / self.plan.config.batch_size,
             visible=self.recorder.is_main,
             right="all labels right" if self.plan.splits.is_multi_label else "accuracy",
         )

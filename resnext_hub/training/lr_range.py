@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from resnext_hub.data.batches import Position, read_batches
 from resnext_hub.processes.peers import Peers
-from resnext_hub.training.feed import StepInputs, training_loader
+from resnext_hub.training.feed import StepInputs, training_batches
 from resnext_hub.training.finetune import freeze, set_training
 from resnext_hub.training.objective import build_objective
 from resnext_hub.training.optim import set_lr
@@ -78,10 +77,9 @@ def range_test(plan: Plan, model: nn.Module, accelerator: "Accelerator", peers: 
     objective.train()
     set_training(view)
     inputs = StepInputs(plan, device=accelerator.device, process=process)
-    loader = training_loader(
+    batches = training_batches(
         plan,
         start=0,
-        position=Position(0, 0),
         process=process,
         processes=accelerator.num_processes,
         pin_memory=accelerator.device.type == "cuda",
@@ -90,7 +88,7 @@ def range_test(plan: Plan, model: nn.Module, accelerator: "Accelerator", peers: 
     losses: list[float] = []
     smoothed: list[float] = []
     diverged = False
-    with contextlib.closing(read_batches(loader)) as batches:
+    with contextlib.closing(batches):
         for step in range(STEPS):
             lr = LOWEST * (HIGHEST / LOWEST) ** (step / (STEPS - 1))
             set_lr(state.optimizer, lr)

@@ -24,14 +24,12 @@ class Progress:
     Args:
         steps: Steps of the run.
         step: Step at which this process starts.
-        per_epoch: Steps of an epoch; None if it is unknown, so that the whole run has one bar.
+        per_epoch: Steps of an epoch.
         visible: Whether this process shows anything.
         right: What the fraction of images that are right is called.
     """
 
-    def __init__(
-        self, *, steps: int, step: int, per_epoch: float | None, visible: bool, right: str = "accuracy"
-    ) -> None:
+    def __init__(self, *, steps: int, step: int, per_epoch: float, visible: bool, right: str = "accuracy") -> None:
         self._name = right
         self._steps, self._step, self._per_epoch = steps, step, per_epoch
         self._visible, self._terminal = visible, visible and sys.stderr.isatty()
@@ -79,7 +77,7 @@ class Progress:
     def _begin_epoch(self) -> None:
         self.close()
         self._lines = self._loss = self._right = 0.0
-        size = self._per_epoch or self._steps
+        size = self._per_epoch
         number = int(self._step / size + 1e-9)
         begin, self._end = math.ceil(number * size), min(math.ceil((number + 1) * size), self._steps)
         if self._terminal:

@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 
-from resnext_hub.data.sources import public_name
 from resnext_hub.errors import RequestError, setting
 from resnext_hub.training.config import TrainConfig
 from resnext_hub.training.optim import lr_at
@@ -66,38 +65,24 @@ def sizes_of(steps: int, first: int | None, full: int) -> list[int]:
     return sorted({size_at(step, steps, first, full) for step in begins})
 
 
-def plan_schedule(config: TrainConfig, count: int | None) -> Schedule:
+def plan_schedule(config: TrainConfig, count: int) -> Schedule:
     """Return the schedule of a run over `count` training samples.
 
     A run has ceil(epochs * count / batch) steps; every `eval_every` epochs are evaluated at the step that completes
-    them. For a stream that step is known only once it is reached, so `evaluations` holds just the last step. Warmup of
-    a stream of unknown length is a twentieth of the steps.
+    them.
 
     Args:
         config: The configuration.
-        count: Number of training samples; None for a stream of unknown length.
+        count: Number of training samples.
 
     Raises:
-        RequestError: If neither the number of samples nor `max_steps` is known.
+        RequestError: If no step would train more than the classifier.
     """
-    if count is None:
-        if config.max_steps is None:
-            raise RequestError(
-                f"{public_name(config.data.dataset)} does not provide its number of samples, so "
-                f"{setting('streaming', True)} needs {setting('max_steps')}"
-            )
-        if config.finetune.head_epochs:
-            raise RequestError(
-                f"{setting('head_epochs', config.finetune.head_epochs)} needs the number of training images, which "
-                "this stream does not state; omit it"
-            )
-        warmup = config.max_steps // 20 if config.optim.warmup_epochs else 0
-        return Schedule(steps=config.max_steps, warmup_steps=warmup, evaluations=frozenset({config.max_steps}))
     per_epoch = count / config.batch_size
     steps = config.max_steps or math.ceil(config.epochs * per_epoch)
     evaluations = {steps}
     apart = max(config.eval_every * per_epoch, 1)
-    number = 0 if config.data.streaming else int(steps / apart)
+    number = int(steps / apart)
     # rounded, because 3 * 0.1 is a little more than 0.3
     evaluations.update(step for k in range(1, number + 1) if (step := math.ceil(round(k * apart, 6))) < steps)
     head = round(config.finetune.head_epochs * per_epoch)

@@ -12,8 +12,6 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from resnext_hub.data.batches import Batch, Position
-from resnext_hub.data.images import StreamedImages
 from resnext_hub.errors import RequestError, one_line, setting
 from resnext_hub.kernels.merged import grouped_convolutions
 from resnext_hub.kernels.training_view import agree_on_factors, build_training_view
@@ -107,8 +105,6 @@ class TrainingState:
         self.merged_groups: dict[str, int] | None = None
         """Number of neighboring groups that are computed as one, by layer name; None until chosen."""
         self.step = self.resumes = self.skipped_steps = 0
-        self.position = Position(0, 0)
-        """Position in a stream; for other data it follows from the step."""
         self.average = StartAverage(config.finetune.average_with_start) if config.finetune.average_with_start else None
         self.evaluated = not config.finetune.fit_head
         """Whether no evaluation is due at this step, or it is done."""
@@ -145,32 +141,23 @@ class TrainingState:
 
     @property
     def epoch(self) -> float:
-        """Passes over the training split so far; whole passes only if the length of an epoch is unknown."""
-        count = self.plan.splits.train.count
-        if isinstance(self.plan.splits.train, StreamedImages):
-            return round(self.position.epoch + (self.position.place / count if count else 0.0), 4)
+        """Passes over the training split so far."""
         return self._epoch_at(self.step)
 
     def _epoch_at(self, step: int) -> float:
-        """Return the passes over the training split at a step; 0 for a stream of unknown length."""
-        count = self.plan.splits.train.count
-        return round(step * self.plan.config.batch_size / count, 4) if count else 0.0
+        """Return the passes over the training split at a step."""
+        return round(step * self.plan.config.batch_size / self.plan.splits.train.count, 4)
 
-    def advance(self, batch: Batch, loss: torch.Tensor, skipped: bool) -> None:
+    def advance(self, loss: torch.Tensor, skipped: bool) -> None:
         """Count an optimizer step, without waiting for the device.
 
         Args:
-            batch: The batch of the step.
             loss: Its mean loss, a scalar on the device.
             skipped: Whether the optimizer skipped it because fp16 gradients overflowed.
         """
-        before = self.position
         self.step += 1
         self.skipped_steps += skipped
-        self.position = batch.end or before
-        every = self.plan.config.eval_every
-        completes = self.position.epoch // every > before.epoch // every
-        self.evaluated = not (completes or self.step in self.plan.schedule.evaluations)
+        self.evaluated = self.step not in self.plan.schedule.evaluations
         self._first_bad_step.clamp_(max=torch.where(loss.isfinite(), _NEVER, self.step))
         if self.ema is not None:
             self.ema.update(self.model, step=self.step)
@@ -265,7 +252,6 @@ class TrainingState:
         self.skipped_steps = facts.skipped_steps
         self.stale, self.reached = facts.stale, facts.reached
         self.evaluated = facts.evaluated
-        self.position = Position(*facts.position)
         self.wall_seconds = facts.wall_seconds
         _logger.info("resuming from %s", checkpoint.path.name)
         decoders = facts.decoders
@@ -366,7 +352,6 @@ class TrainingState:
             reached=self.reached,
             merged_groups=self.merged_groups,
             evaluated=self.evaluated,
-            position=(self.position.epoch, self.position.place),
             fingerprint=self.plan.splits.fingerprint,
             settings=self._fixed_settings(),
         )

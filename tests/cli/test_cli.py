@@ -193,15 +193,32 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(
         prepare(settings, asked=asked, output_dir=tmp_path / "run")
 
 
-def test_a_stream_of_unknown_length_needs_a_number_of_steps(command: Command, tmp_path: Path) -> None:
+def test_lanes_that_do_not_divide_the_batch_are_refused(command: Command, tmp_path: Path) -> None:
     from resnext_hub.data.sources import load_digits_table
 
     for split in ("train", "test"):
         load_digits_table().select(range(20)).to_parquet(tmp_path / "digits" / f"{split}-0.parquet")
-    flags = ("--dataset", tmp_path / "digits", "--streaming", "--image-size", 32)
-    code, _, err = command("train", *TINY, *flags, "--output-dir", tmp_path / "run")
+    flags = (*TINY, "--image-size", 32, "--batch-size", 12, "--lanes", 5, "--output-dir", tmp_path / "run")
+    code, _, err = command("train", *flags, "--dataset", tmp_path / "digits", "--streaming")
     assert code == 2
-    assert "does not provide its number of samples, so --streaming needs --max-steps" in err
+    assert "--lanes 5 does not divide --batch-size 12; use one of 1, 2, 3, 4, 6, 12" in err
+    code, _, err = command("train", *flags)
+    assert code == 2
+    assert "--lanes 5 needs --streaming" in err
+
+
+def test_a_stream_of_an_earlier_version_is_not_resumed_in_another_order(tmp_path: Path) -> None:
+    from resnext_hub.data.sources import load_digits_table
+
+    for split in ("train", "test"):
+        load_digits_table().select(range(20)).to_parquet(tmp_path / "digits" / f"{split}-0.parquet")
+    asked = {"model": "test_resnet", "dataset": str(tmp_path / "digits"), "streaming": True, "image_size": 32}
+    settings = prepare(asked, asked=asked, output_dir=tmp_path / "run").config.to_flat()
+    assert settings.pop("lanes") == 4
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text(json.dumps(settings))  # of a version without lanes
+    with raises(RequestError, match="a run of an earlier version, which read its stream in another order, so it can"):
+        prepare(asked, asked=asked, output_dir=tmp_path / "run")
 
 
 @mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])

@@ -362,11 +362,32 @@ def test_a_tar_file_of_class_folders_is_not_taken_for_a_shard(tmp_path: Path) ->
 def test_a_stream_of_shards_has_the_samples_of_the_shards(tmp_path: Path) -> None:
     path = shards("train-0.tar", "train-1.tar", "val-0.tar")(tmp_path / "a")
     streamed = load(path, streaming=True)
-    assert (streamed.train.shards, streamed.train.count, streamed.eval.count) == (2, 24, 12)
+    assert (len(streamed.train.shards), streamed.train.count, streamed.eval.count) == (2, 24, 12)
     indexed = load(path)
-    records = list(streamed.train.read([0, 1]))
+    records = list(streamed.train.records())
     assert [record.label for record in records] == list(indexed.train.labels)
     assert [record.row["bytes"] for record in records] == [indexed.train.row(i)["bytes"] for i in range(24)]
+    assert [record.index for record in streamed.train.records(7, 15)] == list(range(7, 15))
+
+
+def test_compressed_shards_are_streamed_in_order(tmp_path: Path) -> None:
+    path = shards("train-0.tar", "val-0.tar")(tmp_path / "a")
+    whole = list(load(path, streaming=True).train.records())
+    (path / "train-0.tar.gz").write_bytes(gzip.compress((path / "train-0.tar").read_bytes()))
+    (path / "train-0.tar").unlink()
+    streamed = load(path, streaming=True).train
+    assert [groups.tolist() for groups in streamed.groups] == [[12]]  # read as a whole
+    for found, record in zip(streamed.records(5, 12), whole[5:], strict=True):
+        assert (found.index, found.label, found.row["bytes"]) == (record.index, record.label, record.row["bytes"])
+
+
+def test_a_shard_that_changes_during_a_run_ends_it(tmp_path: Path) -> None:
+    path = shards("train-0.tar", "val-0.tar")(tmp_path / "a")
+    streamed = load(path, streaming=True).train
+    with open(path / "train-0.tar", "ab") as file:
+        file.write(bytes(512))
+    with raises(RunError, match=r"the stream was interrupted in shard 0 \(it has changed\)"):
+        list(streamed.records())
 
 
 def shard(path: Path, *files: tuple[str, bytes | str]) -> Path:

@@ -22,7 +22,6 @@ from resnext_hub.data.batches import (
     Batch,
     Packer,
     Parcel,
-    Position,
     Sample,
     Unreadable,
     build_loader,
@@ -53,7 +52,7 @@ class Parcels(IterableDataset[Parcel]):
         worker, pack = get_worker_info(), Packer()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         for batch in range(number, COUNT, workers):
-            yield pack([sample(batch * SIZE + i) for i in range(SIZE)], end=Position(0, (batch + 1) * SIZE))
+            yield pack([sample(batch * SIZE + i) for i in range(SIZE)])
 
 
 def loader(workers: int, dtype: torch.dtype = torch.uint8, *, in_order: bool = False):
@@ -69,7 +68,7 @@ def check(found: list[Batch], expected: list[Batch]) -> None:
             left, right = getattr(mine, name), getattr(theirs, name)
             assert left.dtype == right.dtype
             assert torch.equal(left, right)
-        assert (mine.unreadable, mine.end) == (theirs.unreadable, theirs.end)
+        assert mine.unreadable == theirs.unreadable
         assert not mine.images.is_shared()
 
 

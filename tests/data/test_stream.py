@@ -2,29 +2,28 @@
 
 import hashlib
 import io
-import logging
+from collections import Counter
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
 from PIL import Image
-from pytest import LogCaptureFixture, fixture, mark, raises
+from pytest import fixture, mark, raises
 
 from resnext_hub.data.augment import Augmentation
-from resnext_hub.data.batches import Batch, Position, read_batches
+from resnext_hub.data.batches import Batch
 from resnext_hub.data.config import DataConfig
 from resnext_hub.data.images import StreamedImages
 from resnext_hub.data.splits import load_splits
-from resnext_hub.data.stream import StreamBatches, StreamedEvaluation, build_stream_loader
+from resnext_hub.data.stream import StreamedEvaluation, StreamSamples
 from resnext_hub.data.transforms import EvalTransform, TransformConfig, resolve_input
 from resnext_hub.errors import RequestError, RunError
 from resnext_hub.models.input_config import InputConfig
 
 CFG = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.25,) * 3, "interpolation": "bilinear", "crop_pct": 1.0}
 AUGMENTED = TransformConfig(auto_augment="rand-m7-mstd0.5", random_erasing=0.5, color_jitter=0.3)
-
-START = Position(0, 0)
 
 SHARDS = (17, 5, 21)
 """Number of samples in each shard of the training split: 43, not divisible by any batch or block size."""
@@ -41,7 +40,7 @@ def write_shard(path: Path, images: list[bytes], label: object = datasets.ClassL
     features = datasets.Features({"image": datasets.Image(), "kind": label})
     rows = [{"bytes": content, "path": None} for content in images]
     table = {"image": rows, "kind": [i % 2 for i in range(len(rows))]}
-    datasets.Dataset.from_dict(table, features=features).to_parquet(path)
+    datasets.Dataset.from_dict(table, features=features).to_parquet(path, batch_size=4)
 
 
 @fixture(scope="module")
@@ -67,33 +66,24 @@ def batches(
     steps: int,
     processes: int = 1,
     workers: int = 0,
-    start: Position = START,
-    block: int = 10,
+    start: int = 0,
+    block: int = 40,
     batch: int = 12,
+    lanes: int = 4,
 ) -> list[list[Batch]]:
     """Return the batches of each process."""
     augment = Augmentation(AUGMENTED, resolve_input(AUGMENTED, CFG))
+    samples = StreamSamples(stream, augment, seed=3, batch_size=batch, lanes=lanes, block_size=block)
     return [
-        list(
-            read_batches(
-                build_stream_loader(
-                    StreamBatches(
-                        stream, augment, seed=3, batch_size=batch, block_size=block, start=start,
-                        steps=steps, process=process, processes=processes,
-                    ),
-                    workers,
-                )
-            )
-        )
+        list(samples.batches(start, steps, process, processes, workers, pin_memory=False))
         for process in range(processes)
-    ]  # fmt: skip
+    ]
 
 
 def hashes(parts: list[list[Batch]]) -> list[str]:
     """Return a hash of the pixels of each global batch."""
     found = []
     for same_step in zip(*parts, strict=True):
-        assert len({batch.end for batch in same_step}) == 1
         digest = hashlib.sha256(torch.cat([batch.images for batch in same_step]).numpy().tobytes())
         digest.update(torch.cat([batch.erased for batch in same_step]).numpy().tobytes())
         found.append(digest.hexdigest())
@@ -104,28 +94,35 @@ def indices(parts: list[list[Batch]]) -> list[int]:
     return [index for same_step in zip(*parts, strict=True) for batch in same_step for index in batch.indices.tolist()]
 
 
-def test_columns_and_classes_of_a_stream_are_known_without_reading_it(shards: Path) -> None:
+def test_columns_classes_and_length_of_a_stream_are_known_without_reading_it(shards: Path) -> None:
     splits = load_splits(DataConfig(dataset=str(shards), streaming=True))
     assert splits.label_names == ("cat", "dog")
     assert isinstance(splits.train, StreamedImages)
-    assert (splits.train.shards, splits.train.image_column, splits.train.label_column) == (3, "image", "kind")
+    assert (splits.train.count, splits.eval.count) == (43, 11)
+    assert (splits.train.image_column, splits.train.label_column) == ("image", "kind")
+    assert [groups.tolist() for groups in splits.train.groups] == [[4, 4, 4, 4, 1], [4, 1], [4, 4, 4, 4, 4, 1]]
 
 
-@mark.parametrize(("block", "batch"), [(10, 12), (1, 12), (1000, 12), (7, 60)])
-def test_every_sample_occurs_once_per_epoch(stream: StreamedImages, block: int, batch: int) -> None:
-    everything = {(shard << 32) + n for shard, size in enumerate(SHARDS) for n in range(size)}
-    seen = indices(batches(stream, steps=-(-3 * 43 // batch), block=block, batch=batch))
-    for epoch in range(3):
-        assert set(seen[43 * epoch : 43 * epoch + 43]) == everything
+@mark.parametrize(("block", "batch", "lanes"), [(40, 12, 4), (1, 12, 12), (1000, 12, 1), (100, 60, 60)])
+def test_every_sample_occurs_once_per_epoch(stream: StreamedImages, block: int, batch: int, lanes: int) -> None:
+    seen = indices(batches(stream, -(-3 * 43 // batch), block=block, batch=batch, lanes=lanes))
+    counts = Counter(seen)
+    assert set(counts) == set(range(43))
+    assert set(counts.values()) <= {len(seen) // 43, len(seen) // 43 + 1}
+    if lanes == 1:
+        for epoch in range(3):
+            assert sorted(seen[43 * epoch : 43 * epoch + 43]) == list(range(43))
     assert seen[:43] != seen[43:86]  # epochs differ in order
 
 
-def test_samples_are_shuffled_within_their_block(stream: StreamedImages) -> None:
-    in_order = indices(batches(stream, 1, block=1, batch=43))
-    shuffled = indices(batches(stream, 1, block=10, batch=43))
-    assert shuffled != in_order
-    for begin in range(0, 43, 10):
-        assert sorted(shuffled[begin : begin + 10]) == sorted(in_order[begin : begin + 10])
+def test_row_groups_are_shuffled_and_samples_within_them(stream: StreamedImages) -> None:
+    seen = indices(batches(stream, 1, batch=43, lanes=1))
+    ends = np.cumsum(np.concatenate(stream.groups))
+    groups = np.searchsorted(ends, seen, "right").tolist()
+    in_a_row = [group for group, _ in groupby(groups)]
+    assert sorted(in_a_row) == list(range(len(ends)))
+    assert in_a_row != sorted(in_a_row)
+    assert any(a > b for (a, b), (g, h) in zip(pairwise(seen), pairwise(groups), strict=True) if g == h)
 
 
 @mark.filterwarnings("ignore:This DataLoader will create")  # more workers than some machines have cores
@@ -137,22 +134,10 @@ def test_two_epochs_have_the_same_pixels_for_any_number_of_processes_and_workers
     assert hashes(batches(stream, 8, processes, workers)) == hashes(batches(stream, 8))
 
 
-def test_a_stream_resumes_at_any_step_with_the_same_pixels(stream: StreamedImages, caplog: LogCaptureFixture) -> None:
-    whole = batches(stream, 9)
-    with caplog.at_level(logging.INFO, "resnext_hub"):
-        for step, batch in enumerate(whole[0][:-1], start=1):
-            assert batch.end is not None
-            rest = batches(stream, 9 - step, processes=2, start=batch.end)
-            assert hashes(rest) == hashes(whole)[step:], step
-    assert "skipped 12 records of epoch 0 without decoding" in caplog.text
-    # the fourth batch of 12 ends 5 samples after the first epoch of 43
-    assert whole[0][3].end == Position(1, 5)
-    assert "skipped 5 records of epoch 1 without decoding" in caplog.text
-
-
-def test_the_end_of_an_epoch_is_the_start_of_the_next(stream: StreamedImages) -> None:
-    ends = [batch.end for batch in batches(stream, 4, batch=43)[0]]
-    assert ends == [Position(1, 0), Position(2, 0), Position(3, 0), Position(4, 0)]
+def test_a_stream_resumes_at_any_step_with_the_same_pixels(stream: StreamedImages) -> None:
+    whole = hashes(batches(stream, 9))
+    for step in range(1, 9):
+        assert hashes(batches(stream, 9, processes=2, start=step)) == whole[step:], step
 
 
 @mark.parametrize("processes", [1, 2, 3])
@@ -173,13 +158,15 @@ def test_the_evaluation_split_is_read_completely_and_in_order(shards: Path, proc
         assert torch.equal(image, transform(expected.image(index)))  # type: ignore[union-attr, arg-type]
 
 
-def test_an_unreadable_sample_is_replaced_by_the_next_one_of_its_block(tmp_path: Path) -> None:
+def test_an_unreadable_sample_is_replaced_by_the_next_one_of_its_block_or_by_another(tmp_path: Path) -> None:
     contents = [png(i) for i in range(6)]
     contents[2] = contents[2][:200]
     write_shard(tmp_path / "train-0.parquet", contents)
     write_shard(tmp_path / "test-0.parquet", [png(9), b""])
     splits = load_splits(DataConfig(dataset=str(tmp_path), streaming=True))
-    found = [batches(splits.train, 2, processes, batch=6, block=4) for processes in (1, 2, 3)]
+    found = [batches(splits.train, 2, processes, batch=6, lanes=lanes) for lanes in (6, 1) for processes in (1, 2, 3)]
+    assert hashes(found[0]) == hashes(found[1]) == hashes(found[2])  # each block is a single sample
+    found = found[3:]
     assert hashes(found[0]) == hashes(found[1]) == hashes(found[2])
     unreadable = [entry for part in found[0] for batch in part for entry in batch.unreadable]
     assert {(entry.name, entry.index) for entry in unreadable} == {("shard 0, record 2", 2)}
@@ -191,12 +178,12 @@ def test_an_unreadable_sample_is_replaced_by_the_next_one_of_its_block(tmp_path:
 
 
 @mark.parametrize("workers", [0, 1])
-def test_a_block_of_unreadable_images_ends_the_run_with_one_line(tmp_path: Path, workers: int) -> None:
+def test_unreadable_images_only_end_the_run_with_one_line(tmp_path: Path, workers: int) -> None:
     write_shard(tmp_path / "train-0.parquet", [b"x"] * 6)
     write_shard(tmp_path / "test-0.parquet", [png(9)] * 2)
     splits = load_splits(DataConfig(dataset=str(tmp_path), streaming=True))
-    with raises(RunError, match=r"^4 consecutive records are unreadable; the last one: .*\(not an image\)$"):
-        batches(splits.train, 1, workers=workers, batch=6, block=4)
+    with raises(RunError, match=r"^100 images drawn in a row are unreadable; the last one: .*\(not an image\)$"):
+        batches(splits.train, 1, workers=workers, batch=6, lanes=1)
 
 
 def test_datasets_that_cannot_be_streamed_raise_an_error(tmp_path: Path) -> None:

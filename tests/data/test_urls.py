@@ -2,19 +2,22 @@
 
 import base64
 import hashlib
+import re
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import datasets
 import huggingface_hub
 from pytest import LogCaptureFixture, MonkeyPatch, fixture, mark, raises
 from support.client import Client
-from support.layouts import folders, parquet, tarred, zipped
+from support.layouts import folders, image, parquet, tarred, zipped
 from support.loopback_hub import serve
 from support.processes import TINY
 
 from resnext_hub.data.config import DataConfig
+from resnext_hub.data.images import StreamedImages
 from resnext_hub.data.sources.urls import public_name
 from resnext_hub.data.splits import Splits, load_splits
 from resnext_hub.errors import RequestError, RunError
@@ -29,6 +32,7 @@ class Server:
         self.files: dict[str, bytes] = {}
         self.answers: list[tuple[str, int]] = []
         self.states_versions = True
+        self.sends_parts = True
         self.needs_login = False
         self.fault = ""
         self.url = ""
@@ -60,16 +64,22 @@ class Handler(BaseHTTPRequestHandler):
             status = 302
         if state.states_versions and self.headers.get("If-None-Match") == etag and status == 200:
             status = 304
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if status == 200 and content and wanted and state.sends_parts:
+            first, last = int(wanted[1]), int(wanted[2]) + 1
+            status, whole, content = 206, len(content), content[first:last]
         state.answers.append((self.path, status))
         self.send_response(status)
         if status == 302:
             self.send_header("Location", path.removeprefix("/moved") if "file" not in path else "file:///etc/passwd")
-        if status in (200, 304) and state.states_versions:
+        if status in (200, 206, 304) and state.states_versions:
             self.send_header("ETag", etag)
-        if status == 200:
+        if status in (200, 206):
             self.send_header("Content-Length", str(len(content or b"")))
+        if status == 206:
+            self.send_header("Content-Range", f"bytes {first}-{last - 1}/{whole}")
         self.end_headers()
-        if status == 200 and content:
+        if status in (200, 206) and content:
             self.wfile.write(content[: len(content) // 2] if state.fault == "truncated" else content)
 
 
@@ -288,3 +298,73 @@ def test_a_file_of_a_dataset_on_the_hub_is_downloaded_and_revalidated(packed: Pa
 )
 def test_the_public_name_of_a_url_has_no_user_password_or_query(url: str, public: str) -> None:
     assert public_name(url) == public
+
+
+def stream(server: Server, tmp_path: Path, *names: str) -> str:
+    """Serve parquet files of a split each; return the pattern of their addresses."""
+    for number, name in enumerate(names):
+        labelled = {"label": datasets.ClassLabel(names=["cat", "dog"]), "image": datasets.Image()}
+        images = [{"bytes": image(10 * number + i), "path": None} for i in range(4)]
+        table = datasets.Dataset.from_dict(
+            {"image": images, "label": [0, 1, 0, 1]}, features=datasets.Features(labelled)
+        )
+        table.to_parquet(tmp_path / "part.parquet", batch_size=2)
+        server.files[f"/set/{name}"] = (tmp_path / "part.parquet").read_bytes()
+    return f"{server.url}/set/"
+
+
+FILES = ("train-08.parquet", "train-09.parquet", "train-10.parquet", "test-08.parquet")
+
+
+def test_parquet_files_at_a_pattern_of_addresses_are_streamed_without_a_copy(server: Server, tmp_path: Path) -> None:
+    pattern = stream(server, tmp_path, *FILES) + "{train-{08..10},test-08}.parquet?token=secret"
+    server.needs_login = True
+    splits = load_splits(DataConfig(dataset=pattern.replace("http://", "http://me:pass%20word@"), streaming=True))
+    train = splits.train
+    assert isinstance(train, StreamedImages)
+    assert (train.count, splits.eval.count) == (12, 4)
+    expected = [image(10 * number + i) for number in range(3) for i in range(4)]
+    assert [record.row["bytes"] for record in train.records()] == expected
+    assert set(server.statuses()) == {206}
+    found = splits.found.dataset
+    assert found == pattern.removesuffix("?token=secret")
+    assert not any((tmp_path / "cache" / "downloads").glob("*"))
+
+
+def test_a_streamed_file_that_changes_or_vanishes_ends_the_run(server: Server, tmp_path: Path) -> None:
+    pattern = stream(server, tmp_path, *FILES) + "{train,test}-08.parquet"
+    train = load_splits(DataConfig(dataset=pattern, streaming=True)).train
+    assert isinstance(train, StreamedImages)
+    server.files["/set/train-08.parquet"] = server.files["/set/train-09.parquet"]
+    with raises(RunError, match=r"interrupted in shard 0 \(train-08.parquet has changed\); rerun the same command"):
+        list(train.records())
+    del server.files["/set/train-08.parquet"]
+    with raises(RunError, match=r"interrupted in shard 0 \(the server answers 404 for train-08.parquet\)"):
+        list(train.records())
+    with raises(RunError, match=r"/set cannot be streamed: the server answers 404 for train-08.parquet"):
+        load_splits(DataConfig(dataset=pattern, streaming=True))
+
+
+def test_addresses_that_cannot_be_streamed_are_refused_by_name(server: Server, tmp_path: Path) -> None:
+    pattern = stream(server, tmp_path, *FILES) + "{train,test}-08.parquet"
+    for wrong, says in (("{09..08}", r"\{09..08\} is empty"), ("{0..999999}", r"\{0..999999\} is too many files")):
+        with raises(RequestError, match=says):
+            load_splits(DataConfig(dataset=pattern.replace("08", wrong), streaming=True))
+    server.sends_parts = False
+    with raises(RequestError, match=r"the server of (train|test)-08.parquet does not support range requests"):
+        load_splits(DataConfig(dataset=pattern, streaming=True))
+
+
+def test_the_footers_of_streamed_files_are_read_again_only_if_the_files_change(server: Server, tmp_path: Path) -> None:
+    pattern = stream(server, tmp_path, *FILES) + "{train,test}-08.parquet"
+    config = DataConfig(dataset=pattern, streaming=True)
+    before = load_splits(config)
+    server.answers.clear()
+    assert load_splits(config).fingerprint == before.fingerprint
+    assert len(server.answers) == 2  # the version of each file
+    server.files["/set/train-08.parquet"] = server.files["/set/train-09.parquet"]
+    assert load_splits(config).fingerprint != before.fingerprint
+    server.answers.clear()
+    server.states_versions = False  # then the footers are the only way to know
+    load_splits(config)
+    assert len(server.answers) > 4

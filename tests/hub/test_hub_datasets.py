@@ -193,7 +193,7 @@ def test_a_dataset_of_the_hub_cannot_read_local_files(running: tuple[LoopbackHub
         "result = []\n"
         "for streaming in (False, True):\n"
         "    images = load_splits(DataConfig(dataset='you/hostile', streaming=streaming)).train\n"
-        "    for item in (images.read([0]) if streaming else range(4)):\n"
+        "    for item in (images.records() if streaming else range(4)):\n"
         "        try:\n"
         "            result.append(str(images.row(item)))\n"
         "        except UnreadableImageError as error:\n"
@@ -216,7 +216,7 @@ def test_class_folders_on_the_hub_are_loaded_and_streamed(running: tuple[Loopbac
         "result = []\n"
         "for streaming in (False, True):\n"
         "    images = load_splits(DataConfig(dataset='me/folders', streaming=streaming)).train\n"
-        "    items = images.read(range(images.shards)) if streaming else range(len(images))\n"
+        "    items = images.records() if streaming else range(len(images))\n"
         "    result.append([images.image(item).size for item in items])\n"
     )
     assert answer["result"] == [[[8, 8]] * 6] * 2, answer["err"]

@@ -83,6 +83,8 @@ class LoopbackHub:
         self.repos: dict[str, Repo] = {}
         self.blobs: dict[str, bytes] = {}
         self.requests: list[str] = []
+        self.sent = 0
+        """Bytes of files that were sent, as a whole or in parts."""
         self.faults: list[Fault] = []
         self.users = {
             TOKEN: ("me", "write"),
@@ -433,6 +435,8 @@ class _Handler(BaseHTTPRequestHandler):
             start, stop = int(match[1]), int(match[2] or len(data) - 1) + 1
             headers["Content-Range"] = f"bytes {start}-{min(stop, len(data)) - 1}/{len(data)}"
             data, status = data[start:stop], 206
+        with self.hub.lock:
+            self.hub.sent += len(data)
         if self.fault == "wrong bytes":
             middle = len(data) // 2
             data = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]

@@ -119,7 +119,7 @@ def test_two_corrections_of_one_imbalance_are_refused(settings: dict[str, object
 
 @mark.parametrize("settings", [{"class_weights": "auto"}, {"sampling": "balanced"}, {"logit_adjustment": 1.0}], ids=str)
 def test_corrections_that_need_counts_are_refused_for_a_stream(settings: dict[str, object]) -> None:
-    stream = StreamedImages(None, "image", "label", 3, None)  # type: ignore[arg-type] # it is not read
+    stream = StreamedImages((), "image", "label", NAMES)
     with raises(RequestError, match="needs the number of images of each class, which a stream does not provide"):
         resolve_balance(BalanceConfig(**settings), stream, NAMES)
 

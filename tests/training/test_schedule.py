@@ -2,9 +2,8 @@
 
 import math
 
-from pytest import mark, raises
+from pytest import mark
 
-from resnext_hub.errors import RequestError
 from resnext_hub.training.config import TrainConfig
 from resnext_hub.training.schedule import plan_schedule, size_at, sizes_of
 
@@ -45,8 +44,6 @@ def test_evaluations_may_be_fractions_of_an_epoch_apart() -> None:
     assert sorted(plan_schedule(often, 1000).evaluations) == list(range(1, 21))
 
 
-def test_a_stream_is_evaluated_after_whole_epochs_only() -> None:
-    with raises(
-        RequestError, match=r"^eval_every=0.5: a stream is evaluated after whole epochs; expected a whole number"
-    ):
-        TrainConfig.from_flat({"eval_every": 0.5, "streaming": True})
+def test_a_stream_is_evaluated_like_other_images() -> None:
+    config = TrainConfig.from_flat({"batch_size": 10, "epochs": 1, "eval_every": 0.5, "streaming": True})
+    assert plan_schedule(config, 100).evaluations == {5, 10}

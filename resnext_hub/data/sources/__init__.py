@@ -16,6 +16,7 @@ from resnext_hub.data.sources.request import Request
 from resnext_hub.data.sources.saved import SavedDataset
 from resnext_hub.data.sources.single_file import SingleFile
 from resnext_hub.data.sources.source import OpenDataset, Part, Source
+from resnext_hub.data.sources.streamed_urls import StreamedUrls
 from resnext_hub.data.sources.tables import MetadataTables
 from resnext_hub.data.sources.urls import check_url, download, is_url, public_name
 from resnext_hub.data.sources.walk import IMAGE_SUFFIXES, list_images
@@ -43,6 +44,7 @@ __all__ = [
 ]
 
 SOURCES: tuple[Source, ...] = (
+    StreamedUrls(),
     BundledDigits(),
     HubDataset(),
     TableFile(),
@@ -99,7 +101,7 @@ def open_source(config: DataConfig) -> OpenDataset:
     """
     check_source(config)
     request = Request(config)
-    if is_url(config.dataset):
+    if is_url(config.dataset) and not StreamedUrls().matches(request):
         request = Request(replace(config, dataset=str(download(config.dataset))))
     if request.path is not None and is_archive(request.path) and not request.webdataset:
         request = Request(replace(config, dataset=str(unpack(request.path))))

@@ -2,11 +2,16 @@
 
 import os
 import re
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from resnext_hub.data.sources.parquet import DAMAGED, check_cache, part_of, quiet_library, require_space
+from resnext_hub.data.sources.parquet import DAMAGED, check_cache, part_from, part_of, quiet_library, require_space
+from resnext_hub.data.sources.parquet_shards import ParquetShard, remote_shards
+from resnext_hub.data.sources.ranges import hub_file
 from resnext_hub.data.sources.source import OpenDataset, Part
+from resnext_hub.data.sources.streamed import StreamedTable, listed_shards
 from resnext_hub.errors import RequestError, RunError, one_line, setting
 from resnext_hub.text import printable
 
@@ -17,6 +22,9 @@ if TYPE_CHECKING:
 
 _ID_LENGTH = 96 * 2 + 1
 """Most characters of an ID: owner and name may have 96 each."""
+
+_HUB = "hf://datasets/"
+"""Prefix of the addresses of files on the Hub."""
 
 _FOOTERS_AT_ONCE = 16
 """Number of parquet footers that are fetched concurrently."""
@@ -57,19 +65,17 @@ def load_from_hub(name: str, config: str | None, revision: str | None, streaming
     try:
         builder = datasets.load_dataset_builder(name, config, revision=revision)
         if streaming:
-            tables = {split: _undecoded(name, table) for split, table in builder.as_streaming_dataset().items()}
-        else:
-            with quiet_library():
-                builder.download_and_prepare()
-            tables = dict(builder.as_dataset())
+            return _in_place(name, builder)
+        with quiet_library():
+            builder.download_and_prepare()
         stated = {split: info.num_examples for split, info in (builder.info.splits or {}).items()}
         return OpenDataset(
-            tables=tables,
+            tables=dict(builder.as_dataset()),
             parts=_parts(builder),
             roots=(
                 os.path.realpath(HF_HUB_CACHE),
                 os.path.realpath(datasets.config.HF_DATASETS_CACHE),
-                "hf://datasets/",
+                _HUB,
             ),
             revision=builder.hash,
             stated={split: count for split, count in stated.items() if count},
@@ -97,14 +103,59 @@ def load_from_hub(name: str, config: str | None, revision: str | None, streaming
         raise RequestError(f"{name} cannot be opened: {one_line(error)}{hint}") from error
 
 
-def _undecoded(name: str, table: "datasets.IterableDataset") -> "datasets.IterableDataset":
-    """Return a stream without decoding: the decoder threads of datasets would also decode skipped images."""
-    if table.features is None:
-        raise RequestError(
-            f"{name} does not describe its columns, which {setting('streaming', True)} needs; use "
-            f"{setting('streaming', False)}"
-        )
-    return table.decode(False)
+def _in_place(name: str, builder: Any) -> OpenDataset:
+    """Return a dataset whose rows are read when they are needed.
+
+    Raises:
+        RequestError: If its files are not parquet files or images.
+    """
+    kind = type(builder).__module__.rpartition(".")[2]
+    if kind == "parquet":
+        opened = {str(split): _remote_files(urls) for split, urls in builder.config.data_files.items()}
+        parts = {split: tuple(part for part, _ in files) for split, files in opened.items()}
+        parts = {split: _described(own, builder) for split, own in parts.items()}
+        tables = {
+            split: StreamedTable(parts[split][0].features, tuple(shard for _, shard in files))
+            for split, files in opened.items()
+        }
+    elif kind == "imagefolder":
+        parts = {}
+        tables = {str(split): _listed(name, table) for split, table in builder.as_streaming_dataset().items()}
+    else:
+        raise _not_streamed(name, f"{kind} files")
+    return OpenDataset(tables=tables, parts=parts, roots=(_HUB,), revision=builder.hash)
+
+
+def _not_streamed(name: str, what: str) -> RequestError:
+    return RequestError(
+        f"{setting('streaming', True)} needs parquet files or folders of images, and {name} consists of {what}; use "
+        f"{setting('streaming', False)}, or the parquet files that the Hub makes of a public dataset, with "
+        f"{setting('dataset_revision', 'refs/convert/parquet')}"
+    )
+
+
+def _remote_files(urls: Sequence[Any]) -> list[tuple[Part, ParquetShard]]:
+    """Return the files of a split that have rows, unless none has any."""
+    found = [hub_file(str(url)) for url in urls]
+    shards = remote_shards([file for file in found if file is not None], fixed=True)
+    files = [(part_from(shard.metadata, printable(shard.name)), shard) for shard in shards]
+    return [(part, shard) for part, shard in files if part.rows] or files
+
+
+def _listed(name: str, table: "datasets.IterableDataset") -> StreamedTable:
+    """Return images in files of their own, without reading them."""
+    import datasets
+
+    features = dict(table.features or {})
+    image = next((column for column, kind in features.items() if isinstance(kind, datasets.Image)), None)
+    label = next((column for column, kind in features.items() if isinstance(kind, datasets.ClassLabel)), None)
+    if image is None or label is None:
+        raise _not_streamed(name, "files without classes")
+    # undecoded, because the decoder threads of datasets would read all images
+    rows = [(row[image], row[label]) for row in table.decode(False)]
+    if any(row["bytes"] is not None or "::" in row["path"] for row, _ in rows):
+        raise _not_streamed(name, "archives")
+    return StreamedTable(features, listed_shards(rows))
 
 
 def _parts(builder: Any) -> dict[str, tuple[Part, ...]]:
@@ -112,16 +163,20 @@ def _parts(builder: Any) -> dict[str, tuple[Part, ...]]:
     if type(builder).__module__.rpartition(".")[2] != "parquet":
         return {}
     files = [(str(split), str(url)) for split, urls in builder.config.data_files.items() for url in urls]
-    stated = builder.config.features
     found: dict[str, tuple[Part, ...]] = {}
     with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
         for (split, _), part in zip(files, pool.map(_read_part, (url for _, url in files)), strict=True):
-            # a file without its own description has the columns that the repository states for all
-            features = {
-                column: _own_or_stated(kind, (stated or {}).get(column)) for column, kind in part.features.items()
-            }
-            found[split] = (*found.get(split, ()), Part(part.name, part.rows, features))
-    return found
+            found[split] = (*found.get(split, ()), part)
+    return {split: _described(parts, builder) for split, parts in found.items()}
+
+
+def _described(parts: Iterable[Part], builder: Any) -> tuple[Part, ...]:
+    """Return files with the columns that the repository states for all, where a file does not describe its own."""
+    stated = builder.config.features or {}
+    return tuple(
+        replace(part, features={name: _own_or_stated(kind, stated.get(name)) for name, kind in part.features.items()})
+        for part in parts
+    )
 
 
 def _own_or_stated(own: Any, stated: Any) -> Any:

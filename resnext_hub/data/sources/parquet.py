@@ -17,8 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from resnext_hub.data.sources.parquet_shards import local_shard
 from resnext_hub.data.sources.shards import Shards, folder_columns, group
 from resnext_hub.data.sources.source import OpenDataset, Part
+from resnext_hub.data.sources.streamed import StreamedTable
 from resnext_hub.data.sources.walk import Tree, ignored
 from resnext_hub.errors import RequestError, RunError, one_line
 from resnext_hub.files import LFS_POINTER
@@ -74,15 +76,13 @@ def open_parquet(root: Path, shards: Shards, streaming: bool) -> OpenDataset:
         RequestError: If one cannot be read, or a split is empty.
         RunError: If the cache is full, or a file changes while it is read.
     """
-    import datasets
-
     splits = shards.splits
     files = sorted(file for members in splits.values() for file in members)
     for file in files:
         require_readable(root / file)
-    version = _version_of(root, files)
+    version = "" if streaming else _version_of(root, files)
     parts = {file: read_part(root / file, file) for file in files}
-    _check_columns([*parts.values()])
+    check_columns([*parts.values()])
     for split, members in splits.items():
         if not any(parts[file].rows for file in members):
             raise RequestError(
@@ -91,30 +91,51 @@ def open_parquet(root: Path, shards: Shards, streaming: bool) -> OpenDataset:
             )
     # datasets fails on files without rows
     splits = {split: [file for file in members if parts[file].rows] for split, members in splits.items()}
-    check_cache()
-    data_files = {split: [glob.escape(str(root / file)) for file in members] for split, members in splits.items()}
-    try:
-        with quiet_library():
-            # the description is part of the cache key
-            tables = datasets.load_dataset(
-                "parquet", data_files=data_files, streaming=streaming, description=version, features=_widened(parts)
-            )
-    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError, NotImplementedError) as error:
-        cause = error.__cause__ or error
-        require_space(cause)
-        raise RequestError(f"{printable(root)} cannot be read as parquet: {one_line(cause)}") from error
-    if _version_of(root, files) != version:
-        raise RunError(f"{printable(root)} changed while it was being read; rerun the same command")
     of_splits = {split: tuple(parts[file] for file in members) for split, members in splits.items()}
-    columns = {} if streaming else folder_columns(files, parts[files[0]].features)
+    if streaming:
+        columns: dict[str, dict[str, str | int | None]] = {}
+        tables: dict[str, Any] = {split: _in_place(root, of_split) for split, of_split in of_splits.items()}
+    else:
+        columns = folder_columns(files, parts[files[0]].features)
+        copies = _copied(root, splits, version, parts)
+        tables = {split: _with_columns(copy, of_splits[split], columns) for split, copy in copies.items()}
     return OpenDataset(
-        tables={split: _with_columns(table, of_splits[split], columns) for split, table in tables.items()},
+        tables=tables,
         parts={split: tuple(_stating(part, columns) for part in of_split) for split, of_split in of_splits.items()},
         files=tuple((file, (root / file).stat().st_size) for file in files),
         roots=(os.path.realpath(root),),
         notes=(*shards.notes, *_missing_shards(files)),
         configuration=shards.configuration,
     )
+
+
+def _in_place(root: Path, parts: Sequence[Part]) -> StreamedTable:
+    """Return files as a table that is read in place."""
+    return StreamedTable(parts[0].features, tuple(local_shard(root / part.name) for part in parts))
+
+
+def _copied(
+    root: Path, splits: Mapping[str, Sequence[str]], version: str, parts: Mapping[str, Part]
+) -> "Mapping[str, datasets.Dataset]":
+    """Copy files to the cache of datasets, unless this version of them is there, and return the tables."""
+    import datasets
+
+    check_cache()
+    data_files = {split: [glob.escape(str(root / file)) for file in members] for split, members in splits.items()}
+    try:
+        with quiet_library():
+            # the description is part of the cache key
+            tables = datasets.load_dataset(
+                "parquet", data_files=data_files, description=version, features=_widened(parts)
+            )
+    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError, NotImplementedError) as error:
+        cause = error.__cause__ or error
+        require_space(cause)
+        raise RequestError(f"{printable(root)} cannot be read as parquet: {one_line(cause)}") from error
+    if _version_of(root, [*parts]) != version:
+        raise RunError(f"{printable(root)} changed while it was being read; rerun the same command")
+    found: Mapping[str, datasets.Dataset] = tables
+    return found
 
 
 def _with_columns(table: Any, parts: Sequence[Part], columns: Mapping[str, Mapping[str, str | int | None]]) -> Any:
@@ -267,7 +288,8 @@ def _widened(parts: Mapping[str, Part]) -> "datasets.Features | None":
     return datasets.Features(wide) if wide != kinds[0] else None
 
 
-def _check_columns(parts: Sequence[Part]) -> None:
+def check_columns(parts: Sequence[Part]) -> None:
+    """Raise RequestError unless all files have the same columns."""
     for part in parts:
         if part.features.keys() != parts[0].features.keys():
             raise RequestError(
@@ -282,17 +304,22 @@ def part_of(file: IO[bytes], name: str) -> Part:
     Raises:
         ValueError: If it is not a parquet file that datasets can read.
     """
-    import datasets
     from pyarrow import parquet
 
-    content = parquet.ParquetFile(file)
-    if content.metadata.num_rows and not content.metadata.row_group(0).num_rows:  # datasets fails on it
+    return part_from(parquet.read_metadata(file), name)
+
+
+def part_from(metadata: Any, name: str) -> Part:
+    """Return the number of rows and the columns of a parquet file, given its parsed footer; see `part_of`."""
+    import datasets
+
+    if metadata.num_rows and not metadata.row_group(0).num_rows:  # datasets fails on it
         raise ValueError("its first row group is empty; rewrite the file without it")
     try:
-        features = datasets.Features.from_arrow_schema(content.schema_arrow)
+        features = datasets.Features.from_arrow_schema(metadata.schema.to_arrow_schema())
     except DAMAGED as error:
         raise ValueError(f"its description of the columns is damaged ({one_line(error)})") from error
-    return Part(name, content.metadata.num_rows, dict(features))
+    return Part(name, metadata.num_rows, dict(features))
 
 
 def has_images(features: "datasets.Features | dict[str, Any]") -> bool:

@@ -1,6 +1,6 @@
 """The interface of dataset layouts, and the opened dataset."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     import datasets
 
     from resnext_hub.data.sources.request import Request
+    from resnext_hub.data.sources.streamed import StreamedTable
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Part:
 class OpenDataset:
     """Tables of undecoded images by split, and what is known about them."""
 
-    tables: "dict[str, datasets.Dataset | datasets.IterableDataset]"
+    tables: "Mapping[str, datasets.Dataset] | Mapping[str, StreamedTable]"
     parts: dict[str, tuple[Part, ...]] = field(default_factory=dict)
     """The files of each split in the order of their rows; empty if a split is not made of several files."""
     files: Sequence[tuple[str, int]] = ()

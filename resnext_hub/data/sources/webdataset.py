@@ -9,16 +9,21 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from resnext_hub.data.decode import MAX_IMAGE_PIXELS
 from resnext_hub.data.sources.names import LABEL_NAMES
 from resnext_hub.data.sources.parquet import check_cache, pointer_reason, quiet_library, require_space
 from resnext_hub.data.sources.shards import splits_of
 from resnext_hub.data.sources.source import OpenDataset
+from resnext_hub.data.sources.streamed import StreamedTable
 from resnext_hub.data.sources.tar_files import headers, open_tar
+from resnext_hub.data.sources.tar_shards import TarShard, is_compressed, version_of
 from resnext_hub.data.sources.walk import ignored, is_hidden, is_image
 from resnext_hub.errors import RequestError, one_line, setting
 from resnext_hub.files import read_regular
@@ -59,17 +64,19 @@ class WebDatasetShards:
         return bool(request.webdataset)
 
     def open(self, request: "Request") -> OpenDataset:
-        """Open the shards; with streaming they are read in place, else copied to the cache of datasets."""
+        """Open the shards; with streaming, they are read in place, else copied to the cache of datasets."""
         config = request.config
         assert request.path is not None
         root = request.path if request.is_folder else request.path.parent
         splits = splits_of(root, request.webdataset)
-        scanned = {file: _scan(root / file, config.label_column) for files in splits.values() for file in files}
-        found = {file: labels for file, (labels, _) in scanned.items()}
-        column = _column(root, {source for _, sources in scanned.values() for source in sources})
+        scans = {file: _scan(root / file, config.label_column) for files in splits.values() for file in files}
+        found = {file: scan.labels for file, scan in scans.items()}
+        column = _column(root, {source for scan in scans.values() for source in scan.sources})
         numbers, names = _classes(root, [label for labels in found.values() for label in labels])
-        tables = {
-            split: _open(root, files, found, column, numbers, names, config.streaming)
+        tables: dict[str, Any] = {
+            split: _in_place(root, {file: scans[file] for file in files}, column, numbers, names)
+            if config.streaming
+            else _copied(root, files, found, column, numbers, names)
             for split, files in splits.items()
         }
         notes = ignored(request.tree, [*request.webdataset, CLASSES]) if request.is_folder else []
@@ -115,55 +122,80 @@ def _split(name: str) -> tuple[str, str]:
     return "/".join([*parts[:-1], stem]), kind.lower()
 
 
-def _samples(path: Path, images: bool) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Yield key and files of each sample; only labels and, if wanted, images have their content.
+class _Sample(NamedTuple):
+    """The files of a sample by the rest of their names; only labels and, if wanted, images have their content."""
+
+    key: str
+    fields: dict[str, bytes]
+    places: dict[str, tuple[int, int]]
+    """Offset and size of each file; the offset of a sparse one is -1, since it is not stored as a whole."""
+
+
+def _samples(path: Path, images: bool) -> Iterator[_Sample]:
+    """Yield each sample.
 
     Raises:
         ValueError: If the shard is damaged, or contains a file twice or one that is too large.
     """
-    key, fields = "", dict[str, bytes]()
+    sample = _Sample("", {}, {})
     with open_tar(path) as archive:
         for member in headers(archive):
             name, kind = _split(member.name)
             if not member.isfile() or not kind:
                 continue
-            if name != key:
-                if fields:
-                    yield key, fields
-                key, fields = name, {}
-            if kind in fields:
+            if name != sample.key:
+                if sample.fields:
+                    yield sample
+                sample = _Sample(name, {}, {})
+            if kind in sample.fields:
                 raise ValueError(f"it contains {printable(member.name)} twice")
-            fields[kind] = b""
+            sample.fields[kind] = b""
+            sample.places[kind] = (-1 if member.issparse() else member.offset_data, member.size)
             wanted = kind in _LABELS or (images and is_image(f".{kind}"))
             if member.size > (_LABEL_BYTES if kind in _LABELS else _IMAGE_BYTES) and wanted:
                 raise ValueError(f"{printable(member.name)} is too large ({member.size:,} bytes)")
             if wanted and (content := archive.extractfile(member)) is not None:
-                fields[kind] = content.read()
-    if fields:
-        yield key, fields
+                sample.fields[kind] = content.read()
+    if sample.fields:
+        yield sample
 
 
-def _scan(path: Path, label_key: str | None) -> tuple[list[int | str], set[str]]:
-    """Return the labels of a shard without reading its images, and the places that they come from.
+@dataclass(frozen=True)
+class _Scan:
+    """What is known of a shard without reading its images."""
+
+    labels: list[int | str]
+    sources: set[str]
+    """The places that the labels come from."""
+    names: list[str]
+    """Name of each image."""
+    places: list[tuple[int, int]]
+    """Its offset and size."""
+
+
+def _scan(path: Path, label_key: str | None) -> _Scan:
+    """List the samples of a shard without reading its images.
 
     Raises:
         RequestError: If the shard is damaged, or a sample has no image or no label.
     """
-    labels, sources = [], set()
+    scan = _Scan([], set(), [], [])
     try:
-        for key, fields in _samples(path, images=False):
-            _image_of(key, fields)
+        for key, fields, places in _samples(path, images=False):
+            kind = _image_of(key, fields)
             label, source = _label_of(key, fields, label_key)
-            labels.append(label)
-            sources.add(source)
+            scan.labels.append(label)
+            scan.sources.add(source)
+            scan.names.append(f"{key}.{kind}")
+            scan.places.append(places[kind])
     except (OSError, ValueError) as error:
         reason = pointer_reason(path) if path.is_file() else None
         raise RequestError(
             f"the WebDataset shard {printable(path)} cannot be read: {reason or one_line(error)}"
         ) from error
-    if not labels:
+    if not scan.labels:
         raise RequestError(f"the WebDataset shard {printable(path)} contains no samples")
-    return labels, sources
+    return scan
 
 
 def _image_of(key: str, fields: Mapping[str, bytes]) -> str:
@@ -254,19 +286,54 @@ def _classes(root: Path, labels: Sequence[int | str]) -> tuple[dict[int | str, i
     return {i: i for i in range(len(names))}, names
 
 
-def _open(
+def _features(column: str, names: Sequence[str]) -> "datasets.Features":
+    import datasets
+
+    label = datasets.ClassLabel(names=list(names))
+    return datasets.Features({"image": datasets.Image(decode=False), column: label})
+
+
+def _in_place(
+    root: Path, scans: Mapping[str, _Scan], column: str, numbers: Mapping[int | str, int], names: Sequence[str]
+) -> StreamedTable:
+    """Return shards as a table that is read in place."""
+    import pyarrow
+
+    shards = []
+    for file, scan in scans.items():
+        path = root / file
+        in_order = is_compressed(path) or min(scan.places)[0] < 0
+        encoded = [name.encode(errors="surrogateescape") for name in scan.names]
+        shards.append(
+            TarShard(
+                path=path,
+                version=version_of(path),
+                names=pyarrow.array(encoded, pyarrow.binary()),
+                labels=np.array([numbers[label] for label in scan.labels]),
+                places=None if in_order else np.array(scan.places),
+                contents=_contents,
+            )
+        )
+    return StreamedTable(dict(_features(column, names)), tuple(shards))
+
+
+def _contents(path: Path) -> Iterator[bytes]:
+    """Yield the images of a shard in order."""
+    for key, fields, _ in _samples(path, images=True):
+        yield fields[_image_of(key, fields)]
+
+
+def _copied(
     root: Path,
     files: Sequence[str],
     labels: Mapping[str, Sequence[int | str]],
     column: str,
     numbers: Mapping[int | str, int],
     names: Sequence[str],
-    streaming: bool,
-) -> "datasets.Dataset | datasets.IterableDataset":
+) -> "datasets.Dataset":
+    """Copy shards to the cache of datasets, unless this version of them is there, and return the table."""
     import datasets
 
-    label = datasets.ClassLabel(names=list(names))
-    features = datasets.Features({"image": datasets.Image(decode=False), column: label})
     places = [root / file for file in files]
     arguments = {
         "paths": [str(place) for place in places],
@@ -274,14 +341,12 @@ def _open(
         "numbers": dict(numbers),
         # labels as well, because some file systems keep the time of a file that is replaced; a tuple, because lists are
         # split into shards
-        "versions": (_FORMAT, *map(_version_of, places), *(_digest(labels[file]) for file in files)),
+        "versions": (_FORMAT, *map(version_of, places), *(_digest(labels[file]) for file in files)),
     }
-    if streaming:
-        return datasets.IterableDataset.from_generator(_rows, features=features, gen_kwargs=arguments)
     check_cache()
     try:
         with quiet_library():
-            return datasets.Dataset.from_generator(_rows, features=features, gen_kwargs=arguments)
+            return datasets.Dataset.from_generator(_rows, features=_features(column, names), gen_kwargs=arguments)
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
         cause = error.__cause__ or error
         require_space(cause)
@@ -296,7 +361,7 @@ def _rows(
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of shards; `versions` only identifies their content in the cache of datasets."""
     for path in paths:
-        for key, fields in _samples(Path(path), images=True):
+        for key, fields, _ in _samples(Path(path), images=True):
             kind = _image_of(key, fields)
             label, _ = _label_of(key, fields, column)
             if label not in numbers:
@@ -308,9 +373,3 @@ def _rows(
 def _digest(labels: Sequence[int | str]) -> str:
     """Return a digest of labels."""
     return hashlib.sha256(json.dumps(labels).encode(errors="surrogatepass")).hexdigest()
-
-
-def _version_of(path: Path) -> tuple[int, int, int]:
-    """Return what changes when a file is written or replaced."""
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
