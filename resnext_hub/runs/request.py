@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from resnext_hub.data.config import NO_TEST
+from resnext_hub.data.config import NO_TEST, DataConfig
 from resnext_hub.data.images import StreamedImages
 from resnext_hub.data.jpeg import is_installed
 from resnext_hub.data.lanes import fitting_lanes
@@ -142,8 +142,7 @@ def prepare(
     config = _continue(config, folder, before, resume)
     resumed = before or (read_config(RunFolder(resume_from)) if resume_from else {})
     config = _choose_decoder(config, folder, resumed, asked)
-    data = config.data
-    splits = load_splits(data) if data.streaming else once_per_host(peers, lambda: load_splits(data))
+    splits = _open(config.data, peers)
     recipe, config = _choose(config, recipe, settings, before, splits, source)
     input = resolve_input(config.transform, source.pretrained_cfg)
     check_input(config, input)
@@ -209,6 +208,11 @@ def _choose(
     config = TrainConfig.from_flat(config.to_flat() | {k: v for k, v in chosen.items() if k not in settings})
     check_batch(config)
     return recipe, config
+
+
+def _open(data: DataConfig, peers: Peers) -> Splits:
+    """Open a dataset, in one process of each host unless it is streamed."""
+    return load_splits(data) if data.streaming else once_per_host(peers, lambda: load_splits(data))
 
 
 def _default_folder(config: TrainConfig, source: ModelSource) -> Path:

@@ -105,9 +105,8 @@ def train(
     evaluator = Evaluator(plan, state, stop, unreadable)
     state.restore()
     recorder = Recorder(plan, state, trackers)
-    writer = CheckpointWriter(
-        plan.folder.checkpoints, config.checkpoint.keep_checkpoints, written=on_checkpoint, failed=stop.request
-    )
+    keep = config.checkpoint.keep_checkpoints
+    writer = CheckpointWriter(plan.folder.checkpoints, keep, written=on_checkpoint, failed=stop.request)
     run = _Run(plan, state, stop, unreadable, evaluator, recorder, writer)
 
     head_only = plan.schedule.head_only(state.step)
