@@ -86,10 +86,10 @@ class LabelFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class AcceptanceFacts:
-    """How often a model is sure enough for an asked precision, and how often it is right then."""
+    """How often a model is sure enough for a requested precision, and how often it is right then."""
 
     precision: Fraction
-    """The asked precision: of the accepted answers, at least this fraction should be right."""
+    """The requested precision: of the accepted answers, at least this fraction should be right."""
     answered: Count
     """Images whose answer is accepted."""
     right: Count

@@ -65,7 +65,7 @@ def train(folder: Path, name: str, classes: list[int]) -> Path:
 
 
 def print_precision(run: Path) -> None:
-    """Print how often each asked precision was met over the seeds, and the mean coverage."""
+    """Print how often each requested precision was met over the seeds, and the mean coverage."""
     table = parquet.read_table(run / "predictions.parquet")
     probabilities = table["probability"].to_numpy()
     right = table["label"].to_numpy() == table["prediction"].to_numpy()

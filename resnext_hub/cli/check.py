@@ -89,7 +89,10 @@ def _check_dataset(options: argparse.Namespace) -> None:
         _draw(surveyed, findings, options.grid)
     if findings.problems:
         what = "1 problem" if findings.problems == 1 else f"{findings.problems} problems"
-        raise RunError(f"{what} found: unreadable images, or duplicates across splits or with different labels")
+        raise RunError(
+            f"{what} found; a problem is an unreadable image, or a group of duplicates across splits or with different "
+            "labels"
+        )
 
 
 def _check_labels(run: Path, options: argparse.Namespace) -> None:

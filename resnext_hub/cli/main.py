@@ -23,7 +23,7 @@ COMMANDS = {
     "evaluate": "re-evaluate the model of a run, and compare the result with its record",
     "predict": "classify images",
     "similar": "find the most similar images",
-    "report": "draw all plots of a run, and an HTML page that shows them",
+    "report": "draw all plots of a run, and write an HTML page that shows them",
     "demo": "try a trained model on a page",
     "export": "export a trained model to ONNX, OpenVINO or torch.export",
     "push": "publish a run's model, a study or a page to the Hub in one commit",

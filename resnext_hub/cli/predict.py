@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_path_or_address,
         nargs="+",
         metavar="PATH",
-        help="image, folder of images, pattern such as 'photos/*.jpg', or http or https address of an image; - reads "
-        "paths and addresses from standard input, one per line",
+        help="image, folder of images, pattern such as 'photos/*.jpg', or HTTP(S) URL of an image; - reads paths and "
+        "URLs from standard input, one per line",
     )
     parser.add_argument(
         "--top",
@@ -58,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--accept-precision",
         type=fraction,
         metavar="P",
-        help="mark answers as unsure that are not probable enough for this fraction of the others to be right, such as "
-        "0.95; the probability was fitted on the evaluation images of the run",
+        help="mark low-probability answers as unsure, so that at least this fraction of the remaining answers, such as "
+        "0.95, should be right; the minimum probability was fitted on the evaluation images of the run",
     )
     parser.add_argument(
         "--tta",

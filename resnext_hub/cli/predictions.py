@@ -59,7 +59,7 @@ class Table:
         if not result.guesses:
             lines.append("  no class reaches the threshold")
         if result.unsure:
-            lines.append("  unsure: not probable enough for the asked precision")
+            lines.append("  unsure: not probable enough for the requested precision")
         if result.ood_score is not None and result.ood_score > 0:
             lines.append(f"  unlike the training images (OOD score {result.ood_score:.1f}, above 0)")
         write("".join(f"{line}\n" for line in lines))

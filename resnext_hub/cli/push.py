@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--space",
         metavar="OWNER/NAME",
-        help="publish a page that `resnext-hub demo --static` wrote as a static Space, instead of --repo-id",
+        help="publish a page written by `resnext-hub demo --static` to this static Space; replaces --repo-id",
     )
     parser.add_argument("--license", help="license of the weights or the report (required), such as apache-2.0")
     parser.add_argument("--private", action="store_true", help="if the repository does not exist, create it as private")
@@ -69,7 +69,7 @@ def _publish(options: argparse.Namespace) -> "Publication":
         from resnext_hub.apps.space import publish_page
 
         if options.repo_id is not None:
-            raise RequestError("--space and --repo-id: expected one of them")
+            raise RequestError("--space and --repo-id are mutually exclusive; omit one of them")
         return publish_page(options.run, options.space, options.license, **how)
     study = StudyFolder(options.run)
     if study.config.is_file():

@@ -163,9 +163,10 @@ class TrainConfig:
     micro_batch_size: Annotated[int, Range(1, BATCH)] | None = None
     """Images per forward and backward pass of a process, for gradient accumulation; no accumulation if not given."""
     elastic: Annotated[int, Range(2, BATCH)] | None = None
-    """Number of virtual processes, a power of two that divides the batch size: 1, 2, 4, … up to as many processes then
-    train bit-identical weights, also when a run is resumed with another number of them. Each virtual process has its
-    own batch norm statistics and its own random numbers, as a process has otherwise. Off if not given."""
+    """Number of virtual processes, a power of two that divides the batch size. Runs with 1, 2, 4, … up to this number
+    of processes then train bit-identical weights, even when resumed with a different number of processes. Each virtual
+    process has its own batch norm statistics and random numbers, as each real process otherwise would. Off if not
+    given."""
     eval_batch_size: Annotated[int, Range(1, BATCH)] = 32
     """Images per forward pass of a process during evaluation."""
     tta: TestTimeAugmentation = "none"

@@ -35,7 +35,8 @@ class FinetuneConfig:
     does not improve on it."""
     average_with_start: Annotated[float, Range(0, 1, below=True)] = 0.0
     """Evaluate and publish the average of the trained weights and the initial ones (WiSE-FT; Wortsman et al., 2022):
-    fraction of the initial ones, at least 0 and below 1. The initial weights include the classifier of --fit-head, or
+    weight of the initial ones in the
+    average, at least 0 and below 1. The initial weights include the classifier of --fit-head, or
     the one after --head-epochs."""
     early_stopping: Annotated[int, Range(1, 1_000_000)] | None = field(default=None, metadata=FREE)
     """Stop after this many evaluations in a row without an improvement of the metric of --best-by; never if not

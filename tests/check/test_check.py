@@ -110,7 +110,8 @@ def test_copies_across_splits_and_with_different_labels_are_problems(photos: Pat
     code, out, err = command("check", photos)
     assert code == 1
     assert err.endswith(
-        "error: 2 problems found: unreadable images, or duplicates across splits or with different labels\n"
+        "error: 2 problems found; a problem is an unreadable image, or a group of duplicates across splits or with "
+        "different labels\n"
     )
     assert (
         "duplicates with different labels: 1\n  train: cat/04.png (cat) = train: dog/wrong.png (dog)\n"

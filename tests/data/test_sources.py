@@ -227,8 +227,8 @@ def test_the_layout_setting_decides_whether_folders_are_classes_or_splits(tmp_pa
         ("a.tar.gz", "cannot be unpacked: it is not a tar file"),
         ("labels.json", "is a table in a format that is not supported; convert it to CSV, TSV, JSON lines or parquet"),
         ("labels.csv", "has no column of images, or of the names of images in"),
-        ("cat.png", "is an image, but not a parquet file; expected a folder"),
-        ("notes.txt", "is a file, but not a parquet file; expected a folder"),
+        ("cat.png", "is an image, not a dataset; expected one of these layouts"),
+        ("notes.txt", "is not a parquet file; expected one of these layouts"),
     ],
 )
 def test_a_single_file_other_than_parquet_raises_an_error_with_its_kind(tmp_path: Path, name: str, words: str) -> None:

@@ -32,7 +32,7 @@ class SingleFile:
         assert path is not None
         name = printable(path)
         if not path.is_file():
-            raise RequestError(f"{name} is neither a folder nor a regular file; expected a folder with {LAYOUTS}")
+            raise RequestError(f"{name} is neither a folder nor a regular file; expected {LAYOUTS}")
         if path.name.lower().endswith(".parquet"):
             return open_parquet(path.parent, Shards(splits_of(path.parent, [path.name])), request.config.streaming)
         if path.name.lower().endswith(ARCHIVES):
@@ -43,5 +43,5 @@ class SingleFile:
             )
         if is_idx(path.name):
             raise RequestError(f"{name} is one of several IDX files; use its folder as {setting('dataset')}")
-        what = "an image" if is_image(path.name) else "a file"
-        raise RequestError(f"{name} is {what}, but not a parquet file; expected a folder with {LAYOUTS}")
+        what = "an image, not a dataset" if is_image(path.name) else "not a parquet file"
+        raise RequestError(f"{name} is {what}; expected {LAYOUTS}")
