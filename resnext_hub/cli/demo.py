@@ -1,4 +1,4 @@
-"""`resnext-hub demo`: try a trained model on a page."""
+"""`resnext-hub demo`: try a trained model in a web page."""
 
 import argparse
 import signal
@@ -82,7 +82,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.static is None and options.onnxruntime_web is not None:
         raise RequestError("--onnxruntime-web needs --static DIR")
     if options.static is not None and (options.port is not None or options.open or options.host != HOST):
-        raise RequestError("--static only writes a folder; --host, --port and --open are for the page without it")
+        raise RequestError("--static only writes a folder and cannot be combined with --host, --port or --open")
 
 
 def _stop(number: int, _: object) -> NoReturn:

@@ -175,7 +175,7 @@ def existing_path(text: str) -> Path:
         os.lstat(text)
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-            raise argparse.ArgumentTypeError(f"{shown(text)}: {error.strerror}; expected another path") from error
+            raise argparse.ArgumentTypeError(f"{shown(text)}: {error.strerror}; expected a different path") from error
     return Path(os.path.expanduser(text))
 
 
@@ -193,5 +193,5 @@ def fraction(text: str) -> float:
 def new_path(text: str) -> Path:
     """Return a path to write to, which for safetensors and Parquet has to be valid UTF-8."""
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise argparse.ArgumentTypeError(f"{shown(text)}: not valid UTF-8; expected another path")
+        raise argparse.ArgumentTypeError(f"{shown(text)}: not valid UTF-8; expected a path in UTF-8")
     return existing_path(text)

@@ -117,7 +117,7 @@ def _add_output_flags(parser: argparse.ArgumentParser) -> None:
         type=new_path,
         metavar="FOLDER",
         help="also write each image with a heat map of the regions that contribute most to its most probable class "
-        "(Grad-CAM), as a PNG file in this folder, which is created; needs the extra report",
+        "(Grad-CAM), as a PNG file in this folder, which is created; requires the extra `report`",
     )
 
 

@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     parser.add_argument("model", metavar="REPO", help="hf-hub:owner/name[@revision], model folder or run folder")
     parser.add_argument("--dataset", metavar="PATH", help="the dataset, if the card describes a local one")
-    parser.add_argument("--exclude", metavar="FILE", help="the list of images that the run left out, if it did")
+    parser.add_argument("--exclude", metavar="FILE", help="the list of images that the run left out, if any")
     parser.add_argument(
         "--evaluate",
         action=argparse.BooleanOptionalAction,

@@ -14,6 +14,7 @@ from torch import nn
 from resnext_hub.export.preprocess import Preprocess
 from resnext_hub.models.lookup import LoadedModel
 from resnext_hub.models.ood import OodScore
+from resnext_hub.models.views import logits_and_features
 
 _SIZE = (48, 40)
 """Height and width of an example image; those of an image can be any."""
@@ -110,9 +111,7 @@ class LogitsAndFeatures(nn.Module):
         """Return logits, and features where there are any."""
         if not hasattr(self.model, "forward_head"):
             return (self.model(pixels),)
-        found = self.model.forward_features(pixels)
-        features = self.model.forward_head(found, pre_logits=True).flatten(1)
-        return self.model.forward_head(found), features
+        return logits_and_features(self.model, pixels)
 
 
 class Answers(nn.Module):

@@ -85,8 +85,8 @@ def _check_images(name: str, images: object) -> None:
         )
     if images.is_meta or images.layout != torch.strided:
         raise RequestError(
-            f"{name} is a tensor on device {images.device} with layout {images.layout}: expected a dense tensor of "
-            "normalized images (N, C, H, W), float32, with values"
+            f"{name} is a tensor on device {images.device} with layout {images.layout}: expected a dense, "
+            "materialized float32 tensor of normalized images, of shape (N, C, H, W)"
         )
     if images.ndim != 4 or images.dtype != torch.float32 or images.numel() == 0:
         raise RequestError(

@@ -110,8 +110,8 @@ def lowest_accepted(classifier: "Classifier", precision: float) -> float:
         raise RequestError(f"{shown} needs one class per image; each label of this model has a threshold")
     if not classifier.accept:
         raise RequestError(
-            f"{shown}: the model does not contain how probable an answer has to be; it is fitted at the end of a "
-            "training run with at least 50 evaluation images"
+            f"{shown}: the model has no thresholds for accepting answers; they are fitted at the end of a training run "
+            "with at least 50 evaluation images"
         )
     if not classifier.accept_thresholds:
         as_fitted = classifier.source.saved.config.tta

@@ -63,7 +63,7 @@ def verify(
     Args:
         model: `hf-hub:owner/name[@revision]`, with or without the prefix, a model folder, or a run folder.
         dataset: The dataset, if the card describes a local one.
-        exclude: The list of images that the run left out, if it did.
+        exclude: The list of images that the run left out, if any.
         evaluate: Whether to evaluate the model again, with timm alone if it has the architecture.
         threads: CPU threads, or `auto`.
 
@@ -177,7 +177,7 @@ def _data_config(facts: Facts, dataset: str | None, exclude: str | None) -> Data
     """
     unknown = facts.dataset.keys() - {field.name for field in fields(DataConfig)}
     if unknown:
-        raise RequestError(f"the card states unknown settings of a dataset: {listing(sorted(unknown))}")
+        raise RequestError(f"the card contains unknown dataset settings: {listing(sorted(unknown))}")
     config = DataConfig(**facts.dataset)
     local = config.dataset_revision is None and config.dataset != BUNDLED and not is_url(config.dataset)
     if local and dataset is None:

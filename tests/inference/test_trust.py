@@ -121,7 +121,7 @@ def test_a_model_whose_probabilities_were_changed_or_never_fitted_accepts_nothin
     for changed in (dataclasses.replace(classifier, temperature=2.0), dataclasses.replace(classifier, tta="flip")):
         with raises(RequestError, match="needs a temperature of 1 and"):
             changed.predict(image, accept_precision=0.9)
-    with raises(RequestError, match="does not contain how probable an answer has to be"):
+    with raises(RequestError, match="has no thresholds for accepting answers"):
         dataclasses.replace(classifier, accept={}).predict(image, accept_precision=0.9)
     with raises(RequestError, match="needs one class per image"):
         dataclasses.replace(classifier, thresholds=(0.5,) * 10).predict(image, accept_precision=0.9)

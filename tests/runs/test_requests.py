@@ -255,7 +255,7 @@ def test_paths_that_cannot_be_written_are_refused_by_name(command: Command) -> N
     )  # fmt: skip
     code, _, err = command("train", "--output-dir", "caf\udce9")
     assert code == 2
-    assert "caf\\xe9: not valid UTF-8; expected another path" in err
+    assert "caf\\xe9: not valid UTF-8; expected a path in UTF-8" in err
 
 
 def test_output_that_cannot_be_written_is_reported_in_one_line(

@@ -48,7 +48,7 @@ def find_remote(url: str, name: str, fixed: bool) -> Remote:
     _, headers = _request(url, name, 0, 1)
     total = re.fullmatch(r"bytes 0-0/(\d+)", headers.get("content-range", ""))
     if total is None:
-        raise ValueError("the server does not state its size")
+        raise ValueError(f"the server of {printable(name)} does not report the size of the file")
     version = "" if fixed else headers.get("etag") or headers.get("last-modified") or ""
     return Remote(url, name, int(total[1]), version)
 

@@ -121,7 +121,7 @@ def download(dataset: str) -> Path:
         with FileLock(f"{folder}.lock"):
             known = _version_of(folder, copy)
             if HF_HUB_OFFLINE and known is None:
-                raise RunError(f"{printable(name)} is not in the cache, and HF_HUB_OFFLINE=1 forbids to download it")
+                raise RunError(f"{printable(name)} is not in the cache, and HF_HUB_OFFLINE=1 forbids downloading it")
             if not HF_HUB_OFFLINE:
                 _refresh(dataset, folder, known)
     except OSError as error:
