@@ -170,7 +170,7 @@ def test_test_time_augmentation_and_temperature_are_in_the_file(digits_run: Path
     run = opened(done.path)
     for image in images(8):
         rgb = image.convert("RGB")
-        probabilities, _, embedding = run(np.asarray(rgb)[None])
+        probabilities, _, embedding, _ = run(np.asarray(rgb)[None])
         np.testing.assert_allclose(probabilities, classifier(rgb), atol=0.01)
         np.testing.assert_allclose(embedding, classifier.embed(rgb), atol=0.1)
 

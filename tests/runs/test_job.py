@@ -42,6 +42,7 @@ def test_a_run_leaves_all_documented_files(finished: Path) -> None:
         "config.yaml",
         "metrics.jsonl",
         "predictions.parquet",
+        "confusion.parquet",
         "record.json",
         "plots/curves.png",
         "plots/confusion_matrix.png",
