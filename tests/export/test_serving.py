@@ -28,6 +28,8 @@ def test_the_repository_of_openvino_model_server_names_the_folder_of_the_file(
     code, out, err = command("export", finished, *flags)
     assert code == 0, err
     (entry,) = json.loads((tmp_path / "models" / "config.json").read_text())["model_config_list"]
+    assert set(entry) == {"config"}
+    assert set(entry["config"]) == {"name", "base_path"}  # the server refuses keys that its schema does not have
     name, folder = entry["config"]["name"], tmp_path / "models" / entry["config"]["base_path"]
     assert out.splitlines()[-1] == f"{tmp_path / 'models' / 'config.json'}: configuration of the model {name}"
     assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.*")) == ["1/model.bin", "1/model.xml"]
