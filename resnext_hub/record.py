@@ -30,7 +30,7 @@ from resnext_hub.text import printable
 FORMAT_VERSION = 3
 """Version 2 made the confusion matrix sparse; version 3 renamed `broken_pictures` to `unreadable_images`."""
 
-PLOTS = ("curves.png", "confusion_matrix.png", "labels.png")
+PLOTS = ("curves.png", "confusion_matrix.png", "labels.png", "reliability.png")
 """Plots of a model folder, which its card shows and which are published."""
 
 

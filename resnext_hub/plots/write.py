@@ -18,6 +18,7 @@ from resnext_hub.plots.confusion import plot_confusion
 from resnext_hub.plots.curves import plot_curves
 from resnext_hub.plots.lettering import Lettering, choose_lettering
 from resnext_hub.plots.per_label import plot_per_label
+from resnext_hub.plots.reliability import Confidences, plot_reliability
 from resnext_hub.plots.samples import plot_samples
 from resnext_hub.plots.theme import LIGHT, Theme
 from resnext_hub.record import PLOTS, RunRecord
@@ -28,22 +29,32 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
+Draw = Callable[[Lettering], "Figure"]
+
 _FAILURES = (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, MemoryError, ImportError)
 """Errors from matplotlib, its fonts, a full disk, or too little memory."""
 
 
-def write_plots(record: RunRecord, folder: Path) -> list[str]:
-    """Write the curves, and the confusion matrix or the results by label; return the names of the written files."""
-    names = tuple(record.label_names)
-    written = []
-    for name, draw in zip(PLOTS, (plot_curves, plot_confusion, plot_per_label), strict=True):
-        if draw is plot_curves and not record.steps:
-            continue
-        if draw is (plot_confusion if record.evaluation.is_multi_label else plot_per_label):
-            continue
-        if save_plot(folder / name, names, partial(draw, record)):
-            written.append(name)
-    return written
+def write_plots(record: RunRecord, folder: Path, panels: Sequence[Confidences] = ()) -> list[str]:
+    """Write the plots of a model folder; return the names of the written files.
+
+    Args:
+        record: The run; the curves are written if it has steps, and the confusion matrix or the results by label.
+        folder: Where to write.
+        panels: Predictions of which reliability diagrams are written.
+    """
+    several = record.evaluation.is_multi_label
+    draws: list[tuple[bool | int, Draw]] = [
+        (record.steps, partial(plot_curves, record)),
+        (not several, partial(plot_confusion, record)),
+        (several, partial(plot_per_label, record)),
+        (len(panels), lambda _: plot_reliability(panels)),
+    ]
+    return [
+        name
+        for name, (wanted, draw) in zip(PLOTS, draws, strict=True)
+        if wanted and save_plot(folder / name, tuple(record.label_names), draw)
+    ]
 
 
 def write_samples(
@@ -61,7 +72,7 @@ def write_samples(
 def save_plot(
     path: Path,
     names: tuple[str, ...],
-    draw: Callable[[Lettering], "Figure"],
+    draw: Draw,
     theme: Theme = LIGHT,
     dpi: int = 110,
 ) -> bool:

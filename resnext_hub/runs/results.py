@@ -34,6 +34,7 @@ from resnext_hub.machine import git_commit, processor_name, versions
 from resnext_hub.models.lookup import ModelSource, needs_plugin, portable_architecture, variant_of
 from resnext_hub.models.ood import OOD, write_ood
 from resnext_hub.models.saved import CONFIG, WEIGHTS
+from resnext_hub.plots.reliability import Confidences
 from resnext_hub.plots.write import write_plots, write_samples
 from resnext_hub.record import PLOTS, RunRecord
 from resnext_hub.run_folder import RunFolder
@@ -46,6 +47,7 @@ from resnext_hub.runs.tables import write_confusion, write_predictions
 from resnext_hub.settings import flag_of
 from resnext_hub.text import listing, printable
 from resnext_hub.trackers.fan_out import Trackers
+from resnext_hub.training.calibrate import Calibration
 from resnext_hub.training.config import TrainConfig
 from resnext_hub.training.feed import evaluation_samples
 from resnext_hub.training.loop import Outcome
@@ -95,7 +97,8 @@ def _write_files(plan: Plan, outcome: Outcome, accelerator: "Accelerator", track
         if not record.evaluation.is_multi_label:
             write_confusion(record, folder.confusion)
         with new_folder(folder.plots) as aside:
-            record = dataclasses.replace(record, plots=write_plots(record, aside))
+            panels = _panels(outcome.final.calibration)
+            record = dataclasses.replace(record, plots=write_plots(record, aside, panels))
             if isinstance(splits.eval, IndexedImages):  # not published: the images may be under another license
                 most = plan.config.loader.max_image_pixels
                 write_samples(splits.eval, evaluation, splits.label_names, aside / _SAMPLES, most)
@@ -117,6 +120,17 @@ def _write_files(plan: Plan, outcome: Outcome, accelerator: "Accelerator", track
     images = {f"plots/{path.stem}": path for path in sorted(folder.plots.glob("*.png"))}
     trackers.finish(outcome.history, images, outcome.steps)
     record.save(folder.record)
+
+
+def _panels(calibration: Calibration | None) -> list[Confidences]:
+    """Return the predictions before and after calibration; none without calibration."""
+    if calibration is None:
+        return []
+    titles = ("As trained", "Calibrated" if calibration.before_test is not None else "Calibrated (cross-fitted)")
+    return [
+        Confidences(title=title, probabilities=probabilities, right=right)
+        for title, (probabilities, right) in zip(titles, calibration.shown, strict=True)
+    ]
 
 
 def _write_model(plan: Plan, outcome: Outcome, folder: Path) -> str:

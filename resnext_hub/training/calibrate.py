@@ -8,13 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import nn
 
 from resnext_hub.models.saved import classifier_names
 from resnext_hub.processes.peers import Peers
 from resnext_hub.training.acceptance import fit_acceptance
-from resnext_hub.training.evaluation import AnyEvaluation, Evaluation, Logits
+from resnext_hub.training.evaluation import AnyEvaluation, Evaluation
 from resnext_hub.training.evaluator import Evaluator
 from resnext_hub.training.finetune import has_linear_classifier
 from resnext_hub.training.plan import Plan
@@ -28,8 +29,11 @@ _MOST = 10_000
 _MOST_VALUES = 20_000_000
 """Most logits that are kept: 160 MB."""
 
+Certainties = tuple[np.ndarray, np.ndarray]
+"""The probability of each prediction, `(N,)`, and whether it is right, `(N,)` bool."""
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Calibration:
     """A temperature that is folded into the weights of a model, and expected calibration errors, 0 to 1."""
 
@@ -43,6 +47,9 @@ class Calibration:
     """Error on these images with temperatures that were fitted on others of them (cross-fitted)."""
     before_test: float | None
     """Error on the test split as trained, if there is a test split."""
+    shown: tuple[Certainties, Certainties]
+    """Predictions before and after, for a diagram: on the test split if there is one, else on the evaluation split,
+    cross-fitted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,15 +95,20 @@ def evaluate_and_calibrate(plan: Plan, model: nn.Module, evaluator: Evaluator, p
     test = _test(plan, model, evaluator, calibrated or evaluation, keep_logits=most)
     if calibrated is None:
         return Final(evaluation=evaluation, test=test, calibration=None)
-    before_test = None
+    before = certainties(kept.values, kept.labels)
+    after = certainties(cross_fitted(kept.values, kept.labels), kept.labels)
+    before_test, shown = None, (before, after)
     if isinstance(test, Evaluation) and test.logits is not None and len(test.logits.labels):
-        before_test = _error(Logits(test.logits.values * temperature, test.logits.labels))
+        trained = certainties(test.logits.values * temperature, test.logits.labels)
+        before_test = calibration_error(*trained)
+        shown = (trained, (test.probabilities, test.predictions == test.labels))
     calibration = Calibration(
         temperature=temperature,
         images=len(kept.labels),
-        before=_error(kept),
-        after=_error(Logits(cross_fitted(kept.values, kept.labels), kept.labels)),
+        before=calibration_error(*before),
+        after=calibration_error(*after),
         before_test=before_test,
+        shown=shown,
     )
     return Final(evaluation=calibrated, test=test, calibration=calibration)
 
@@ -143,7 +155,3 @@ def fold(
         "the probabilities are not calibrated: with a temperature of %g, other classes would be predicted", temperature
     )
     return None
-
-
-def _error(logits: Logits) -> float:
-    return calibration_error(*certainties(logits.values, logits.labels))

@@ -22,7 +22,7 @@ from resnext_hub.inference.classifier import load
 
 Command = Callable[..., tuple[int, str, str]]
 
-WITH_ONNX, WITH_OPENVINO, WITH_TORCH = re.findall(
+WITH_ONNX, WITH_OPENVINO, *_ = re.findall(
     r"```python\n(.*?)```", (ROOT / "docs/how-to/export.md").read_text(), re.DOTALL
 )
 """The snippets of docs/how-to/export.md, which use only a file."""

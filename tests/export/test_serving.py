@@ -28,6 +28,8 @@ def test_the_repository_of_openvino_model_server_names_the_folder_of_the_file(
     code, out, err = command("export", finished, *flags)
     assert code == 0, err
     (entry,) = json.loads((tmp_path / "models" / "config.json").read_text())["model_config_list"]
+    assert set(entry) == {"config"}
+    assert set(entry["config"]) == {"name", "base_path"}  # the server refuses keys that its schema does not have
     name, folder = entry["config"]["name"], tmp_path / "models" / entry["config"]["base_path"]
     assert out.splitlines()[-1] == f"{tmp_path / 'models' / 'config.json'}: configuration of the model {name}"
     assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.*")) == ["1/model.bin", "1/model.xml"]
@@ -58,6 +60,7 @@ def test_the_configuration_for_triton_describes_the_inputs_and_outputs_of_the_fi
         sides = [] if scalar else [int(side) for side in dims.split(",")]
         assert len(sides) == answers[name].ndim - 1, name  # without the batch
         assert all(side in (-1, length) for side, length in zip(sides, answers[name].shape[1:], strict=True)), name
+    assert answers["probabilities"][0] == approx(load(finished)(image)[0].numpy(), abs=0.01)
     assert (folder / "labels.txt").read_text().splitlines() == list(load(finished).label_names)
     assert 'name: "probabilities" data_type: TYPE_FP32 dims: [ 10 ] label_filename: "labels.txt"' in text
 

@@ -16,9 +16,11 @@ from support.records import a_record
 
 from resnext_hub.cards.model_card import render_card
 from resnext_hub.data.images import IndexedImages
+from resnext_hub.facts import CalibrationFacts
 from resnext_hub.plots.confusion import plot_confusion
 from resnext_hub.plots.curves import plot_curves
 from resnext_hub.plots.lettering import choose_lettering
+from resnext_hub.plots.reliability import Confidences
 from resnext_hub.plots.samples import percent, plot_samples, thumbnail
 from resnext_hub.plots.study import Curve
 from resnext_hub.plots.write import save_plot, write_plots
@@ -179,6 +181,20 @@ def test_a_card_shows_the_plots_that_were_drawn(tmp_path: Path) -> None:
     (tmp_path / "confusion_matrix.png").unlink()
     (tmp_path / "confusion_matrix.png").mkdir()
     assert write_plots(record, tmp_path) == []
+
+
+def test_a_card_shows_reliability_diagrams_if_the_weights_are_calibrated(tmp_path: Path) -> None:
+    panel = Confidences(title="As trained", probabilities=np.full(9, 0.9), right=np.arange(9) < 5)
+    record = a_record()
+    record = dataclasses.replace(
+        record,
+        plots=write_plots(record, tmp_path, [panel, panel]),
+        evaluation=dataclasses.replace(record.evaluation, uncalibrated_error=0.25),
+    )
+    assert record.plots == ["confusion_matrix.png", "reliability.png"]
+    assert "reliability.png" not in render_card(record)
+    card = render_card(dataclasses.replace(record, calibration=CalibrationFacts(temperature=1.5, images=60)))
+    assert "calibration error 25.00 % before calibration, 10.00 % after](plots/reliability.png)" in card
 
 
 def test_a_run_with_odd_names_and_damaged_logs_finishes(tmp_path: Path, command: Command) -> None:

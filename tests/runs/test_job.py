@@ -46,6 +46,7 @@ def test_a_run_leaves_all_documented_files(finished: Path) -> None:
         "record.json",
         "plots/curves.png",
         "plots/confusion_matrix.png",
+        "plots/reliability.png",
         "plots/samples.png",
         "model/README.md",
         "model/config.json",
@@ -53,6 +54,7 @@ def test_a_run_leaves_all_documented_files(finished: Path) -> None:
         "model/ood.safetensors",
         "model/plots/curves.png",
         "model/plots/confusion_matrix.png",
+        "model/plots/reliability.png",
         *(f"checkpoints/step-000000{n}/{f}" for n in (50, 60) for f in ("model.safetensors", "optimizer.safetensors")),
         *(f"checkpoints/step-000000{n}/state.json" for n in (50, 60)),
     } | {n for n in names if n.endswith("/best.safetensors")}

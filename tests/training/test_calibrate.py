@@ -63,6 +63,23 @@ def test_no_prediction_changes_and_probabilities_become_more_accurate(runs: dict
         assert after.uncalibrated_error == approx(before.calibration_error, abs=1e-5)
 
 
+def test_the_card_shows_the_reliability_before_and_after_calibration(runs: dict[str, Path]) -> None:
+    record = RunRecord.load(runs["calibrated"] / "record.json")
+    assert "reliability.png" in record.plots
+    assert record.test is not None
+    assert record.test.uncalibrated_error is not None
+    errors = [f"{100 * error:.2f} %" for error in (record.test.uncalibrated_error, record.test.calibration_error)]
+    card = (runs["calibrated"] / "model" / "README.md").read_text()
+    alt = (
+        f"Reliability diagrams of the test images: calibration error {errors[0]} before calibration, {errors[1]} after"
+    )
+    assert f"![{alt}](plots/reliability.png)" in card
+    with Image.open(runs["calibrated"] / "model" / "plots" / "reliability.png") as image:
+        image.verify()
+    assert "reliability.png" not in RunRecord.load(runs["plain"] / "record.json").plots
+    assert "reliability.png" not in (runs["plain"] / "model" / "README.md").read_text()
+
+
 def test_stock_timm_gives_the_calibrated_probabilities(runs: dict[str, Path]) -> None:
     record = RunRecord.load(runs["calibrated"] / "record.json")
     assert record.calibration is not None
