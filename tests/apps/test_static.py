@@ -252,7 +252,7 @@ def test_a_wrong_request_to_publish_a_page_is_refused(tmp_path: Path, command: C
     for words, message in (
         ((folder, "--space", "me/pets"), "--license is required"),
         ((folder, "--space", "pets", "--license", "mit"), "expected owner/name"),
-        ((folder, "--space", "me/pets", "--repo-id", "me/pets", "--license", "mit"), "expected one of them"),
+        ((folder, "--space", "me/pets", "--repo-id", "me/pets", "--license", "mit"), "omit one of them"),
         ((tmp_path, "--space", "me/pets", "--license", "mit"), "is not a page: expected one that `resnext-hub demo"),
     ):
         code, out, err = command("push", *words)

@@ -711,7 +711,7 @@ def test_a_model_of_any_floating_point_type_is_computed_in_the_requested_type(dt
         (lambda images: images[..., :1, :1], r"example of shape \(2, 3, 1, 1\)"),
         (lambda images: images[..., :0], r"example of shape \(2, 3, 16, 0\) and dtype torch.float32: expected \(N, C"),
         (lambda images: images.to("meta"), "example is a tensor on device meta"),
-        (lambda images: images.to_sparse(), "with layout torch.sparse_coo: expected a dense tensor"),
+        (lambda images: images.to_sparse(), "with layout torch.sparse_coo: expected a dense, materialized"),
         (lambda images: images.byte(), r"and dtype torch.uint8: expected \(N, C, H, W\), float32"),
     ],
 )  # fmt: skip

@@ -4,17 +4,13 @@ Usage: `LAUNCHER tests/support/runs_in_a_row.py COMMANDS`, where COMMANDS is a J
 """
 
 import json
-import os
 import sys
 
 from accelerate.state import AcceleratorState, GradientState
 
 from resnext_hub.cli.main import main
 
-os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # the launcher's store still holds the keys of the run before
 for words in json.loads(sys.argv[1]):
-    if "MASTER_PORT" in os.environ:
-        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
     code = main(words)
     if code:
         sys.exit(code)
