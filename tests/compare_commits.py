@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-SMALL = ("--model", "resnext26_g32", "--image-size", "32", "--batch-size", "32", "--max-steps", "20")
+SMALL: tuple[str, ...] = ("--model", "resnext26_g32", "--image-size", "32", "--batch-size", "32", "--max-steps", "20")
 SMALL += ("--checkpoint-every", "10")
 
 AUGMENTED = ("--mixup", "0.2", "--auto-augment", "rand-m7-mstd0.5", "--ema", "0.99")

@@ -77,7 +77,8 @@ def vehicles_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, shade in (("bus", 60), ("car", 110), ("train", 160)):
             write_images(root / "vehicles" / split / name, count, shade - darker)
     (root / "vehicles" / "validation" / "car" / "005-broken.png").write_bytes(b"no image")
-    flags = (*TINY, "--dataset", root / "vehicles", "--image-size", 32, "--max-steps", 24, "--lr", 0.01, "--threads", 1)
+    where: tuple[object, ...] = ("--dataset", root / "vehicles")
+    flags = (*TINY, *where, "--image-size", 32, "--max-steps", 24, "--lr", 0.01, "--threads", 1)
     flags += ("--batch-size", 20, "--max-bad-fraction", 0.5, "--output-dir", root / "run")
     done = run_process("scripts/train.py", *flags)
     assert done.returncode == 0, done.stderr

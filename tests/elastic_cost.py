@@ -9,6 +9,7 @@ the times of a step and the one before it.
 """
 
 import argparse
+import contextlib
 import tempfile
 import time
 from pathlib import Path
@@ -18,12 +19,11 @@ from typing import Any
 import torch
 from torch import distributed
 
-from resnext_hub.data.batches import Position, read_batches
 from resnext_hub.processes.accelerator import set_threads
 from resnext_hub.processes.peers import Peers, join
 from resnext_hub.runs.job import build_initial_model, start_accelerator
 from resnext_hub.runs.request import merge_settings, prepare
-from resnext_hub.training.feed import StepInputs, training_loader
+from resnext_hub.training.feed import StepInputs, training_batches
 from resnext_hub.training.finetune import set_training
 from resnext_hub.training.objective import build_objective
 from resnext_hub.training.state import TrainingState
@@ -44,11 +44,10 @@ class Steps:
         self.objective = prepare_objective(objective, self.plan, self.accelerator).train()
         set_training(view)
         self.optimizer = self.accelerator.prepare(self.state.optimizer, device_placement=[False])
-        loader = training_loader(
-            self.plan, start=0, position=Position(0, 0), process=peers.rank, processes=peers.size, pin_memory=False
-        )
+        batches = training_batches(self.plan, start=0, process=peers.rank, processes=peers.size, pin_memory=False)
         inputs = StepInputs(self.plan, device=self.accelerator.device, process=peers.rank)
-        self.inputs = inputs(next(read_batches(loader)), 0)
+        with contextlib.closing(batches):
+            self.inputs = inputs(next(batches), 0)
 
     @property
     def threads(self) -> int:

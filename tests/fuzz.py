@@ -57,7 +57,7 @@ SCALARS = [
     "resnet50", "vit_base_patch16_224", "https://a.example/x.pth",
 ]  # fmt: skip
 
-VALUES = [*SCALARS, [], {}, [[]], [1], [1, 2], [3, 32, 32], [0, 0, 0], [1e9] * 3, ["a", "b"], ["a"] * 10,
+VALUES: list[object] = [*SCALARS, [], {}, [[]], [1], [1, 2], [3, 32, 32], [0, 0, 0], [1e9] * 3, ["a", "b"], ["a"] * 10,
           {str(n): f"c{n}" for n in range(10)}, {"a": {"b": [None]}}, [200_000] * 3, list(range(3000))]  # fmt: skip
 
 KEYS = [
@@ -329,7 +329,7 @@ def some_images() -> tuple[bytes, ...]:
         {"format": "PPM"},
     ):  # fmt: skip
         buffer = io.BytesIO()
-        image.save(buffer, **options)  # type: ignore[arg-type]
+        image.save(buffer, **options)
         made.append(buffer.getvalue())
     for other in (image.convert("P"), image.convert("LA"), Image.fromarray(grey.astype(np.uint16) * 257)):
         buffer = io.BytesIO()

@@ -65,7 +65,7 @@ def main() -> None:
         names = [facts.name.rpartition("/")[2] for facts in surveyed.images]
         pairs = {tuple(sorted((names[i], names[j]))) for i, j in near_duplicates(surveyed)}
         seconds = time.perf_counter() - start
-    planted = {tuple(sorted(pair)) for pair in planted}
+    planted = {(min(pair), max(pair)) for pair in planted}
     print(f"found {len(pairs & planted)} of {len(planted)} copies in {seconds:.1f} s; other pairs:")
     for pair in sorted(pairs - planted):
         print("  " + " ~ ".join(pair))

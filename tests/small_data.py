@@ -120,7 +120,17 @@ def pretrain(folder: Path) -> Path:
         overlay = {"input_size": (3, 32, 32), "crop_pct": 1.0, "interpolation": "bilinear"}
         model = timm.create_model("resnext50_32x4d", num_classes=5, pretrained_cfg_overlay=overlay, **RESNEXT)
         save_for_hf(model, folder / "untrained", model_args=RESNEXT, safe_serialization=True)
-        flags = ("--model", f"local-dir:{folder / 'untrained'}", "--image-size", 32, "--scale", 0.6, 1, "--epochs", 4)
+        flags: tuple[object, ...] = (
+            "--model",
+            f"local-dir:{folder / 'untrained'}",
+            "--image-size",
+            32,
+            "--scale",
+            0.6,
+            1,
+            "--epochs",
+            4,
+        )
         flags += ("--optimizer", "adamw", "--lr", 2e-3, "--weight-decay", 0.05, "--warmup-epochs", 0.5)
         run_once(resnext_hub("train", "--dataset", data, *flags, "--output-dir", run))
     return run / "model"
@@ -150,6 +160,8 @@ def command_of(
     method: str, data: Path, start: Path, pixels: int, seed: int, out: Path, options: argparse.Namespace
 ) -> list[str]:
     """Return the command that trains."""
+    where: tuple[object, ...]
+    flags: tuple[object, ...]
     if method in ("auto", "finetune"):
         where = ("--dataset", data, "--eval-split", "validation", "--test-split", "test")
         flags = ("--recipe", method, "--model", f"local-dir:{start}", "--image-size", pixels, "--seed", seed)

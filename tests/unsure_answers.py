@@ -21,6 +21,7 @@ from small_data import RESNEXT
 from timm.models import save_for_hf
 
 from resnext_hub.inference.classifier import load
+from resnext_hub.inference.prediction import Prediction
 from resnext_hub.record import RunRecord
 from resnext_hub.training.acceptance import REPORTED, fit_acceptance, measure_acceptance
 
@@ -87,7 +88,9 @@ def print_left_out(run: Path, classes: list[int]) -> None:
     """Print the AUROC of test images against those of the other classes, by OOD score and by largest probability."""
     images, labels = (read_idx(SOURCE / f"t10k-{name}-ubyte.gz") for name in ("images-idx3", "labels-idx1"))
     rows = np.random.default_rng(0).permutation(len(images))[:4000]
-    found = load(run).predict([Image.fromarray(images[row]) for row in rows])
+    found = [
+        one for one in load(run).predict([Image.fromarray(images[row]) for row in rows]) if isinstance(one, Prediction)
+    ]
     left_out = torch.from_numpy(~np.isin(labels[rows], classes))
     for name, scores in (
         ("OOD score", [prediction.ood_score for prediction in found]),
