@@ -16,9 +16,9 @@ TOLERANCE = 0.02
 
 KINDS = {
     "cardinality": "several cardinalities, with widths chosen for equal cost (paper, Table 3: 1x64d to 32x4d)",
-    "doubling": "twice the cost by depth, by width and by cardinality (paper, Table 4)",
+    "doubling": "ways to double the cost: by depth, by width and by cardinality (paper, Table 4)",
     "shortcuts": "ResNet and ResNeXt with and without residual connections, at equal cost (paper, section 5.1)",
-    "resnet": "ResNet vs. ResNeXt at equal cost, with training curves (paper, Figure 5)",
+    "resnet": "ResNet and ResNeXt at equal cost, with training curves (paper, Figure 5)",
 }
 """The studies, and what each compares."""
 

@@ -12,19 +12,21 @@ from resnext_hub.study.statistics import CONFIDENCE, Difference, half_width, sen
 
 PAPER = {
     "cardinality": (
-        "The paper's Table 3 (ImageNet, 50 layers, top-1 error): 1x64d 23.9 %, 2x40d 23.0 %, 4x24d 22.6 %, 8x14d 22.3 "
-        "%, 32x4d 22.2 %; 101 layers: 22.0, 21.7, 21.4, 21.3, 21.2 %."
+        "In the paper's Table 3 (ImageNet), the top-1 error with 50 layers is 23.9 % for 1x64d, 23.0 % for 2x40d, "
+        "22.6 % for 4x24d, 22.3 % for 8x14d and 22.2 % for 32x4d. With 101 layers, it is 22.0, 21.7, 21.4, 21.3 and "
+        "21.2 %, in the same order."
     ),
     "doubling": (
-        "The paper's Table 4 (ImageNet, top-1 error): ResNet-101 22.0 %; twice the cost by depth (ResNet-200) 21.7 %, "
-        "by width (1x100d) 21.3 %, by cardinality 20.7 % (2x64d) and 20.4 % (64x4d)."
+        "In the paper's Table 4 (ImageNet), the top-1 error of ResNet-101 is 22.0 %. At twice the cost, it is 21.7 % "
+        "with more depth (ResNet-200), 21.3 % with more width (1x100d), and 20.7 % (2x64d) or 20.4 % (64x4d) with a "
+        "higher cardinality."
     ),
     "shortcuts": (
-        "The paper's section 5.1 (ImageNet, top-1 error): ResNet-50 23.9 % with and 31.2 % without shortcuts; "
-        "ResNeXt-50 22.2 % and 26.1 %."
+        "In the paper's section 5.1 (ImageNet), the top-1 error of ResNet-50 is 23.9 % with shortcuts and 31.2 % "
+        "without them; that of ResNeXt-50 is 22.2 % with shortcuts and 26.1 % without them."
     ),
     "resnet": (
-        "The paper's Figure 5 (ImageNet): ResNeXt-50 has a lower training error than ResNet-50 of equal cost "
+        "In the paper's Figure 5 (ImageNet), ResNeXt-50 has a lower training error than a ResNet-50 of equal cost "
         "throughout training, and a lower validation error at the end (22.2 % vs. 23.9 %)."
     ),
 }
@@ -52,7 +54,7 @@ def write_report(result: StudyResult) -> None:
 def markdown(result: StudyResult, machine: dict[str, Any], plots: list[str]) -> str:
     """Return the report as Markdown."""
     study, record = result.study, result.first_record
-    parts = [f"# {TITLES[study.kind]}", f"{KINDS[study.kind][0].upper()}{KINDS[study.kind][1:]}."]
+    parts = [f"# {TITLES[study.kind]}", f"This study compares {KINDS[study.kind]}."]
     if record is not None:
         parts.append(_conditions(result, record))
     parts += ["## Verdict", *[f"- {sentence(difference)}" for difference in result.differences]]
@@ -72,13 +74,14 @@ def markdown(result: StudyResult, machine: dict[str, Any], plots: list[str]) -> 
 def _conditions(result: StudyResult, record: RunRecord) -> str:
     study, data, config = result.study, record.dataset, record.config
     match = "parameters" if study.base.match == "parameters" else "multiply-adds"
+    split = f"of the `{data.eval_split}` split" if data.eval_split else "of a held-out split"
     return (
-        f"Dataset {data.id}: {data.train_count:,} training images, accuracy on {record.evaluation.count:,} images of "
-        f"{f'the `{data.eval_split}` split' if data.eval_split else 'a held-out split'}; {study.input.image_size} px. "
-        f"{config['epochs']:g} epochs, batch {config['batch_size']}, {config['optimizer']}, learning rate "
-        f"{config['lr']:g}. Base: {study.base.depth} layers, {study.base.stem} stem, width scale "
-        f"{study.base.width_scale:g}; {match} of each member matched to within 2 % of the target. Runs with the "
-        "same seed have the same data order, the same augmentation, and the same initial values wherever shapes agree."
+        f"Each member is trained on {data.train_count:,} images of {data.id} at {study.input.image_size} px for "
+        f"{config['epochs']:g} epochs, with batch size {config['batch_size']}, the optimizer {config['optimizer']} and "
+        f"learning rate {config['lr']:g}. Accuracy is measured on {record.evaluation.count:,} images {split}. The base "
+        f"has {study.base.depth} layers, a stem of type {study.base.stem} and a width scale of "
+        f"{study.base.width_scale:g}; the {match} of each member match the target to within 2 %. Runs with the same "
+        "seed have the same data order, the same augmentation, and the same initial values wherever shapes match."
     )
 
 
@@ -144,12 +147,13 @@ def _row(result: StudyResult, found: MemberResult, difference: Difference | None
 def _table_notes(result: StudyResult, machine: dict[str, Any]) -> str:
     study = result.study
     packages = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    beside = f", {study.jobs} runs in parallel" if study.jobs > 1 else ""
+    beside = f", and with {study.jobs} runs in parallel" if study.jobs > 1 else ""
     return (
-        f"Accuracy: mean ± sample standard deviation over the seeds. Multiply-adds and activations are per image at "
-        f"{study.input.image_size} px. Training: median throughput of the runs, with groups merged where that was "
-        f"faster{beside}. Inference: eager float32, batch {study.train_config.eval_batch_size}. "
-        f"{machine['processor']}, {study.threads} {'thread' if study.threads == 1 else 'threads'} per run; {packages}."
+        f"Accuracy is the mean ± sample standard deviation over the seeds. Multiply-adds and activations are per image "
+        f"at {study.input.image_size} px. Training throughput is the median of the runs, with groups merged where that "
+        f"was faster{beside}. Inference throughput is measured in eager float32 with batch size "
+        f"{study.train_config.eval_batch_size}. The speeds were measured on {machine['processor']} with "
+        f"{study.threads} {'thread' if study.threads == 1 else 'threads'} per run and {packages}."
     )
 
 
