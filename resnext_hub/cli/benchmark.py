@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import os
+from types import ModuleType
 
 from resnext_hub.cli.output import write
 from resnext_hub.cli.parser import add_config_flags, add_threads, count, existing_path
@@ -14,6 +15,7 @@ BENCHMARKS = {
     "inference": "measure the forward pass of a model against timm, torchvision, ONNX Runtime and OpenVINO",
     "training": "measure training against bare PyTorch loops and timm's train.py",
     "checkpoints": "measure what frequent checkpoints cost a training run",
+    "time-to-accuracy": "measure the time until a model is trained, against timm's train.py and a bare loop",
     "loader": "measure data loading, from encoded images to batches, against datasets, PIL and timm's transform",
     "scale": "predict start-up, memory, reading and all-reduce at any number of images, classes and processes",
 }
@@ -38,7 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help="write the results as JSON: every round, the speedups, and the machine",
         )
         add_threads(own)
-        add_config_flags(own, fields_of(importlib.import_module(f"resnext_hub.benchmark.{kind}").Settings))
+        add_config_flags(own, fields_of(_module(kind).Settings))
+
+
+def _module(kind: str) -> ModuleType:
+    return importlib.import_module(f"resnext_hub.benchmark.{kind.replace('-', '_')}")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -48,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
     from resnext_hub.processes.accelerator import set_threads
 
     set_threads(options.threads, device_type())
-    module = importlib.import_module(f"resnext_hub.benchmark.{options.kind}")
+    module = _module(options.kind)
     known = fields_of(module.Settings)
     given = {name: value for name, value in vars(options).items() if name in known}
     settings = module.Settings(**{name: check_value(name, value, known[name].type) for name, value in given.items()})
