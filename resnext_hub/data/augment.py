@@ -4,9 +4,8 @@ timm draws every random number in its own order whichever decoder is used, so bo
 Pixels stay uint8: normalization, which is cheaper per batch, and random erasing, which follows it, run on the device.
 """
 
-from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -35,8 +34,12 @@ class Augmented(NamedTuple):
     erased: Edges = NOTHING
 
 
-Augment = Callable[[dict[str, Any]], Augmented]
-"""Maps an encoded image (`bytes` or a `path`) to an augmented one; raises UnreadableImageError."""
+class Augment(Protocol):
+    """Maps an encoded image (`bytes` or a `path`) to an augmented one; raises UnreadableImageError."""
+
+    def __call__(self, row: dict[str, Any], mirrored: bool = False) -> Augmented:
+        """Augment an image; `mirrored` says whether an alternating flip mirrors it in this epoch."""
+        ...
 
 
 class Augmentation:
@@ -64,7 +67,7 @@ class Augmentation:
             is_training=True,
             scale=config.scale,
             ratio=config.ratio,
-            hflip=config.hflip,
+            hflip=0.0 if config.alternating_flip else config.hflip,
             color_jitter=config.color_jitter or None,
             auto_augment=config.auto_augment,
             interpolation=input.interpolation,
@@ -76,13 +79,18 @@ class Augmentation:
         self.crop, *self.flips = first.transforms
         self.colours = second if second.transforms else None
         self.erasing = RandomErasing(config.random_erasing, device="cpu") if config.random_erasing else None
+        self.alternates = config.alternating_flip and config.hflip > 0
         self.mode = input.mode
         self.interpolation: str = input.interpolation
         self.fast = decoder == "simplejpeg" and self.interpolation in RESAMPLING
         self.max_pixels = max_pixels
 
-    def __call__(self, row: dict[str, Any]) -> Augmented:
+    def __call__(self, row: dict[str, Any], mirrored: bool = False) -> Augmented:
         """Decode and augment an image, with random numbers from the global generators.
+
+        Args:
+            row: The encoded image.
+            mirrored: Whether an alternating flip, if it is enabled, mirrors the image in this epoch.
 
         Raises:
             UnreadableImageError: If the image cannot be decoded.
@@ -91,6 +99,8 @@ class Augmentation:
             pixels = self._cropped(read_bytes(row, self.max_pixels))
         for flip in self.flips:
             pixels = flip(pixels)
+        if self.alternates and mirrored:
+            pixels = pixels.flip(-1)
         if self.colours is not None:
             pixels = to_tensor(self.colours(to_image(pixels)))
         return Augmented(pixels, self._draw_erased(pixels))

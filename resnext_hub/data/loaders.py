@@ -56,6 +56,12 @@ def seed_sample(seed: int, epoch: int, index: int, repeat: int = 0) -> None:
     torch.default_generator.manual_seed(int(state[3]))
 
 
+def is_mirrored(seed: int, epoch: int, index: int) -> bool:
+    """Return whether an alternating flip mirrors a sample: a random half in even epochs, the others in odd ones."""
+    first = np.random.SeedSequence((seed, index)).generate_state(1)[0]
+    return bool((int(first) + epoch) % 2)
+
+
 class TrainingSamples(Dataset[Sample]):
     """Augmented samples by place; an unreadable one is replaced by another, which depends only on its index."""
 
@@ -69,8 +75,9 @@ class TrainingSamples(Dataset[Sample]):
         index = place.sample
         while True:
             seed_sample(self.seed, place.epoch, place.sample, place.repeat)
+            mirrored = is_mirrored(self.seed, place.epoch + place.repeat, place.sample)
             try:
-                image, erased = self.augment(self.images.row(index))
+                image, erased = self.augment(self.images.row(index), mirrored)
                 break
             except UnreadableImageError as error:
                 unreadable.append(Unreadable(index, self.images.name(index), str(error)))

@@ -29,7 +29,7 @@ from resnext_hub.data.batches import (
 from resnext_hub.data.decode import MAX_IMAGE_PIXELS, UnreadableImageError
 from resnext_hub.data.images import Record, StreamedImages
 from resnext_hub.data.lanes import Block, Lanes, Piece, Share, divide, in_order, most_readers
-from resnext_hub.data.loaders import MOST_UNREADABLE, all_unreadable, read_transformed, seed_sample
+from resnext_hub.data.loaders import MOST_UNREADABLE, all_unreadable, is_mirrored, read_transformed, seed_sample
 from resnext_hub.data.transforms import Transform
 
 _THREADS = 8
@@ -90,7 +90,7 @@ class StreamSamples:
         for record in islice(self._candidates(records, own), MOST_UNREADABLE):
             seed_sample(self.seed, block.epoch, index)
             try:
-                image, erased = self.augment(self.images.row(record))
+                image, erased = self.augment(self.images.row(record), is_mirrored(self.seed, block.epoch, index))
             except UnreadableImageError as error:
                 unreadable.append(Unreadable(record.index, record.name, str(error)))
                 continue

@@ -62,6 +62,9 @@ class TransformConfig:
     """Training: smallest and largest aspect ratio (width / height) of random crops."""
     hflip: _Probability = 0.5
     """Training: probability of a horizontal flip, 0 to 1."""
+    alternating_flip: bool = False
+    """Training: flip each image in every other epoch, instead of at random (Jordan, 2024, arXiv 2404.00498); needs a
+    flip probability of 0.5, or 0 to flip no image."""
     color_jitter: Annotated[float, Range(0, 10)] = 0.0
     """Training: maximum relative change in brightness, contrast and saturation, such as 0.4; 0 to disable."""
     auto_augment: str | None = None
@@ -81,6 +84,11 @@ class TransformConfig:
         if self.interpolation not in (None, *INTERPOLATIONS):
             raise RequestError(
                 f"{setting('interpolation', shown(self.interpolation))}: expected one of {', '.join(INTERPOLATIONS)}"
+            )
+        if self.alternating_flip and self.hflip not in (0.0, 0.5):
+            raise RequestError(
+                f"{setting('alternating_flip', True)} flips each image in every other epoch, so it needs "
+                f"{setting('hflip', 0.5)}, not {self.hflip:g}"
             )
         if self.auto_augment is not None:
             check_policy(self.auto_augment)

@@ -1,10 +1,11 @@
 """Sample order and pixels depend only on seed, epoch and index."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from pytest import TempPathFactory, fixture, mark
+from pytest import TempPathFactory, fixture, mark, raises
 from support.processes import write_images
 
 from resnext_hub.data.augment import Augmentation, Augmented
@@ -23,6 +24,7 @@ from resnext_hub.data.transforms import (
     normalize,
     resolve_input,
 )
+from resnext_hub.errors import RequestError
 from resnext_hub.models.input_config import InputConfig
 
 CFG = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.25,) * 3, "interpolation": "bilinear", "crop_pct": 1.0}
@@ -70,6 +72,30 @@ def fifty(tmp_path_factory: TempPathFactory) -> TrainingSamples:
         write_images(root / name, 25, shade)
     images = load_splits(DataConfig(dataset=str(root), eval_fraction=0.04)).train
     return TrainingSamples(images, Augmentation(AUGMENTED, resolve_input(AUGMENTED, CFG)), seed=3)
+
+
+def test_an_alternating_flip_mirrors_each_image_in_every_other_epoch() -> None:
+    config = TransformConfig(alternating_flip=True, scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    digits = load_splits(DataConfig()).train
+    samples, still = (
+        TrainingSamples(digits, Augmentation(config, resolve_input(config, CFG)), seed=3)
+        for config in (config, replace(config, hflip=0.0))
+    )
+    mirrored = 0
+    for index in range(100):
+        plain = still[Place(0, index, 0)].image
+        first, second, third = (samples[Place(epoch, index, 0)].image for epoch in range(3))
+        assert torch.equal(first, third)
+        assert torch.equal(first, second.flip(-1))
+        assert torch.equal(plain, first) or torch.equal(plain, second)
+        assert torch.equal(samples[Place(0, index, 1)].image, second)  # repeated augmentation has both in one epoch
+        mirrored += torch.equal(plain, second)
+    assert 35 <= mirrored <= 65
+
+
+def test_an_alternating_flip_refuses_other_probabilities() -> None:
+    with raises(RequestError, match="every other epoch"):
+        TransformConfig(alternating_flip=True, hflip=0.3)
 
 
 BATCH, STEPS = 24, 4

@@ -103,6 +103,20 @@ def test_columns_classes_and_length_of_a_stream_are_known_without_reading_it(sha
     assert [groups.tolist() for groups in splits.train.groups] == [[4, 4, 4, 4, 1], [4, 1], [4, 4, 4, 4, 4, 1]]
 
 
+def test_an_alternating_flip_mirrors_each_image_of_a_stream_in_every_other_epoch(stream: StreamedImages) -> None:
+    config = TransformConfig(alternating_flip=True, scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    augment = Augmentation(config, resolve_input(config, CFG))
+    samples = StreamSamples(stream, augment, seed=3, batch_size=4, lanes=4, block_size=40)
+    seen: dict[int, list[torch.Tensor]] = {}
+    for batch in samples.batches(0, 43 * 3 // 4, 0, 1, 0, pin_memory=False):
+        for index, image in zip(batch.indices.tolist(), batch.images.clone(), strict=True):
+            seen.setdefault(index, []).append(image)
+    pairs = [pair for images in seen.values() for pair in pairwise(images)]
+    assert len(pairs) > 80
+    assert all(torch.equal(before, after.flip(-1)) for before, after in pairs)
+    assert not all(torch.equal(before, after) for before, after in pairs)
+
+
 @mark.parametrize(("block", "batch", "lanes"), [(40, 12, 4), (1, 12, 12), (1000, 12, 1), (100, 60, 60)])
 def test_every_sample_occurs_once_per_epoch(stream: StreamedImages, block: int, batch: int, lanes: int) -> None:
     seen = indices(batches(stream, -(-3 * 43 // batch), block=block, batch=batch, lanes=lanes))
