@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from resnext_hub.errors import RunError
+from resnext_hub.errors import RequestError, RunError
 from resnext_hub.machine import cores, device_type
 from resnext_hub.processes.launcher import WAIT, local_processes, processes
 
@@ -45,6 +45,26 @@ def build_accelerator(precision: str, deterministic: bool) -> "Accelerator":
             f"the launcher started {processes()} processes, but Accelerate found {accelerator.num_processes}"
         )
     return accelerator
+
+
+def check_devices(device: str, available: int | None = None) -> None:
+    """Check that each process of this machine has a device of its own.
+
+    Args:
+        device: Type of the device.
+        available: Number of such devices; by default, those that torch sees.
+
+    Raises:
+        RequestError: If processes would share a device: NCCL cannot add up their gradients.
+    """
+    available = torch.accelerator.device_count() if available is None else available
+    started = local_processes()
+    if device != "cpu" and started > available:
+        devices = f"{available} {device} device{'' if available == 1 else 's'}"
+        raise RequestError(
+            f"{started} processes were started on this machine, but {devices} {'is' if available == 1 else 'are'} "
+            f"visible; start at most {available}, or use the CPU with ACCELERATE_USE_CPU=true"
+        )
 
 
 def set_threads(asked: str, device: str) -> None:

@@ -23,6 +23,7 @@ from resnext_hub.hub.publish import check_request
 from resnext_hub.machine import device_type, resolve_precision
 from resnext_hub.models.input_config import InputConfig
 from resnext_hub.models.lookup import ModelSource, find_model
+from resnext_hub.processes.accelerator import check_devices
 from resnext_hub.processes.host import once_per_host
 from resnext_hub.processes.launcher import check_launcher, local_processes
 from resnext_hub.processes.peers import Peers
@@ -131,6 +132,7 @@ def prepare(
     if config.publish.repo_id is not None:
         check_request(None, config.publish.repo_id, config.publish.license or "other")
     device = device_type()
+    check_devices(device)
     precision = resolve_precision(config.mixed_precision, device)
 
     check_source(config.data)
