@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import runpy
 import shlex
 import sys
 from pathlib import Path
@@ -23,6 +24,9 @@ BLOCKS = [
     (page, kind, text) for page in PAGES for kind, text in re.findall(r"```(\w+)\n(.*?)```", page.read_text(), re.S)
 ]
 LINES = [(page, line) for page, kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
+GPU_REPORT = "scripts/gpu_report.py"
+"""Not a command of the package."""
+
 COMMAND_LINES = [(page, line) for page, line in LINES if "scripts/" in line or line.startswith("resnext-hub ")]
 
 
@@ -34,16 +38,24 @@ def test_every_command_is_one_that_the_command_line_takes(page: Path, line: str)
         return
     script = next(word for word in words if word.startswith("scripts/"))
     assert (ROOT / script).is_file()
+    flags = words[words.index(script) + 1 :]
+    if script == GPU_REPORT:
+        runpy.run_path(script)["build_parser"]().parse_args(flags)
+        return
     name = script.removeprefix("scripts/").removesuffix(".py")
-    build_parser(name).parse_args([name, *words[words.index(script) + 1 :]])
+    build_parser(name).parse_args([name, *flags])
 
 
 def test_every_flag_that_a_page_mentions_exists() -> None:
-    flags = _flags(build_parser()) | {
-        *("--shm-size", "--cpu", "--nnodes", "--node_rank", "--nproc_per_node", "--master_addr", "--master_port"),
-        *("--rdzv_backend", "--max-restarts", "--num_processes"),
-        *("--kills", "--processes", "--xet", "--timm", "--transformers", "--strict"),
-    }
+    flags = (
+        _flags(build_parser())
+        | _flags(runpy.run_path(GPU_REPORT)["build_parser"]())
+        | {
+            *("--shm-size", "--cpu", "--nnodes", "--node_rank", "--nproc_per_node", "--master_addr", "--master_port"),
+            *("--rdzv_backend", "--max-restarts", "--num_processes"),
+            *("--kills", "--processes", "--xet", "--timm", "--transformers", "--strict"),
+        }
+    )
     for page in PAGES:
         text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
         for flag in re.findall(r"`(?:[^`\n]* )?(--[a-z][\w-]*)", text):
