@@ -93,18 +93,18 @@ class Settings:
     """Prediction of how a run scales."""
 
     images: Annotated[int, Range(1, 10**12)] = 1_281_167
-    """Images of the dataset, in folders."""
+    """Number of images in the dataset, which has a folder for each class."""
     classes: Annotated[int, Range(2, 10**7)] = 1000
-    """Classes of the dataset."""
+    """Number of classes in the dataset."""
     processes: Annotated[int, Range(1, 1 << 16)] = 8
-    """Training processes, all on this machine."""
+    """Number of training processes, all on this machine."""
     image_bytes: Annotated[int, Range(1, 10**9)] = 110_000
-    """Mean size of an image file in bytes; 110,000 is that of ImageNet."""
+    """Mean size of an image file, in bytes; 110,000 is the mean for ImageNet."""
     model: str = "resnext_g32"
-    """Variant whose gradients are summed over the processes."""
+    """Variant whose gradients are summed across the processes."""
     largest: Annotated[int, Range(1000, 10**7)] = 100_000
-    """Images of the largest folder that the predictions are checked with; the smaller ones have a tenth and a
-    hundredth."""
+    """Number of images in the largest folder on which the predictions are checked; the two smaller folders contain a
+    tenth and a hundredth of this number."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -44,19 +44,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="resume the run in the run folder (default: if there is one); --no-resume fails if there is one",
+        help="resume the run in the run folder (default: resume if the folder contains a run); --no-resume fails if it "
+        "contains one",
     )
     group.add_argument(
         "--resume-from", metavar="hub:OWNER/NAME", help="resume from the checkpoint uploaded by --push-checkpoints"
     )
     group.add_argument(
-        "--dry-run", action="store_true", help="print what the run would do, its time and memory, and write nothing"
+        "--dry-run",
+        action="store_true",
+        help="print what the run would do, with its estimated time and memory, and exit without writing anything",
     )
     group.add_argument(
         "--lr-find",
         action="store_true",
-        help="instead of training, find a learning rate: run a range test of at most 100 steps, print a suggestion, "
-        "and write plot and values to a folder next to the run folder",
+        help="instead of training, suggest a learning rate: run a range test of at most 100 steps, print the "
+        "suggestion, and write the plot and the values to a folder next to the run folder",
     )
     add_config_flags(parser, flat_fields())
 

@@ -36,9 +36,10 @@ class LoaderConfig:
     """Data loading."""
 
     workers: Annotated[int, Range(0, WORKERS)] | None = field(default=None, metadata=FREE_PER_PROCESS)
-    """Data-loading workers per training process, 0 to 256; chosen for the device and CPU cores if not given."""
+    """Number of data-loading workers per training process, 0 to 256; if not given, it depends on the device and the
+    number of CPU cores."""
     decoder: Literal["auto", "simplejpeg", "pil"] = field(default="auto", metadata=FREE)
-    """JPEG decoder for training: simplejpeg is fast, pil is the reference; auto uses simplejpeg if it is installed, and
+    """JPEG decoder for training: simplejpeg is fast, pil is the reference; auto uses simplejpeg if it is installed, but
     a resumed run keeps its decoder."""
     max_image_pixels: Annotated[int, Range(1, PIXELS)] = field(default=MAX_IMAGE_PIXELS, metadata=FREE)
     """Treat images with more pixels than this (according to their header) as unreadable; decoding takes up to 10 bytes

@@ -16,7 +16,7 @@ TOLERANCE = 0.02
 
 KINDS = {
     "cardinality": "several cardinalities, with widths chosen for equal cost (paper, Table 3: 1x64d to 32x4d)",
-    "doubling": "twice the cost by depth, by width and by cardinality (paper, Table 4)",
+    "doubling": "twice the cost, spent on depth, width or cardinality (paper, Table 4)",
     "shortcuts": "ResNet and ResNeXt with and without residual connections, at equal cost (paper, section 5.1)",
     "resnet": "ResNet vs. ResNeXt at equal cost, with training curves (paper, Figure 5)",
 }
@@ -30,14 +30,16 @@ class BaseConfig:
     """The base architecture."""
 
     depth: Annotated[int, Range(11, 1000)] = 29
-    """Layers of the base: 9n + 2 with the cifar stem, such as 20 or 29; 26, 50, 101 or 152 with the imagenet stem."""
+    """Number of layers of the base architecture: 9n + 2 with the cifar stem, such as 20 or 29; 26, 50, 101 or 152 with
+    the imagenet stem."""
     stem: Literal["cifar", "imagenet"] = "cifar"
-    """cifar: 3x3 convolution at full resolution, three stages; imagenet: 7x7 convolution and pooling, four stages."""
+    """First layers and number of stages. cifar: 3x3 convolution at full resolution, three stages; imagenet: 7x7
+    convolution and pooling, four stages."""
     width_scale: Annotated[float, Range(1 / 64, 8)] = 0.5
     """Multiplier for the channels of all stages; 1 is the width used in the paper. The d in a member's name, such as
     32x4d, is its width before scaling."""
     match: Literal["parameters", "macs"] = "parameters"
-    """Cost that members have in common: parameters, or multiply-adds."""
+    """Cost by which members are matched: number of parameters, or multiply-adds (macs)."""
 
     def __post_init__(self) -> None:
         check_fields(self)

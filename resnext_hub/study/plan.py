@@ -51,12 +51,13 @@ class StudyConfig:
     """Runs of the study."""
 
     seeds: Annotated[int, Range(1, 1000)] = 5
-    """Runs of each member, with the seeds 0, 1, 2 and so on; rerun with more to extend an existing study."""
+    """Number of runs per member, with the seeds 0, 1, 2 and so on; to extend an existing study, increase this number
+    and rerun the command."""
     jobs: Annotated[int, Range(1, 256)] | None = None
-    """Runs to train in parallel, which share the CPU cores; if not given, 1 with an accelerator, else one per core, up
-    to 4."""
+    """Number of runs to train in parallel, which share the CPU cores; if not given, 1 with an accelerator, otherwise
+    one per core, up to 4."""
     retries: Annotated[int, Range(0, 100)] = 1
-    """Further attempts for a run that fails; it resumes from its last checkpoint."""
+    """Number of further attempts for a run that fails; each attempt resumes from the last checkpoint of the run."""
 
     def __post_init__(self) -> None:
         check_fields(self)
