@@ -61,7 +61,8 @@ def train(
     folds = requested_folds(request)
     if folds is not None:
         raise RequestError(
-            f"{setting('folds', folds)} trains several runs; use cross_validate, or {setting('fold', 1)} for one"
+            f"{setting('folds', folds)} trains several models; use cross_validate, or add {setting('fold', 1)} to "
+            "train only one of them"
         )
     return train_run(request, join()).plan.folder
 
@@ -97,7 +98,9 @@ def cross_validate(
     request = _request(settings, recipe, config, output_dir)
     folds = requested_folds(request)
     if folds is None:
-        raise RequestError(f"a cross-validation needs {setting('folds')}, such as 5, and no {setting('fold')}")
+        raise RequestError(
+            f"cross-validation needs {setting('folds')}, such as 5, and does not accept {setting('fold')}"
+        )
     return train_folds(request, folds, join()).result
 
 

@@ -85,7 +85,7 @@ def _run(settings: Settings, folder: Path, every: int) -> float:
         finally:
             clock.stopped.set()
     if not {first, last} <= clock.seen.keys():
-        raise RunError(f"the run wrote no metrics of step {first} or {last}")
+        raise RunError(f"the run wrote no metrics for step {first} or {last}")
     return (last - first) * settings.batch_size / (clock.seen[last] - clock.seen[first])
 
 

@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
     """
     for path in filter(None, (options.grid, options.write_exclude)):
         if not path.absolute().parent.is_dir():
-            raise RequestError(f"{printable(path)}: its folder does not exist; create it first")
+            raise RequestError(f"{printable(path)}: the parent folder does not exist; create it first")
     folder = RunFolder(Path(os.path.expanduser(options.dataset)))
     if os.path.isfile(folder.record):
         _check_labels(folder.path, options)
@@ -105,7 +105,7 @@ def _check_labels(run: Path, options: argparse.Namespace) -> None:
     given = [name for name in fields_of(DataConfig) if name not in _UNUSED and hasattr(options, name)]
     if given:
         raise RequestError(
-            f"{setting(given[0])} is not possible with a run: {printable(run)} has its own settings; omit it"
+            f"{setting(given[0])} cannot be combined with a run: {printable(run)} has its own settings; omit this flag"
         )
     findings = check_labels(run)
     write(json_line(as_json(findings)) if options.json else as_text(findings))

@@ -46,7 +46,9 @@ def run(options: argparse.Namespace) -> None:
     if options.write_cards is not None:
         _write_cards(options)
     elif (options.like is None) != (options.cardinality is None):
-        raise RequestError("--like and --cardinality go together: info --like resnet50 --cardinality 16")
+        raise RequestError(
+            "--like and --cardinality must be used together, for example: info --like resnet50 --cardinality 16"
+        )
     elif options.like is None:
         _print_variants(options)
     else:

@@ -143,7 +143,7 @@ def run(options: argparse.Namespace) -> None:
 
     for path in filter(None, (options.parquet, options.embed, options.explain)):
         if not path.absolute().parent.is_dir():
-            raise RequestError(f"{printable(path)}: its folder does not exist; create it first")
+            raise RequestError(f"{printable(path)}: the parent folder does not exist; create it first")
     if options.explain and os.path.lexists(options.explain) and not options.explain.is_dir():
         raise RequestError(f"{printable(options.explain)} is not a folder; choose another {setting('explain')}")
     paths: list[Path | RemoteImage] = []

@@ -88,7 +88,9 @@ def run(options: argparse.Namespace, peers: Peers) -> None:
         raise RequestError("--dry-run and --lr-find are mutually exclusive; omit one of them")
     if options.dry_run:
         if request.resume_from:
-            raise RequestError("--dry-run does not download the run of --resume-from; omit one of them")
+            raise RequestError(
+                "--dry-run does not download a run, so it cannot be combined with --resume-from; omit one of them"
+            )
         write("".join(f"{line}\n" for line in plan_only(request, peers)))
         return
     if options.lr_find:
@@ -143,17 +145,23 @@ def _folds_summary(done: "CrossValidated") -> str:
             for fold in result.folds
         ),
         f"mean of {len(result.folds)} folds: {what} {_interval(mean.mean, mean.low, mean.high)}",
-        f"all images, each with a model that was not trained on it: {'all labels right' if several else 'accuracy'} "
+        f"all images, each with a model that was not trained on it: {'all labels correct' if several else 'accuracy'} "
         f"{_interval(result.accuracy, result.low, result.high)} ({result.correct}/{result.count})",
     ]
     if result.test is not None:
         lines.append(f"test images, mean of the models: {what} {_interval(*dataclasses.astuple(result.test))}")
     if result.is_optimistic:
-        lines.append("the evaluated images selected the weights, so these figures are optimistic (see --best-by last)")
+        lines.append(
+            "the evaluated images were also used to select the weights, so these figures are optimistic (see "
+            "--best-by last)"
+        )
     else:
-        lines.append("weights: those at the end of each run, so no evaluation selected them")
+        lines.append("the weights are those at the end of each run, and were not selected by any evaluation")
     if several:
-        lines.append("thresholds of labels were chosen on the evaluated images, so only the mAP is not optimistic")
+        lines.append(
+            "the thresholds of the labels were chosen on the evaluated images, which makes all figures except "
+            "the mAP optimistic"
+        )
     lines += [f"summary: {printable(done.folder / 'folds.json')}", f"runs and predictions: {printable(done.folder)}"]
     return "".join(f"{line}\n" for line in lines)
 

@@ -100,7 +100,7 @@ class DataConfig:
         for name in ("streaming", "eval_split", "eval_fraction", "test_fraction"):
             if getattr(self, name) != default[name]:
                 raise RequestError(
-                    f"{setting(name, getattr(self, name))} is not possible with {setting('folds', self.folds)}, which "
-                    "evaluates every image of the training split once; omit one of them"
+                    f"{setting(name, getattr(self, name))} cannot be combined with {setting('folds', self.folds)}, "
+                    "which evaluates every image of the training split once; omit one of them"
                     + (f" (for a test of each fold's model, use {setting('test_split')})" if name[0] in "et" else "")
                 )

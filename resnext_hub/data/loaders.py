@@ -85,7 +85,7 @@ class TrainingSamples(Dataset[Sample]):
 def all_unreadable(last: Unreadable) -> RunError:
     """Return the error for an image for which no replacement is readable, given the last one tried."""
     return RunError(
-        f"{MOST_UNREADABLE} images drawn in a row are unreadable; the last one: {printable(last.name)} ({last.reason})"
+        f"{MOST_UNREADABLE} images in a row were unreadable; the last one was {printable(last.name)} ({last.reason})"
     )
 
 

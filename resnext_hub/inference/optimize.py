@@ -134,10 +134,10 @@ class OptimizedModel(nn.Module):
         """
         if not isinstance(images, torch.Tensor):
             raise RequestError(
-                f"images are a {type(images).__name__}: expected a tensor (N, C, H, W), such as one from torch.stack"
+                f"images is a {type(images).__name__}: expected a tensor (N, C, H, W), such as one from torch.stack"
             )
         if images.device != self._device:
-            raise RequestError(f"images are on {images.device}: expected {self._device}, the device of the example")
+            raise RequestError(f"images is on {images.device}: expected {self._device}, the device of the example")
         if images.shape[1:] != self._image_shape or images.dtype != torch.float32:
             expected = ", ".join(map(str, self._image_shape))
             raise RequestError(
@@ -263,8 +263,8 @@ def _warn_if_different(report: OptimizationReport) -> None:
     if not max(report.relative_error, report.second_error) <= TOLERANCES[report.dtype]:  # also true for NaN
         _logger.warning(
             "the relative error of the optimized model's logits is %.1e on the example and %.1e on a second batch, "
-            "more than rounding in %s explains (%.0e): it computes a different function, for example because the "
-            "output for an image depends on the other images of its batch, or on a branch",
+            "more than rounding in %s explains (%.0e): the optimized model computes a different function, for example "
+            "because the output for an image depends on the other images in its batch, or on a branch",
             report.relative_error,
             report.second_error,
             report.dtype,

@@ -73,7 +73,7 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
     counts = f"{100 * reported.top1:.2f} % ({reported.correct:,}/{reported.count:,})"
     if reported.mean_average_precision is not None:
         facts = [("mean average precision", f"{100 * reported.mean_average_precision:.2f} %")]
-        facts += [("all labels right", counts)]
+        facts += [("all labels correct", counts)]
     else:
         facts = [
             (

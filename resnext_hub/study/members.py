@@ -211,7 +211,7 @@ class _Solver:
                 raise RequestError(
                     f"no model with {wanted.cardinality} groups matches {twice}the base's number of {what} to within "
                     f"{100 * TOLERANCE:.0f} % at {setting('width_scale', f'{self.base.width_scale:g}')}; the closest "
-                    f"is off by {100 * off(solved):.1f} %; use a larger {setting('width_scale')} or fewer groups"
+                    f"one is off by {100 * off(solved):.1f} %; use a larger {setting('width_scale')} or fewer groups"
                 )
             solved = min(close, key=lambda v: (_skew(v), off(v)))
         name = name.format(C=solved.cardinality, d=solved.base_width)

@@ -63,7 +63,8 @@ class BalanceConfig:
         ]
         if len(corrections) > 1:
             raise RequestError(
-                f"{' and '.join(corrections)} correct for the same imbalance and would overcorrect together; use one"
+                f"{' and '.join(corrections)} correct for the same imbalance and would overcorrect together; use only "
+                "one of them"
             )
 
 

@@ -241,13 +241,13 @@ class TrainConfig:
             )
         if self.finetune.fit_head and self.data.streaming:
             raise RequestError(
-                f"{setting('fit_head', True)} reads the training images before the first step, which is not possible "
-                f"with {setting('streaming', True)}; omit one of them"
+                f"{setting('fit_head', True)} reads the training images before the first step, which "
+                f"{setting('streaming', True)} does not allow; omit one of them"
             )
         if self.repeated_augmentation > 1 and (self.data.streaming or self.balance.sampling == "balanced"):
             other = setting("streaming", True) if self.data.streaming else setting("sampling", "balanced")
             raise RequestError(
-                f"{setting('repeated_augmentation', self.repeated_augmentation)} is not possible with {other}; omit "
+                f"{setting('repeated_augmentation', self.repeated_augmentation)} cannot be combined with {other}; omit "
                 "one of them"
             )
         if self.balance.best_by == "last" and self.finetune.early_stopping is not None:

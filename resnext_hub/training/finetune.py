@@ -84,7 +84,7 @@ class FinetuneConfig:
         if freezes and not classifier_names(model):
             raise RequestError(f"{setting(name, value)}: the model has no separate classifier layer to train")
         if self.fit_head and not has_linear_classifier(model):
-            raise RequestError(f"{setting('fit_head', True)} needs a model with one linear classifier; omit it")
+            raise RequestError(f"{setting('fit_head', True)} needs a model with a single linear classifier; omit it")
         if self.average_with_start and not pretrained:
             raise RequestError(
                 f"{setting('average_with_start', self.average_with_start)} averages with initial weights, which are "

@@ -86,7 +86,7 @@ def test_an_extended_run_is_unfinished_until_it_is_finished_again(
     for other in (("evaluate", run), ("push", run, "--repo-id", "me/x", "--license", "mit", "--dry-run")):
         code, _, err = command(*other)
         assert code == 2
-        assert "is not finished; rerun its training command, which resumes it" in err
+        assert "is not finished; rerun its training command to resume it" in err
     code, _, err = command(*words)
     assert code == 0, err
     record = RunRecord.load(run / "record.json")
