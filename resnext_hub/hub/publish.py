@@ -44,7 +44,7 @@ class Publication:
     changed: bool
     """Whether anything was committed."""
     files: list[tuple[str, int]]
-    """Names and sizes in bytes."""
+    """Names of the files, and their sizes in bytes."""
 
 
 def check_request(record: RunRecord | None, repo_id: str | None, license: str | None) -> tuple[str, str]:

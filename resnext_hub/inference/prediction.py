@@ -39,10 +39,11 @@ class Prediction:
     image: ImageInput
     guesses: tuple[Guess, ...]
     unsure: bool | None = None
-    """Whether the most probable class is less probable than the requested precision requires; None without one."""
+    """Whether the most probable class is less probable than the requested precision requires; None if no precision was
+    requested."""
     ood_score: float | None = None
-    """How unlike the training images it is; above 0 for 5 % of the held-out images of the run. None if the model has no
-    such score."""
+    """How unlike the training images the image is; above 0 for 5 % of the held-out images of the run. None if the model
+    has no such score."""
 
 
 @dataclass(frozen=True)

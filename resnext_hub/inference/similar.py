@@ -26,7 +26,7 @@ _WAY_OUT = "write the file again with `resnext-hub predict MODEL IMAGES --embed 
 
 @dataclass(frozen=True)
 class Match:
-    """An image, and the cosine of its embedding and that of the image that was searched for, -1 to 1."""
+    """An image, and the cosine similarity of its embedding to that of the query image, -1 to 1."""
 
     image: ImageInput
     similarity: float
