@@ -35,8 +35,8 @@ class DataConfig:
     train_split: str | None = None
     """Split to train on; inferred from the split names if not given."""
     eval_split: str | None = None
-    """Split to evaluate on; inferred from the split names if not given. Without one, part of the training split is held
-    out."""
+    """Split to evaluate on; inferred from the split names if not given. If the dataset has no evaluation split, part of
+    the training split is held out."""
     test_split: str | None = None
     """Split on which the best weights are evaluated once, at the end of the run; inferred from the split names if not
     given. Use none to disable this test."""
@@ -51,8 +51,8 @@ class DataConfig:
     if the dataset has a test split. By default, nothing is held out for a test."""
     folds: Annotated[int, Range(2, MOST_FOLDS)] | None = None
     """K-fold cross-validation: divide the training split into this many parts, evaluate each part with a model that is
-    trained on all the other parts, and summarize the results. If not given, train a single model with its own
-    evaluation split."""
+    trained on all the other parts, and summarize the results. If not given, a single model is trained, and evaluated on
+    an evaluation split."""
     fold: Annotated[int, Range(1, MOST_FOLDS)] | None = None
     """With --folds: train only the model that is evaluated on this part, counting from 1; if not given, train all
     models, one after another."""
@@ -75,7 +75,7 @@ class DataConfig:
     """With --streaming: number of samples to hold in memory and shuffle, summed over all lanes; each lane holds at
     least one row group."""
     lanes: Annotated[int, Range(1, 1 << 20)] | None = None
-    """With --streaming: number of lanes, the parts of the stream that are read in parallel, each by a single worker; it
+    """With --streaming: number of lanes (parts of the stream that are read in parallel, each by a single worker); it
     must divide the batch size. If not given, up to 64 lanes are used, so that each lane of a large stream has at least
     50 row groups."""
 
@@ -102,5 +102,5 @@ class DataConfig:
                 raise RequestError(
                     f"{setting(name, getattr(self, name))} cannot be combined with {setting('folds', self.folds)}, "
                     "which evaluates every image of the training split once; omit one of them"
-                    + (f" (for a test of each fold's model, use {setting('test_split')})" if name[0] in "et" else "")
+                    + (f" (to test the model of each fold, use {setting('test_split')})" if name[0] in "et" else "")
                 )

@@ -152,7 +152,7 @@ def _shared_kind(dataset: str, column: str, parts: Sequence[Part]) -> str:
         kind = kind_of(part.features[column])
         if kind is None:
             raise RequestError(
-                f"{setting('label_column', column)} does not hold classes in {printable(part.name)}: it has type "
+                f"{setting('label_column', column)} does not contain classes in {printable(part.name)}: it has type "
                 f"{type_name(part.features[column])}; expected integers, strings or ClassLabel, or lists of them"
             )
         kinds.setdefault(kind, part)

@@ -137,7 +137,7 @@ class OptimizedModel(nn.Module):
                 f"images is a {type(images).__name__}: expected a tensor (N, C, H, W), such as one from torch.stack"
             )
         if images.device != self._device:
-            raise RequestError(f"images is on {images.device}: expected {self._device}, the device of the example")
+            raise RequestError(f"images on {images.device}: expected {self._device}, the device of the example")
         if images.shape[1:] != self._image_shape or images.dtype != torch.float32:
             expected = ", ".join(map(str, self._image_shape))
             raise RequestError(

@@ -112,7 +112,7 @@ def _measured_on(record: RunRecord) -> str:
             "optimistic"
         )
     other = "other " if test == evaluation else ""
-    return f"{test}, once; the best weights were selected by {metric} on {other}{evaluation}"
+    return f"{test}, evaluated once; the best weights were selected by {metric} on {other}{evaluation}"
 
 
 def _images_of(stored: str | None, train: str) -> str:

@@ -53,7 +53,7 @@ def resolve_elastic(config: TrainConfig, before: Mapping[str, Any], device: str)
         elif started not in (None, threads):
             raise RequestError(
                 f"{setting('threads', threads)}: the run was started with {started} threads per virtual process, and "
-                f"{setting('elastic')} does not allow another number; use {setting('threads', started)}"
+                f"{setting('elastic')} does not allow a different number; use {setting('threads', started)}"
             )
     return dataclasses.replace(
         config,

@@ -130,7 +130,7 @@ def is_finished(
     if existing.settings:
         if existing.steps is not None and existing.class_weights != balance.digest:
             raise RequestError(
-                f"{printable(folder)} contains another run: its class weights have changed. Choose another "
+                f"{printable(folder)} contains a different run: its class weights have changed. Choose another "
                 f"{setting('output_dir')}, or use the same weights"
             )
         return _compare(folder, existing, config.to_flat(), splits, schedule)
@@ -211,7 +211,7 @@ def _compare(
         differing.append(f"the images of {splits.dataset_id} have changed")
     if differing:
         raise RequestError(
-            f"{printable(folder)} contains another run: {'; '.join(differing)}. Choose another "
+            f"{printable(folder)} contains a different run: {'; '.join(differing)}. Choose another "
             f"{setting('output_dir')}, or use the same settings to resume it"
         )
     if existing.steps == schedule.steps and existing.fault is not None:

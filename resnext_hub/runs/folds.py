@@ -103,7 +103,7 @@ def _require_usable(folder: Path) -> None:
     """Raise RequestError if the folder contains a run of its own."""
     if RunFolder(folder).is_run:
         raise RequestError(
-            f"{printable(folder)} contains a run; choose another {setting('output_dir')} for the folders of the folds"
+            f"{printable(folder)} contains a run; choose another {setting('output_dir')} for the fold folders"
         )
 
 

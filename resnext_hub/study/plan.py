@@ -219,7 +219,7 @@ def plan_study(
         study_dir: The study folder; `studies/{kind}-{dataset}` if not given.
 
     Raises:
-        RequestError: If the request is invalid, or the folder contains another study.
+        RequestError: If the request is invalid, or the folder contains a different study.
     """
     if processes() > 1:
         raise RequestError("a study launches its own runs; run it without torchrun or accelerate launch")
@@ -312,7 +312,7 @@ def write_architecture(study: Study, member: Member, folder: Path) -> None:
 
 
 def _require_same(study: Study) -> None:
-    """Raise RequestError if the folder contains another study, or other files."""
+    """Raise RequestError if the folder contains a different study, or other files."""
     folder = study.folder
     way_out = f"choose another {setting('study_dir')}"
     if not os.path.lexists(folder.config):
@@ -327,7 +327,7 @@ def _require_same(study: Study) -> None:
         if before.get(name) != value
     ]
     if differing:
-        raise RequestError(f"{printable(folder)} contains another study: {'; '.join(differing)}; {way_out}")
+        raise RequestError(f"{printable(folder)} contains a different study: {'; '.join(differing)}; {way_out}")
 
 
 def read_study(folder: StudyFolder, flag: str = "study_dir") -> dict[str, Any]:

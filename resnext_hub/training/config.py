@@ -179,11 +179,11 @@ class TrainConfig:
     image can have several labels."""
     loss: Literal["cross-entropy", "bce"] | None = None
     """Loss function: cross-entropy, for mutually exclusive classes, or bce, the binary cross-entropy of each class
-    against all others (Wightman et al., 2021). If not given, cross-entropy, or bce if an image can have several
-    labels."""
+    against all others (Wightman et al., 2021). If not given, bce if an image can have several labels, and cross-entropy
+    otherwise."""
     label_smoothing: Annotated[float, Range(0, 1, below=True)] | None = None
     """Label smoothing: fraction of the target probability that is spread evenly over all classes, at least 0 and below
-    1. If not given, 0.1, or 0 if an image can have several labels."""
+    1. If not given, 0 if an image can have several labels, and 0.1 otherwise."""
     ema: Annotated[float, Range(0, 1, above=True, below=True)] | None = None
     """Decay of an exponential moving average (EMA) of the weights, such as 0.9998; the average is evaluated and
     published. No EMA if not given."""

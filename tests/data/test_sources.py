@@ -1281,11 +1281,15 @@ def test_labels_of_shards_and_splits_are_matched_by_name(tmp_path: Path) -> None
             None,
             "has the label -1, which does not look like a class (the others: 0, 1)",
         ),
-        (([0.0, 1.0], datasets.Value("float32")), None, "does not hold classes in train.parquet: it has type float32"),
+        (
+            ([0.0, 1.0], datasets.Value("float32")),
+            None,
+            "does not contain classes in train.parquet: it has type float32",
+        ),
         (
             ([[[0]], [[1]]], datasets.List(datasets.List(datasets.Value("int64")))),
             None,
-            "does not hold classes in train.parquet",
+            "does not contain classes in train.parquet",
         ),
         ((["a", "b", None], datasets.Value("string")), None, "has 1 empty labels out of 3"),
         ((["a", "b", ""], datasets.Value("string")), None, "has 1 empty labels out of 3"),

@@ -166,7 +166,7 @@ def test_other_uses_of_the_folder_and_of_the_hub_are_refused(vehicles: Path, tmp
     assert command(*flags, "--max-steps", 1)[0] == 0
     code, _, err = command(*flags, "--folds", 2)
     assert code == 2
-    assert "contains a run; choose another --output-dir for the folders of the folds" in err
+    assert "contains a run; choose another --output-dir for the fold folders" in err
     for more in (("--push-to-hub", "--repo-id", "me/x", "--license", "mit"), ("--resume-from", "hub:me/x")):
         code, _, err = command(*flags[:-1], tmp_path / "other", "--folds", 2, *more)
         assert code == 2

@@ -215,7 +215,7 @@ def odd_index(content: dict) -> None:
         (other_classes, "float32, expected (10,"),
         (other_optimizer, "it has momentum where"),
         (other_dataset, "the images of digits have changed"),
-        (other_groups, "merged groups belong to another model"),
+        (other_groups, "merged groups belong to a different model"),
         (odd_index, "its optimizer state does not match"),
     ],
 )
