@@ -31,20 +31,23 @@ def train(
     resume_from: str | None = None,
     **settings: Unpack[TrainSettings],
 ) -> RunFolder:
-    """Train a model and return its run folder; the Python form of the command `train`.
+    """Train a model and return its run folder; the Python equivalent of `resnext-hub train`.
 
         run = resnext_hub.train(recipe="finetune", dataset="photos", model="resnext_g32", epochs=10)
         classifier = resnext_hub.load(run.path)
 
-    Under `torchrun` or `accelerate launch`, call it in every process.
+    Under `torchrun` or `accelerate launch`, call this function in every process.
 
     Args:
-        recipe: A recipe, such as `finetune` (`resnext-hub recipes` lists them); `quickstart` if no dataset is named.
+        recipe: Name of a recipe, such as `finetune` (`resnext-hub recipes` lists them); if not given, `quickstart` if
+            no dataset is named either.
         config: A YAML file of settings, such as a run's config.yaml; it overrides the recipe.
         output_dir: The run folder; `runs/DATASET-MODEL` if not given.
-        resume: Whether to resume a run in the folder: None resumes one if there is one, False refuses a used folder.
+        resume: Whether to resume the run in the folder. None resumes it if there is one; False raises an error if there
+            is one.
         resume_from: `hub:owner/name`, to resume from the checkpoint that a run left on the Hub.
-        settings: The flags of the command, with underscores; they override recipe and file.
+        settings: Settings of the command, named like its flags but with underscores; they override the recipe and the
+            file.
 
     Returns:
         The run folder; a run that is already finished is not trained again.
@@ -61,7 +64,8 @@ def train(
     folds = requested_folds(request)
     if folds is not None:
         raise RequestError(
-            f"{setting('folds', folds)} trains several runs; use cross_validate, or {setting('fold', 1)} for one"
+            f"{setting('folds', folds)} trains several models; use cross_validate, or add {setting('fold', 1)} to "
+            "train only one of them"
         )
     return train_run(request, join()).plan.folder
 
@@ -73,7 +77,7 @@ def cross_validate(
     output_dir: "str | os.PathLike[str] | None" = None,
     **settings: Unpack[TrainSettings],
 ) -> "CrossValidation":
-    """Train a model for each fold of a training split and return the results; the Python form of `train --folds`.
+    """Train a model for each fold of a training split and return the results; the Python equivalent of `train --folds`.
 
         result = resnext_hub.cross_validate(recipe="finetune", dataset="photos", folds=5)
         print(result.accuracy, result.low, result.high)
@@ -81,8 +85,9 @@ def cross_validate(
     Args:
         recipe: A recipe, as for `train`.
         config: A YAML file of settings; it overrides the recipe.
-        output_dir: Folder of the folders of the runs; `runs/DATASET-MODEL-folds-N` if not given.
-        settings: The flags of the command `train`, with underscores; `folds` is the number of folds.
+        output_dir: Folder that contains the run folders; `runs/DATASET-MODEL-folds-N` if not given.
+        settings: Settings of `resnext-hub train`, named like its flags but with underscores; `folds` is the number of
+            folds.
 
     Returns:
         The results of all folds; runs that are already finished are not trained again.
@@ -97,7 +102,9 @@ def cross_validate(
     request = _request(settings, recipe, config, output_dir)
     folds = requested_folds(request)
     if folds is None:
-        raise RequestError(f"a cross-validation needs {setting('folds')}, such as 5, and no {setting('fold')}")
+        raise RequestError(
+            f"cross-validation needs {setting('folds')}, such as 5, and does not accept {setting('fold')}"
+        )
     return train_folds(request, folds, join()).result
 
 
@@ -125,10 +132,10 @@ def evaluate(
     Args:
         run: The run folder.
         split: The split to evaluate on.
-        threads: Computing threads on a CPU, or `auto`.
+        threads: Number of CPU threads, or `auto`.
 
     Raises:
-        RequestError: If there is no finished run, it had no such split, or its dataset is missing or has changed.
+        RequestError: If there is no finished run, the run had no such split, or its dataset is missing or has changed.
     """
     from resnext_hub.runs.evaluate import evaluate_run
 
@@ -147,16 +154,17 @@ def predict(
     """Classify images.
 
     Args:
-        model: A classifier, or what `load` takes.
-        images: An image or a sequence of them: paths, encoded bytes, PIL images or uint8 arrays.
-        top: Number of classes for each image; if not given, the most probable one, or if an image can have several
-            labels, all that reach their thresholds.
-        threshold: Probability that a class has to reach, 0 to 1; with several labels, in place of their thresholds.
-        accept_precision: Fraction of the accepted answers that should be right, between 0 and 1; those that are not
-            probable enough for it are unsure.
+        model: A classifier, or anything that `load` accepts.
+        images: An image or a sequence of images, each given as a path, encoded bytes, a PIL image or a uint8 array.
+        top: Number of classes to return for each image; if not given, only the most probable class or, if an image can
+            have several labels, all labels that reach their thresholds.
+        threshold: Minimum probability of the returned classes, 0 to 1; if an image can have several labels, this
+            replaces their thresholds.
+        accept_precision: Fraction of the accepted answers that should be correct, between 0 and 1; answers that are not
+            probable enough for this precision are marked as unsure.
 
     Returns:
-        For each image its most probable classes, or the reason why it cannot be decoded.
+        For each image, its most probable classes, or the reason why it cannot be decoded.
     """
     classifier = model if isinstance(model, Classifier) else load(os.fspath(model))
     return classifier.predict(images, top=top, threshold=threshold, accept_precision=accept_precision)
@@ -179,14 +187,14 @@ def publish(
         run: The run folder.
         repo_id: `owner/name`; created if it does not exist.
         license: License of the weights, an ID from the Hub's list.
-        private: If the repository does not exist, create it as private.
+        private: Create the repository as private if it does not exist.
         create_pr: Open a pull request instead of committing.
         revision: Branch to commit to.
-        dry_run: List the files, and send nothing.
-        overwrite_card: Replace the README.md on the Hub, even if somebody edited it.
+        dry_run: List the files without uploading them.
+        overwrite_card: Replace the README.md on the Hub even if it was edited there.
 
     Raises:
-        RequestError: If the request is incomplete, or the folder does not hold the recorded model.
+        RequestError: If the request is incomplete, or the folder does not contain the recorded model.
         RunError: If the Hub rejects the request, cannot be reached, or returns different bytes.
     """
     from resnext_hub.hub.publish import publish as upload

@@ -64,7 +64,7 @@ class RunError(_ReportedError, RuntimeError):
 
     Args:
         message: One or two lines.
-        everywhere: Whether every process fails in the same way, so that one of them reports for all.
+        everywhere: Whether every process fails in the same way, so that only one of them reports the error.
     """
 
     def __init__(self, message: str, *, everywhere: bool = False) -> None:

@@ -147,9 +147,12 @@ class EvaluationFacts:
         classes, columns = len(self.confusion), [column for row in self.confusion for column, _ in row]
         right = sum(count for label, row in enumerate(self.confusion) for column, count in row if column == label)
         for holds, what in (
-            (sum(self.measured) == self.count, "confusion to sum up to count"),
-            (all(0 <= column < classes for column in columns), "columns of confusion that are classes"),
-            (all(len(dict(row)) == len(row) for row in self.confusion), "each column of a row of confusion once"),
+            (sum(self.measured) == self.count, "confusion to add up to count"),
+            (all(0 <= column < classes for column in columns), "all columns of confusion to be classes"),
+            (
+                all(len(dict(row)) == len(row) for row in self.confusion),
+                "each column to occur only once in a row of confusion",
+            ),
             (0 <= self.correct <= self.count > 0, "0 <= correct <= count"),
             (self.correct == right, "correct to be the diagonal of confusion"),
             (abs(self.top1 * self.count - self.correct) < 1e-6, "top1 to be correct / count"),
@@ -160,7 +163,7 @@ class EvaluationFacts:
     def _require_labels(self, labels: list[LabelFacts]) -> None:
         for holds, what in (
             (self.mean_average_precision is not None, "mean_average_precision"),
-            (not self.confusion, "no confusion of several labels"),
+            (not self.confusion, "no confusion for images with several labels"),
             (0 <= self.correct <= self.count, "0 <= correct <= count"),
             (abs(self.top1 * self.count - self.correct) < 1e-6, "top1 to be correct / count"),
             (

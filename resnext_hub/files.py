@@ -257,7 +257,7 @@ def _sync_file(path: Path) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    _where_possible("flushing of folders", lambda: _sync_descriptor(path))
+    _where_possible("flushing folders", lambda: _sync_descriptor(path))
 
 
 def _sync_descriptor(path: Path) -> None:

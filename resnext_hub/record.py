@@ -106,28 +106,28 @@ class RunRecord:
             evaluations.append((self.test, dataset.test_count))
         size = self.model.input.get("input_size")
         for holds, what in (
-            (all(len(part.measured) == classes for part, _ in evaluations), "results for each class"),
+            (all(len(part.measured) == classes for part, _ in evaluations), "results for every class"),
             (all(part.count <= count for part, count in evaluations), "count <= eval_count and test_count"),
             (
                 all(part.step <= self.steps for part, _ in evaluations),
                 "the step of an evaluation to be one of the steps",
             ),
             (re.fullmatch("[0-9a-f]{64}", self.model.weights_sha256), "a SHA-256 in weights_sha256"),
-            (_is_count_of(dataset.train_counts, classes), "train_counts of each class"),
-            (_is_count_of(dataset.eval_counts, classes), "eval_counts of each class"),
-            (_is_count_of(dataset.test_counts, classes), "test_counts of each class"),
+            (_is_count_of(dataset.train_counts, classes), "train_counts for every class"),
+            (_is_count_of(dataset.eval_counts, classes), "eval_counts for every class"),
+            (_is_count_of(dataset.test_counts, classes), "test_counts for every class"),
             (len({part.is_multi_label for part, _ in evaluations}) == 1, "the same kind of labels in both splits"),
-            (self.class_weights is None or len(self.class_weights) == classes, "class_weights of each class"),
-            (set(self.changed) <= self.config.keys(), "settings in changed that are in config"),
+            (self.class_weights is None or len(self.class_weights) == classes, "class_weights for every class"),
+            (set(self.changed) <= self.config.keys(), "all settings in changed to be in config"),
             (self.config.keys() >= _CARD_SETTINGS, f"config with {', '.join(sorted(_CARD_SETTINGS))}"),
             (
                 isinstance(size, list) and [type(n) for n in size] == [int] * 3 and min(size) > 0,
                 "an input_size of three positive numbers",
             ),
-            (self.sample.output, "an output of the sample"),
+            (self.sample.output, "an output for the sample"),
             (
                 {*self.label_names} >= {*self.sample.labels, *(name for name, _ in self.sample.output)},
-                "classes in sample that are in label_names",
+                "all classes in sample to be in label_names",
             ),
             (set(self.plots) <= set(PLOTS), f"plots of {', '.join(PLOTS)}"),
         ):
@@ -151,13 +151,13 @@ class RunRecord:
         version = content.get("format_version")
         if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= FORMAT_VERSION:
             raise RequestError(
-                f"{printable(path)} has format version {printable(version)[:40]}; this version of resnext-hub reads 1 "
-                f"to {FORMAT_VERSION}; update resnext-hub, or " + _WAY_OUT
+                f"{printable(path)} has format version {printable(version)[:40]}; this version of resnext-hub reads "
+                f"versions 1 to {FORMAT_VERSION}; update resnext-hub, or " + _WAY_OUT
             )
         return convert(_upgraded(content, version), cls, path, _WAY_OUT)
 
 
-_WAY_OUT = "remove it, and rerun the training command to write it again"
+_WAY_OUT = "remove the file, and rerun the training command to write it again"
 
 _CARD_SETTINGS = frozenset({"split_seed", "ema", "streaming", "shuffle_block"})
 """Settings that a card mentions."""
@@ -211,9 +211,7 @@ def _refuse_missing(path: Path) -> NoReturn:
     if not os.path.isdir(folder):
         raise RequestError(f"{printable(folder)} does not exist")
     if os.path.lexists(folder / "config.yaml"):
-        raise RequestError(
-            f"the run in {printable(folder)} is not finished; rerun its training command, which resumes it"
-        )
+        raise RequestError(f"the run in {printable(folder)} is not finished; rerun its training command to resume it")
     hint = f"; did you mean {printable(folder.parent)}?" if os.path.isfile(folder.parent / "record.json") else ""
     raise RequestError(f"{printable(folder)} has no record.json, so it is not a run folder{hint}")
 

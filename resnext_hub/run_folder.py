@@ -108,7 +108,8 @@ class RunFolder:
         return os.path.lexists(self.config)
 
     def state(self) -> tuple[str | None, ...]:
-        """Return digests of settings and record, to detect whether another command has changed the folder since."""
+        """Return digests of the settings and the record, to detect whether another command has changed the folder
+        since."""
         return tuple(sha256_of(path) if path.is_file() else None for path in (self.config, self.record))
 
 

@@ -94,7 +94,7 @@ def test_errors_carry_the_setting_and_its_value(
 
 
 def test_other_settings_in_a_used_folder_are_an_error_of_that_setting(run: RunFolder) -> None:
-    with raises(resnext_hub.RequestError, match="contains another run: seed was 0 and is now 4") as caught:
+    with raises(resnext_hub.RequestError, match="contains a different run: seed was 0 and is now 4") as caught:
         resnext_hub.train(**TINY, seed=4, output_dir=run.path)
     assert caught.value.field == "seed"
 

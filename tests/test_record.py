@@ -49,7 +49,7 @@ def test_a_damaged_record_is_refused_with_its_name_and_the_way_out(folder: Path,
     else:
         path.write_bytes(DAMAGES[damage](path.read_bytes()))
     said = refusal(lambda: RunRecord.load(path), str(path))
-    assert said.endswith("remove it, and rerun the training command to write it again")
+    assert said.endswith("remove the file, and rerun the training command to write it again")
 
 
 def changed(content: dict[str, Any], where: str, value: Any) -> dict[str, Any]:
@@ -244,5 +244,5 @@ def test_every_command_refuses_a_damaged_run_in_one_line(
 
 def test_contradictions_are_found_when_a_record_is_made_too() -> None:
     record = a_record()
-    with raises(ValueError, match="results for each class"):
+    with raises(ValueError, match="results for every class"):
         dataclasses.replace(record, label_names=["bus"])

@@ -153,8 +153,8 @@ function show(probabilities, unlike, seconds, file) {
   const verdict = document.createElement("b");
   verdict.textContent = unsure ? "Unsure" : names || "None of the labels";
   element("verdict").replaceChildren(verdict);
-  element("remark").textContent = `The most probable class is ${names}, but answers with such a probability are too `
-    + "often wrong.";
+  element("remark").textContent = `The most probable class is ${names}, but answers with a probability this `
+    + "low are wrong too often.";
   element("remark").hidden = !unsure;
   element("warning").hidden = !unlike;
   const bars = several ? order : order.slice(0, facts.most_classes);

@@ -54,7 +54,9 @@ def publish_page(
     """
     repo_id, license = check_request(None, repo_id, license)
     if not is_static_page(folder):
-        raise RequestError(f"{printable(folder)} is not a page: expected one that `resnext-hub demo --static` wrote")
+        raise RequestError(
+            f"{printable(folder)} is not a demo page: expected a folder written by `resnext-hub demo --static`"
+        )
     files = {name: folder / name for name in FILES}
     for path in files.values():
         require_regular(path)

@@ -83,9 +83,9 @@ def _download(path: Path) -> None:
         RunError: If npm fails.
     """
     npm = shutil.which("npm")
-    by_hand = f"run `npm pack {PACKAGE}` where it works, and use {setting('onnxruntime_web', ARCHIVE)}"
+    by_hand = f"run `npm pack {PACKAGE}` on a machine where it works, and use {setting('onnxruntime_web', ARCHIVE)}"
     if npm is None:
-        raise RequestError(f"the page needs npm's package {PACKAGE}, and npm is not installed; {by_hand}")
+        raise RequestError(f"the page needs the npm package {PACKAGE}, but npm is not installed; {by_hand}")
     with tempfile.TemporaryDirectory() as scratch:
         words = [npm, "pack", PACKAGE, "--ignore-scripts", "--pack-destination", scratch]
         try:

@@ -31,15 +31,16 @@ class Settings:
     """Checkpoint benchmark."""
 
     model: str = "resnext_g32"
-    """Variant of this package, as listed by `resnext-hub info`; it is trained from random weights."""
+    """Variant of this package, as listed by `resnext-hub info`; its training starts from random weights."""
     image_size: Annotated[int, Range(2, IMAGE_SIZE)] = 224
     """Height and width of the images, in pixels."""
     batch_size: Annotated[int, Range(2, 1 << 20)] = 32
     """Images per optimizer step."""
     every: Annotated[int, Range(1, 10_000)] = 5
-    """Steps between checkpoints."""
+    """Number of steps between checkpoints."""
     intervals: Annotated[int, Range(1, 10_000)] = 5
-    """Checkpoints in the measured part of each round, which begins at a checkpoint and ends before one."""
+    """Number of checkpoints in the measured part of each round, which begins at one checkpoint and ends just before
+    another."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -84,7 +85,7 @@ def _run(settings: Settings, folder: Path, every: int) -> float:
         finally:
             clock.stopped.set()
     if not {first, last} <= clock.seen.keys():
-        raise RunError(f"the run wrote no metrics of step {first} or {last}")
+        raise RunError(f"the run wrote no metrics for step {first} or {last}")
     return (last - first) * settings.batch_size / (clock.seen[last] - clock.seen[first])
 
 

@@ -232,9 +232,9 @@ def in_own_process(title: str, build: Callable[..., Entry], *arguments: object) 
                 here.send(part)
             answer = here.recv()
         except (EOFError, OSError):
-            raise RunError(f"the process of benchmark entry {title} died") from None
+            raise RunError(f"the process of the benchmark entry {title} died") from None
         if isinstance(answer, RunError):
-            raise RunError(f"a benchmark entry failed: {title}: {answer}") from None
+            raise RunError(f"the benchmark entry {title} failed: {answer}") from None
         if isinstance(answer, Exception):
             raise answer
         return answer

@@ -46,8 +46,8 @@ class Settings:
     model: str = "resnext_g32"
     """timm model name; it is measured with random weights, since throughput does not depend on them."""
     equal_flops: str | None = None
-    """A model without grouped convolutions to measure as well, with torch.compile (default: one with about the same
-    FLOPs, if any)."""
+    """Model without grouped convolutions to measure as well, with torch.compile (default: one with about the same
+    FLOPs, if there is one)."""
     image_size: Annotated[int, Range(1, IMAGE_SIZE)] = 224
     """Height and width of the images, in pixels."""
     batch_size: Annotated[int, Range(1, 1 << 20)] = 16

@@ -52,16 +52,16 @@ class Settings:
     image_size: Annotated[int, Range(1, IMAGE_SIZE)] = 224
     """Height and width of the model's input, in pixels."""
     workers: Annotated[int, Range(0, WORKERS)] = 1
-    """Data-loading workers, 0 to 256."""
+    """Number of data-loading workers, 0 to 256."""
     batch_size: Annotated[int, Range(1, 1 << 20)] = 16
     """Images per batch."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     """Interpolation for resizing."""
     photo_size: Literal["500x375", "12mp"] = "500x375"
-    """Size of the source images: 500x375, typical of ImageNet, or 12mp (12 megapixels), typical of a phone; the images
+    """Size of the source images: 500x375, typical of ImageNet, or 12mp (12 megapixels), typical of a phone. The images
     are crops of two photos from scikit-learn."""
     images: str | None = None
-    """Folder of images to use instead; unreadable images are skipped."""
+    """Folder of images to use instead of these photos; unreadable images are skipped."""
 
     def __post_init__(self) -> None:
         check_fields(self)

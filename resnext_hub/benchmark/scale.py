@@ -93,18 +93,18 @@ class Settings:
     """Prediction of how a run scales."""
 
     images: Annotated[int, Range(1, 10**12)] = 1_281_167
-    """Images of the dataset, in folders."""
+    """Number of images in the dataset, which has a folder for each class."""
     classes: Annotated[int, Range(2, 10**7)] = 1000
-    """Classes of the dataset."""
+    """Number of classes in the dataset."""
     processes: Annotated[int, Range(1, 1 << 16)] = 8
-    """Training processes, all on this machine."""
+    """Number of training processes, all on this machine."""
     image_bytes: Annotated[int, Range(1, 10**9)] = 110_000
-    """Mean size of an image file in bytes; 110,000 is that of ImageNet."""
+    """Mean size of an image file, in bytes; 110,000 is the mean for ImageNet."""
     model: str = "resnext_g32"
-    """Variant whose gradients are summed over the processes."""
+    """Variant whose gradients are summed across the processes."""
     largest: Annotated[int, Range(1000, 10**7)] = 100_000
-    """Images of the largest folder that the predictions are checked with; the smaller ones have a tenth and a
-    hundredth."""
+    """Number of images in the largest folder on which the predictions are checked; the two smaller folders contain a
+    tenth and a hundredth of this number."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -215,7 +215,7 @@ class Report:
             [
                 *lines,
                 "",
-                f"The predictions are within {worst:.2f}x of the {len(self.checks)} measurements.",
+                f"The predictions are within a factor of {worst:.2f} of the {len(self.checks)} measurements.",
                 f"Constants: imports {self.constants.import_seconds:.1f} s and {self.constants.import_bytes / 1e6:.0f} "
                 f"MB; {1e6 * opened[1]:.1f} us per image and {1e6 * opened[2]:.1f} us per class to open folders; "
                 f"{self.constants.open_bytes[1]:.0f} bytes per image; all-reduce "
@@ -229,7 +229,7 @@ class Report:
 
     def _warning(self) -> str:
         return (
-            f"Warning: a start took {self.constants.waited:.1f}x its CPU time; other processes were probably running "
+            f"Warning: startup took {self.constants.waited:.1f}x its CPU time; other processes were probably running "
             "on this machine."
         )
 
@@ -320,7 +320,7 @@ def _check_starts(aside: Path, found: Constants, settings: Settings, rounds: int
         seconds = start.import_seconds + start.open_seconds
         yield Check(what=f"{name}: start-up, s", predicted=expected.start_seconds, measured=seconds)
         opened = expected.start_seconds - found.import_seconds
-        yield Check(what=f"{name}: of that to open them, s", predicted=opened, measured=start.open_seconds)
+        yield Check(what=f"{name}: opening the dataset, s", predicted=opened, measured=start.open_seconds)
         megabytes = (start.import_bytes + start.open_bytes) / 1e6
         yield Check(what=f"{name}: memory, MB", predicted=expected.memory_bytes / 1e6, measured=megabytes)
         yield Check(what=f"{name}: read, MB", predicted=expected.read_bytes / 1e6, measured=start.read_bytes / 1e6)
@@ -330,7 +330,7 @@ def _check_reduce(found: Constants, parameters: int, rounds: int) -> Iterator[Ch
     """Sum gradients over two and over four processes, and compare."""
     for processes in (2, 4):
         (seconds,) = _reduce(processes, [parameters], rounds)
-        what = f"all-reduce of {4 * parameters / 1e6:.0f} MB by {processes} processes, ms"
+        what = f"all-reduce of {4 * parameters / 1e6:.0f} MB across {processes} processes, ms"
         expected = _reduce_seconds(found, processes, 4 * parameters)
         yield Check(what=what, predicted=1000 * expected, measured=1000 * seconds)
 
@@ -339,7 +339,7 @@ def _start(aside: Path, images: int, classes: int, rounds: int) -> Start:
     """Open a folder of images in processes of their own; return the medians of what they measured."""
     folder = aside / f"{images}-{classes}"
     _write_folder(folder, images, classes)
-    _logger.info("measuring the start with %d images of %d classes", images, classes)
+    _logger.info("measuring startup with %d images in %d classes", images, classes)
     command = [sys.executable, "-c", _START, str(folder)]
     measured = [_outputs([command])[0] for _ in range(rounds)]
     shutil.rmtree(folder)
@@ -353,7 +353,7 @@ def _start(aside: Path, images: int, classes: int, rounds: int) -> Start:
 
 def _reduce(processes: int, counts: Sequence[int], rounds: int) -> list[float]:
     """Return the median seconds to sum numbers of float32 values over processes of their own."""
-    _logger.info("measuring the all-reduce of %d processes", processes)
+    _logger.info("measuring the all-reduce across %d processes", processes)
     with tempfile.TemporaryDirectory(prefix="resnext-hub-scale-") as aside:
         words = [processes, f"{aside}/store", rounds, *counts]
         outputs = _outputs([[sys.executable, "-c", _REDUCE, *map(str, (rank, *words))] for rank in range(processes)])
@@ -370,7 +370,7 @@ def _outputs(commands: Sequence[Sequence[str]]) -> list[list[float]]:
     texts = [process.communicate() for process in started]
     for process, (_, err) in zip(started, texts, strict=True):
         if process.returncode:
-            raise RunError(f"a process of the measurement failed: {printable((err.splitlines() or ['no output'])[-1])}")
+            raise RunError(f"a measurement process failed: {printable((err.splitlines() or ['no output'])[-1])}")
     return [json.loads(out.splitlines()[-1]) for out, _ in texts]
 
 

@@ -40,10 +40,10 @@ class Settings:
     """Training benchmark."""
 
     model: str = "resnext_g32"
-    """Variant of this package, as listed by `resnext-hub info`; it is trained from random weights."""
+    """Variant of this package, as listed by `resnext-hub info`; its training starts from random weights."""
     equal_flops: str | None = None
-    """A model without grouped convolutions, to measure in an additional bare loop (default: one with about the same
-    FLOPs, if any)."""
+    """Model without grouped convolutions, to measure in an additional bare loop (default: one with about the same
+    FLOPs, if there is one)."""
     image_size: Annotated[int, Range(2, IMAGE_SIZE)] = 64
     """Height and width of the images, in pixels."""
     batch_size: Annotated[int, Range(2, 1 << 20)] = 64
@@ -53,7 +53,7 @@ class Settings:
     compile: bool = False
     """Also measure `train --compile` and a compiled bare loop; each takes a minute or more to compile."""
     timm_checkout: str | None = None
-    """Checkout of pytorch-image-models at the installed timm version; its train.py is then measured as well."""
+    """Checkout of pytorch-image-models at the installed timm version; if given, its train.py is measured as well."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -155,7 +155,7 @@ def _metadata(record: RunRecord, repo_id: str | None, license: str | None, confi
             for part, facts in _results(record)
             for kind, name, value in (
                 ("mean_average_precision", _macro_name("Mean average precision", facts), facts.mean_average_precision),
-                ("accuracy", "All labels right" if facts.is_multi_label else "Top-1 accuracy", facts.top1),
+                ("accuracy", "All labels correct" if facts.is_multi_label else "Top-1 accuracy", facts.top1),
                 ("accuracy", "Top-5 accuracy", facts.top5),
                 (
                     "mean_average_precision" if facts.is_multi_label else "accuracy",
@@ -287,11 +287,13 @@ def _limits(record: RunRecord) -> list[str]:
         if rare:
             listed = ", ".join(f"{class_name(names[i])} ({counts[i]})" for i in rare[:8])
             more = f" and {len(rare) - 8} more" if len(rare) > 8 else ""
-            limits.append(f"Few training images: {listed}{more}.")
+            limits.append(f"Classes with few training images: {listed}{more}.")
     measured, part = record.reported.measured, "evaluation" if record.test is None else "test"
     few = [names[i] for i, count in enumerate(measured) if 0 < count < 10]
     if few:
-        limits.append(f"Fewer than 10 {part} images, so recall is unreliable: {list_names(few, most=8)}.")
+        limits.append(
+            f"Classes with fewer than 10 {part} images, for which the recall is unreliable: {list_names(few, most=8)}."
+        )
     mistakes = [(-n, a, b) for a, row in enumerate(record.reported.confusion) for b, n in row if a != b]
     confusions = [
         f"{class_name(names[a])} as {class_name(names[b])} ({_times(-n)})" for n, a, b in heapq.nsmallest(3, mistakes)
@@ -358,5 +360,5 @@ def duration(seconds: float) -> str:
 
 def _hardware(hardware: HardwareFacts) -> str:
     precision = {"no": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}[hardware.mixed_precision]
-    threads = f", {hardware.threads} threads" if hardware.device == "cpu" else ""
+    threads = f", {hardware.threads} thread{'s' if hardware.threads != 1 else ''}" if hardware.device == "cpu" else ""
     return f"{markdown(hardware.name)} ({markdown(hardware.device)}{threads}, {precision})"

@@ -149,15 +149,16 @@ def read_statements(path: Path) -> CardStatements:
         raise RequestError(f"{printable(path)} cannot be read: {reason}; expected the card of a model") from error
     if FIELD not in content:
         raise RequestError(
-            f"{printable(path)} states nothing that can be checked: it has no metadata field {FIELD}, so another "
-            "program or an earlier version of resnext-hub wrote it; pushing the run again writes a new card"
+            f"{printable(path)} contains nothing that can be checked: the metadata field {FIELD} is missing, so the "
+            "card was written by another program or an earlier version of resnext-hub; push the run again to write a "
+            "new card"
         )
     stated = content[FIELD]
     version = stated.get("format_version") if isinstance(stated, dict) else None
     if version != FORMAT_VERSION:
         raise RequestError(
-            f"{printable(path)} states its facts in format version {printable(version)[:40]}; this version of "
-            f"resnext-hub reads {FORMAT_VERSION}; update resnext-hub"
+            f"{printable(path)} has facts in format version {printable(version)[:40]}, but this version of resnext-hub "
+            f"reads version {FORMAT_VERSION}; update resnext-hub"
         )
     facts = convert(stated, Facts, path, "restore the card that was published")
     classes, labels = _table(body, "class"), _table(body, "label")
@@ -194,9 +195,13 @@ def _claims(body: str) -> list[tuple[str, str, str]]:
     headline = re.search(r"\*\*accuracy [^*(]*\((\d+)/(\d+)\)\*\*", body)
     claims = [("its first paragraph", headline[1], headline[2])] if headline else []
     for row in _table(body, "split"):
-        correct = row.get("correct") or row.get("all labels right", "").rpartition("(")[2].rstrip(")")
+        correct = row.get("correct") or _all_correct(row).rpartition("(")[2].rstrip(")")
         claims.append((f"the row of {row['split']}", correct, row.get("images", "")))
     return claims
+
+
+def _all_correct(row: Mapping[str, str]) -> str:
+    return row.get("all labels correct") or row.get("all labels right", "")  # the second one is in earlier cards
 
 
 def _accuracies(index: Any) -> list[Any]:
@@ -209,7 +214,8 @@ def _accuracies(index: Any) -> list[Any]:
     return found
 
 
-_TOP1 = ("Top-1 accuracy", "All labels right")
+_TOP1 = ("Top-1 accuracy", "All labels correct", "All labels right")
+"""Names of the metric; the last one is that of earlier cards."""
 
 
 def _listed(entry: Any, name: str) -> list[dict[str, Any]]:

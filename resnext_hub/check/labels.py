@@ -127,12 +127,13 @@ def check_labels(path: Path, workers: int | None = None) -> LabelFindings:
     run = reopen(path)
     if run.config.data.streaming:
         raise RequestError(
-            f"{printable(path)} was trained with {setting('streaming', True)}, and a stream cannot be checked"
+            f"the run in {printable(path)} was trained with {setting('streaming', True)}, and a stream cannot be "
+            "checked"
         )
     if run.record.evaluation.is_multi_label:
         raise RequestError(
-            f"{printable(path)} was trained on images with several labels, and wrong ones can only be found if each "
-            "has one"
+            f"the run in {printable(path)} was trained on images with several labels, but wrong labels can only be "
+            "found if each image has one"
         )
     splits = run.load_splits()
     classifier = load(f"local-dir:{run.folder.model}")

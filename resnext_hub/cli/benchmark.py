@@ -14,10 +14,12 @@ from resnext_hub.training.config import BATCH, fields_of
 BENCHMARKS = {
     "inference": "measure the forward pass of a model against timm, torchvision, ONNX Runtime and OpenVINO",
     "training": "measure training against bare PyTorch loops and timm's train.py",
-    "checkpoints": "measure what frequent checkpoints cost a training run",
+    "checkpoints": "measure how much frequent checkpoints slow down a training run",
     "time-to-accuracy": "measure the time until a model is trained, against timm's train.py and a bare loop",
-    "loader": "measure data loading, from encoded images to batches, against datasets, PIL and timm's transform",
-    "scale": "predict start-up, memory, reading and all-reduce at any number of images, classes and processes",
+    "loader": "measure data loading, from encoded images to batches, against the datasets library with PIL and timm's "
+    "transform",
+    "scale": "predict start-up time, memory, bytes read and all-reduce time for any number of images, classes and "
+    "processes",
 }
 
 
@@ -31,13 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             type=count(BATCH),
             default=5,
             metavar="N",
-            help="measured rounds, after one warmup round (default: 5)",
+            help="number of measured rounds, after one warmup round (default: 5)",
         )
         own.add_argument(
             "--json",
             type=existing_path,
             metavar="FILE",
-            help="write the results as JSON: every round, the speedups, and the machine",
+            help="write the results to this file as JSON, with every round, the speedups and a description of the "
+            "machine",
         )
         add_threads(own)
         add_config_flags(own, fields_of(_module(kind).Settings))

@@ -37,20 +37,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "dataset",
         metavar="DATASET_OR_RUN",
-        help="dataset, as in train --dataset; or the folder of a finished run, to find images of its dataset whose "
-        "labels are probably wrong according to its model",
+        help="dataset, as for train --dataset, or the folder of a finished run, to find images in the dataset of the "
+        "run whose labels are probably wrong according to its model",
     )
     parser.add_argument("--json", action="store_true", help="print all findings as one JSON object")
     parser.add_argument(
-        "--grid", type=new_path, metavar="FILE", help="draw the worst duplicates or labels, as a PNG file"
+        "--grid",
+        type=new_path,
+        metavar="FILE",
+        help="draw the worst duplicates, or the images with the most suspicious labels, to this PNG file",
     )
     parser.add_argument(
         "--write-exclude",
         type=new_path,
         metavar="FILE",
-        help="write a list of images to leave out, for train --exclude: unreadable images, duplicates with different "
-        "labels, and all but one of every other group of duplicates; with a run, training images whose labels are "
-        "probably wrong",
+        help="write a list of images to exclude, for train --exclude: unreadable images, all duplicates with different "
+        "labels, and all but one image of every other group of duplicates; given a run, the training images whose "
+        "labels are probably wrong",
     )
     add_config_flags(parser, {name: field for name, field in fields_of(DataConfig).items() if name not in _UNUSED})
 
@@ -64,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
     """
     for path in filter(None, (options.grid, options.write_exclude)):
         if not path.absolute().parent.is_dir():
-            raise RequestError(f"{printable(path)}: its folder does not exist; create it first")
+            raise RequestError(f"{printable(path)}: the parent folder does not exist; create it first")
     folder = RunFolder(Path(os.path.expanduser(options.dataset)))
     if os.path.isfile(folder.record):
         _check_labels(folder.path, options)
@@ -102,7 +105,7 @@ def _check_labels(run: Path, options: argparse.Namespace) -> None:
     given = [name for name in fields_of(DataConfig) if name not in _UNUSED and hasattr(options, name)]
     if given:
         raise RequestError(
-            f"{setting(given[0])} is not possible with a run: {printable(run)} has its own settings; omit it"
+            f"{setting(given[0])} cannot be combined with a run: {printable(run)} has its own settings; omit this flag"
         )
     findings = check_labels(run)
     write(json_line(as_json(findings)) if options.json else as_text(findings))

@@ -35,14 +35,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--static",
         type=new_path,
         metavar="DIR",
-        help="instead, write a folder with a page that runs the ONNX file in the browser, for any web server",
+        help="instead of serving the page, write it to this folder as static files for any web server; that page "
+        "runs the model in the browser, from an ONNX file",
     )
     parser.add_argument(
         "--onnxruntime-web",
         type=existing_path,
         metavar="FILE",
-        help="with --static: the onnxruntime-web package, as written by `npm pack` (default: downloaded by npm once, "
-        "and cached)",
+        help="with --static: the onnxruntime-web package, as written by `npm pack` (default: npm downloads it once, "
+        "and it is cached)",
     )
     add_threads(parser)
 

@@ -23,9 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=existing_path,
         metavar="FILE",
-        help="output file, or with --layout the folder (default: RUN/model.onnx; for a model folder, FOLDER.onnx "
-        "beside it; for a model from the Hub or timm, NAME.onnx in the current folder; .xml for OpenVINO, .pt2 for "
-        "torch; with --int8, -int8 is added to its name; with --layout, RUN/ovms or RUN/triton)",
+        help="output file, or output folder with --layout. By default, this is RUN/model.onnx for a run, FOLDER.onnx "
+        "next to a model folder, and NAME.onnx in the current folder for a model from the Hub or timm; the suffix is "
+        ".xml for OpenVINO and .pt2 for torch, and --int8 adds -int8 to the name. With --layout, it is RUN/ovms or "
+        "RUN/triton",
     )
     parser.add_argument(
         "--layout",
@@ -36,16 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--raw",
         action="store_true",
-        help="export the model alone, from normalized float32 images to logits; by default, the file takes RGB "
-        "images of any size, and returns probabilities",
+        help="export only the model, which maps normalized float32 images to logits; by default, the file takes RGB "
+        "images of any size and returns probabilities",
     )
     parser.add_argument(
         "--merge-groups",
         type=choice_or_count(["off", "auto"], WIDTHS, "a number of channels"),
         default="off",
         metavar="off|auto|N",
-        help="merge adjacent groups of grouped convolutions to a width of N channels; auto, only for OpenVINO, uses "
-        "the width that is fastest on this machine; the result is the same up to rounding (default: off)",
+        help="merge adjacent groups of grouped convolutions to a width of N channels; auto (OpenVINO only) uses "
+        "the width that is fastest on this machine. The result is the same up to rounding (default: off)",
     )
     parser.add_argument(
         "--int8",
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration",
         metavar="DATASET",
-        help="with --int8: dataset for calibration, as in train --dataset (default: dataset of the run)",
+        help="with --int8: dataset for calibration, as for train --dataset (default: the dataset of the run)",
     )
     parser.add_argument(
         "--max-drop",

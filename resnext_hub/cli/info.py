@@ -22,14 +22,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="image size to compute the cost for, in pixels (default: 224, or 32 for CIFAR variants)",
     )
     parser.add_argument(
-        "--like", metavar="NAME", help="find the width that matches the cost of this model, such as resnet50"
+        "--like",
+        metavar="NAME",
+        help="find the width at which the cost is the same as that of this model (such as resnet50)",
     )
     parser.add_argument("--cardinality", type=count(BATCH), metavar="C", help="with --like: number of groups")
     parser.add_argument(
         "--preserve",
         choices=("block", "parameters", "macs"),
         default="block",
-        help="with --like: cost to match; block is equation 4 of the paper (default)",
+        help="with --like: cost to match; block (default) means equation 4 of the paper",
     )
     parser.add_argument(
         "--write-cards",
@@ -44,7 +46,9 @@ def run(options: argparse.Namespace) -> None:
     if options.write_cards is not None:
         _write_cards(options)
     elif (options.like is None) != (options.cardinality is None):
-        raise RequestError("--like and --cardinality go together: info --like resnet50 --cardinality 16")
+        raise RequestError(
+            "--like and --cardinality must be used together, for example: info --like resnet50 --cardinality 16"
+        )
     elif options.like is None:
         _print_variants(options)
     else:

@@ -19,18 +19,20 @@ MAX_ERROR = 2000
 
 COMMANDS = {
     "train": "train a model",
-    "check": "examine a dataset: duplicates, unreadable images, imbalance; or, with a run, its labels",
-    "evaluate": "re-evaluate the model of a run, and compare the result with its record",
+    "check": "check a dataset for duplicates, unreadable images and imbalance, or the dataset of a run for wrong "
+    "labels",
+    "evaluate": "re-evaluate the model of a run, and compare the result with the record of the run",
     "predict": "classify images",
-    "similar": "find the most similar images",
+    "similar": "find the images that are most similar to a given one",
     "report": "draw all plots of a run, and write an HTML page that shows them",
     "demo": "try a trained model in a web page",
     "export": "export a trained model to ONNX, OpenVINO or torch.export",
-    "push": "publish a run's model, a study or a page to the Hub in one commit",
-    "verify": "check a published model: files against hashes, and the counts in its card against a new evaluation",
-    "info": "list the variants with their parameters and multiply-adds (MACs)",
+    "push": "publish the model of a run, a study or a demo page to the Hub in a single commit",
+    "verify": "check a published model: its files against their hashes, and the counts in its card against a new "
+    "evaluation",
+    "info": "list the variants with their numbers of parameters and multiply-adds (MACs)",
     "recipes": "list the recipes, or show one with its settings and sources",
-    "benchmark": "measure throughput against baselines",
+    "benchmark": "measure throughput against baselines, or predict the cost of large runs",
     "study": "compare cardinality, width and depth at controlled cost",
 }
 """What each command does; its code is in the file of its name."""

@@ -160,7 +160,11 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
         return str(choice_or_count(["auto"], THREADS, "a number of threads")(text))
 
     parser.add_argument(
-        "--threads", type=parse, default="auto", metavar="N|auto", help="CPU threads (default: auto, all cores)"
+        "--threads",
+        type=parse,
+        default="auto",
+        metavar="N|auto",
+        help="number of CPU threads (default: auto, one per core)",
     )
 
 

@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--top",
         type=count(BATCH),
         metavar="N",
-        help="number of most likely classes per image (default: 1, or if an image can have several labels, all that "
-        "reach their thresholds)",
+        help="number of most probable classes to list per image (default: 1; if an image can have several labels, all "
+        "labels that reach their thresholds)",
     )
     parser.add_argument(
         "--threshold",
@@ -58,14 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--accept-precision",
         type=fraction,
         metavar="P",
-        help="mark low-probability answers as unsure, so that at least this fraction of the remaining answers, such as "
-        "0.95, should be right; the minimum probability was fitted on the evaluation images of the run",
+        help="mark low-probability answers as unsure, so that at least this fraction (such as 0.95) of the remaining "
+        "answers should be right; the minimum probability was fitted on the evaluation images of the run",
     )
     parser.add_argument(
         "--tta",
         choices=TEST_TIME_AUGMENTATIONS,
-        help="test-time augmentation: flip predicts from the mean of the logits of an image and its mirror image, none "
-        "from the image alone (default: as in the evaluation of the run)",
+        help="test-time augmentation: flip averages the logits of an image and its mirror image, none uses the image "
+        "alone (default: as in the evaluation of the run)",
     )
     _add_output_flags(parser)
     parser.add_argument(
@@ -75,7 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--decoder",
         choices=("pil", "simplejpeg"),
         default="pil",
-        help="JPEG decoder: pil, as in evaluation, or simplejpeg, faster with nearly equal pixels (default: pil)",
+        help="JPEG decoder: pil, as in evaluation, or simplejpeg, which is faster and decodes to nearly the same "
+        "pixels (default: pil)",
     )
     most = LoaderConfig.max_image_pixels
     parser.add_argument(
@@ -89,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--timeout",
         type=value_of("timeout", Annotated[float, Range(0, 3600, above=True)]),
         metavar="S",
-        help="seconds that the download of an image may take (default: 30)",
+        help="maximum time to download an image, in seconds (default: 30)",
     )
     add_threads(parser)
 
@@ -99,11 +100,15 @@ def _add_output_flags(parser: argparse.ArgumentParser) -> None:
     formats.add_argument(
         "--json",
         action="store_true",
-        help="print one JSON object per image, one per line; for an unreadable image, the object contains an error",
+        help="print one JSON object per image, each on its own line; for an unreadable image, the object contains an "
+        "error",
     )
-    formats.add_argument("--csv", action="store_true", help="print a CSV table with a row per image and class")
+    formats.add_argument("--csv", action="store_true", help="print a CSV table with one row per image and class")
     formats.add_argument(
-        "--parquet", type=new_path, metavar="FILE", help="write a parquet file with a row per image instead of text"
+        "--parquet",
+        type=new_path,
+        metavar="FILE",
+        help="instead of printing, write a parquet file with one row per image",
     )
     formats.add_argument(
         "--embed",
@@ -116,8 +121,8 @@ def _add_output_flags(parser: argparse.ArgumentParser) -> None:
         "--explain",
         type=new_path,
         metavar="FOLDER",
-        help="also write each image with a heat map of the regions that contribute most to its most probable class "
-        "(Grad-CAM), as a PNG file in this folder, which is created; requires the extra `report`",
+        help="also write each image to this folder as a PNG file, with a heat map of the regions that contribute most "
+        "to its most probable class (Grad-CAM); the folder is created if necessary. Requires the `report` extra",
     )
 
 
@@ -138,7 +143,7 @@ def run(options: argparse.Namespace) -> None:
 
     for path in filter(None, (options.parquet, options.embed, options.explain)):
         if not path.absolute().parent.is_dir():
-            raise RequestError(f"{printable(path)}: its folder does not exist; create it first")
+            raise RequestError(f"{printable(path)}: the parent folder does not exist; create it first")
     if options.explain and os.path.lexists(options.explain) and not options.explain.is_dir():
         raise RequestError(f"{printable(options.explain)} is not a folder; choose another {setting('explain')}")
     paths: list[Path | RemoteImage] = []

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     parser.add_argument(
-        "run", type=existing_path, help="run folder, study folder or, with --space, the folder of a page"
+        "run", type=existing_path, help="run folder, study folder or, with --space, folder of a demo page"
     )
     parser.add_argument(
         "--repo-id",
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="publish a page written by `resnext-hub demo --static` to this static Space; replaces --repo-id",
     )
     parser.add_argument("--license", help="license of the weights or the report (required), such as apache-2.0")
-    parser.add_argument("--private", action="store_true", help="if the repository does not exist, create it as private")
+    parser.add_argument("--private", action="store_true", help="create the repository as private if it does not exist")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
     parser.add_argument("--revision", default="main", metavar="BRANCH", help="branch to commit to (default: main)")
     parser.add_argument(

@@ -10,7 +10,7 @@ from resnext_hub.settings import flag_of, shown
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     parser.add_argument("name", nargs="?", help="recipe to show (default: list all)")
-    parser.add_argument("--json", action="store_true", help="print the settings as JSON, without anything else")
+    parser.add_argument("--json", action="store_true", help="print only the settings, as JSON")
 
 
 def run(options: argparse.Namespace) -> None:

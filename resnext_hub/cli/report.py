@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=count(MOST_IMAGES),
         default=IMAGES,
         metavar="N",
-        help="maximum number of images to classify again, for the embeddings and the reliability diagram (default: "
+        help="maximum number of images to classify again, for the embedding plot and the reliability diagram (default: "
         f"{IMAGES:,})",
     )
     add_threads(parser)

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="RUN_OR_MODEL", help="run folder, model folder, hf-hub:owner/name, or timm model name"
     )
-    parser.add_argument("image", type=existing_path, metavar="IMAGE", help="the image to compare with")
+    parser.add_argument("image", type=existing_path, metavar="IMAGE", help="image to compare with")
     parser.add_argument(
         "--in",
         dest="place",
@@ -37,8 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where to search (required): a folder of images, or the embeddings that `predict --embed` wrote with the "
         "same model",
     )
-    parser.add_argument("--top", type=count(MOST), default=10, metavar="N", help="images to list (default: 10)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per image, one per line")
+    parser.add_argument(
+        "--top", type=count(MOST), default=10, metavar="N", help="number of images to list (default: 10)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object per image, each on its own line")
     parser.add_argument(
         "--batch-size", type=count(BATCH), default=32, metavar="N", help="images per forward pass (default: 32)"
     )

@@ -25,15 +25,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
         own = kinds.add_parser(kind, help=text, description=about)
         group = own.add_argument_group("Study")
-        group.add_argument("--study-dir", type=new_path, metavar="DIR", help="folder (default: studies/KIND-DATASET)")
         group.add_argument(
-            "--dry-run", action="store_true", help="print members, cost and expected time; train nothing"
+            "--study-dir", type=new_path, metavar="DIR", help="study folder (default: studies/KIND-DATASET)"
+        )
+        group.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="print the members, their cost and the expected time, and exit without training",
         )
         group.add_argument(
             "--shard",
             type=_shard,
             metavar="I/N",
-            help="divide the runs into N shards and train only the I-th, for example to use several machines",
+            help="divide the runs into N shards and train only the I-th one, for example to use several machines",
         )
         group.add_argument(
             "--merge",
@@ -42,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="DIR",
             help="copy finished runs from other study folders (shards, or studies that share members)",
         )
-        group.add_argument("--recipe", help=f"settings of the runs: {', '.join(RECIPES)} (default: {RECIPE})")
-        group.add_argument("--config", type=existing_path, metavar="FILE", help="settings of the runs, in YAML")
+        group.add_argument("--recipe", help=f"recipe for the runs: {', '.join(RECIPES)} (default: {RECIPE})")
+        group.add_argument("--config", type=existing_path, metavar="FILE", help="YAML file with settings for the runs")
         if kind == "cardinality":
             group.add_argument(
                 "--cardinalities",
@@ -51,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 type=count(BATCH),
                 metavar="C",
                 default=[1, 2, 4, 8, 32],
-                help="numbers of groups, the baseline first (default: 1 2 4 8 32); rerun with more to extend an "
-                "existing study",
+                help="numbers of groups, the baseline first (default: 1 2 4 8 32); to extend an existing study, rerun "
+                "the command with additional numbers",
             )
         training = {name: field for name, field in flat_fields().items() if name not in OWN}
         add_config_flags(own, fields_of(StudyConfig) | fields_of(BaseConfig) | training)

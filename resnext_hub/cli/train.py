@@ -44,19 +44,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="resume the run in the run folder (default: if there is one); --no-resume fails if there is one",
+        help="resume the run in the run folder (default: resume if the folder contains a run); --no-resume fails if it "
+        "contains one",
     )
     group.add_argument(
         "--resume-from", metavar="hub:OWNER/NAME", help="resume from the checkpoint uploaded by --push-checkpoints"
     )
     group.add_argument(
-        "--dry-run", action="store_true", help="print what the run would do, its time and memory, and write nothing"
+        "--dry-run",
+        action="store_true",
+        help="print what the run would do, with its estimated time and memory, and exit without writing anything",
     )
     group.add_argument(
         "--lr-find",
         action="store_true",
-        help="instead of training, find a learning rate: run a range test of at most 100 steps, print a suggestion, "
-        "and write plot and values to a folder next to the run folder",
+        help="instead of training, suggest a learning rate: run a range test of at most 100 steps, print the "
+        "suggestion, and write the plot and the values to a folder next to the run folder",
     )
     add_config_flags(parser, flat_fields())
 
@@ -85,7 +88,9 @@ def run(options: argparse.Namespace, peers: Peers) -> None:
         raise RequestError("--dry-run and --lr-find are mutually exclusive; omit one of them")
     if options.dry_run:
         if request.resume_from:
-            raise RequestError("--dry-run does not download the run of --resume-from; omit one of them")
+            raise RequestError(
+                "--dry-run does not download a run, so it cannot be combined with --resume-from; omit one of them"
+            )
         write("".join(f"{line}\n" for line in plan_only(request, peers)))
         return
     if options.lr_find:
@@ -140,17 +145,23 @@ def _folds_summary(done: "CrossValidated") -> str:
             for fold in result.folds
         ),
         f"mean of {len(result.folds)} folds: {what} {_interval(mean.mean, mean.low, mean.high)}",
-        f"all images, each with a model that was not trained on it: {'all labels right' if several else 'accuracy'} "
+        f"all images, each with a model that was not trained on it: {'all labels correct' if several else 'accuracy'} "
         f"{_interval(result.accuracy, result.low, result.high)} ({result.correct}/{result.count})",
     ]
     if result.test is not None:
         lines.append(f"test images, mean of the models: {what} {_interval(*dataclasses.astuple(result.test))}")
     if result.is_optimistic:
-        lines.append("the evaluated images selected the weights, so these figures are optimistic (see --best-by last)")
+        lines.append(
+            "the evaluated images were also used to select the weights, so these figures are optimistic (see "
+            "--best-by last)"
+        )
     else:
-        lines.append("weights: those at the end of each run, so no evaluation selected them")
+        lines.append("the weights are those at the end of each run, and were not selected by any evaluation")
     if several:
-        lines.append("thresholds of labels were chosen on the evaluated images, so only the mAP is not optimistic")
+        lines.append(
+            "the thresholds of the labels were chosen on the evaluated images, which makes all figures except "
+            "the mAP optimistic"
+        )
     lines += [f"summary: {printable(done.folder / 'folds.json')}", f"runs and predictions: {printable(done.folder)}"]
     return "".join(f"{line}\n" for line in lines)
 

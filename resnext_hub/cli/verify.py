@@ -11,14 +11,14 @@ from resnext_hub.text import listing, printable
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     parser.add_argument("model", metavar="REPO", help="hf-hub:owner/name[@revision], model folder or run folder")
-    parser.add_argument("--dataset", metavar="PATH", help="the dataset, if the card describes a local one")
-    parser.add_argument("--exclude", metavar="FILE", help="the list of images that the run left out, if any")
+    parser.add_argument("--dataset", metavar="PATH", help="path of the dataset, if the card names a local one")
+    parser.add_argument("--exclude", metavar="FILE", help="list of images that the run excluded, if any")
     parser.add_argument(
         "--evaluate",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="evaluate the model again, with timm alone if timm has the architecture, and compare the counts (default: "
-        "on); --no-evaluate checks only files",
+        help="evaluate the model again, using only timm if timm has the architecture, and compare the counts (default: "
+        "on); --no-evaluate checks only the files",
     )
     add_threads(parser)
 

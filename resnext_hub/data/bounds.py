@@ -63,7 +63,7 @@ class MeteredFile(io.BytesIO):
         """
         self.left -= 1
         if self.left < 0:
-            raise ValueError("too many parts besides the pixel data")
+            raise ValueError("too many parts in addition to the pixel data")
         return super().read(size)
 
 
@@ -73,7 +73,7 @@ def require_few_parts(data: bytes) -> None:
         _require_jpeg(data)
     elif data.startswith(b"\x89PNG"):
         packed = sum(data.count(kind) for kind in (b"iCCP", b"zTXt", b"iTXt"))
-        _require(packed, _PARSED_PARTS, "parts of compressed text")
+        _require(packed, _PARSED_PARTS, "chunks of compressed text")
     elif data.startswith((b"II", b"MM")):
         require_few_numbers(data)
     elif data.startswith(b"BM"):
@@ -89,12 +89,12 @@ def _require(found: int, most: int, what: str) -> None:
 
 def _require_jpeg(data: bytes) -> None:
     parts = [*itertools.islice(segments(data), MAX_PARTS + 1)]
-    _require(len(parts), MAX_PARTS, "parts besides the pixels")
+    _require(len(parts), MAX_PARTS, "segments besides the pixel data")
     _require(sum(marker in _TABLES for marker, _ in parts), _PARSED_PARTS, "tables")
     exif = sum(data.startswith(b"Exif\0\0", offset + 2) for marker, offset in parts if marker == 0xE1)
-    _require(exif, _EXIF_SEGMENTS, "segments of Exif")
+    _require(exif, _EXIF_SEGMENTS, "Exif segments")
     end = parts[-1][1] if parts else 0  # of the last segment, which is the first scan
-    _require(data.count(b"8BIM", 0, end), MAX_PARTS, "parts of Photoshop")
+    _require(data.count(b"8BIM", 0, end), MAX_PARTS, "Photoshop blocks")
 
 
 def segments(data: bytes) -> Iterator[tuple[int, int]]:
@@ -187,7 +187,8 @@ def _require_bmp(data: bytes) -> None:
     width, height, _, _, compression = struct.unpack_from("<iiHHI", data, 18)
     if compression in (1, 2) and abs(width * height) > _RLE_PIXELS:
         raise ValueError(
-            f"a run-length encoded BMP of {width} x {abs(height)} has more than {_RLE_PIXELS} pixels; store it as PNG"
+            f"a run-length encoded BMP of {width} x {abs(height)} pixels is too large (limit: {_RLE_PIXELS} pixels); "
+            "store it as PNG"
         )
 
 
@@ -204,7 +205,7 @@ def _require_avif(data: bytes) -> None:
         if size == 1:  # the size follows, in 64 bits
             size = int.from_bytes(data[box.end() : box.end() + 8], "big")
         total += size if size <= len(data) else 0
-    _require(total, _AVIF_ITEMS, "bytes that describe its items")
+    _require(total, _AVIF_ITEMS, "bytes of item descriptions")
 
 
 def without_avif_exif(data: bytes) -> bytes:

@@ -198,7 +198,7 @@ def require_scans(data: bytes, pixels: int, max_pixels: int) -> None:
         most = min(MAX_SCANS, _MAX_PASSES * max_pixels // pixels)
         scans = bounds.count_scans(data, most)
         if scans > most:
-            raise UnreadableImageError(f"more than {most} scans of {pixels} pixels")
+            raise UnreadableImageError(f"more than {most} scans in an image of {pixels} pixels")
 
 
 @lru_cache(maxsize=1)
@@ -218,13 +218,15 @@ def _require_tiles(image: Image.Image, data: bytes, max_pixels: int) -> None:
         pixels = -(-image.width // width) * width * (-(-image.height // height)) * height
         if width * height > max_pixels or pixels > 4 * max_pixels:  # tiles at the edges extend beyond the image
             raise UnreadableImageError(
-                f"its tiles of {width} x {height} have more than {max_pixels} pixels (limit: max_image_pixels)"
+                f"tiles of {width} x {height} with more than {max_pixels} pixels in total (limit: max_image_pixels)"
             )
     if tags.get(ExifTags.Base.Compression) in (6, 7):  # JPEG
         offsets = tags.get(ExifTags.Base.StripOffsets) or tags.get(ExifTags.Base.TileOffsets) or ()
         scans = data.count(b"\xff\xda") / max(1, len(set(offsets)))
         if scans * image.width * image.height > _MAX_PASSES * max_pixels:
-            raise UnreadableImageError(f"{scans:.0f} scans of {image.width * image.height} pixels")
+            raise UnreadableImageError(
+                f"too many scans ({scans:.0f}) for an image of {image.width * image.height} pixels"
+            )
 
 
 def _reason(error: BaseException) -> str:
@@ -253,7 +255,7 @@ def orientation(image: Image.Image) -> int:
     if isinstance(exif, bytes):
         bounds.require_few_numbers(exif.removeprefix(b"Exif\0\0").removeprefix(b"Exif\0\0"))
     elif len(image.info.get("Raw profile type exif", "")) > _RAW_PROFILE:
-        raise ValueError(f"more than {_RAW_PROFILE} characters of Exif")
+        raise ValueError(f"more than {_RAW_PROFILE} characters of Exif data")
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except _DAMAGED:
@@ -275,7 +277,7 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     It is not scaled by the range of its values, which would differ between images of one dataset.
     """
     if image.mode == "I":
-        raise UnreadableImageError("signed or 32-bit pixels have no known range; store 8 or 16 bits")
+        raise UnreadableImageError("the range of signed or 32-bit pixels is unknown; store 8-bit or 16-bit pixels")
     white, inverted = _range_of(image)
     pixels = np.empty((image.height, image.width), np.uint8)
     rows = max(1, _BAND_PIXELS // image.width)

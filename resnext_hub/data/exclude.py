@@ -41,8 +41,8 @@ class Exclusions:
         if self.dataset != digest or unknown:
             why = f"it lists images of {listing(unknown)}" if unknown else f"its digest is not {digest[:8]}"
             raise RequestError(
-                f"the list of {setting('exclude')} was made for another dataset, or another version of it ({why}); run "
-                "resnext-hub check again"
+                f"the list in {setting('exclude')} was made for a different dataset, or a different version of this "
+                f"one ({why}); run resnext-hub check again"
             )
 
     def kept(self, split: str, count: int) -> np.ndarray:
@@ -80,11 +80,11 @@ def read_exclusions(path: str | None) -> Exclusions:
         reason = getattr(error, "strerror", None) or str(error)
         raise RequestError(f"{where} cannot be read: {reason}") from error
     except (ValueError, KeyError, RecursionError) as error:  # msgspec.DecodeError is a ValueError
-        raise RequestError(f"{where} is not a list that resnext-hub check --write-exclude wrote") from error
+        raise RequestError(f"{where} is not a list written by resnext-hub check --write-exclude") from error
     rows: dict[str, set[int]] = {}
     for split, row, _, _ in entries:
         if row < 0:
-            raise RequestError(f"{where} lists row {row} of {printable(split)}; expected 0 or more")
+            raise RequestError(f"{where} lists row {row} of {printable(split)}; expected a row number of 0 or more")
         rows.setdefault(split, set()).add(row)
     return Exclusions(entries, dataset, rows)
 

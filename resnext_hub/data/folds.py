@@ -49,7 +49,7 @@ def assign_folds(labels: np.ndarray, groups: Sequence[np.ndarray], folds: int, s
     if not totals.all():
         raise RequestError(
             f"{setting('folds', folds)} leaves folds without images: the training split has {len(labels)} images"
-            f"{f', {len(groups)} groups of duplicates of which stay together' if groups else ''}; use fewer folds"
+            f"{f', including {len(groups)} groups of duplicates that stay together' if groups else ''}; use fewer folds"
         )
     return owner
 
@@ -60,7 +60,6 @@ def small_classes(names: Sequence[str], counts: Sequence[int], folds: int) -> st
     if not small:
         return None
     return (
-        f"fewer images than the {folds} folds: {listing(small)}; some folds have no evaluation image of "
-        f"{'this class' if len(small) == 1 else 'these classes'}, and the only image of a class is evaluated with a "
-        "model that was not trained on the class"
+        f"classes with fewer images than the {folds} folds: {listing(small)}; some folds have no evaluation images of "
+        "such a class, and the only image of a class is evaluated with a model that was not trained on that class"
     )

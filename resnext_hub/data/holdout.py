@@ -82,7 +82,7 @@ def hold_out(config: DataConfig, labels: np.ndarray, rows: Mapping[str, np.ndarr
     if config.test_fraction > remaining - 0.1 + 1e-9:
         raise RequestError(
             f"{setting('test_fraction', config.test_fraction)} and {setting('eval_fraction', config.eval_fraction)} "
-            "leave too little to train on: expected at most 0.9 in total"
+            "leave too few images to train on: expected at most 0.9 in total"
         )
     kept = parts["training"]
     try:
@@ -92,7 +92,7 @@ def hold_out(config: DataConfig, labels: np.ndarray, rows: Mapping[str, np.ndarr
             raise
         raise RequestError(
             f"{setting('test_fraction', config.test_fraction)}: no images are left for a test, because each class has "
-            "only one after the evaluation images are held out; add images, or omit it"
+            "only one image after the evaluation images are held out; add images, or omit this setting"
         ) from error
     return parts | {"training": kept[train], "test": kept[test]}
 
@@ -170,8 +170,8 @@ def keep_together(
     kept = {name: np.flatnonzero(owner == number) for number, name in enumerate(names)}
     if not all(map(len, kept.values())):
         raise RequestError(
-            "no images can be held out, because each has a copy that is needed for training; remove the copies, which "
-            f"resnext-hub check lists, or use {setting('group_duplicates', False)}"
+            "no images can be held out, because each has a copy that is needed for training; remove the copies "
+            f"(resnext-hub check lists them), or use {setting('group_duplicates', False)}"
         )
     return kept
 

@@ -152,7 +152,7 @@ def _shared_kind(dataset: str, column: str, parts: Sequence[Part]) -> str:
         kind = kind_of(part.features[column])
         if kind is None:
             raise RequestError(
-                f"{setting('label_column', column)} does not hold classes in {printable(part.name)}: it has type "
+                f"{setting('label_column', column)} does not contain classes in {printable(part.name)}: it has type "
                 f"{type_name(part.features[column])}; expected integers, strings or ClassLabel, or lists of them"
             )
         kinds.setdefault(kind, part)
@@ -166,7 +166,7 @@ def _shared_kind(dataset: str, column: str, parts: Sequence[Part]) -> str:
     if len(kinds) > 1:
         found = ", ".join(f"{kind} in {printable(part.name)}" for kind, part in kinds.items())
         raise RequestError(
-            f"column {printable(column)} of {dataset} has several types ({found}); store one type in all files"
+            f"column {printable(column)} of {dataset} has several types ({found}); store the same type in all files"
         )
     return next(iter(kinds))
 
@@ -270,7 +270,7 @@ def _check_numbers(dataset: str, column: str, labels: Sequence[int]) -> None:
         others = listing((label for label in labels if label not in odd), 4)
         raise RequestError(
             f"column {printable(column)} of {dataset} has the label {odd[0]}, which does not look like a class"
-            f"{f' (the others: {others})' if others else ': expected -2147483648 to 2147483647'}; remove those rows, "
+            f"{f' (other labels: {others})' if others else ': expected -2147483648 to 2147483647'}; remove those rows, "
             "or store the classes as strings"
         )
 
@@ -296,7 +296,7 @@ def class_names(dataset: str, column: str, splits: Sequence[LabelledTable]) -> t
     kind = LIST if len(several) > 1 else _shared_kind(dataset, column, parts)
     if kind.startswith(LIST):
         raise RequestError(
-            f"{setting('streaming', True)} supports one label per image, and {dataset} has several, in "
+            f"{setting('streaming', True)} supports only one label per image, but {dataset} has several, in "
             f"{listing(several)}; use {setting('streaming', False)}"
         )
     if kind != "class label":

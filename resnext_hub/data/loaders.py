@@ -36,9 +36,10 @@ class LoaderConfig:
     """Data loading."""
 
     workers: Annotated[int, Range(0, WORKERS)] | None = field(default=None, metadata=FREE_PER_PROCESS)
-    """Data-loading workers per training process, 0 to 256; chosen for the device and CPU cores if not given."""
+    """Number of data-loading workers per training process, 0 to 256; if not given, it depends on the device and the
+    number of CPU cores."""
     decoder: Literal["auto", "simplejpeg", "pil"] = field(default="auto", metadata=FREE)
-    """JPEG decoder for training: simplejpeg is fast, pil is the reference; auto uses simplejpeg if it is installed, and
+    """JPEG decoder for training: simplejpeg is fast, pil is the reference; auto uses simplejpeg if it is installed, but
     a resumed run keeps its decoder."""
     max_image_pixels: Annotated[int, Range(1, PIXELS)] = field(default=MAX_IMAGE_PIXELS, metadata=FREE)
     """Treat images with more pixels than this (according to their header) as unreadable; decoding takes up to 10 bytes
@@ -91,7 +92,7 @@ class TrainingSamples(Dataset[Sample]):
 def all_unreadable(last: Unreadable) -> RunError:
     """Return the error for an image for which no replacement is readable, given the last one tried."""
     return RunError(
-        f"{MOST_UNREADABLE} images drawn in a row are unreadable; the last one: {printable(last.name)} ({last.reason})"
+        f"{MOST_UNREADABLE} images in a row were unreadable; the last one was {printable(last.name)} ({last.reason})"
     )
 
 

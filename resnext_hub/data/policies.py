@@ -39,8 +39,8 @@ def check_policy(policy: str) -> None:
     name, *parts = policy.split("-")
     if name not in _PARTS:
         raise RequestError(
-            f"{setting('auto_augment', shown(policy))}: {shown(name) or 'it'} is not a policy; expected one of "
-            f"{', '.join(_PARTS)}, such as rand-m7-mstd0.5, augmix-m3 or 3a"
+            f"{setting('auto_augment', shown(policy))}: {shown(name) or 'an empty name'} is not a policy; expected one "
+            f"of {', '.join(_PARTS)}, such as rand-m7-mstd0.5, augmix-m3 or 3a"
         )
     allowed = _PARTS[name]
     values: dict[str, float] = {}

@@ -20,18 +20,18 @@ SECONDS = 30.0
 
 @dataclass(frozen=True)
 class RemoteImage:
-    """An image at an HTTP or HTTPS address; a classifier takes it like a path, and downloads it when it is needed.
+    """An image at an HTTP or HTTPS URL; a classifier accepts it like a path, and downloads the image when it is needed.
 
         classifier.predict(resnext_hub.RemoteImage("https://example.com/cat.jpg"))
 
-    Only HTTP and HTTPS are followed, also in redirections. As text, it is the address without user, password and query.
+    Redirects are followed only to HTTP and HTTPS URLs. `str(image)` is the URL without user name, password and query.
     """
 
     url: str
     seconds: float = SECONDS
-    """Time that the download may take in total."""
+    """Maximum time of the whole download."""
     max_bytes: int = MAX_BYTES
-    """Largest size."""
+    """Maximum size of the file."""
 
     def __str__(self) -> str:
         return public_name(self.url)

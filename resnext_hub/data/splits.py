@@ -206,8 +206,8 @@ def _groups(config: DataConfig, roles: _Roles, source: OpenDataset) -> bool:
     count = len(table)
     if count > MOST_GROUPED:
         _logger.warning(
-            "%s: images are held out without looking for duplicates, because that takes long for %d images; "
-            "--group-duplicates does it",
+            "%s: images are held out without a search for duplicates, which would take long for %d images; use "
+            "--group-duplicates to search anyway",
             printable(public_name(config.dataset)),
             count,
         )
@@ -219,7 +219,9 @@ def _streamed(source: OpenDataset, found: _Found, labelled: Sequence[LabelledTab
     name = printable(public_name(config.dataset))
     for field, needed in (("exclude", None), ("test_fraction", 0.0)):
         if getattr(config, field) != needed:
-            raise RequestError(f"{setting(field)} is not possible with {setting('streaming', True)}; omit one of them")
+            raise RequestError(
+                f"{setting(field)} cannot be combined with {setting('streaming', True)}; omit one of them"
+            )
     if roles.eval is None:
         raise RequestError(
             f"{setting('streaming', True)} needs an evaluation split, because none can be held out from a stream; "
@@ -348,7 +350,7 @@ def _likely_test(others: Sequence[str], evaluation: str) -> str | None:
     if likely_splits([evaluation], "test") or not found:
         return None
     if len(found) > 1:
-        _logger.warning("several splits could be the test (%s); choose one with --test-split", listing(found))
+        _logger.warning("several splits could be the test split (%s); choose one with --test-split", listing(found))
         return None
     return found[0]
 

@@ -46,16 +46,16 @@ class TransformConfig:
     """
 
     image_size: Annotated[int, Range(1, IMAGE_SIZE)] | None = None
-    """Height and width of the model's input, in pixels; the model's own if not given."""
+    """Height and width of the model's input, in pixels; the model's own image size if not given."""
     crop_pct: Annotated[float, Range(*CROP)] | None = None
-    """Evaluation: fraction of the resized image's side kept by the center crop; above 1, the image is padded. The
-    model's own if not given."""
+    """Evaluation: side of the center crop, as a fraction of the side of the resized image; above 1, the image is
+    padded. The model's own value if not given."""
     interpolation: str | None = None
-    """Interpolation for resizing, such as bilinear or bicubic; the model's own if not given."""
+    """Interpolation for resizing, such as bilinear or bicubic; the model's own interpolation if not given."""
     mean: tuple[_Mean, _Mean, _Mean] | None = None
-    """Per-channel mean for normalization, for pixels from 0 to 1; the model's own if not given."""
+    """Per-channel mean for normalization, for pixels from 0 to 1; the model's own values if not given."""
     std: tuple[_Std, _Std, _Std] | None = None
-    """Per-channel standard deviation for normalization, for pixels from 0 to 1; the model's own if not given."""
+    """Per-channel standard deviation for normalization, for pixels from 0 to 1; the model's own values if not given."""
     scale: tuple[_Area, _Area] = (0.08, 1.0)
     """Training: smallest and largest area of random crops, as fractions of the image area."""
     ratio: tuple[_Ratio, _Ratio] = (3 / 4, 4 / 3)
@@ -66,18 +66,18 @@ class TransformConfig:
     """Training: flip each image in every other epoch, instead of at random (Jordan, 2024, arXiv 2404.00498); needs a
     flip probability of 0.5, or 0 to flip no image."""
     color_jitter: Annotated[float, Range(0, 10)] = 0.0
-    """Training: maximum relative change in brightness, contrast and saturation, such as 0.4; 0 to disable."""
+    """Training: maximum relative change in brightness, contrast and saturation, such as 0.4; 0 disables it."""
     auto_augment: str | None = None
-    """Training: augmentation policy in timm's notation, such as rand-m7-mstd0.5, augmix-m3 or 3a."""
+    """Training: augmentation policy in timm's notation, such as rand-m7-mstd0.5, augmix-m3 or 3a; none if not given."""
     random_erasing: _Probability = 0.0
     """Training: probability of erasing a random rectangle, 0 to 1."""
     mixup: _Mixing = 0.0
-    """Training: alpha of mixup, such as 0.2; 0 to disable."""
+    """Training: alpha of mixup, such as 0.2; 0 disables it."""
     cutmix: _Mixing = 0.0
-    """Training: alpha of CutMix, such as 1.0; 0 to disable. With mixup, one of the two is chosen at random for each
-    pair."""
+    """Training: alpha of CutMix, such as 1.0; 0 disables it. With mixup, one of the two is chosen at random for each
+    pair of images."""
     mix_prob: _Probability = 1.0
-    """Training: probability of mixing a pair of images, 0 to 1, if mixup or CutMix is enabled."""
+    """Training: probability of mixing a pair of images, 0 to 1; only used with mixup or CutMix."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -152,13 +152,13 @@ def quantize(files: "QuantizingFormat", content: Any, model: nn.Module, int8: In
         confident = can_show(int8.max_drop, last.count)
         loss = f"up to {tests[0].largest_drop:.2f}" if confident else f"{tests[0].drop:.2f}"
         raise RunError(
-            f"int8 loses {loss} points of top-1 accuracy, more than {limit} allows, and returning layers to float32 "
-            f"does not help: {replace(tests[0], steps=())}; no file was written"
+            f"int8 loses {loss} points of top-1 accuracy, more than {limit} allows, and keeping layers in float32 does "
+            f"not help: {replace(tests[0], steps=())}; no file was written"
         )
     if not can_show(int8.max_drop, last.count):
         _logger.warning(
-            "%d held-out images are too few to show that int8 loses at most %g points, only that it loses at most %.1f "
-            "(%.0f %% confidence); the file is accepted because the measured drop is %.2f",
+            "%d held-out images are too few to show that int8 loses at most %g points; they only show that it loses at "
+            "most %.1f (%.0f %% confidence). The file is accepted because the measured drop is %.2f",
             last.count,
             int8.max_drop,
             last.largest_drop,
@@ -230,7 +230,9 @@ def _check(model: nn.Module, int8: Int8, tests: list[Accuracy]) -> Check:
             return 0.0, scores
         found = replace(_compare(model, run, int8), test=len(tests) + 1)
         tests.append(found)
-        _logger.info("test %d of int8: a drop of %.2f points, at most %.2f", found.test, found.drop, found.largest_drop)
+        _logger.info(
+            "int8 test %d: accuracy drops by %.2f points, at most %.2f", found.test, found.drop, found.largest_drop
+        )
         if found.within(int8.max_drop):
             return 0.0, scores
         drop = found.largest_drop if can_show(int8.max_drop, found.count) else found.drop

@@ -169,8 +169,8 @@ def export(
     merged, layers = _merged(model, format, merge, None if int8 is None else int8.calibration)
     if raw and model.tta != "none":
         _logger.info(
-            "the file contains the model without test-time augmentation; for the predictions of the run, average the "
-            "logits of each image and its mirror image"
+            "the file contains the model without test-time augmentation; to reproduce the predictions of the run, "
+            "average the logits of each image and its mirror image"
         )
     content, checked = _checked(files, model, merged, raw=raw, int8=int8, tolerance=tolerance)
     files.describe(content, *_facts(model, raw))
@@ -245,7 +245,7 @@ def _merged(
         if format != "openvino":
             raise RequestError(
                 f"{setting('merge_groups', 'auto')} needs {setting('format', 'openvino')}; with "
-                f"{setting('format', format)} use a number of channels"
+                f"{setting('format', format)}, use a number of channels"
             )
         from resnext_hub.kernels.openvino import OpenVinoTiming
 
@@ -303,7 +303,8 @@ def _facts(model: LoadedModel, raw: bool) -> tuple[dict[str, str], str]:
             "images: uint8 RGB, (N, height, width, 3), of any size and upright; preprocessing is part of the model. "
             f"probabilities: one per entry of label_names. {answers}embedding: the features before the classifier. "
             "ood_score: above 0 if the image is unlike the training images. accept_thresholds: for each precision, the "
-            "lowest probability of an answer such that so many of the answers are right."
+            "lowest probability at which an answer is accepted, so that this fraction of the accepted answers should "
+            "be right."
         )
     meaning = (
         "sigmoid gives the probability of each label; those that reach their entry of thresholds are predicted. "

@@ -118,7 +118,7 @@ class CheckpointPusher:
         try:
             api.super_squash_history(self.repo_id, branch=BRANCH, commit_message=f"checkpoint {step}")
         except HUB_ERRORS as error:  # the checkpoint is uploaded, and the next one frees the storage as well
-            _logger.warning("older checkpoints still use storage of %s: %s", self.repo_id, one_line(error))
+            _logger.warning("older checkpoints still take up storage in %s: %s", self.repo_id, one_line(error))
 
     def _commit(self, api: HfApi, step: str, files: Mapping[str, Path]) -> None:
         """Upload the files of a checkpoint and remove other checkpoints, in one commit."""
@@ -199,19 +199,19 @@ def fetched_settings(settings: Mapping[str, Any], asked: Container[str], where: 
     if "dataset" not in asked and not elsewhere:
         raise RequestError(
             f"{setting('resume_from', where)}: the dataset {printable(dataset)} of that run may be a local folder; "
-            f"pass it as {setting('dataset')}"
+            f"pass its path as {setting('dataset')}"
         )
     if "model" not in asked and model.startswith("local-dir:"):
         raise RequestError(
-            f"{setting('resume_from', where)}: the run started from a local model, {printable(model)}; pass it as "
-            f"{setting('model')}"
+            f"{setting('resume_from', where)}: the run started from a local model, {printable(model)}; pass its path "
+            f"as {setting('model')}"
         )
     ignored = sorted(
         name for name in _NOT_INHERITED if name not in asked and settings.get(name) not in (None, False, "auto")
     )
     if ignored:
         _logger.warning(
-            "ignoring these settings of %s: %s; pass the ones that you need",
+            "ignoring these settings of %s: %s; pass those that you need",
             where,
             ", ".join(f"{name}={printable(settings[name])}" for name in ignored),
         )

@@ -44,7 +44,7 @@ class Publication:
     changed: bool
     """Whether anything was committed."""
     files: list[tuple[str, int]]
-    """Names and sizes in bytes."""
+    """Names of the files, and their sizes in bytes."""
 
 
 def check_request(record: RunRecord | None, repo_id: str | None, license: str | None) -> tuple[str, str]:
@@ -119,7 +119,9 @@ def publish(
     files = _published_files(folder)
     missing = [name for name in record.plots if f"plots/{name}" not in files]
     if missing:
-        _logger.warning("the card omits %s, which is missing; %s", listing(missing), WAY_OUT)
+        _logger.warning(
+            "the card does not show %s, because it is missing from the model folder; %s", listing(missing), WAY_OUT
+        )
         record = dataclasses.replace(record, plots=[name for name in record.plots if name not in missing])
     here = _card_here(folder, overwrite_card)
     config |= {"pretrained_cfg": config["pretrained_cfg"] | {"license": license}}
@@ -173,7 +175,7 @@ def require_model(folder: Path, record: RunRecord) -> dict[str, Any]:
     sha256 = (config.get("resnext_hub") or {}).get("ood_sha256")
     if sha256 is not None:
         if not (folder / OOD).exists():
-            raise RequestError(f"{printable(folder / OOD)} is missing, but config.json states its hash; {WAY_OUT}")
+            raise RequestError(f"{printable(folder / OOD)} is missing, but config.json contains its hash; {WAY_OUT}")
         read_ood(printable(folder), folder / OOD, sha256)
     return config
 

@@ -34,7 +34,7 @@ def check_request(
     if engine not in ("torch", "openvino"):
         raise ValueError(f"engine={engine!r}: expected 'torch' or 'openvino'")
     if dtype not in (None, torch.bfloat16, torch.float32) and (dtype != torch.float16 or example.device.type == "cpu"):
-        raise ValueError(f"dtype={dtype!r}: expected torch.bfloat16, torch.float32, None, or on a GPU torch.float16")
+        raise ValueError(f"dtype={dtype!r}: expected torch.bfloat16, torch.float32, None or, on a GPU, torch.float16")
     if not _is_merge(merge):
         raise RequestError(
             f"merge={shown(repr(merge))}: expected 'measure', 'table', 'off', a width in channels (an int of at "
@@ -52,7 +52,9 @@ def check_request(
     if objective not in ("throughput", "latency"):
         raise RequestError(f"{setting('objective', shown(repr(objective)))}: expected 'throughput' or 'latency'")
     if objective == "latency" and at_once not in ("measure", 1):
-        raise RequestError(f"at_once={shown(repr(at_once))} needs objective='throughput'; with 'latency' it is 1")
+        raise RequestError(
+            f"at_once={shown(repr(at_once))} needs objective='throughput'; with 'latency', it is always 1"
+        )
     if at_once != "measure" and not (_is_count(at_once) and at_once <= len(example)):
         raise RequestError(
             f"at_once={shown(repr(at_once))}: expected an int from 1 to {len(example)} (the number of example "

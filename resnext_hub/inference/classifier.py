@@ -34,8 +34,8 @@ class Classifier(LoadedModel):
         classifier = resnext_hub.load("runs/photos-resnext_g32")
         probabilities = classifier(["cat.jpg", pil_image, array])  # (3, classes)
 
-    Use `dataclasses.replace(classifier, temperature=1.5)` to change its temperature, and `tta="flip"` or `"none"` to
-    turn test-time augmentation on or off; by default it is as in the evaluation of the run.
+    `dataclasses.replace(classifier, temperature=1.5)` returns a classifier with a different temperature; `tta="flip"`
+    or `tta="none"` turns test-time augmentation on or off. By default, it is on if the evaluation of the run used it.
 
     Raises:
         RequestError: If the temperature is not a positive number, or there is no such test-time augmentation.
@@ -50,7 +50,7 @@ class Classifier(LoadedModel):
 
     @property
     def is_multi_label(self) -> bool:
-        """Whether an image can have any number of labels, each with a probability of its own."""
+        """Whether an image can have any number of labels, each with its own probability."""
         return self.thresholds is not None
 
     @property
@@ -95,7 +95,7 @@ class Classifier(LoadedModel):
         """Return the embeddings of images, the inputs of the classifier layer: `(N, features)` float32 on the CPU.
 
         Args:
-            images: An image or a list of them, as in a call of the classifier.
+            images: An image or a list of images, as when calling the classifier.
             batch_size: Batch size of the forward passes.
 
         Raises:
@@ -113,17 +113,17 @@ class Classifier(LoadedModel):
         top: int = 10,
         batch_size: int = 32,
     ) -> "list[Match]":
-        """Return the images that are most similar to an image, by the cosine of their embeddings.
+        """Return the images that are most similar to an image, by the cosine similarity of their embeddings.
 
         Args:
             image: The image.
-            among: Images, or the parquet file that `resnext-hub predict --embed` wrote with this model. A path in it
-                that is the image itself is left out.
+            among: Images, or a parquet file that `resnext-hub predict --embed` wrote with this model. If the file lists
+                the path of the image itself, that row is ignored.
             top: Number of images to return.
             batch_size: Batch size of the forward passes.
 
         Raises:
-            RequestError: If an image is unreadable, an argument is invalid, the file has the embeddings of another
+            RequestError: If an image is unreadable, an argument is invalid, the file contains embeddings of a different
                 model, or the model was optimized.
         """
         from resnext_hub.inference.similar import Embeddings, read_embeddings, require_top, without_itself
@@ -145,11 +145,12 @@ class Classifier(LoadedModel):
     ) -> torch.Tensor:
         """Return heat maps of the regions that contribute most to a class, by Grad-CAM: `(N, H, W)` float32, 0 to 1.
 
-        They are on the CPU, and have the size of the model's input: they match the images after resizing and cropping.
+        The heat maps are on the CPU and have the size of the model's input, so they match the images after resizing and
+        cropping.
 
         Args:
-            images: An image or a list of them, as in a call of the classifier.
-            label: The class, by name or index; the most probable one of each image if not given.
+            images: An image or a list of images, as when calling the classifier.
+            label: The class, by name or index; if not given, the most probable class of each image.
             batch_size: Batch size of the forward passes.
 
         Raises:
@@ -170,15 +171,16 @@ class Classifier(LoadedModel):
         accept_precision: float | None = None,
         batch_size: int = 32,
     ) -> "list[Prediction | Unread]":
-        """Return the most probable classes of each image, or the reason if it is unreadable.
+        """Return the most probable classes of each image, or the reason why the image is unreadable.
 
         Args:
-            images: An image or a list of them, as in a call of the classifier.
-            top: Number of classes for each image, at most all; if not given, the most probable one, or if an image can
-                have several labels, all that reach their thresholds.
-            threshold: Probability that a class has to reach, 0 to 1; with several labels, in place of their thresholds.
-            accept_precision: Fraction of the accepted answers that should be right, between 0 and 1; those that are
-                not probable enough for it are unsure.
+            images: An image or a list of images, as when calling the classifier.
+            top: Maximum number of classes to return for each image; if not given, only the most probable class or, if
+                an image can have several labels, all labels that reach their thresholds.
+            threshold: Minimum probability of the returned classes, 0 to 1; if an image can have several labels, this
+                replaces their thresholds.
+            accept_precision: Fraction of the accepted answers that should be correct, between 0 and 1; answers that are
+                not probable enough for this precision are marked as unsure.
             batch_size: Batch size of the forward passes.
 
         Raises:
@@ -210,15 +212,15 @@ class Classifier(LoadedModel):
         """Return this classifier with a faster model; see `resnext_hub.optimize`.
 
         Args:
-            images: Representative images, to measure time and error on.
+            images: Representative images, on which time and error are measured.
             engine: `torch`, or `openvino` on a CPU.
             dtype: bfloat16 or float32; None chooses bfloat16 if it is fast on the device.
             merge: How to merge groups; see `resnext_hub.optimize`.
-            compile: With torch, compile the model.
-            objective: `throughput` makes batches of as many images fast, `latency` single images.
+            compile: Whether to compile the model, with torch.
+            objective: `throughput` optimizes for batches of that many images, `latency` for single images.
 
         Returns:
-            A new classifier; its `model.report` has the speedup and the error.
+            A new classifier; its `model.report` contains the speedup and the error.
 
         Raises:
             RequestError: If an image is unreadable, or the model cannot be optimized or already is.
@@ -248,17 +250,17 @@ class Classifier(LoadedModel):
         int8: "Int8 | None" = None,
         raw: bool = False,
     ) -> "ExportedFile":
-        """Write a file for another runtime, from images to probabilities, and check it with that runtime.
+        """Export to a file that maps images to probabilities in another runtime, and check the file with that runtime.
 
         Args:
             format: `onnx`, `openvino` or `torch`; see `resnext_hub.export.runtime.export`.
-            path: The file; next to the model folder if not given.
+            path: The output file; next to the model folder if not given.
             merge: Width to which groups are merged, `measure` (with OpenVINO) or `off`.
             int8: Calibration and evaluation images to quantize with; float32 if not given.
-            raw: Write the model alone, from normalized images to logits.
+            raw: Export only the model, which maps normalized images to logits.
 
         Raises:
-            RequestError: If an argument is invalid, the file cannot be written, or the model is an optimized one.
+            RequestError: If an argument is invalid, the file cannot be written, or the model was optimized.
             RunError: If the export fails, or the runtime's logits differ; no file is left.
         """
         from resnext_hub.export.runtime import export
@@ -276,8 +278,8 @@ def load(where: "str | os.PathLike[str]", *, verify: bool = False) -> Classifier
     """Load a classifier.
 
     Args:
-        where: A run folder; a folder with config.json and model.safetensors; `hf-hub:owner/name[@revision]`; or a timm
-            name with released weights, such as `resnext_g32`.
+        where: A run folder; a folder with config.json and model.safetensors; `hf-hub:owner/name[@revision]`; or the
+            name of a timm model with released weights, such as `resnext_g32`.
         verify: Verify the files of a repository on the Hub against the hashes that the Hub lists; see `from_hub`.
 
     Raises:
@@ -295,11 +297,12 @@ def from_hub(repo_id: str, *, revision: str | None = None, verify: bool = True) 
     Args:
         repo_id: `owner/name` of a repository in timm's layout.
         revision: Branch, tag or commit; main if not given. A branch loads its current commit.
-        verify: Verify the files against the hashes that the Hub lists. Without it, a copy in the cache can be loaded
-            without reaching the Hub.
+        verify: Verify the files against the hashes that the Hub lists. If False, a cached copy can be loaded without
+            contacting the Hub.
 
     Raises:
-        RequestError: If the repository does not exist, access is denied, or it has no safetensors.
+        RequestError: If the repository does not exist, access is denied, or the repository contains no safetensors
+            file.
         RunError: If the Hub cannot be reached, or the files differ from those that it lists.
     """
     if not isinstance(repo_id, str) or not repo_id.strip():

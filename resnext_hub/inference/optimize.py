@@ -35,7 +35,7 @@ TOLERANCES = {"float32": TOLERANCE, "float16": 0.05, "bfloat16": 0.1, "int8": 0.
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizationReport:
-    """What `optimize` did, the speedup and the error."""
+    """What `optimize` did, with the resulting speedup and error."""
 
     layers: tuple[LayerChoice, ...]
     folded_batch_norms: int
@@ -47,29 +47,29 @@ class OptimizationReport:
     at_once: int
     """Batch size of the forward passes."""
     milliseconds_at_once: dict[int, float]
-    """Median time of the optimized model on the example by batch size; empty if only one was tried."""
+    """Median time of the optimized model on the example, by batch size; empty if only one batch size was tried."""
     threads: int
-    """Threads of a forward pass on a CPU."""
+    """Number of threads of a forward pass on a CPU."""
     milliseconds_by_threads: dict[int, float]
-    """Median time of an image by number of threads; empty if only one was tried."""
+    """Median time per image, by number of threads; empty if only one number was tried."""
     latency: tuple[Latency, Latency] | None
-    """Time of an image with the original model, eager in float32, and with the optimized one; None if throughput was
-    optimized."""
+    """Time per image with the original model (eager, float32) and with the optimized model; None if the objective was
+    throughput."""
     speedup: float
-    """Time of the original model on the example, eager in float32, divided by that of the optimized model; if
-    latency was optimized, on its first image."""
+    """Time of the original model (eager, float32) divided by that of the optimized model: on the whole example or, if
+    the objective was latency, on its first image."""
     milliseconds: float
     """Median time of the optimized model, on the same images."""
     weight_bytes: tuple[int, int]
-    """Bytes of the weights of the original and of the optimized model: larger if block-diagonal, smaller in a narrower
-    type."""
+    """Size of the weights of the original model and of the optimized model, in bytes. Merging groups makes the weights
+    larger; a narrower type makes them smaller."""
     max_error: float
     """Largest absolute difference of a logit from the float32 reference, on the example."""
     relative_error: float
     """Norm of the difference divided by the norm of the reference's logits, on the example."""
     second_error: float
-    """The same on a second batch of another size with other values; large if the output for an image depends on the
-    other images of its batch, or the model branches on its data."""
+    """The relative error on a second batch of a different size with different values; it is large if the output for an
+    image depends on the other images in its batch, or if the model branches on its data."""
     same_predictions: float
     """Fraction of the example's images with the same predicted class, 0 to 1."""
 
@@ -98,7 +98,7 @@ class OptimizationReport:
 
 
 class OptimizedModel(nn.Module):
-    """An optimized model: maps float32 images `(N, C, H, W)` of any N to float32 logits `(N, classes)`.
+    """An optimized model, which maps float32 images `(N, C, H, W)`, for any N, to float32 logits `(N, classes)`.
 
     Forward passes have a fixed shape: smaller batches are padded, larger ones are split.
     """
@@ -123,21 +123,21 @@ class OptimizedModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device of the example, which images have to be on."""
+        """The device of the example; images have to be on this device."""
         return self._device
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Map images `(N, C, H, W)` to logits `(N, classes)`.
 
         Raises:
-            RequestError: If they are not a tensor, or their shape, type or device differs from the example's.
+            RequestError: If the images are not a tensor, or their shape, type or device differs from the example's.
         """
         if not isinstance(images, torch.Tensor):
             raise RequestError(
-                f"images are a {type(images).__name__}: expected a tensor (N, C, H, W), such as one from torch.stack"
+                f"images is a {type(images).__name__}: expected a tensor (N, C, H, W), such as one from torch.stack"
             )
         if images.device != self._device:
-            raise RequestError(f"images are on {images.device}: expected {self._device}, the device of the example")
+            raise RequestError(f"images on {images.device}: expected {self._device}, the device of the example")
         if images.shape[1:] != self._image_shape or images.dtype != torch.float32:
             expected = ", ".join(map(str, self._image_shape))
             raise RequestError(
@@ -174,25 +174,29 @@ def optimize(
     calibration: torch.Tensor | None = None,
     keep_memory: bool = True,
 ) -> OptimizedModel:
-    """Build a faster model that computes the same function, and measure both.
+    """Build a faster model that computes the same function, and measure its speedup and error.
 
     Args:
         model: Any timm model; it is not changed.
-        example: Representative images `(N, C, H, W)` float32 on the model's device, to measure time and error on.
-        engine: `torch`, or `openvino` on a CPU, which the extra of that name installs.
+        example: Representative images `(N, C, H, W)` float32 on the model's device, on which time and error are
+            measured.
+        engine: `torch`, or, on a CPU, `openvino`, which requires the `openvino` extra.
         dtype: bfloat16 or float32; None chooses bfloat16 if it is fast on the device.
-        merge: `measure` merges the groups of each layer to the fastest width on this machine, measured now or earlier;
-            `table` to the fastest width on another machine; `off` merges none; a number is the largest width for all
-            layers; a mapping has the factors of layers by name.
-        at_once: Batch size of the forward passes, at most N. `measure` tries N and, on a CPU, a half, a quarter and an
-            eighth of it, because activations of smaller batches fit the CPU's caches.
-        compile: With torch, compile with frozen weights; without a C++ compiler, stay eager, with a warning.
-        objective: `throughput` makes batches fast. `latency` makes single images fast: widths and the number of threads
-            (1 or all) are measured at a batch size of 1, and the report has percentiles of the time of an image.
-        calibration: With OpenVINO, normalized images `(M, C, H, W)` float32, M at least N: convolutions are computed
-            in int8, with the ranges of activations on these images. The error is larger, so check the accuracy.
-        keep_memory: With glibc, keep freed memory in this process from now on: getting it back, zeroed, from the
-            operating system for each batch can take a fifth of the time.
+        merge: `measure` merges the groups of each layer to the width that is fastest on this machine, measured now or
+            earlier; `table` uses the widths that were fastest on another machine; `off` merges no groups; a number is
+            the maximum width for all layers; a mapping contains the merge factors by layer name.
+        at_once: Batch size of the forward passes, at most N. `measure` tries N and, on a CPU, N/2, N/4 and N/8, because
+            the activations of smaller batches fit into the CPU's caches.
+        compile: With torch, compile the model with frozen weights; without a C++ compiler, it runs in eager mode, with
+            a warning.
+        objective: `throughput` optimizes for batches. `latency` optimizes for single images: widths and the number of
+            threads (1 or all) are measured at a batch size of 1, and the report contains percentiles of the time per
+            image.
+        calibration: With OpenVINO: normalized images `(M, C, H, W)` float32, with M at least N. If given, convolutions
+            are computed in int8, and the ranges of their activations are determined on these images. This increases the
+            error, so check the accuracy.
+        keep_memory: With glibc, keep freed memory in this process from now on, because requesting zeroed memory from
+            the operating system again for each batch can take a fifth of the time.
 
     Returns:
         The optimized model, with its `report`.
@@ -263,8 +267,8 @@ def _warn_if_different(report: OptimizationReport) -> None:
     if not max(report.relative_error, report.second_error) <= TOLERANCES[report.dtype]:  # also true for NaN
         _logger.warning(
             "the relative error of the optimized model's logits is %.1e on the example and %.1e on a second batch, "
-            "more than rounding in %s explains (%.0e): it computes a different function, for example because the "
-            "output for an image depends on the other images of its batch, or on a branch",
+            "more than rounding in %s explains (%.0e): the optimized model computes a different function, for example "
+            "because the output for an image depends on the other images in its batch, or on a branch",
             report.relative_error,
             report.second_error,
             report.dtype,

@@ -39,10 +39,11 @@ class Prediction:
     image: ImageInput
     guesses: tuple[Guess, ...]
     unsure: bool | None = None
-    """Whether the most probable class is less probable than the requested precision requires; None without one."""
+    """Whether the most probable class is less probable than the requested precision requires; None if no precision was
+    requested."""
     ood_score: float | None = None
-    """How unlike the training images it is; above 0 for 5 % of the held-out images of the run. None if the model has no
-    such score."""
+    """How unlike the training images the image is; above 0 for 5 % of the held-out images of the run. None if the model
+    has no such score."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def lowest_accepted(classifier: "Classifier", precision: float) -> float:
     if isinstance(precision, bool) or not isinstance(precision, Real) or not 0 < precision < 1:
         raise RequestError(f"{shown}: expected a number between 0 and 1")
     if classifier.is_multi_label:
-        raise RequestError(f"{shown} needs one class per image; each label of this model has a threshold")
+        raise RequestError(f"{shown} needs exactly one class per image, but this model can predict several labels")
     if not classifier.accept:
         raise RequestError(
             f"{shown}: the model has no thresholds for accepting answers; they are fitted at the end of a training run "
@@ -119,7 +120,8 @@ def lowest_accepted(classifier: "Classifier", precision: float) -> float:
     fitting = [known for known in classifier.accept if known >= precision]
     if not fitting:
         raise RequestError(
-            f"{shown}: the evaluation images of the run show no higher precision than {max(classifier.accept):g}"
+            f"{shown}: expected at most {max(classifier.accept):g}, the highest precision that was fitted on the "
+            "evaluation images of the run"
         )
     return classifier.accept[min(fitting)]
 

@@ -26,7 +26,7 @@ _WAY_OUT = "write the file again with `resnext-hub predict MODEL IMAGES --embed 
 
 @dataclass(frozen=True)
 class Match:
-    """An image, and the cosine of its embedding and that of the image that was searched for, -1 to 1."""
+    """An image, and the cosine similarity of its embedding to that of the query image, -1 to 1."""
 
     image: ImageInput
     similarity: float
@@ -83,13 +83,14 @@ def read_embeddings(file: Path, classifier: "Classifier") -> Embeddings:
         schema = parquet.read_schema(file)
         stated = json.loads((schema.metadata or {}).get(IDENTITY.encode(), b"null"))
         if not isinstance(stated, dict):
-            raise RequestError(f"{where} does not state the model of its embeddings; {_WAY_OUT}")
+            raise RequestError(f"{where} does not record which model computed its embeddings; {_WAY_OUT}")
         found = identity_of(classifier)
         for what in ("weights", "input"):
             if stated.get(what) != found[what]:
                 raise RequestError(
-                    f"{where} has the embeddings of {_named(stated)}, but the model is {_named(found)}, with other "
-                    f"{'weights' if what == 'weights' else 'preprocessing'}; use that model, or {_WAY_OUT}"
+                    f"{where} contains embeddings of {_named(stated)}, but the model is {_named(found)}, with "
+                    f"different {'weights' if what == 'weights' else 'preprocessing'}; use the model that computed "
+                    f"them, or {_WAY_OUT}"
                 )
         table = parquet.read_table(file, columns=["path", "embedding"])
         table = table.filter(table["embedding"].is_valid())
@@ -99,7 +100,7 @@ def read_embeddings(file: Path, classifier: "Classifier") -> Embeddings:
         vectors = flat.to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
         vectors = vectors.reshape(len(table), getattr(model, "head_hidden_size", model.num_features))
         if not np.isfinite(vectors).all():
-            raise ValueError("an embedding has values that are not finite")
+            raise ValueError("an embedding contains values that are not finite")
         images = table["path"].to_pylist()
     except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
         if isinstance(error, RequestError):

@@ -143,8 +143,8 @@ def find_classifier(where: str, *, verify: bool = False) -> ModelSource:
         return find_model(where, pretrained=True, where=where)
     if folder.suffix in (".onnx", ".xml", ".bin") and os.path.isfile(folder):
         raise RequestError(
-            f"{printable(where)} is a file for another runtime: expected the folder that it was exported from; "
-            "load it with that runtime"
+            f"{printable(where)} is a file for another runtime; load it with that runtime, or use the folder from "
+            "which it was exported"
         )
     raise RequestError(
         f"{printable(where)} is not a trained model: expected the folder of a finished run, a folder with {CONFIG} and "

@@ -103,7 +103,7 @@ def read_ood(where: str, path: Path, sha256: str) -> OodScore:
     except (SafetensorError, OSError) as error:
         raise RequestError(f"{where}: {path.name} cannot be read ({one_line(error)}); {way_out}") from error
     if not _fit_together(tensors):
-        raise RequestError(f"{where}: {path.name} does not contain the tensors of a score; {way_out}")
+        raise RequestError(f"{where}: {path.name} does not contain the tensors of an OOD score; {way_out}")
     return OodScore(**tensors)
 
 

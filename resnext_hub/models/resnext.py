@@ -419,7 +419,7 @@ def _check_layers(layers: object) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One row of the table: a name and its architecture."""
+    """One row of the table of variants: a name and its architecture."""
 
     name: str
     layers: tuple[int, ...]
@@ -427,13 +427,13 @@ class Variant:
     cardinality: int
     base_width: int
     small_stem: bool = False
-    """Whether it has a 3x3 stem, for 32 px images."""
+    """Whether the model has a 3x3 stem, for 32 px images."""
     channels: tuple[int, ...] = STAGE_WIDTHS
     """Channels of each stage at C=1, d=64; surplus entries are ignored."""
     group_widths: tuple[int, ...] | None = None
     """Channels per group of each stage, if they do not follow from `base_width`."""
     shortcuts: bool = True
-    """Whether it has residual connections."""
+    """Whether the model has residual connections."""
 
     @property
     def depth(self) -> int:
@@ -448,7 +448,7 @@ class Variant:
 
     @property
     def model_args(self) -> dict[str, Any]:
-        """The arguments that build it, except the stem, which only a name selects."""
+        """The arguments that build the architecture, except for the stem, which can only be selected by name."""
         args: dict[str, Any] = {"layers": list(self.layers), "cardinality": self.cardinality}
         if self.group_widths is None:
             args["base_width"] = self.base_width

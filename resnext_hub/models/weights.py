@@ -24,19 +24,21 @@ LARGEST = 2.0**63
 def load_weights(
     model: nn.Module, source: str | Path | Mapping[str, torch.Tensor], *, skip_classifier: bool = False
 ) -> None:
-    """Load weights into a model, which stays unchanged if they do not match.
+    """Load weights into a model, which stays unchanged if the weights do not match.
 
     timm, torchvision and this package use the same names. As in timm, containers and prefixes that training scripts
-    add to a state dict are removed, and averaged weights are preferred if a file holds both.
+    add to a state dict are removed, and averaged weights are preferred if a file also contains them.
 
     Args:
         model: The model.
-        source: A `.safetensors` file; a file of `torch.save`, from which only tensors are unpickled; or a state dict.
-        skip_classifier: Keep the model's own classifier.
+        source: A `.safetensors` file; a file written by `torch.save`, from which only tensors are unpickled; or a state
+            dict.
+        skip_classifier: Keep the classifier of the model instead of loading one.
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If the file holds anything but tensors, or keys or shapes differ; the message names them.
+        ValueError: If the file contains anything but tensors, or keys or shapes differ; the message lists the
+            differences.
     """
     if isinstance(source, Mapping):
         state_dict = clean_state_dict(dict(source))

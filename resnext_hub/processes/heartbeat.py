@@ -82,7 +82,7 @@ class _Pulse:
             silent = [rank for rank, at in list(self.heard.items()) if now - at > SILENCE]
             if silent:
                 sys.stderr.write(
-                    f"error: host {printable(self.hosts[silent[0]])} (rank {silent[0]}) has not answered for "
+                    f"error: host {printable(self.hosts[silent[0]])} (rank {silent[0]}) has not responded for "
                     f"{SILENCE:.0f} s, so the run stops; rerun the same command to resume from the last checkpoint\n"
                 )
                 sys.stderr.flush()

@@ -35,7 +35,7 @@ class Place:
         if "WORLD_SIZE" not in os.environ and address:
             raise RequestError(
                 f"MASTER_ADDR is {printable(address)} but WORLD_SIZE is not set, so each process would train alone; "
-                "start several with torchrun (--nnodes, --nproc_per_node), or unset MASTER_ADDR"
+                "start several processes with torchrun (--nnodes, --nproc_per_node), or unset MASTER_ADDR"
             )
         if count < 1 or rank >= count:
             raise RequestError(f"RANK is {rank} with WORLD_SIZE {count}; expected a rank below the number of processes")

@@ -212,7 +212,7 @@ def lost_peers(rank: int, size: int) -> Iterator[None]:
             raise
         raise RunError(
             f"process {rank} lost the connection to another process of the run ({one_line(error)[:120]}); see that "
-            "process's output; rerun the same command to resume from the last checkpoint"
+            "process's output, and rerun the same command to resume from the last checkpoint"
         ) from error
 
 

@@ -87,14 +87,14 @@ def mistakes_and_hits(
         stored.confident_mistakes[:SHOWN],
         name="mistakes",
         title="Most confident mistakes",
-        text=f"The most confident of {wrong:,} wrong predictions. {shown}",
+        text=f"The most confident of the {wrong:,} wrong predictions. {shown}",
         empty="there are no mistakes",
     )
     hits = make(
         stored.doubtful_hits[:SHOWN],
         name="hits",
-        title="Least confident hits",
-        text=f"The least confident of {len(stored.wrong) - wrong:,} correct predictions. {shown}",
+        title="Least confident correct predictions",
+        text=f"The least confident of the {len(stored.wrong) - wrong:,} correct predictions. {shown}",
         empty="no prediction is correct",
     )
     return mistakes, hits

@@ -73,7 +73,7 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
     counts = f"{100 * reported.top1:.2f} % ({reported.correct:,}/{reported.count:,})"
     if reported.mean_average_precision is not None:
         facts = [("mean average precision", f"{100 * reported.mean_average_precision:.2f} %")]
-        facts += [("all labels right", counts)]
+        facts += [("all labels correct", counts)]
     else:
         facts = [
             (
@@ -112,7 +112,7 @@ def _measured_on(record: RunRecord) -> str:
             "optimistic"
         )
     other = "other " if test == evaluation else ""
-    return f"{test}, once; the best weights were selected by {metric} on {other}{evaluation}"
+    return f"{test}, evaluated once; the best weights were selected by {metric} on {other}{evaluation}"
 
 
 def _images_of(stored: str | None, train: str) -> str:

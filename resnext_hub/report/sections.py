@@ -94,7 +94,7 @@ def confusion(record: RunRecord) -> Section:
     worst = "no image is classified incorrectly"
     if pairs:
         count, label, other = pairs[0]
-        worst = f"most frequently, {printable(names[label])} is taken for {printable(names[other])} ({count} times)"
+        worst = f"most frequently, {printable(names[label])} is mistaken for {printable(names[other])} ({count} times)"
     if classes <= MATRIX_CLASSES:
         shape = (PAGE_WIDTH, min(5.6, 2.4 + 0.32 * classes))
         plot = Plot(
@@ -179,15 +179,15 @@ def _calibrated(outputs: Outputs, known: CalibrationFacts | None) -> tuple[list[
     ]
     text = (
         "With perfect calibration, all points are on the dashed line. On the right, logits are divided by a "
-        f"temperature that is fitted on four fifths of {len(labels):,} images and applied to the remaining fifth, for "
-        "each fifth in turn. "
+        f"temperature that is fitted on four fifths of the {len(labels):,} images and applied to the remaining fifth, "
+        "for each fifth in turn. "
     )
     if known is not None:
         fitted = f"a temperature of {known.temperature:.2f}, fitted on {known.images:,} evaluation images"
-        return panels, f"{text}The published weights contain {fitted}."
+        return panels, f"{text}The published weights include {fitted}."
     temperature = fit_temperature(outputs.logits, labels)
     use = f"to use it in Python: dataclasses.replace(classifier, temperature={temperature:.2f})"
-    return panels, f"{text}Fitted on all of them, it is {temperature:.2f}; {use}."
+    return panels, f"{text}Fitted on all of these images, the temperature is {temperature:.2f}; {use}."
 
 
 def _reliability(panels: Sequence[Confidences], text: str) -> Section:

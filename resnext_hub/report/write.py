@@ -94,7 +94,9 @@ def _sections(run: FinishedRun, classifier: Classifier, most: int, device: torch
     yield sections.confusion(record)
     yield sections.classes(record)
     if isinstance(stored, str) or isinstance(images, str):
-        yield not_shown("Mistakes and hits", "Images are", stored if isinstance(stored, str) else str(images))
+        yield not_shown(
+            "Mistakes and correct predictions", "Images are", stored if isinstance(stored, str) else str(images)
+        )
     else:
         yield from mistakes_and_hits(stored, images, classifier, device, run.config.loader.max_image_pixels)
     yield sections.reliability(record, stored, outputs)

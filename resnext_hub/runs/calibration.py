@@ -43,7 +43,8 @@ def prepare_int8(model: LoadedModel, dataset: str | None, max_drop: float) -> In
         data = TrainConfig.from_flat(settings).data
     else:
         raise RequestError(
-            f"{setting('int8', True)} needs {setting('calibration')}, a dataset to calibrate and measure accuracy on"
+            f"{setting('int8', True)} needs {setting('calibration')}, a dataset for calibration and for measuring "
+            "accuracy"
         )
     splits = load_splits(data)
     if splits.label_names != model.label_names:

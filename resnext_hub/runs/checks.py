@@ -40,7 +40,7 @@ def check_batch(config: TrainConfig) -> None:
         closest = [str(n * count) for n in (part - 1, part + 1) if n]
         raise RequestError(
             f"{setting('batch_size', config.batch_size)} gives {part} images per {unit}, but {setting('mixup')} and "
-            f"{setting('cutmix')} need pairs; use {' or '.join(closest)}"
+            f"{setting('cutmix')} need pairs of images; use {' or '.join(closest)}"
         )
 
 

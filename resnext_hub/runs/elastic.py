@@ -25,11 +25,11 @@ def check_elastic(config: TrainConfig) -> None:
             f"{chosen} cannot be divided among {processes()} processes; start {', '.join(fewer)} or {most}"
         )
     for name, value, reason in (
-        ("compile", True, "compiled code may add in another order in each process"),
+        ("compile", True, "compiled code may add numbers in a different order in each process"),
         ("deterministic", False, "it needs deterministic algorithms"),
     ):
         if getattr(config, name) is value:
-            raise RequestError(f"{chosen} is not possible with {setting(name, value)}: {reason}; omit one of them")
+            raise RequestError(f"{chosen} cannot be combined with {setting(name, value)}: {reason}; omit one of them")
 
 
 def resolve_elastic(config: TrainConfig, before: Mapping[str, Any], device: str) -> TrainConfig:
@@ -52,8 +52,8 @@ def resolve_elastic(config: TrainConfig, before: Mapping[str, Any], device: str)
             threads = started or str(max(cores() // config.elastic, 1))
         elif started not in (None, threads):
             raise RequestError(
-                f"{setting('threads', threads)}: the run was started with {started} per virtual process, which "
-                f"{setting('elastic')} keeps; use {setting('threads', started)}"
+                f"{setting('threads', threads)}: the run was started with {started} threads per virtual process, and "
+                f"{setting('elastic')} does not allow a different number; use {setting('threads', started)}"
             )
     return dataclasses.replace(
         config,

@@ -130,7 +130,7 @@ def is_finished(
     if existing.settings:
         if existing.steps is not None and existing.class_weights != balance.digest:
             raise RequestError(
-                f"{printable(folder)} contains another run: its class weights have changed. Choose another "
+                f"{printable(folder)} contains a different run: its class weights have changed. Choose another "
                 f"{setting('output_dir')}, or use the same weights"
             )
         return _compare(folder, existing, config.to_flat(), splits, schedule)
@@ -157,11 +157,11 @@ def require_run_on_main_host(folder: RunFolder, config: TrainConfig, peers: Peer
     (main_host, main_step), *others = peers.gather((platform.node(), step))
     host, furthest = max(others, key=lambda found: found[1])
     if furthest > main_step:
-        has = f"has it at step {main_step}" if main_step else "does not have it"
+        has = f"has only step {main_step}" if main_step else "has none"
         raise RequestError(
-            f"host {printable(host)} has this run at step {furthest} in its {printable(folder)}, but host "
-            f"{printable(main_host)}, whose process has rank 0, {has}; give rank 0 to {printable(host)}, copy the run "
-            f"folder from there, or remove it there to repeat those steps"
+            f"host {printable(host)} has a later checkpoint of this run in {printable(folder)}, at step {furthest}, "
+            f"but host {printable(main_host)} (rank 0) {has}; give rank 0 to {printable(host)}, copy the run folder "
+            "from there, or remove it there to repeat those steps"
         )
 
 
@@ -190,8 +190,8 @@ def _compare(
     if before["streaming"] and before["lanes"] is None:  # a version without lanes
         if existing.steps != schedule.steps:
             raise RequestError(
-                f"{printable(folder)} contains a run of an earlier version, which read its stream in another order, so "
-                f"it cannot be resumed; choose another {setting('output_dir')}"
+                f"{printable(folder)} contains a run of an earlier version, which read its stream in a different "
+                f"order, so it cannot be resumed; choose another {setting('output_dir')}"
             )
         fixed.remove("lanes")
     if all(settings.get("class_weights") not in ("auto", "none", None) for settings in (before, now)):
@@ -211,7 +211,7 @@ def _compare(
         differing.append(f"the images of {splits.dataset_id} have changed")
     if differing:
         raise RequestError(
-            f"{printable(folder)} contains another run: {'; '.join(differing)}. Choose another "
+            f"{printable(folder)} contains a different run: {'; '.join(differing)}. Choose another "
             f"{setting('output_dir')}, or use the same settings to resume it"
         )
     if existing.steps == schedule.steps and existing.fault is not None:

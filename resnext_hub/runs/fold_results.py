@@ -62,22 +62,22 @@ class CrossValidation:
     label_names: list[str]
     split_seed: int
     best_by: str
-    """What selected the weights of each fold: `last` if nothing did, else a metric on the images that are evaluated,
-    which makes the results optimistic."""
+    """What selected the weights of each fold: `last` if nothing did; otherwise a metric on the evaluated images, which
+    makes the results optimistic."""
     folds: list[FoldFacts]
     correct: int
-    """Correct predictions of all images, each by the model that was not trained on it."""
+    """Number of correct predictions for all images, each made by the model that was not trained on the image."""
     count: int
     accuracy: float
     low: float
     high: float
-    """95 % Wilson interval of the accuracy."""
+    """Upper end of the 95 % Wilson interval of the accuracy; `low` is the lower end."""
     mean_accuracy: Mean
     """Mean of the accuracies of the folds."""
     mean_average_precision: Mean | None
-    """With several labels per image."""
+    """Mean over the folds, if an image can have several labels; otherwise None."""
     test: Mean | None
-    """Mean of the accuracies, or mean average precisions, on the test split, if there is one: over the models."""
+    """Mean over the models of the accuracy, or of the mean average precision, on the test split, if there is one."""
 
     @property
     def is_optimistic(self) -> bool:

@@ -64,13 +64,15 @@ def train_folds(request: TrainRequest, folds: int, peers: Peers) -> CrossValidat
         StoppedRun: After SIGTERM or Ctrl-C; the state was saved.
     """
     if request.resume_from is not None:
-        raise RequestError(f"{setting('folds', folds)} is not possible with {setting('resume_from')}; omit one of them")
+        raise RequestError(
+            f"{setting('folds', folds)} cannot be combined with {setting('resume_from')}; omit one of them"
+        )
     settings, _ = merge_settings(request.asked, request.recipe, request.file)
     for name in ("push_to_hub", "push_checkpoints"):
         if settings.get(name):
             raise RequestError(
-                f"{setting(name, True)} publishes a single run; omit it, and push the run of a fold, or train one on "
-                "all images"
+                f"{setting(name, True)} publishes a single run; omit it, and then push the run of one fold, or train a "
+                "model on all images"
             )
     folder = request.output_dir
     if folder is not None:
@@ -101,7 +103,7 @@ def _require_usable(folder: Path) -> None:
     """Raise RequestError if the folder contains a run of its own."""
     if RunFolder(folder).is_run:
         raise RequestError(
-            f"{printable(folder)} contains a run; choose another {setting('output_dir')} for the folders of the folds"
+            f"{printable(folder)} contains a run; choose another {setting('output_dir')} for the fold folders"
         )
 
 

@@ -79,7 +79,7 @@ RECIPES: dict[str, Recipe] = {
         },
     ),
     AUTO: Recipe(
-        purpose="fine-tune pretrained weights in the way that suits the number of images per class",
+        purpose="fine-tune pretrained weights, with a method that suits the number of images per class",
         source="Kumar et al., 2022 (arXiv 2202.10054): fit the classifier before training other layers; the "
         "limit of 100 images per class is based on our comparison on small datasets",
         result="see 'Fine-tune with few images' in the documentation",
@@ -102,7 +102,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "finetune": Recipe(
         purpose="fine-tune pretrained weights on photographs, with few epochs, mild crops and a small learning rate",
-        source="common practice; AdamW with the learning rate of a fine-tuned ConvNeXt or ViT",
+        source="common practice; AdamW with a learning rate as used to fine-tune ConvNeXt or ViT",
         result="not measured on a public benchmark",
         settings={
             "pretrained": True,
@@ -212,7 +212,7 @@ RECIPES: dict[str, Recipe] = {
     "study": Recipe(
         purpose="the members of a study, with small images and a few minutes per run",
         source="Xie et al., 2017 (arXiv 1611.05431), section 5.3: SGD as for CIFAR",
-        result="see the pages of the studies",
+        result="see the study pages in the documentation",
         settings={
             "dataset": "digits",
             "image_size": 8,

@@ -264,8 +264,9 @@ def _choose_decoder(
         decoder = old or ("simplejpeg" if is_installed() else "pil")
     if old not in (None, decoder) and "decoder" not in asked:
         raise RequestError(
-            f"the images of the run in {printable(folder)} were decoded with {old}, and it would be resumed with "
-            f"{decoder}, whose pixels differ slightly; if that is intended, add {setting('decoder', decoder)}"
+            f"the images of the run in {printable(folder)} were decoded with {old}, but it would be resumed with "
+            f"{decoder}, which decodes to slightly different pixels; if this is intended, add "
+            f"{setting('decoder', decoder)}"
         )
     return dataclasses.replace(config, loader=dataclasses.replace(config.loader, decoder=decoder))
 
@@ -275,7 +276,7 @@ def _require_decoder(config: TrainConfig, what: str) -> None:
     if config.loader.decoder == "simplejpeg" and not is_installed():
         raise RequestError(
             f'{what} needs simplejpeg, which is not installed; pip install "resnext-hub[train]", or use '
-            f"{setting('decoder', 'pil')}, whose pixels differ slightly"
+            f"{setting('decoder', 'pil')}, which decodes to slightly different pixels"
         )
 
 

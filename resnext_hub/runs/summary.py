@@ -122,19 +122,19 @@ def _balance(plan: Plan) -> list[str]:
 def _finetune(plan: Plan) -> list[str]:
     """Return a line about how weights are fine-tuned, such as layers that are kept; none if all train alike."""
     config, schedule, optim = plan.config.finetune, plan.schedule, plan.config.optim
-    kept = {"none": "", "head": "only the classifier is trained", "bn": "batch norm layers are kept"}
+    kept = {"none": "", "head": "only the classifier is trained", "bn": "batch norm layers are frozen"}
     count, is_auto = plan.splits.train.count, plan.recipe == AUTO
     if config.fit_head and not schedule.steps:
         trained = ["only the classifier is trained, by logistic regression on cached features"]
     else:
-        trained = [kept.get(config.freeze, f"the first {config.freeze} stages are kept")]
+        trained = [kept.get(config.freeze, f"the first {config.freeze} stages are frozen")]
         trained += ["classifier fitted first, by logistic regression on cached features"] if config.fit_head else []
     parts = [
         *trained,
         f"only the classifier in the first {schedule.head_steps} steps" if schedule.head_steps else "",
         f"layer decay {config.layer_decay:g}" if config.layer_decay < 1 else "",
         f"learning rate of the classifier {config.head_lr:g}" if config.head_lr is not None else "",
-        f"averaged with the start ({config.average_with_start:g})" if config.average_with_start else "",
+        f"averaged with the initial weights ({config.average_with_start:g})" if config.average_with_start else "",
         f"early stopping after {config.early_stopping} evaluations" if config.early_stopping else "",
     ]
     if is_auto and schedule.steps:
@@ -152,7 +152,7 @@ def log_warnings(plan: Plan) -> None:
     if count < size and steps:
         _logger.warning(
             "--batch-size %d is larger than the training split (%d images), so steps repeat images; "
-            "--batch-size %d makes %d steps per epoch",
+            "--batch-size %d gives %d steps per epoch",
             size,
             count,
             fitting,
@@ -189,14 +189,14 @@ def _warn_of_lanes(plan: Plan) -> None:
     needed, fitting = workers * processes(), [n for n in range(processes(), size + 1, processes()) if size % n == 0]
     other = next((n for n in fitting if n >= needed), fitting[-1])
     if lanes % processes():
-        effect = f"{processes()} processes do not divide them, so some lanes are read by two of them"
+        effect = f"{processes()} processes cannot share them equally, so some lanes are read by two processes"
     elif lanes < needed:
-        effect = f"only {lanes // processes()} of {workers} workers per process read it"
+        effect = f"only {lanes // processes()} of {workers} workers per process are used"
     else:
         return
     _logger.warning(
         "the stream of %d row groups has %d lanes, and %s; a new run with --lanes %d would not have this problem, but "
-        "read up to %.0f %% of the stream twice",
+        "would read up to %.0f %% of the stream twice",
         train.row_groups,
         lanes,
         effect,

@@ -99,7 +99,7 @@ def plan_only(request: TrainRequest, peers: Peers) -> list[str]:
         lines = describe(plan, accelerator, estimate(plan, accelerator))
     log_warnings(plan)
     peers.close()
-    finished = ["the run folder holds this run, finished"] if plan.finished else []
+    finished = ["the run folder contains this run, which is already finished"] if plan.finished else []
     data = plan.config.data
     first = [f"this is the first of {data.folds} such runs"] if data.folds is not None and data.fold is None else []
     return [*lines, *first, *finished, "dry run: nothing was written"]

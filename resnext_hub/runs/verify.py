@@ -182,12 +182,12 @@ def _data_config(facts: Facts, dataset: str | None, exclude: str | None) -> Data
     local = config.dataset_revision is None and config.dataset != BUNDLED and not is_url(config.dataset)
     if local and dataset is None:
         raise RequestError(
-            f"the card describes the local dataset {printable(config.dataset)}; name its path with "
+            f"the card describes the local dataset {printable(config.dataset)}; pass its path with "
             f"{setting('dataset', 'PATH')}, or check only hashes with {setting('evaluate', False)}"
         )
     if config.exclude is not None and exclude is None:
         raise RequestError(
-            f"the run left out the images that {printable(config.exclude)} lists; name its path with "
+            f"the run excluded the images listed in {printable(config.exclude)}; pass the path of this list with "
             f"{setting('exclude', 'FILE')}, or check only hashes with {setting('evaluate', False)}"
         )
     if dataset is not None:

@@ -30,14 +30,16 @@ class BaseConfig:
     """The base architecture."""
 
     depth: Annotated[int, Range(11, 1000)] = 29
-    """Layers of the base: 9n + 2 with the cifar stem, such as 20 or 29; 26, 50, 101 or 152 with the imagenet stem."""
+    """Number of layers of the base architecture: 9n + 2 with the cifar stem, such as 20 or 29; 26, 50, 101 or 152 with
+    the imagenet stem."""
     stem: Literal["cifar", "imagenet"] = "cifar"
-    """cifar: 3x3 convolution at full resolution, three stages; imagenet: 7x7 convolution and pooling, four stages."""
+    """First layers and number of stages. cifar: 3x3 convolution at full resolution, three stages; imagenet: 7x7
+    convolution and pooling, four stages."""
     width_scale: Annotated[float, Range(1 / 64, 8)] = 0.5
     """Multiplier for the channels of all stages; 1 is the width used in the paper. The d in a member's name, such as
     32x4d, is its width before scaling."""
     match: Literal["parameters", "macs"] = "parameters"
-    """Cost that members have in common: parameters, or multiply-adds."""
+    """Cost by which members are matched: number of parameters, or multiply-adds (macs)."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -209,7 +211,7 @@ class _Solver:
                 raise RequestError(
                     f"no model with {wanted.cardinality} groups matches {twice}the base's number of {what} to within "
                     f"{100 * TOLERANCE:.0f} % at {setting('width_scale', f'{self.base.width_scale:g}')}; the closest "
-                    f"is off by {100 * off(solved):.1f} %; use a larger {setting('width_scale')} or fewer groups"
+                    f"one is off by {100 * off(solved):.1f} %; use a larger {setting('width_scale')} or fewer groups"
                 )
             solved = min(close, key=lambda v: (_skew(v), off(v)))
         name = name.format(C=solved.cardinality, d=solved.base_width)

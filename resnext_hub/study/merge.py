@@ -33,7 +33,7 @@ def take_over(study: Study, folders: Sequence[Path]) -> None:
         differing = [name for name, value in identity.items() if content.get(name) != value]
         if differing:
             raise RequestError(
-                f"{setting('merge', other)} contains another study: it differs in {', '.join(differing)}"
+                f"{setting('merge', other)} contains a different study: it differs in {', '.join(differing)}"
             )
     claim_folder(study)
     for other in others:

@@ -51,12 +51,13 @@ class StudyConfig:
     """Runs of the study."""
 
     seeds: Annotated[int, Range(1, 1000)] = 5
-    """Runs of each member, with the seeds 0, 1, 2 and so on; rerun with more to extend an existing study."""
+    """Number of runs per member, with the seeds 0, 1, 2 and so on; to extend an existing study, increase this number
+    and rerun the command."""
     jobs: Annotated[int, Range(1, 256)] | None = None
-    """Runs to train in parallel, which share the CPU cores; if not given, 1 with an accelerator, else one per core, up
-    to 4."""
+    """Number of runs to train in parallel, which share the CPU cores; if not given, 1 with an accelerator, otherwise
+    one per core, up to 4."""
     retries: Annotated[int, Range(0, 100)] = 1
-    """Further attempts for a run that fails; it resumes from its last checkpoint."""
+    """Number of further attempts for a run that fails; each attempt resumes from the last checkpoint of the run."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -218,7 +219,7 @@ def plan_study(
         study_dir: The study folder; `studies/{kind}-{dataset}` if not given.
 
     Raises:
-        RequestError: If the request is invalid, or the folder contains another study.
+        RequestError: If the request is invalid, or the folder contains a different study.
     """
     if processes() > 1:
         raise RequestError("a study launches its own runs; run it without torchrun or accelerate launch")
@@ -311,7 +312,7 @@ def write_architecture(study: Study, member: Member, folder: Path) -> None:
 
 
 def _require_same(study: Study) -> None:
-    """Raise RequestError if the folder contains another study, or other files."""
+    """Raise RequestError if the folder contains a different study, or other files."""
     folder = study.folder
     way_out = f"choose another {setting('study_dir')}"
     if not os.path.lexists(folder.config):
@@ -326,7 +327,7 @@ def _require_same(study: Study) -> None:
         if before.get(name) != value
     ]
     if differing:
-        raise RequestError(f"{printable(folder)} contains another study: {'; '.join(differing)}; {way_out}")
+        raise RequestError(f"{printable(folder)} contains a different study: {'; '.join(differing)}; {way_out}")
 
 
 def read_study(folder: StudyFolder, flag: str = "study_dir") -> dict[str, Any]:

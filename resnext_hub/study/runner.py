@@ -101,7 +101,7 @@ class _Runner:
         """
         done = len(self._all) - len(self._waiting)
         if done:
-            _logger.info("%d of %d runs are finished already", done, len(self._all))
+            _logger.info("%d of %d runs are already finished", done, len(self._all))
         with self._stop_on_signals():
             while (self._waiting or self._running) and self._signal is None:
                 while self._waiting and len(self._running) < self._study.jobs:

@@ -41,7 +41,7 @@ def inference_speed(study: Study) -> dict[str, float]:
         kept = read_json(path, dict[str, Any], "remove it, and rerun the study to measure again")
         if kept.get("machine") == machine and set(names) <= set(kept.get("inference", {})):
             return {name: float(kept["inference"][name]) for name in names}
-    _logger.info("measuring the speed of inference")
+    _logger.info("measuring inference speed")
     images = _noise(study, size)
 
     @torch.inference_mode()

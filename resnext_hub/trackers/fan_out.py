@@ -24,8 +24,8 @@ _logger = logging.getLogger(__name__)
 
 _KINDS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "trackio": Trackio, "wandb": Wandb, "mlflow": MLflow}
 
-_WHILE_RUNNING = "the run continues without it, and sends what is missing when it ends or is resumed"
-_AT_THE_END = "what it lacks is in metrics.jsonl"
+_WHILE_RUNNING = "the run continues without it, and logs the missing metrics when it ends or is resumed"
+_AT_THE_END = "the missing metrics are in metrics.jsonl"
 
 
 class Trackers:

@@ -36,19 +36,19 @@ class BalanceConfig:
     """Class imbalance."""
 
     class_weights: str = "none"
-    """Weight the loss by class: auto for weights in inverse proportion to the effective number of images (Cui et al.,
+    """Weight the loss by class: auto for weights inversely proportional to the effective number of images (Cui et al.,
     2019), a YAML file with one `class: weight` per line, or none."""
     sampling: Literal["natural", "balanced"] = "natural"
-    """How often images are drawn in an epoch: natural draws each once; balanced draws all classes equally often, so
-    images of small classes are repeated."""
+    """How often images are drawn in an epoch: natural draws each image once; balanced draws all classes equally often,
+    so images of small classes are repeated."""
     logit_adjustment: Annotated[float, Range(0, 100)] = 0.0
-    """Strength of logit adjustment (Menon et al., 2021): in training, this multiple of the logarithm of each class's
-    frequency is added to its logit; 1 corrects for the imbalance, 0 turns it off."""
+    """Strength of logit adjustment (Menon et al., 2021): during training, this multiple of the logarithm of each
+    class's frequency is added to its logit; 1 corrects for the imbalance, 0 disables the adjustment."""
     best_by: Literal["top1", "macro-recall", "macro-f1", "map", "loss", "last"] | None = None
-    """Metric that selects the best weights of the run on the evaluation split: top-1 accuracy, the mean recall or F1
-    score of the classes, the mean average precision (map), or the loss; last takes the weights at the end of the run
-    instead, so that the evaluation split measures weights that it did not select. If not given, last with --folds
-    (except with --early-stopping), else top1, or map if an image can have several labels."""
+    """Metric that selects the best weights of the run on the evaluation split: top-1 accuracy, mean recall or F1 score
+    over the classes, mean average precision (map), or the loss. last uses the weights at the end of the run instead, so
+    that the evaluation results are not biased by the selection. If not given, last with --folds (except with
+    --early-stopping); otherwise top1, or map if an image can have several labels."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -63,7 +63,8 @@ class BalanceConfig:
         ]
         if len(corrections) > 1:
             raise RequestError(
-                f"{' and '.join(corrections)} correct for the same imbalance and would overcorrect together; use one"
+                f"{' and '.join(corrections)} correct for the same imbalance and would overcorrect together; use only "
+                "one of them"
             )
 
 

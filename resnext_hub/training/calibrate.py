@@ -152,6 +152,6 @@ def fold(
     for weight, old in zip(weights, trained, strict=True):
         weight.copy_(old)
     _logger.warning(
-        "the probabilities are not calibrated: with a temperature of %g, other classes would be predicted", temperature
+        "the probabilities are not calibrated, because a temperature of %g would change predicted classes", temperature
     )
     return None

@@ -33,7 +33,8 @@ class CheckpointConfig:
     """Checkpoints."""
 
     checkpoint_every: str = field(default="10m", metadata=FREE)
-    """Interval between checkpoints, in optimizer steps (500) or minutes (10m); the last step is always saved."""
+    """Interval between checkpoints, in optimizer steps (500) or minutes (10m); a checkpoint is always saved after the
+    last step."""
     keep_checkpoints: Annotated[int, Range(1, 1_000_000)] = field(default=2, metadata=FREE_PER_PROCESS)
     """Number of checkpoints to keep, 1 or more; older ones are deleted."""
 

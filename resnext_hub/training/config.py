@@ -118,13 +118,13 @@ class PublishConfig:
     push_to_hub: bool = field(default=False, metadata=FREE_PER_PROCESS)
     """Publish the model folder when the run has finished."""
     push_checkpoints: bool = field(default=False, metadata=FREE_PER_PROCESS)
-    """Upload the latest checkpoint to the branch `checkpoints` of the repository, for --resume-from hub:owner/name."""
+    """Upload the latest checkpoint to the `checkpoints` branch of the repository, for --resume-from hub:owner/name."""
     repo_id: str | None = field(default=None, metadata=FREE_PER_PROCESS)
     """Repository on the Hub, owner/name; created if it does not exist."""
     license: str | None = field(default=None, metadata=FREE_PER_PROCESS)
     """License of the weights, such as apache-2.0; required to publish."""
     private: bool = field(default=False, metadata=FREE_PER_PROCESS)
-    """If the repository does not exist, create it as private."""
+    """Create the repository as private if it does not exist."""
 
     def __post_init__(self) -> None:
         if (self.push_to_hub or self.push_checkpoints) and not self.repo_id:
@@ -144,74 +144,79 @@ class TrainConfig:
     model: str = "resnext_g32"
     """timm model name, hf-hub:owner/name, or local-dir:FOLDER."""
     pretrained: bool | None = None
-    """Start from pretrained weights; by default, on for models given as hf-hub:... or local-dir:... and in the recipes
-    auto, finetune and linear-probe; otherwise off."""
+    """Start from pretrained weights. By default, on for models given as hf-hub:... or local-dir:... and in the recipes
+    auto, finetune and linear-probe, and off otherwise."""
     drop_rate: Annotated[float, Range(0, 1, below=True)] = 0.0
     """Dropout probability before the classifier, at least 0 and below 1."""
     drop_path: Annotated[float, Range(0, 1, below=True)] = 0.0
-    """Stochastic depth: probability of dropping the residual branch of the last block, at least 0 and below 1; it
-    increases linearly with depth."""
+    """Stochastic depth: probability of dropping the residual branch of the last block, at least 0 and below 1; the
+    probability increases linearly with depth up to this value."""
     epochs: Annotated[float, Range(0, 1_000_000)] = field(default=30.0, metadata=GROWS)
-    """Passes over the training split; fractions are allowed, and 0 with --fit-head."""
+    """Number of passes over the training split; fractions are allowed, and with --fit-head also 0."""
     max_steps: Annotated[int, Range(1, STEPS)] | None = field(default=None, metadata=GROWS)
     """Number of optimizer steps; overrides --epochs."""
     batch_size: Annotated[int, Range(1, BATCH)] = 128
     """Global batch size: images per optimizer step, summed over all processes."""
     repeated_augmentation: Annotated[int, Range(1, 64)] = 1
-    """Number of times that each image occurs in a batch, each time augmented differently (Hoffer et al., 2020); an
-    epoch keeps its length, so it contains fewer distinct images."""
+    """Number of times that each image occurs in a batch, each time augmented differently (Hoffer et al., 2020). The
+    length of an epoch does not change, so an epoch contains fewer distinct images."""
     micro_batch_size: Annotated[int, Range(1, BATCH)] | None = None
-    """Images per forward and backward pass of a process, for gradient accumulation; no accumulation if not given."""
+    """Number of images per forward and backward pass of each process, for gradient accumulation; if not given,
+    gradients are not accumulated."""
     elastic: Annotated[int, Range(2, BATCH)] | None = None
     """Number of virtual processes, a power of two that divides the batch size. Runs with 1, 2, 4, … up to this number
     of processes then train bit-identical weights, even when resumed with a different number of processes. Each virtual
     process has its own batch norm statistics and random numbers, as each real process otherwise would. Off if not
     given."""
     eval_batch_size: Annotated[int, Range(1, BATCH)] = 32
-    """Images per forward pass of a process during evaluation."""
+    """Number of images per forward pass of each process during evaluation."""
     tta: TestTimeAugmentation = "none"
-    """Test-time augmentation, for evaluation and prediction: flip predicts from the mean of the logits of an image and
-    its mirror image, at twice the cost; none predicts from the image alone."""
+    """Test-time augmentation, for evaluation and prediction: flip averages the logits of an image and its mirror image,
+    at twice the cost; none uses the image alone."""
     calibrate: bool = field(default=True, metadata=FREE)
     """Calibrate the probabilities of the published model: divide the weights of its classifier by a temperature that is
-    fitted on the evaluation split (Guo et al., 2017); this changes no prediction. Does nothing if an image can have
-    several labels."""
+    fitted on the evaluation split (Guo et al., 2017). This does not change any predicted class. It has no effect if an
+    image can have several labels."""
     loss: Literal["cross-entropy", "bce"] | None = None
-    """Loss: cross-entropy of mutually exclusive classes, or bce, the binary cross-entropy of each class against
-    all others (Wightman et al., 2021); if not given, cross-entropy, or bce if an image can have several labels."""
+    """Loss function: cross-entropy, for mutually exclusive classes, or bce, the binary cross-entropy of each class
+    against all others (Wightman et al., 2021). If not given, bce if an image can have several labels, and cross-entropy
+    otherwise."""
     label_smoothing: Annotated[float, Range(0, 1, below=True)] | None = None
-    """Label smoothing: fraction of the target spread evenly over all classes, at least 0 and below 1; if not given,
-    0.1, or 0 if an image can have several labels."""
+    """Label smoothing: fraction of the target probability that is spread evenly over all classes, at least 0 and below
+    1. If not given, 0 if an image can have several labels, and 0.1 otherwise."""
     ema: Annotated[float, Range(0, 1, above=True, below=True)] | None = None
     """Decay of an exponential moving average (EMA) of the weights, such as 0.9998; the average is evaluated and
     published. No EMA if not given."""
     seed: Annotated[int, Range(0, SEEDS)] = 0
     """Random seed for weight initialization, sample order and augmentation."""
     deterministic: bool | None = field(default=None, metadata=FREE)
-    """Use deterministic algorithms only; if not given, on for a CPU and off for an accelerator."""
+    """Use only deterministic algorithms; if not given, on for CPUs and off for accelerators."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Autocast precision; auto uses the launcher's setting if there is one, else bf16 on devices where it is fast, else
-    no."""
+    """Autocast precision. auto uses the setting of the launcher if there is one; otherwise, it uses bf16 on devices
+    where bf16 is fast, and no on all others."""
     merge_groups: str = field(default="auto", metadata=FREE)
     """Compute adjacent groups of a grouped convolution as one wider group, with the same result up to rounding: auto
-    merges layers that measure faster when merged, off merges none, and a number merges all to that width in channels or
-    the largest possible width below it."""
+    merges groups where merging was measured to be faster; off merges none; a number merges the groups of all layers to
+    that width in channels, or to the largest possible width below it."""
     compile: bool = field(default=False, metadata=FREE)
-    """Compile the model with torch.compile; the first step takes a minute or more."""
+    """Compile the model with torch.compile; the first step then takes a minute or more."""
     progressive_size: Annotated[int, Range(1, IMAGE_SIZE)] | None = None
-    """Progressive resizing: initial image size, in pixels, increased to --image-size over the first three quarters of
-    the run."""
+    """Progressive resizing: initial image size, in pixels, which increases to --image-size over the first three
+    quarters of the run. Off if not given."""
     threads: str = field(default="auto", metadata=FREE_PER_PROCESS)
-    """CPU threads per process; auto divides the cores among the processes."""
+    """Number of CPU threads per process; auto divides the cores among the processes."""
     log_every: Annotated[int, Range(1, STEPS)] = field(default=10, metadata=FREE)
-    """Optimizer steps between training lines in metrics.jsonl, and between updates of the progress that is shown."""
+    """Number of optimizer steps between training entries in metrics.jsonl, and between updates of the progress
+    display."""
     eval_every: Annotated[float, Range(0.001, STEPS)] = 1.0
-    """Epochs between evaluations; fractions are allowed. The last step is always evaluated."""
+    """Number of epochs between evaluations; fractions are allowed. The model is always evaluated after the last
+    step."""
     log_samples: bool = field(default=False, metadata=FREE_PER_PROCESS)
-    """Write samples-P.jsonl for each process P, with the image indices and a hash of the pixels of every step."""
+    """Write a file samples-P.jsonl for each process P, with the image indices and a hash of the pixels of every
+    step."""
     track: str | None = field(default=None, metadata=FREE_PER_PROCESS)
-    """Experiment trackers that show the metrics as well, separated by commas: tensorboard, trackio, wandb, mlflow; the
-    extra of the same name installs a tracker."""
+    """Comma-separated list of experiment trackers that also receive the metrics: tensorboard, trackio, wandb, mlflow.
+    Each tracker requires the extra of the same name."""
     data: DataConfig = field(default_factory=DataConfig)
     transform: TransformConfig = field(default_factory=TransformConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
@@ -236,13 +241,13 @@ class TrainConfig:
             )
         if self.finetune.fit_head and self.data.streaming:
             raise RequestError(
-                f"{setting('fit_head', True)} reads the training images before the first step, which is not possible "
-                f"with {setting('streaming', True)}; omit one of them"
+                f"{setting('fit_head', True)} reads the training images before the first step, which "
+                f"{setting('streaming', True)} does not allow; omit one of them"
             )
         if self.repeated_augmentation > 1 and (self.data.streaming or self.balance.sampling == "balanced"):
             other = setting("streaming", True) if self.data.streaming else setting("sampling", "balanced")
             raise RequestError(
-                f"{setting('repeated_augmentation', self.repeated_augmentation)} is not possible with {other}; omit "
+                f"{setting('repeated_augmentation', self.repeated_augmentation)} cannot be combined with {other}; omit "
                 "one of them"
             )
         if self.balance.best_by == "last" and self.finetune.early_stopping is not None:

@@ -36,7 +36,7 @@ class Logits:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Results for each readable evaluation sample, arrays `(N,)` in the order of the split."""
+    """Results for each readable evaluation sample, as arrays `(N,)` in the order of the split."""
 
     indices: np.ndarray
     """Indices in the split."""
@@ -55,7 +55,7 @@ class Evaluation:
     plain_predictions: np.ndarray | None = None
     """Predictions without test-time augmentation, if it was used."""
     logits: Logits | None = None
-    """Logits of an evenly spaced part of the images, if they were asked for."""
+    """Logits of an evenly spaced subset of the images, if requested."""
 
     @property
     def count(self) -> int:
@@ -113,7 +113,8 @@ class Evaluation:
     def calibration_error(self) -> float:
         """Expected calibration error, 0 to 1: the mean gap between confidence and accuracy.
 
-        Over 15 bins of equal width, weighted by their number of samples (Guo et al., 2017, arXiv 1706.04599).
+        It is computed over 15 bins of equal width, weighted by their number of samples (Guo et al., 2017, arXiv
+        1706.04599).
         """
         return calibration_error(self.probabilities, self.labels == self.predictions)
 

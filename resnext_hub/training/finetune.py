@@ -18,32 +18,31 @@ class FinetuneConfig:
     """Fine-tuning."""
 
     freeze: str = "none"
-    """Parameters to freeze: none; head, all except the classifier, as in linear probing; bn, the batch norm layers; or
-    a number, that many stages, counting the stem as the first. Frozen batch norm layers use their stored statistics."""
+    """Parameters to freeze: none; head (all except the classifier, as in linear probing); bn (the batch norm layers);
+    or a number of stages, counting the stem as the first. Frozen batch norm layers use their stored statistics."""
     layer_decay: Annotated[float, Range(0, 1, above=True)] = 1.0
-    """Layer-wise learning rate decay: the learning rate of each group of layers (as defined by timm) is this multiple
-    of that of the next group, and the classifier has the full rate; above 0 and at most 1, which gives all groups the
-    same rate."""
+    """Layer-wise learning rate decay, above 0 and at most 1: the learning rate of each group of layers (as defined by
+    timm) is this multiple of the learning rate of the next group, and the classifier has the full rate. With 1, all
+    groups have the same rate."""
     head_lr: Annotated[float, Range(0, 1000, above=True)] | None = None
-    """Peak learning rate of the classifier; that of the other layers (--lr) if not given."""
+    """Peak learning rate of the classifier; if not given, the same as for the other layers (--lr)."""
     head_epochs: Annotated[float, Range(0, 1_000_000)] = 0.0
-    """Epochs at the beginning of the run in which only the classifier is trained (LP-FT; Kumar et al., 2022); each of
-    the two parts has its own warmup and cosine decay."""
+    """Number of epochs at the beginning of the run in which only the classifier is trained (LP-FT; Kumar et al., 2022).
+    These epochs and the rest of the run each have their own warmup and cosine decay."""
     fit_head: bool = False
-    """Fit the classifier before the first step, as a logistic regression on features of the training images that are
-    computed once; with --epochs 0, that is all that is trained. The result is evaluated, and published if training
-    does not improve on it."""
+    """Before the first step, fit the classifier by logistic regression on the features of the training images, which
+    are computed once; with --epochs 0, nothing else is trained. The resulting model is evaluated, and it is published
+    if training does not improve on it."""
     average_with_start: Annotated[float, Range(0, 1, below=True)] = 0.0
-    """Evaluate and publish the average of the trained weights and the initial ones (WiSE-FT; Wortsman et al., 2022):
-    weight of the initial ones in the
-    average, at least 0 and below 1. The initial weights include the classifier of --fit-head, or
-    the one after --head-epochs."""
+    """Evaluate and publish the weighted average of the trained and the initial weights (WiSE-FT; Wortsman et al.,
+    2022): weight of the initial ones in the average, at least 0 and below 1. The initial weights include the classifier
+    that was fitted by --fit-head or trained during --head-epochs."""
     early_stopping: Annotated[int, Range(1, 1_000_000)] | None = field(default=None, metadata=FREE)
-    """Stop after this many evaluations in a row without an improvement of the metric of --best-by; never if not
+    """Stop the run after this many consecutive evaluations without an improvement in the --best-by metric; never if not
     given."""
     early_stopping_delta: Annotated[float, Range(0, 1_000_000)] = field(default=0.0, metadata=FREE)
-    """With --early-stopping: smallest difference that counts as an improvement, in the unit of the metric; accuracy is
-    a fraction from 0 to 1."""
+    """With --early-stopping: smallest difference that counts as an improvement, in the unit of the metric (accuracy is
+    a fraction from 0 to 1)."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -85,7 +84,7 @@ class FinetuneConfig:
         if freezes and not classifier_names(model):
             raise RequestError(f"{setting(name, value)}: the model has no separate classifier layer to train")
         if self.fit_head and not has_linear_classifier(model):
-            raise RequestError(f"{setting('fit_head', True)} needs a model with one linear classifier; omit it")
+            raise RequestError(f"{setting('fit_head', True)} needs a model with a single linear classifier; omit it")
         if self.average_with_start and not pretrained:
             raise RequestError(
                 f"{setting('average_with_start', self.average_with_start)} averages with initial weights, which are "

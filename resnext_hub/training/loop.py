@@ -202,7 +202,7 @@ class _Run:
             step=self.state.step,
             per_epoch=count / self.plan.config.batch_size,
             visible=self.recorder.is_main,
-            right="all labels right" if self.plan.splits.is_multi_label else "accuracy",
+            right="all labels correct" if self.plan.splits.is_multi_label else "accuracy",
         )
 
     def seconds_left(self, speed: float) -> float:

@@ -24,14 +24,14 @@ class OptimConfig:
     optimizer: str = "sgd"
     """Name of a timm optimizer, such as sgd, adamw or lamb."""
     lr: Annotated[float, Range(0, 1000, above=True)] | None = None
-    """Peak learning rate; if not given, derived from the optimizer, the global batch size and, for SGD, whether the
-    weights are pretrained."""
+    """Peak learning rate; if not given, it is derived from the optimizer, the global batch size and, for SGD, whether
+    the weights are pretrained."""
     momentum: Annotated[float, Range(0, 1, below=True)] = 0.9
     """Momentum, at least 0 and below 1, for optimizers that use it."""
     weight_decay: Annotated[float, Range(0, 1000)] = 1e-4
     """Weight decay; not applied to biases and norm layers."""
     warmup_epochs: Annotated[float, Range(0, 1_000_000)] = 5.0
-    """Epochs of linear learning rate warmup, capped at half of the run."""
+    """Number of epochs of linear learning rate warmup, capped at half of the run."""
     clip_grad: Annotated[float, Range(0, 1_000_000_000, above=True)] | None = None
     """Clip gradients to this total L2 norm; no clipping if not given."""
 

@@ -39,7 +39,7 @@ def summary_of(evaluation: AnyEvaluation, macro: bool = False) -> str:
     if isinstance(evaluation, MultiLabelEvaluation):
         return (
             f"mAP {100 * evaluation.mean_average_precision:.2f} %, macro-F1 {evaluation.macro_f1:.4f}, all labels "
-            f"right {counts}"
+            f"correct {counts}"
         )
     return f"accuracy {counts}" + (f", macro recall {100 * evaluation.macro_recall:.2f} %" if macro else "")
 

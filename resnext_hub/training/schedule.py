@@ -88,8 +88,9 @@ def plan_schedule(config: TrainConfig, count: int) -> Schedule:
     head = round(config.finetune.head_epochs * per_epoch)
     if head >= steps > 0:
         raise RequestError(
-            f"{setting('head_epochs', config.finetune.head_epochs)} leaves no step of this run for the other layers: "
-            f"it has {steps} steps, {per_epoch:.4g} per epoch; use fewer, or {setting('freeze', 'head')}"
+            f"{setting('head_epochs', config.finetune.head_epochs)} leaves no steps of this run for the other layers: "
+            f"the run has {steps} steps, {per_epoch:.4g} per epoch; use fewer head epochs, or "
+            f"{setting('freeze', 'head')}"
         )
     warmup = min(round(config.optim.warmup_epochs * per_epoch), (steps - head) // 2)
     return Schedule(steps=steps, warmup_steps=warmup, evaluations=frozenset(evaluations), head_steps=head)

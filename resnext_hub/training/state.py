@@ -259,7 +259,7 @@ class TrainingState:
         self.merged_groups = facts.merged_groups or {}
         layers = grouped_convolutions(self.model)
         if not all(n in layers and f > 0 and layers[n].groups % f == 0 for n, f in self.merged_groups.items()):
-            raise checkpoint.mismatch("its merged groups belong to another model")
+            raise checkpoint.mismatch("its merged groups belong to a different model")
         for name, before in facts.how.items():
             exact = name == "processes" and self.plan.config.elastic is not None
             if name in self.how and self.how[name] != before and not exact:

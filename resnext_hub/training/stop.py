@@ -96,8 +96,8 @@ class StopSignal:
             return
         if not self._left.is_set():
             sys.stderr.write(
-                f"stopped by {signal.Signals(number).name} while waiting for another process of the run that does "
-                "not answer; rerun the same command to resume from the last checkpoint\n"
+                f"stopped by {signal.Signals(number).name} while waiting for another process of the run, which does "
+                "not respond; rerun the same command to resume from the last checkpoint\n"
             )
             sys.stderr.flush()
             os._exit(128 + number)

@@ -253,7 +253,10 @@ def test_a_wrong_request_to_publish_a_page_is_refused(tmp_path: Path, command: C
         ((folder, "--space", "me/pets"), "--license is required"),
         ((folder, "--space", "pets", "--license", "mit"), "expected owner/name"),
         ((folder, "--space", "me/pets", "--repo-id", "me/pets", "--license", "mit"), "omit one of them"),
-        ((tmp_path, "--space", "me/pets", "--license", "mit"), "is not a page: expected one that `resnext-hub demo"),
+        (
+            (tmp_path, "--space", "me/pets", "--license", "mit"),
+            "is not a demo page: expected a folder written by `resnext-hub demo",
+        ),
     ):
         code, out, err = command("push", *words)
         assert (code, out) == (2, "")
@@ -281,7 +284,7 @@ def test_a_wrong_request_for_a_page_is_refused_before_anything_is_written(
     monkeypatch.setenv("RESNEXT_HUB_CACHE", str(tmp_path / "cache"))
     place = tmp_path / "page"
     for words, message in (
-        (("--static", full), "exists and is not a demo; expected a new folder"),
+        (("--static", full), "exists and is not a demo page; expected a new folder"),
         (("--static", place), "npm is not installed; run `npm pack onnxruntime-web@"),
         (("--static", place, "--onnxruntime-web", other), "its hash differs; expected the file that `npm pack"),
         (("--static", place, "--onnxruntime-web", tmp_path / "none"), "cannot be read: No such file or directory"),

@@ -89,15 +89,15 @@ def test_an_entry_runs_in_own_process_which_ends_with_the_comparison() -> None:
 
 
 def test_an_entry_that_fails_or_dies_is_reported_in_one_line() -> None:
-    with raises(RunError, match="process of benchmark entry one died"), in_own_process("one", build_dying_entry):
+    with raises(RunError, match="process of the benchmark entry one died"), in_own_process("one", build_dying_entry):
         pass
     with in_own_process("one", build_working_entry, 3.5) as entry:
         os.kill(int(entry.name.split()[1]), signal.SIGKILL)
-        with raises(RunError, match="process of benchmark entry one died"):
+        with raises(RunError, match="process of the benchmark entry one died"):
             entry.run()
     for error, expected in (
         (RequestError("no such model"), raises(RequestError, match=r"^no such model$")),
-        (RuntimeError("out of\nmemory"), raises(RunError, match=r"^a benchmark entry failed: one: out of memory$")),
+        (RuntimeError("out of\nmemory"), raises(RunError, match=r"^the benchmark entry one failed: out of memory$")),
     ):
         with expected, in_own_process("one", build_failing_entry, error):
             pass

@@ -60,10 +60,10 @@ def test_the_report_shows_each_check_and_the_worst_ratio() -> None:
     )
     text = report.table()
     assert "| start-up, s | 2 | 1.6 | 1.25 |" in text
-    assert "within 1.67x of the 2 measurements" in text
+    assert "within a factor of 1.67 of the 2 measurements" in text
     assert "Warning" not in text
     busy = dataclasses.replace(report, constants=dataclasses.replace(MACHINE, waited=3.04))
-    assert "Warning: a start took 3.0x its CPU time" in busy.table()
+    assert "Warning: startup took 3.0x its CPU time" in busy.table()
     assert json.loads(report.to_json())["prediction"] == dataclasses.asdict(report.prediction)
 
 

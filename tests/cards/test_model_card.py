@@ -100,7 +100,7 @@ def test_classes_without_evaluation_images_are_not_measured() -> None:
     card = many([(3, 3), (2, 2), (0, 0), (0, 0)])
     assert "**2 of them have no evaluation images and were not measured: class 2, class 3.**" in card
     assert "| class 2 | 0 | 0 | not measured |  |" in card
-    assert "Macro averages are over the measured classes." in card
+    assert "Macro averages include only the measured classes." in card
     assert "Macro-F1 (2 of 4 classes measured)" in card.split("---\n", 2)[1]
     whole = many([(3, 3), (2, 2)])
     assert "not measured:" not in whole
@@ -109,9 +109,9 @@ def test_classes_without_evaluation_images_are_not_measured() -> None:
 
 def test_a_misclassified_sample_is_called_incorrect() -> None:
     record = a_record(sample=SampleFacts(index=4, label="bus", output=[("car", 0.6), ("bus", 0.4)]))
-    assert "of class bus, is classified incorrectly: car (60.00 %), bus (40.00 %)." in render_card(record)
+    assert "(class bus) is classified incorrectly: car (60.00 %), bus (40.00 %)." in render_card(record)
     record = a_record(sample=SampleFacts(index=4, label="bus", output=[("bus", 0.6)]))
-    assert "of class bus, is classified correctly: bus (60.00 %)." in render_card(record)
+    assert "(class bus) is classified correctly: bus (60.00 %)." in render_card(record)
 
 
 def test_an_evaluation_on_the_training_split_is_called_so() -> None:

@@ -346,10 +346,13 @@ def header(digest: str | None) -> str:
     ("lines", "words"),
     [
         (['["train", 24, "x", ""]'], "lists row 24 of train, which has 24 rows"),
-        (['["train", -1, "x", ""]'], "lists row -1 of train; expected 0 or more"),
-        (['["test", 0, "x", ""]'], "was made for another dataset, or another version of it (it lists images of test)"),
-        (['["train", 0]'], "is not a list that resnext-hub check --write-exclude wrote"),
-        (["train 0 x"], "is not a list that resnext-hub check --write-exclude wrote"),
+        (['["train", -1, "x", ""]'], "lists row -1 of train; expected a row number of 0 or more"),
+        (
+            ['["test", 0, "x", ""]'],
+            "was made for a different dataset, or a different version of this one (it lists images of test)",
+        ),
+        (['["train", 0]'], "is not a list written by resnext-hub check --write-exclude"),
+        (["train 0 x"], "is not a list written by resnext-hub check --write-exclude"),
         ([f'["train", {row}, "x", ""]' for row in range(24)], "lists all images of train"),
     ],
 )
@@ -370,14 +373,14 @@ def test_a_file_that_is_not_a_list_is_refused(content: bytes | None, photos: Pat
     path = tmp_path / "exclude.txt"
     if content is not None:
         path.write_bytes(content)
-    with raises(RequestError, match=r"is not a list that|cannot be read: No such file"):
+    with raises(RequestError, match=r"is not a list written by|cannot be read: No such file"):
         load_splits(DataConfig(dataset=str(photos), exclude=str(path)))
 
 
 def test_a_list_of_another_dataset_is_refused(photos: Path, tmp_path: Path, command: Command) -> None:
     (photos / "train" / "cat" / "broken.png").write_bytes(b"no image")
     assert command("check", photos, "--write-exclude", tmp_path / "exclude.txt")[0] == 1
-    with raises(RequestError, match="was made for another dataset, or another version of it"):
+    with raises(RequestError, match="was made for a different dataset, or a different version of this one"):
         load_splits(DataConfig(exclude=str(tmp_path / "exclude.txt")))
 
 

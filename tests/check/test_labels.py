@@ -211,7 +211,7 @@ def test_a_stream_is_refused(noisy_run: Path, tmp_path: Path) -> None:
 def test_settings_of_a_dataset_are_refused(words: tuple[str, str], noisy_run: Path, command: Command) -> None:
     code, _, err = command("check", noisy_run, *words)
     assert code == 2
-    assert err == f"error: {words[0]} is not possible with a run: {noisy_run} has its own settings; omit it\n"
+    assert err == f"error: {words[0]} cannot be combined with a run: {noisy_run} has its own settings; omit this flag\n"
 
 
 def test_a_folder_without_a_record_is_a_dataset(noisy_run: Path, command: Command) -> None:

@@ -179,7 +179,7 @@ def test_a_folder_of_other_things_is_left_alone(command: Command, tmp_path: Path
         (
             2,
             {"batch_size": 66, "mixup": 0.2},
-            "gives 33 images per process, but mixup and cutmix need pairs; use 64 or 68",
+            "gives 33 images per process, but mixup and cutmix need pairs of images; use 64 or 68",
         ),
     ],
     ids=["not divided", "odd part"],
@@ -217,7 +217,9 @@ def test_a_stream_of_an_earlier_version_is_not_resumed_in_another_order(tmp_path
     assert settings.pop("lanes") == 4
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "config.yaml").write_text(json.dumps(settings))  # of a version without lanes
-    with raises(RequestError, match="a run of an earlier version, which read its stream in another order, so it can"):
+    with raises(
+        RequestError, match="a run of an earlier version, which read its stream in a different order, so it can"
+    ):
         prepare(asked, asked=asked, output_dir=tmp_path / "run")
 
 

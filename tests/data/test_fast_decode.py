@@ -406,7 +406,7 @@ def test_the_decoder_is_recorded_kept_on_resume_and_changed_on_request(
     (tmp_path / "pil.yaml").write_text("decoder: pil\n")
     code, _, err = command(*flags, "--max-steps", 9, "--output-dir", run, "--config", tmp_path / "pil.yaml")
     assert code == 2
-    assert "run were decoded with simplejpeg, and it would be resumed with pil" in err
+    assert "run were decoded with simplejpeg, but it would be resumed with pil" in err
     assert "--decoder pil" in err
     assert err.count("\n") == 1
 

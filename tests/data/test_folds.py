@@ -147,9 +147,13 @@ def test_several_labels_are_stratified_by_the_rarest_one(tmp_path: Path) -> None
     [
         param({"fold": 1}, "fold=1: needs folds", id="fold alone"),
         param({"folds": 3, "fold": 4}, "fold=4: there are only 3 folds", id="beyond the last"),
-        param({"folds": 3, "streaming": True}, "streaming=True is not possible with folds=3", id="stream"),
-        param({"folds": 3, "eval_split": "val"}, "eval_split=val is not possible with folds=3", id="evaluation split"),
-        param({"folds": 3, "test_fraction": 0.1}, "test_fraction=0.1 is not possible with folds=3", id="test fraction"),
+        param({"folds": 3, "streaming": True}, "streaming=True cannot be combined with folds=3", id="stream"),
+        param(
+            {"folds": 3, "eval_split": "val"}, "eval_split=val cannot be combined with folds=3", id="evaluation split"
+        ),
+        param(
+            {"folds": 3, "test_fraction": 0.1}, "test_fraction=0.1 cannot be combined with folds=3", id="test fraction"
+        ),
         param({"folds": 1}, "folds=1: expected", id="one fold"),
     ],
 )

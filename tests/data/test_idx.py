@@ -93,9 +93,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         replace(LABEL, idx(LABELS["train"]) + b"\0"),
         "its header declares 12 bytes, but it contains more",
     ),
-    "empty": (replace(TRAIN, b""), "is not an IDX file of 3 dimensions"),
-    "a web page": (replace(TRAIN, b"<html>404 Not Found</html>"), "is not an IDX file of 3 dimensions"),
-    "labels as images": (replace(TRAIN, idx(LABELS["train"])), "is not an IDX file of 3 dimensions"),
+    "empty": (replace(TRAIN, b""), "is not an IDX file with 3 dimensions"),
+    "a web page": (replace(TRAIN, b"<html>404 Not Found</html>"), "is not an IDX file with 3 dimensions"),
+    "labels as images": (replace(TRAIN, idx(LABELS["train"])), "is not an IDX file with 3 dimensions"),
     "floats": (replace(TRAIN, struct.pack(">HBB3I", 0, 13, 3, 1, 1, 1) + b"\0" * 4), "is not an IDX file"),
     "huge": (replace(TRAIN, struct.pack(">HBB3I", 0, 8, 3, *(1 << 31,) * 3)), "which is too many"),
     "many tiny images": (replace(TRAIN, struct.pack(">HBB3I", 0, 8, 3, 1 << 30, 1, 1)), "which is too many"),
@@ -105,7 +105,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pipe": (lambda root: ((root / TRAIN).unlink(), os.mkfifo(root / TRAIN)), "cannot be read"),
     "two test splits": (
         lambda root: (root / "test-labels-idx1-ubyte").write_bytes(idx(LABELS["t10k"])),
-        "has two files for one split, test-labels-idx1-ubyte and t10k-labels-idx1-ubyte.gz",
+        "has two files for the same split, test-labels-idx1-ubyte and t10k-labels-idx1-ubyte.gz",
     ),
 }
 

@@ -171,7 +171,7 @@ def test_an_image_listed_twice_with_different_labels_raises_an_error(photos: Pat
     [
         (["size,label", *labelled(lambda _, of: f"100,{of}")], "its table labels.csv does not list its images"),
         (["file,kind,sort", *labelled("{}.png,{},x".format)], "its columns: file_name, kind, sort; choose one with"),
-        (["file,label", *labelled("{}.png,{},x".format)], "(row 2 has 3 columns, the first has 2)"),
+        (["file,label", *labelled("{}.png,{},x".format)], "(row 2 has 3 columns, but the first row has 2)"),
         (["file", *(f"{name}.png" for name in NAMES)], "does not list its images"),
         (['file,label\n"000.png,cat'], "cannot be read as csv"),
         ([], "does not list its images"),
@@ -184,14 +184,14 @@ def test_a_table_that_defines_no_labels_raises_an_error(rows: Sequence[str], wor
 
 def test_a_requested_table_without_existing_files_raises_an_error(photos: Path) -> None:
     table = write(photos / "labels.csv", "file,label", *labelled("no{}.png,{}".format))
-    assert "none of the images that it lists exists, such as no000.png; expected paths relative" in refused(table)
+    assert "none of the images that it lists exists, for example no000.png; expected paths relative" in refused(table)
     assert "convert it to CSV" in refused(write(photos / "labels.json", "[]"))
 
 
 def test_ambiguous_names_and_tables_raise_an_error_that_names_the_choices(tmp_path: Path) -> None:
     write_images(tmp_path, (f"{folder}/{name}.png" for folder in ("train", "test") for name in NAMES))
     one = write(tmp_path / "one.csv", "file,label", *labelled("{}.png,{}".format))
-    assert "the file name 000.png of a table matches several images (test/000.png, train/000.png)" in refused(one)
+    assert "the file name 000.png in a table matches several images (test/000.png, train/000.png)" in refused(one)
     write(one, "file,label", *labelled("train/{}.png,{}".format))
     write(tmp_path / "two.csv", "file,label", *labelled("test/{}.png,{}".format))
     assert f"several tables that list its images (one.csv, two.csv); choose one, such as dataset={one}" in refused(
@@ -215,7 +215,10 @@ def test_a_running_index_is_not_taken_for_the_names_of_images(tmp_path: Path) ->
 def test_columns_with_the_names_of_different_images_raise_an_error(tmp_path: Path) -> None:
     write_images(tmp_path, (f"{folder}/{name}.png" for folder in ("images", "masks") for name in NAMES))
     table = write(tmp_path / "x.csv", "mask,image,label", *labelled("masks/{0}.png,images/{0}.png,{1}".format))
-    assert "the columns mask and image of x.csv have the names of different images; keep one of them" in refused(table)
+    assert (
+        "the columns mask and image of x.csv contain the names of different images; keep only one of them"
+        in refused(table)
+    )
 
 
 def test_an_image_outside_the_folder_of_its_split_is_not_taken(tmp_path: Path) -> None:

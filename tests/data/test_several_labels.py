@@ -314,7 +314,7 @@ def test_streams_of_several_labels_are_refused_by_name(tmp_path: Path) -> None:
         (root / "train.parquet").write_bytes((root / "test.parquet").read_bytes())
         column = "tags" if name == "lists" else "sand,sea,sun"
         assert "--streaming" not in refused(root, streaming=True, label_column=column)
-        assert "supports one label per image" in refused(root, streaming=True, label_column=column)
+        assert "supports only one label per image" in refused(root, streaming=True, label_column=column)
 
 
 def test_rare_labels_are_divided_as_evenly_as_classes(tmp_path: Path) -> None:

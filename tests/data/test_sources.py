@@ -288,8 +288,8 @@ def test_a_split_column_defines_the_splits(tmp_path: Path) -> None:
     ("header", "rows", "words"),
     [
         ("file_name,label", ["0.png,x", "0.png,y"], "0.png has two labels in {root}/metadata.csv, x and y"),
-        ("file_name,label", ["z.png,x"], "none of the files in {root}/metadata.csv exists, such as z.png"),
-        ("file_name,label", ["0.png,x,more"], "row 2 has 3 columns, the first has 2"),
+        ("file_name,label", ["z.png,x"], "none of the files listed in {root}/metadata.csv exists, for example z.png"),
+        ("file_name,label", ["0.png,x,more"], "row 2 has 3 columns, but the first row has 2"),
         (
             "file_name,label",
             ["0.png,0.5", "1.png,1.5"],
@@ -736,7 +736,7 @@ def test_only_the_needed_columns_are_read(tmp_path: Path) -> None:
     assert load(tmp_path).label_names == ("a", "b")
     damaged = table.replace_schema_metadata({b"huggingface": b'{"info": {"features": 5}}'})
     parquet.write_table(damaged, tmp_path / "metadata.parquet")
-    assert "metadata.parquet cannot be read as parquet (its description of the columns is damaged" in refused(tmp_path)
+    assert "metadata.parquet cannot be read as parquet (its schema is damaged" in refused(tmp_path)
     parquet.write_table(
         table.append_column("x", far).rename_columns(["file_name", "x", "label"]), tmp_path / "metadata.parquet"
     )
@@ -878,7 +878,7 @@ def test_names_that_are_not_utf8_get_printable_class_names(tmp_path: Path) -> No
             part.name(i).encode()
     os.mkdir(os.path.join(strange, "caf\\xe9"))
     shutil.copy(os.path.join(strange, "cat", "0.png"), os.path.join(strange, "caf\\xe9", "0.png"))
-    assert "two classes whose names both print as caf\\xe9" in refused(strange)
+    assert "two classes whose names are both displayed as caf\\xe9" in refused(strange)
 
 
 @mark.parametrize("name", ["plain", "ünï/ø", os.fsdecode(b"a\xff\xfe/b\xc3"), "tab\t\n"])
@@ -1281,11 +1281,15 @@ def test_labels_of_shards_and_splits_are_matched_by_name(tmp_path: Path) -> None
             None,
             "has the label -1, which does not look like a class (the others: 0, 1)",
         ),
-        (([0.0, 1.0], datasets.Value("float32")), None, "does not hold classes in train.parquet: it has type float32"),
+        (
+            ([0.0, 1.0], datasets.Value("float32")),
+            None,
+            "does not contain classes in train.parquet: it has type float32",
+        ),
         (
             ([[[0]], [[1]]], datasets.List(datasets.List(datasets.Value("int64")))),
             None,
-            "does not hold classes in train.parquet",
+            "does not contain classes in train.parquet",
         ),
         ((["a", "b", None], datasets.Value("string")), None, "has 1 empty labels out of 3"),
         ((["a", "b", ""], datasets.Value("string")), None, "has 1 empty labels out of 3"),
@@ -1317,8 +1321,8 @@ def test_numbers_and_class_labels_named_by_numbers_are_compatible(tmp_path: Path
 @mark.parametrize(
     ("described", "words"),
     [
-        (b"{bad json", "description of the columns is damaged"),
-        (b'{"info": {"features": 5}}', "description of the columns is damaged"),
+        (b"{bad json", "its schema is damaged"),
+        (b'{"info": {"features": 5}}', "its schema is damaged"),
         (b'{"info": {"features": {"label": {"names": ["a", "a"], "_type": "ClassLabel"}}}}', "is damaged"),
     ],
 )
@@ -1677,7 +1681,7 @@ def test_an_unwritable_cache_raises_an_error(tmp_path: Path, monkeypatch: Monkey
 def test_a_local_folder_called_digits_requires_a_decision(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     fill(tmp_path, classes("digits/"))
-    assert "use dataset=./digits for that one, or dataset=bundled:digits" in refused("digits")
+    assert "use dataset=./digits for the local one, or dataset=bundled:digits" in refused("digits")
     assert load("./digits").label_names == ("cat", "dog")
     assert load("bundled:digits").dataset_id == "digits"
     assert "no such bundled dataset; the only one is bundled:digits" in refused("bundled:mnist")

@@ -292,7 +292,7 @@ def test_a_test_is_held_out_beside_a_stored_evaluation_split(tmp_path: Path) -> 
 
 
 def test_holding_out_too_much_is_refused(tmp_path: Path) -> None:
-    with raises(RequestError, match=r"test_fraction=0\.6 and eval_fraction=0\.4 leave too little to train on"):
+    with raises(RequestError, match=r"test_fraction=0\.6 and eval_fraction=0\.4 leave too few images to train on"):
         load("digits", eval_fraction=0.4, test_fraction=0.6)
     for name in ("bus", "car"):
         write_images(tmp_path / "two" / name, 2, 90 if name == "bus" else 160)

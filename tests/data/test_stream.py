@@ -196,7 +196,7 @@ def test_unreadable_images_only_end_the_run_with_one_line(tmp_path: Path, worker
     write_shard(tmp_path / "train-0.parquet", [b"x"] * 6)
     write_shard(tmp_path / "test-0.parquet", [png(9)] * 2)
     splits = load_splits(DataConfig(dataset=str(tmp_path), streaming=True))
-    with raises(RunError, match=r"^100 images drawn in a row are unreadable; the last one: .*\(not an image\)$"):
+    with raises(RunError, match=r"^100 images in a row were unreadable; the last one was .*\(not an image\)$"):
         batches(splits.train, 1, workers=workers, batch=6, lanes=1)
 
 

@@ -187,9 +187,9 @@ def test_the_copy_in_the_cache_is_used_if_the_server_does_not_deliver_the_file(
 @mark.parametrize(
     ("fault", "error", "words"),
     [
-        ("404", RequestError, "photos.zip cannot be downloaded: the server answers 404 Not Found"),
-        ("401", RequestError, "the server answers 401 Unauthorized"),
-        ("503", RunError, "the server answers 503 Service Unavailable; retry later"),
+        ("404", RequestError, "photos.zip cannot be downloaded: the server returned 404 Not Found"),
+        ("401", RequestError, "the server returned 401 Unauthorized"),
+        ("503", RunError, "the server returned 503 Service Unavailable; retry later"),
         ("truncated", RunError, "was truncated: received"),
     ],
 )
@@ -216,7 +216,7 @@ def test_offline_without_a_copy_is_an_error(monkeypatch: MonkeyPatch) -> None:
         ("ftp://host/x.zip", "the scheme ftp:// is not supported; expected one of https://, http://, hf://, s3://"),
         ("file:///tmp/x.zip", "use the path of the file, without file://"),
         ("https://host/download?id=3", "expected .zip .tar"),
-        ("https://host/", "is not the URL of a file that can be a dataset"),
+        ("https://host/", "is not the URL of a dataset file"),
         ("hf://datasets/owner/name", "use dataset=owner/name"),
         ("s3://bucket/x.zip", "s3:// needs the package s3fs; pip install s3fs"),
         ("http://127.0.0.1:port/x.zip", "is not a valid URL"),
@@ -339,9 +339,9 @@ def test_a_streamed_file_that_changes_or_vanishes_ends_the_run(server: Server, t
     with raises(RunError, match=r"interrupted in shard 0 \(train-08.parquet has changed\); rerun the same command"):
         list(train.records())
     del server.files["/set/train-08.parquet"]
-    with raises(RunError, match=r"interrupted in shard 0 \(the server answers 404 for train-08.parquet\)"):
+    with raises(RunError, match=r"interrupted in shard 0 \(the server returned 404 for train-08.parquet\)"):
         list(train.records())
-    with raises(RunError, match=r"/set cannot be streamed: the server answers 404 for train-08.parquet"):
+    with raises(RunError, match=r"/set cannot be streamed: the server returned 404 for train-08.parquet"):
         load_splits(DataConfig(dataset=pattern, streaming=True))
 
 

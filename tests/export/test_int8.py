@@ -86,7 +86,7 @@ def test_the_layer_that_costs_accuracy_goes_back_to_float32(
     assert "  all layers in int8: a drop of " in str(accuracy)
     assert "  then second in float32: a drop of 0.00 points, at most " in str(accuracy)
     assert str(accuracy).endswith("\n  layers in float32: second")
-    assert "36 held-out images are too few to show that int8 loses at most 0.5 points, only that it" in caplog.text
+    assert "36 held-out images are too few to show that int8 loses at most 0.5 points; they only" in caplog.text
 
 
 def test_int8_is_refused_if_returning_layers_to_float32_does_not_help(planted: nn.Module, images: Int8) -> None:

@@ -405,7 +405,7 @@ def test_the_card_states_known_weaknesses(finished: Path) -> None:
     card = render_card(record)
     assert f"Most frequent confusions: {true} as {predicted} ({confusion.max()} times)" in card
     rare = dataclasses.replace(record, dataset=dataclasses.replace(record.dataset, train_counts=[3] + [140] * 9))
-    assert "Few training images: 0 (3)." in render_card(rare)
+    assert "Classes with few training images: 0 (3)." in render_card(rare)
 
 
 @mark.parametrize(

@@ -195,7 +195,7 @@ def test_a_wrong_folder_and_a_missing_package_are_reported_in_one_line_before_an
     image = vehicles_run.parent / "vehicles" / "validation" / "car" / "000.png"
     for folder, text in (
         (tmp_path / "file", "is not a folder; choose another --explain"),
-        (tmp_path / "no" / "where", "its folder does not exist; create it first"),
+        (tmp_path / "no" / "where", "the parent folder does not exist; create it first"),
     ):
         code, out, err = command("predict", vehicles_run, image, "--explain", folder)
         assert (code, out) == (2, "")

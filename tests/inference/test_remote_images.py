@@ -130,7 +130,7 @@ def test_one_that_cannot_be_downloaded_is_reported_and_the_others_are_classified
     assert code == 1
     assert [line.split("\t")[0] for line in out.splitlines()] == [f"{url}/good.png"]
     assert err.splitlines() == [
-        f"{url}/missing.jpg: cannot be downloaded: the server answers 404 Not Found",
+        f"{url}/missing.jpg: cannot be downloaded: the server returned 404 Not Found",
         f"{url}/page.png: not an image",
         "error: 2 of 3 images could not be decoded",
     ]
@@ -139,7 +139,7 @@ def test_one_that_cannot_be_downloaded_is_reported_and_the_others_are_classified
 @mark.parametrize(
     ("name", "reason"),
     [
-        param("missing.jpg", "the server answers 404 Not Found", id="missing"),
+        param("missing.jpg", "the server returned 404 Not Found", id="missing"),
         param("to-file.png", "Redirection to url 'file:///etc/hostname' is not allowed", id="redirected to a file"),
         param("stated-large.png", "larger than 67 MB", id="too large by its header"),
         param("short.png", "truncated: received 4 of 8 bytes", id="truncated"),

@@ -77,7 +77,7 @@ def test_embeddings_of_another_model_are_refused_by_name(
     save_file(weights | {name: weights[name] * 1.5}, other / "model.safetensors", metadata={"format": "pt"})
     code, out, err = command("similar", other, own, "--in", file)
     assert (code, out) == (2, "")
-    assert f"has the embeddings of run/model (SHA-256 {metadata['weights'][:12]}), but the model is other" in err
+    assert f"contains embeddings of run/model (SHA-256 {metadata['weights'][:12]}), but the model is other" in err
     assert "with other weights" in err
 
     resized = Path(shutil.copytree(vehicles_run / "model", tmp_path / "resized"))
@@ -99,7 +99,7 @@ def test_a_file_that_predict_did_not_write_is_one_line(
     metadata = table.schema.metadata
     short = pyarrow.table({"path": ["a"], "embedding": pyarrow.array([[1.0]], pyarrow.list_(pyarrow.float32()))})
     for content, expected in (
-        (table.replace_schema_metadata(None), "does not state the model of its embeddings"),
+        (table.replace_schema_metadata(None), "does not record which model computed its embeddings"),
         (table.select(["path"]).replace_schema_metadata(metadata), "cannot be read"),
         (short.replace_schema_metadata(metadata), "cannot be read"),
     ):

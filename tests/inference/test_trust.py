@@ -108,7 +108,7 @@ def test_the_probabilities_are_the_same_with_and_without_the_score(run: Path, im
         (0, "expected a number between 0 and 1"),
         (1.5, "expected a number between 0 and 1"),
         (True, "expected a number between 0 and 1"),
-        (0.9999, r"the evaluation images of the run show no higher precision than 0\.\d+"),
+        (0.9999, r"expected at most 0\.\d+, the highest precision that was fitted"),
     ],
 )
 def test_a_precision_that_cannot_be_met_is_refused(precision: float, reason: str, run: Path) -> None:
@@ -123,5 +123,5 @@ def test_a_model_whose_probabilities_were_changed_or_never_fitted_accepts_nothin
             changed.predict(image, accept_precision=0.9)
     with raises(RequestError, match="has no thresholds for accepting answers"):
         dataclasses.replace(classifier, accept={}).predict(image, accept_precision=0.9)
-    with raises(RequestError, match="needs one class per image"):
+    with raises(RequestError, match="needs exactly one class per image"):
         dataclasses.replace(classifier, thresholds=(0.5,) * 10).predict(image, accept_precision=0.9)

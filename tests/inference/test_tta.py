@@ -118,7 +118,7 @@ def test_the_card_states_both_figures(run: Path) -> None:
     assert record.test.without_tta is not None
     assert f"({record.test.correct}/{record.test.count})** with test-time augmentation on test images" in card
     figure = f"{100 * record.test.without_tta:.2f} %"
-    assert f"**Stock timm predicts from the image alone and gives another figure: accuracy {figure}.**" in card
+    assert f"**Stock timm uses the image alone, with a different result: accuracy {figure}.**" in card
     metrics = yaml.safe_load(card.split("---\n")[1])["model-index"][0]["results"][0]["metrics"]
     values = {metric["name"]: metric["value"] for metric in reversed(metrics)}  # those of the test come first
     assert values["Top-1 accuracy"] == record.test.top1

@@ -357,8 +357,8 @@ def test_a_host_that_drops_off_the_network_is_detected_on_both_sides(tmp_path: P
     subprocess.run(["ip", "-n", namespaces[1], "link", "set", "eth0", "down"], check=True)
     main, other = wait(started)
     assert (main.code, other.code) == (1, 1)
-    assert "(rank 1) has not answered for 5 s, so the run stops" in main.err
-    assert "(rank 0) has not answered for 5 s, so the run stops" in other.err
+    assert "(rank 1) has not responded for 5 s, so the run stops" in main.err
+    assert "(rank 0) has not responded for 5 s, so the run stops" in other.err
     assert max(main.at, other.at) - cut < 60
 
 
@@ -397,7 +397,7 @@ def test_accelerate_launch_with_several_cpu_processes_is_refused(tmp_path: Path)
     words = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, ROOT / "scripts" / "train.py"]
     done = run_process(*words, *TINY, "--max-steps", 2, "--output-dir", tmp_path / "run")
     assert done.returncode != 0
-    assert "start several with torchrun" in done.stderr
+    assert "start several processes with torchrun" in done.stderr
     assert not (tmp_path / "run").exists()
 
 

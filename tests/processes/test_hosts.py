@@ -150,8 +150,11 @@ def test_a_run_is_not_repeated_because_another_host_became_the_main_one(tmp_path
         succeed(start(hosts[:1], *FLAGS))
         (code, _, error), (other_code, _, _) = finish(start(hosts[::-1], *FLAGS, port=29501))
         assert (code, other_code) == (2, 2), error
-        assert "error: host host-0 has this run at step 16 in its run, but host host-1, whose process has rank" in error
-        assert "does not have it; give rank 0 to host-0, copy the run folder from there" in error
+        assert (
+            "error: host host-0 has a later checkpoint of this run in run, at step 16, but host host-1 (rank 0)"
+            in error
+        )
+        assert "has none; give rank 0 to host-0, copy the run folder from there" in error
         assert not (hosts[1].disk / "run" / "checkpoints").exists()
 
 

@@ -157,7 +157,7 @@ def test_the_diagrams_before_and_after_calibration_have_the_errors_of_the_record
         (
             "macro-f1",
             True,
-            "the images of the split test, once; the best weights were selected by macro-F1 on images held",
+            "the images of the split test, evaluated once; the best weights were selected by macro-F1 on images held",
         ),
         ("last", False, "images held out of train; the weights are those of the last step"),
         ("last", True, "the images of the split test; the weights are those of the last step"),
@@ -192,7 +192,7 @@ def test_the_split_that_measured_is_the_one_that_is_shown(marked_run: Path, comm
     page, record = reported(command, marked_run), RunRecord.load(marked_run / "record.json")
     assert record.test is not None
     assert f"{record.test.correct}/{record.test.count}" in page.text
-    assert "once; the best weights were selected by accuracy on other images held out of train" in page.text
+    assert "evaluated once; the best weights were selected by accuracy on other images held out of train" in page.text
     assert {"batch", "hits", "confusion"} <= drawn(marked_run)
 
 

@@ -82,8 +82,8 @@ def test_the_summary_has_the_results_of_all_images(whole: tuple[Path, str, str])
     assert sum(map(int.__eq__, table["label"], table["prediction"])) == correct
     assert [table["fold"].count(fold) for fold in (1, 2, 3)] == [13, 13, 13]
     assert f"({correct}/39)\n" in out
-    assert "weights: those at the end of each run, so no evaluation selected them\n" in out
-    assert "vehicles: fewer images than the 3 folds: tram (2); some folds have no evaluation image" in err
+    assert "the weights are those at the end of each run, and were not selected by any evaluation\n" in out
+    assert "vehicles: classes with fewer images than the 3 folds: tram (2); some folds have no evaluation images" in err
 
 
 def test_a_fold_is_an_ordinary_run_whose_card_says_so(whole: tuple[Path, str, str], command: Command) -> None:
@@ -93,7 +93,7 @@ def test_a_fold_is_an_ordinary_run_whose_card_says_so(whole: tuple[Path, str, st
     assert out.count("the counts of every class match") == 2
     card = (fold / "model" / "README.md").read_text()
     assert "fold 2 of 3 of train, stratified, seed 0" in card
-    assert "The weights are those at the end of the run, which no evaluation chose." in card
+    assert "The weights are those at the end of the run; they were not selected by any evaluation." in card
     assert "optimistic" not in card
 
 
@@ -141,7 +141,10 @@ def test_folds_selected_by_accuracy_are_called_optimistic_and_one_can_be_trained
     code, out, err = command("train", *flags, "--output-dir", tmp_path)
     assert code == 0, err
     assert (tmp_path / "fold-2" / "record.json").read_bytes() == before
-    assert "the evaluated images selected the weights, so these figures are optimistic (see --best-by last)" in out
+    assert (
+        "the evaluated images were also used to select the weights, so these figures are optimistic (see --best-by "
+        "last)" in out
+    )
     code, _, err = command("train", *flags, "--folds", 3, "--output-dir", tmp_path)
     assert code == 2
     assert "--folds was 2 and is now 3" in err
@@ -163,7 +166,7 @@ def test_other_uses_of_the_folder_and_of_the_hub_are_refused(vehicles: Path, tmp
     assert command(*flags, "--max-steps", 1)[0] == 0
     code, _, err = command(*flags, "--folds", 2)
     assert code == 2
-    assert "contains a run; choose another --output-dir for the folders of the folds" in err
+    assert "contains a run; choose another --output-dir for the fold folders" in err
     for more in (("--push-to-hub", "--repo-id", "me/x", "--license", "mit"), ("--resume-from", "hub:me/x")):
         code, _, err = command(*flags[:-1], tmp_path / "other", "--folds", 2, *more)
         assert code == 2

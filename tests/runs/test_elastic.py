@@ -71,8 +71,8 @@ def test_a_run_that_moves_between_numbers_of_processes_ends_like_one_that_does_n
         (8, {"elastic": 4}, "elastic=4 cannot be divided among 8 processes; start 1, 2 or 4"),
         (2, {"elastic": 4, "batch_size": 66}, "not divisible by 4 virtual processes; use 64 or 68"),
         (2, {"elastic": 4, "batch_size": 60, "mixup": 0.2}, "gives 15 images per virtual process.* use 56 or 64"),
-        (1, {"elastic": 4, "compile": True}, "elastic=4 is not possible with compile=True.*omit one of them"),
-        (1, {"elastic": 4, "deterministic": False}, "elastic=4 is not possible with deterministic=False"),
+        (1, {"elastic": 4, "compile": True}, "elastic=4 cannot be combined with compile=True.*omit one of them"),
+        (1, {"elastic": 4, "deterministic": False}, "elastic=4 cannot be combined with deterministic=False"),
     ],
 )
 def test_what_virtual_processes_need_is_checked(monkeypatch, processes: int, settings, message: str) -> None:

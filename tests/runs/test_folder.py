@@ -86,7 +86,7 @@ def test_an_extended_run_is_unfinished_until_it_is_finished_again(
     for other in (("evaluate", run), ("push", run, "--repo-id", "me/x", "--license", "mit", "--dry-run")):
         code, _, err = command(*other)
         assert code == 2
-        assert "is not finished; rerun its training command, which resumes it" in err
+        assert "is not finished; rerun its training command to resume it" in err
     code, _, err = command(*words)
     assert code == 0, err
     record = RunRecord.load(run / "record.json")
@@ -215,7 +215,7 @@ def odd_index(content: dict) -> None:
         (other_classes, "float32, expected (10,"),
         (other_optimizer, "it has momentum where"),
         (other_dataset, "the images of digits have changed"),
-        (other_groups, "merged groups belong to another model"),
+        (other_groups, "merged groups belong to a different model"),
         (odd_index, "its optimizer state does not match"),
     ],
 )

@@ -147,7 +147,7 @@ def test_class_weights_of_a_file_are_recorded_by_class_and_cannot_change(
     file.write_text("".join(f'"{label}": {2 + label}\n' for label in range(10)))
     code, _, err = command(*flags, "--output-dir", tmp_path / "run")
     assert code == 2
-    assert "contains another run: its class weights have changed" in err
+    assert "contains a different run: its class weights have changed" in err
     (tmp_path / "run" / "record.json").unlink()
     code, _, err = command(*flags, "--output-dir", tmp_path / "run")
     assert code == 2

@@ -223,7 +223,7 @@ def test_pixels_loss_and_counts_are_the_same_for_any_number_of_processes_and_mic
         (("--class-weights", "auto"), "--class-weights auto needs exactly one label per image"),
         (("--logit-adjustment", 1), "--logit-adjustment 1.0 needs exactly one label per image"),
         (("--best-by", "top1"), "--best-by top1 needs exactly one label per image"),
-        (("--streaming",), "--streaming supports one label per image"),
+        (("--streaming",), "--streaming supports only one label per image"),
     ],
 )
 def test_settings_for_one_label_per_image_are_refused_by_name(
@@ -245,7 +245,7 @@ def test_commands_for_one_label_per_image_are_refused_by_name(
     run: Path, pairs: Path, tmp_path: Path, command: Command
 ) -> None:
     for words, message in (
-        (("check", run), "wrong ones can only be found if each has one"),
+        (("check", run), "wrong labels can only be found if each image has one"),
         (("export", run, "--format", "onnx", "--int8", "--output", tmp_path / "m.onnx"), "export in float32"),
         (
             ("study", "cardinality", "--dataset", pairs),

@@ -51,7 +51,7 @@ def test_a_wrong_request_fails_in_a_dry_run_as_in_a_run(folder_of_classes: Path,
     assert command(*flags, "--dry-run")[2] == command(*flags)[2]
     code, _, err = command("train", "--dry-run", "--resume-from", "hub:me/model")
     assert code == 2
-    assert "--dry-run does not download the run of --resume-from" in err
+    assert "--dry-run does not download a run, so it cannot be combined with --resume-from" in err
 
 
 def test_the_measurement_does_not_change_the_run(tmp_path: Path, command: Command, monkeypatch: MonkeyPatch) -> None:

@@ -65,7 +65,7 @@ def test_repeated_augmentation_and_binary_cross_entropy_resume_bit_for_bit(tmp_p
     [
         (("--loss", "bce", "--class-weights", "auto"), "--loss bce does not support --class-weights auto"),
         (("--loss", "bce", "--logit-adjustment", 1), "--loss bce does not support --logit-adjustment 1.0"),
-        (("--repeated-augmentation", 3, "--sampling", "balanced"), "is not possible with --sampling balanced"),
+        (("--repeated-augmentation", 3, "--sampling", "balanced"), "cannot be combined with --sampling balanced"),
         (("--repeated-augmentation", 30), "--repeated-augmentation 30 needs --batch-size to be at least 30"),
     ],
 )

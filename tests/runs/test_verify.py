@@ -227,7 +227,7 @@ def test_a_file_name_that_leads_out_of_the_repository_is_refused(
 def test_a_local_dataset_is_named_by_the_user_and_has_to_be_the_same(vehicles_run: Path, command: Command) -> None:
     code, out, err = command("verify", vehicles_run)
     assert code == 2
-    assert "the card describes the local dataset vehicles; name its path with --dataset PATH" in err
+    assert "the card describes the local dataset vehicles; pass its path with --dataset PATH" in err
     code, out, err = command("verify", vehicles_run, "--dataset", vehicles_run.parent / "vehicles", "--threads", 1)
     assert (code, differing(out)) == (0, []), err
     assert "evaluation: correct" in out
@@ -317,12 +317,12 @@ def test_a_card_without_statements_or_none_is_refused(finished: Path, model: Pat
     (model / "README.md").write_text(render_card(RunRecord.load(finished / "record.json")))
     code, _, err = command("verify", model)
     assert code == 2
-    assert "states nothing that can be checked" in err
+    assert "contains nothing that can be checked" in err
     (model / "README.md").write_text("---\nresnext_hub: {format_version: 1}\n---\n")
     with raises(RequestError, match=r"README\.md is damaged"):
         read_statements(model / "README.md")
     (model / "README.md").write_text("---\nresnext_hub: {format_version: 9}\n---\n")
-    with raises(RequestError, match="format version 9; this version of resnext-hub reads 1"):
+    with raises(RequestError, match="format version 9, but this version of resnext-hub reads version 1"):
         read_statements(model / "README.md")
     (model / "README.md").unlink()
     code, _, err = command("verify", model)

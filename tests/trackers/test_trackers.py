@@ -98,8 +98,8 @@ def test_a_tracker_that_cannot_be_started_does_not_stop_a_resumed_run(tmp_path: 
     done = run_process(*FLAGS, 4, *flags, "--track", "tensorboard")
     assert done.returncode == 0, done.stderr
     assert re.findall(r"tensorboard failed .*File exists.*; (.*)", done.stderr) == [
-        "the run continues without it, and sends what is missing when it ends or is resumed",
-        "what it lacks is in metrics.jsonl",
+        "the run continues without it, and logs the missing metrics when it ends or is resumed",
+        "the missing metrics are in metrics.jsonl",
     ]
     assert lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 4
 

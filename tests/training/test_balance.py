@@ -113,7 +113,9 @@ def test_a_missing_file_of_weights_is_refused() -> None:
     ],
 )
 def test_two_corrections_of_one_imbalance_are_refused(settings: dict[str, object]) -> None:
-    with raises(RequestError, match="correct for the same imbalance and would overcorrect together; use one"):
+    with raises(
+        RequestError, match="correct for the same imbalance and would overcorrect together; use only one of them"
+    ):
         BalanceConfig(**settings)
 
 

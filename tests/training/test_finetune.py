@@ -121,7 +121,9 @@ def test_the_head_steps_and_the_others_have_a_warmup_and_a_cosine_of_their_own()
     assert rates[99] < 0.01
     assert rates[40] == approx(0.1)
     assert [schedule.head_only(step) for step in (0, 39, 40, 99)] == [True, True, False, False]
-    with raises(RequestError, match=r"head_epochs=10.0 leaves no step of this run for the other layers: it has 100"):
+    with raises(
+        RequestError, match=r"head_epochs=10.0 leaves no steps of this run for the other layers: the run has 100"
+    ):
         plan_schedule(TrainConfig.from_flat({"epochs": 10.0, "head_epochs": 10.0, "batch_size": 10}), 100)
 
 

@@ -56,7 +56,7 @@ def test_without_steps_nothing_is_said_to_have_chosen_the_weights_and_no_curves_
 ) -> None:
     card = (probed / "model" / "README.md").read_text()
     assert "Only the classifier was trained, by logistic regression on features of the training images." in card
-    assert "which no evaluation chose" in card
+    assert "they were not selected by any evaluation" in card
     assert "optimistic" not in card
     assert "0 steps" not in card
     assert not (probed / "plots" / "curves.png").exists()
@@ -139,7 +139,7 @@ def test_the_published_weights_are_the_average_of_trained_and_initial_ones(
     assert torch.equal(first["layer4.0.conv1.weight"], before["layer4.0.conv1.weight"])
     assert not torch.equal(first["layer4.0.conv1.weight"], trained["layer4.0.conv1.weight"])
     card = (tmp_path / "run" / "model" / "README.md").read_text()
-    assert "averaged with a fraction of 0.25 of the initial weights" in card
+    assert "averaged with the initial weights, which have a weight of 0.25 in the average" in card
     for name, tensor in weights(tmp_path / "run").items():
         assert torch.equal(tensor, trained[name].lerp(first[name], 0.25) if tensor.is_floating_point() else tensor)
 

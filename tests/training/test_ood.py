@@ -154,7 +154,7 @@ def test_a_file_that_contains_no_score_is_refused(change: str, run: Path, tmp_pa
     config = json.loads((folder / "config.json").read_text())
     config["resnext_hub"]["ood_sha256"] = sha256_of(folder / "ood.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
-    with raises(RequestError, match="does not contain the tensors of a score"):
+    with raises(RequestError, match="does not contain the tensors of an OOD score"):
         load(folder)
 
 

@@ -78,8 +78,8 @@ def check_source(config: DataConfig) -> None:
     if config.dataset == BUNDLED and os.path.lexists(BUNDLED):
         raise RequestError(
             f"{setting('dataset', BUNDLED)} is ambiguous, because there is also a local file or folder {BUNDLED}; "
-            f"use {setting('dataset', f'./{BUNDLED}')} for that one, or {setting('dataset', f'bundled:{BUNDLED}')} "
-            "for the bundled dataset"
+            f"use {setting('dataset', f'./{BUNDLED}')} for the local one, or "
+            f"{setting('dataset', f'bundled:{BUNDLED}')} for the bundled dataset"
         )
     if config.dataset.startswith("bundled:") and not request.is_bundled:
         raise RequestError(

@@ -195,7 +195,7 @@ def _unpack(path: Path, folder: Path) -> None:
         left = _copy_links(folder, links, limit)
     if left:
         _logger.warning(
-            "%s: %d links lead to nothing in the archive and are left out, such as %s",
+            "%s: ignored %d links that lead to nothing in the archive, such as %s",
             printable(path),
             len(left),
             printable(left[0].path),
@@ -295,9 +295,9 @@ def _place(folder: Path, path: str) -> Path:
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise ValueError(f"{printable(path)} is in a folder that has the name of a file") from error
+        raise ValueError(f"the folder of {printable(path)} has the same name as a file") from error
     if place.is_dir():
-        raise ValueError(f"{printable(path)} has the name of a folder")
+        raise ValueError(f"{printable(path)} has the same name as a folder")
     return place
 
 

@@ -96,7 +96,7 @@ class ImageFinder:
         if len(found) > 1:
             paths = (self._tree.images[index] for index in found)
             raise RequestError(
-                f"{printable(self._tree.root)}: the file name {printable(name)} of a table matches several images "
+                f"{printable(self._tree.root)}: the file name {printable(name)} in a table matches several images "
                 f"({listing(paths, 3)}); write the path relative to the table"
             )
         return found[0] if found else None

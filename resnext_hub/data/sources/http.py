@@ -93,7 +93,7 @@ def http_get(url: str, name: str, etag: str | None, timeout: float = _TIMEOUT) -
         if error.code == 304:
             yield Response(304, error.headers, None)
             return
-        what = f"{printable(name)} cannot be downloaded: the server answers {error.code} {printable(error.reason)}"
+        what = f"{printable(name)} cannot be downloaded: the server returned {error.code} {printable(error.reason)}"
         if 400 <= error.code < 500 and error.code != 429:
             raise RequestError(what) from None  # the request may contain a password
         raise RunError(f"{what}; retry later") from None

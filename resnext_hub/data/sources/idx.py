@@ -67,7 +67,9 @@ class IdxFiles:
         for split, pair in sorted(_pairs(root).items()):
             if pair.images is None or pair.labels is None:
                 missing = "images" if pair.images is None else "labels"
-                raise RequestError(f"{printable(root)} has no IDX file with the {missing} of split {printable(split)}")
+                raise RequestError(
+                    f"{printable(root)} has no IDX file with the {missing} of the split {printable(split)}"
+                )
             pixels[split], labels[split] = _read(pair.images, 3), _read(pair.labels, 1)
             if len(pixels[split]) != len(labels[split]):
                 raise RequestError(
@@ -97,8 +99,8 @@ def _pairs(root: Path) -> dict[str, _Pair]:
             other = getattr(pair, kind)
             if other is not None and other.name != f"{name}.gz":
                 raise RequestError(
-                    f"{printable(root)} has two files for one split, {printable(other.name)} and {printable(name)}; "
-                    "remove one"
+                    f"{printable(root)} has two files for the same split, {printable(other.name)} and "
+                    f"{printable(name)}; remove one"
                 )
             setattr(pair, kind, root / name)
     return found
@@ -116,7 +118,7 @@ def _read(path: Path, dimensions: int) -> np.ndarray:
             header = file.read(4 + 4 * dimensions)
             shape = tuple(int(length) for length in np.frombuffer(header[4:], ">u4"))
             if header[:4] != bytes([0, 0, _UNSIGNED_BYTES, dimensions]) or len(shape) != dimensions:
-                raise RequestError(f"{printable(path)} is not an IDX file of {dimensions} dimensions; {_REMEDY}")
+                raise RequestError(f"{printable(path)} is not an IDX file with {dimensions} dimensions; {_REMEDY}")
             count = int(np.prod(shape, dtype=object))
             if count + shape[0] * len(_header(shape)) > _MOST_BYTES:
                 raise RequestError(f"{printable(path)} declares {' x '.join(map(str, shape))} bytes, which is too many")

@@ -18,6 +18,6 @@ def require_room(left: int) -> None:
     """Raise ValueError if the bytes that are left of a limit are less than zero."""
     if left < 0:
         raise ValueError(
-            f"its content is more than {MAX_RATIO} times as large as the archive itself, so it may be a decompression "
-            "bomb; if it is not, unpack it and use the folder"
+            f"its content is more than {MAX_RATIO} times as large as the archive itself, so the archive may be a "
+            "decompression bomb; if you trust it, unpack it and use the folder"
         )

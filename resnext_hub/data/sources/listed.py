@@ -147,8 +147,8 @@ def _requested(path: Path, label_column: str | None) -> tuple[Tree, list[Table],
         texts = (str(value) for values in columns.values() for value in values[:1] if isinstance(value, str))
         example = next(filter(is_image, texts), None)
         raise RequestError(
-            f"{printable(path)}: none of the images that it lists exists, such as {printable(example)}; expected paths "
-            "relative to the table"
+            f"{printable(path)}: none of the images that it lists exists, for example {printable(example)}; expected "
+            "paths relative to the table"
             if example
             else f"{printable(path)} has no column of images, or of the names of images in {printable(path.parent)}; "
             f"its columns: {listing(columns)}"
@@ -200,8 +200,8 @@ def _file_column(table: Table, find: ImageFinder, needed: float) -> str | None:
         pairs = zip(found[likely[0]][1], found[other][1], strict=True)
         if any(a and b and a != b for a, b in pairs):
             raise RequestError(
-                f"the columns {printable(likely[0])} and {printable(other)} of {printable(table.path)} have the names "
-                "of different images; keep one of them"
+                f"the columns {printable(likely[0])} and {printable(other)} of {printable(table.path)} contain the "
+                "names of different images; keep only one of them"
             )
     return likely[0] if likely else None
 

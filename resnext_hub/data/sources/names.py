@@ -95,7 +95,7 @@ def class_names_of(raw: Iterable[str], where: str) -> dict[str, str]:
         normal = unicodedata.normalize("NFC", label)
         name = printable(normal)
         if origins.setdefault(name, normal) != normal:
-            raise RequestError(f"{where} has two classes whose names both print as {name}; rename one of them")
+            raise RequestError(f"{where} has two classes whose names are both displayed as {name}; rename one of them")
         names[label] = name
     return names
 

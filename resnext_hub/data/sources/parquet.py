@@ -87,7 +87,7 @@ def open_parquet(root: Path, shards: Shards, streaming: bool) -> OpenDataset:
         if not any(parts[file].rows for file in members):
             raise RequestError(
                 f"the split {printable(split)} has no rows ({listing((root / file for file in members), 3)}); "
-                "add some, or move it elsewhere"
+                "add rows, or move the split elsewhere"
             )
     # datasets fails on files without rows
     splits = {split: [file for file in members if parts[file].rows] for split, members in splits.items()}
@@ -318,7 +318,7 @@ def part_from(metadata: Any, name: str) -> Part:
     try:
         features = datasets.Features.from_arrow_schema(metadata.schema.to_arrow_schema())
     except DAMAGED as error:
-        raise ValueError(f"its description of the columns is damaged ({one_line(error)})") from error
+        raise ValueError(f"its schema is damaged ({one_line(error)})") from error
     return Part(name, metadata.num_rows, dict(features))
 
 

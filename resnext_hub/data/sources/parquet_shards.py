@@ -112,7 +112,7 @@ def remote_shards(files: Sequence[tuple[str, str]], fixed: bool) -> list[Parquet
         lock.acquire()
     except OSError as error:
         raise RequestError(
-            f"{printable(path.parent)} cannot be written ({(error.strerror or one_line(error)).lower()}); set "
+            f"{printable(path.parent)} cannot be written to ({(error.strerror or one_line(error)).lower()}); set "
             "RESNEXT_HUB_CACHE to a writable folder"
         ) from error
     with lock, ThreadPoolExecutor(_AT_ONCE) as pool:

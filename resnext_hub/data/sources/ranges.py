@@ -113,7 +113,7 @@ def _request(url: str, name: str, first: int, last: int) -> tuple[bytes, dict[st
     if on_hub:
         hf_raise_for_status(response)
     elif response.status_code >= 400:  # its own message would have the address, perhaps with a password
-        raise OSError(f"the server answers {response.status_code} for {printable(name)}")
+        raise OSError(f"the server returned {response.status_code} for {printable(name)}")
     if response.status_code != 206:
         raise ValueError(f"the server of {printable(name)} does not support range requests")
     return response.content, dict(response.headers)

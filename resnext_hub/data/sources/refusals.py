@@ -12,7 +12,7 @@ from resnext_hub.text import listing, printable
 LAYOUTS = (
     "one of these layouts: one folder per class, such as cat/ and dog/; train/ and val/ with class folders in each; "
     "images with a table of file names and labels, such as labels.csv; parquet files; WebDataset shards; IDX files, "
-    "such as MNIST's; or a zip or tar file of one of these"
+    "such as MNIST's; or a zip or tar file that contains one of these"
 )
 """The supported layouts of a local folder, for messages."""
 

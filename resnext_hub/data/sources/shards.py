@@ -204,7 +204,7 @@ def _configurations_of(root: Path) -> list[_Configuration]:
     path = root / "README.md"
     if not path.is_file():
         return []
-    remedy = "fix it, or move it elsewhere to split files by their names"
+    remedy = "fix the file, or move it elsewhere to split files by their names"
     try:
         text = read_regular(path, _README_BYTES).decode("utf-8-sig", "replace").replace("\r\n", "\n")
         block = _configs_block(text)
@@ -263,7 +263,7 @@ def _listed(root: Path, files: Sequence[str], configuration: _Configuration) -> 
     if twice:
         raise RequestError(
             f"README.md of {printable(root)} lists {printable(twice[0])} in several splits of the configuration "
-            f"{printable(configuration.name)}; fix it, or move it elsewhere"
+            f"{printable(configuration.name)}; correct README.md, or move it elsewhere"
         )
     return {split: of_split for split, of_split in splits.items() if of_split}
 

@@ -76,8 +76,9 @@ def expand(pattern: str) -> list[str]:
     values = [f"{n:0{len(bounds[1])}}" for n in numbers[: _MOST_FILES + 1]] if bounds else match[1].split(",")
     if not 0 < len(values) <= _MOST_FILES:
         raise RequestError(
-            f"{setting('dataset', public_name(pattern))}: {match[0]} is {'too many files' if values else 'empty'}; "
-            "expected alternatives such as {train,test}, or a range such as {000..031}"
+            f"{setting('dataset', public_name(pattern))}: {match[0]} "
+            f"{'stands for too many files' if values else 'is empty'}; expected "
+            "alternatives such as {train,test}, or a range such as {000..031}"
         )
     found = (expand(pattern[: match.start()] + value + pattern[match.end() :]) for value in values)
     return list(dict.fromkeys(chain.from_iterable(found)))

@@ -152,7 +152,7 @@ def _read_csv(data: bytes, kept: _Kept) -> Columns:
         if not any(map(str.strip, row)):
             continue
         if len(row) != len(names):
-            raise ValueError(f"row {number} has {len(row)} columns, the first has {len(names)}")
+            raise ValueError(f"row {number} has {len(row)} columns, but the first row has {len(names)}")
         count += 1
         kept.check(count)
         for i, column in places:
@@ -241,7 +241,7 @@ def _read_parquet(data: bytes, kept: _Kept) -> Columns:
     try:
         features = datasets.Features.from_arrow_schema(pyarrow.schema(fields, metadata=schema.metadata))
     except DAMAGED as error:
-        raise ValueError(f"its description of the columns is damaged ({one_line(error)})") from error
+        raise ValueError(f"its schema is damaged ({one_line(error)})") from error
     columns: Columns = {name: _values(table[name]) for name in table.column_names}
     for name, feature in features.items():
         if isinstance(feature, datasets.ClassLabel):

@@ -107,9 +107,10 @@ def open_tables(
     rows = _match(tree, tables, label_column, split_column, find or finder(tree))
     where = printable(tree.root / tables[0].path)
     if not rows.images:
-        example = f", such as {printable(rows.example)}" if rows.missing else ""
+        example = f", for example {printable(rows.example)}" if rows.missing else ""
         raise RequestError(
-            f"none of the files in {where} exists{example}; expected {FILE_NAME} to be the path relative to the table"
+            f"none of the files listed in {where} exists{example}; expected {FILE_NAME} to be a path relative to the "
+            "table"
         )
     what = f"columns {listing(several)}" if len(several) > 1 else f"column {printable(label_column)}"
     notes = [f"labels from {what} of {listing(table.path for table in tables)}"]
@@ -128,7 +129,7 @@ def open_tables(
     if "train" in roles[1] - roles[0] and "eval" in roles[0]:
         raise RequestError(
             f"{where} labels only an evaluation split, and the training split has no labels; add a metadata.csv for "
-            f"it, or move {printable(tables[0].path)} elsewhere"
+            f"the training split, or move {printable(tables[0].path)} elsewhere"
         )
     if split_column and any(rows.splits):
         splits = _require_all(tree, rows, f"the column {printable(split_column)} of {where}")
@@ -224,7 +225,7 @@ def _require_all(tree: Tree, rows: _Rows, where: str) -> list[str]:
     if without:
         raise RequestError(
             f"{where} is empty for {len(without)} of {len(rows.images)} images, such as "
-            f"{printable(tree.images[without[0]])}; complete or remove it"
+            f"{printable(tree.images[without[0]])}; fill in the missing values, or remove the column"
         )
     splits = [rows.splits[i] for i in rows.images]
     names = sorted(set(splits))

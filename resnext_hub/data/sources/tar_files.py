@@ -36,7 +36,7 @@ class _Header(tarfile.TarInfo):
         """Parse a header; an impossible or enormous size is an error, because tarfile would loop or read all of it."""
         header = super().frombuf(buf, encoding, errors)
         if header.size < 0 or (header.type in _EXTENDED and header.size > _HEADER_BYTES):
-            raise tarfile.ReadError(f"a header states {header.size} bytes")
+            raise tarfile.ReadError(f"a header declares a size of {header.size} bytes")
         return header
 
     @classmethod
@@ -64,7 +64,7 @@ class _Counted:
         if self.header_left is not None:
             self.header_left -= size
             if self.header_left < 0:
-                raise ValueError(f"the headers of a file have more than {_HEADERS_BYTES} bytes")
+                raise ValueError(f"the headers of one of its files have more than {_HEADERS_BYTES} bytes")
         return bytes(self._file.read(size))
 
     def seek(self, place: int, whence: int = os.SEEK_SET) -> int:
@@ -120,7 +120,7 @@ def headers(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     while (member := _next(archive)) is not None:
         archive.members = []  # type: ignore[attr-defined] # where tarfile keeps every header; missing in typeshed
         if member.offset <= last:
-            raise ValueError("its headers do not follow each other")
+            raise ValueError("its headers are not in order")
         last = member.offset
         yield member
     # what is left is the rest of a record of zeros

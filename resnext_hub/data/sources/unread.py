@@ -75,7 +75,7 @@ def reject_unread_tables(tree: Tree, splits: Sequence[Mapping[str, Sequence[int]
     folders = Counter(posixpath.dirname(tree.images[i]) for i in class_of)
     remedy = f"if the folders {listing(sorted(set(class_of.values())), 4)} are the classes, use "
     remedy += setting("layout", layout)
-    notes = [f"not searched for names of images (too large): {listing(large, 4)}"] if large else []
+    notes = [f"too large to be searched for the names of images: {listing(large, 4)}"] if large else []
     for path in paths:
         rows = _rows(tree, path)
         found = _compare(tree, class_of, rows, path.lower().endswith(_WHOLE))

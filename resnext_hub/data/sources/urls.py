@@ -94,7 +94,9 @@ def check_url(dataset: str) -> None:
             f"the Hub, use {setting('dataset', 'owner/name')}"
         )
     if not _file_name(name).lower().endswith(SUFFIXES):
-        raise RequestError(f"{where} is not the URL of a file that can be a dataset; expected {' '.join(SUFFIXES)}")
+        raise RequestError(
+            f"{where} is not the URL of a dataset file; expected a file name that ends in one of {' '.join(SUFFIXES)}"
+        )
     package = _PACKAGES.get(scheme)
     if package and find_spec(package) is None:
         raise RequestError(f"{where}: {scheme}:// needs the package {package}; pip install {package}")
@@ -157,7 +159,7 @@ def _refresh(dataset: str, folder: Path, known: Version | None) -> None:
             version = get(dataset, aside / "content" / _file_name(name), known)
             write_json(aside / "version.json", asdict(version))
     except _CurrentCopy:
-        _logger.info("%s: using the copy in the cache, which is current", printable(name))
+        _logger.info("%s: using the copy in the cache, which is up to date", printable(name))
     except (RequestError, RunError) as error:
         if known is None:
             raise

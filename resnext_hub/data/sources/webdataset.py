@@ -264,7 +264,7 @@ def _classes(root: Path, labels: Sequence[int | str]) -> tuple[dict[int | str, i
         examples = [next(label for label in found if isinstance(label, kind)) for kind in (int, str)]
         raise RequestError(
             f"the labels of {printable(root)} are numbers in some samples and names in others ({listing(examples)}); "
-            "use one kind"
+            "use only numbers or only names"
         )
     path = root / CLASSES
     if not os.path.lexists(path) or kinds != {int}:
