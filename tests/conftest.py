@@ -1,5 +1,6 @@
 """Tests run offline, on the CPU, with caches of their own."""
 
+import gc
 import os
 import tempfile
 
@@ -97,6 +98,16 @@ def _digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(_digits_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of 30 steps on the digits, which the tests of a module may publish."""
     return Path(shutil.copytree(_digits_run, tmp_path_factory.mktemp("runs") / "published"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _exempt_imports_from_garbage_collection() -> None:
+    """Freeze what exists before a module: the collection after each test would otherwise scan all imported libraries.
+
+    That takes 0.2 s, which is a fifth of the time of the whole suite.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
