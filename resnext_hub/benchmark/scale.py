@@ -90,7 +90,7 @@ distributed.destroy_process_group()
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Prediction of how a run scales."""
+    """Scaling prediction."""
 
     images: Annotated[int, Range(1, 10**12)] = 1_281_167
     """Number of images in the dataset, which has a folder for each class."""

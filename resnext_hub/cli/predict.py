@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tta",
         choices=TEST_TIME_AUGMENTATIONS,
-        help="test-time augmentation: flip averages the logits of an image and its mirror image, none uses the image "
+        help="test-time augmentation: flip averages the logits of an image and its mirror image; none uses the image "
         "alone (default: as in the evaluation of the run)",
     )
     _add_output_flags(parser)

@@ -187,11 +187,9 @@ def optimize(
             the maximum width for all layers; a mapping contains the merge factors by layer name.
         at_once: Batch size of the forward passes, at most N. `measure` tries N and, on a CPU, N/2, N/4 and N/8, because
             the activations of smaller batches fit into the CPU's caches.
-        compile: With torch, compile the model with frozen weights; without a C++ compiler, it runs in eager mode, with
-            a warning.
+        compile: With torch, compile with frozen weights; without a C++ compiler, stay eager, with a warning.
         objective: `throughput` optimizes for batches. `latency` optimizes for single images: widths and the number of
-            threads (1 or all) are measured at a batch size of 1, and the report contains percentiles of the time per
-            image.
+            threads (1 or all) are measured at a batch size of 1, and the report has percentiles of the time per image.
         calibration: With OpenVINO: normalized images `(M, C, H, W)` float32, with M at least N. If given, convolutions
             are computed in int8, and the ranges of their activations are determined on these images. This increases the
             error, so check the accuracy.

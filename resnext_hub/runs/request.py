@@ -127,12 +127,11 @@ def prepare(
         RunError: If the Hub is needed and cannot be reached.
     """
     check_launcher()
+    check_devices(device := device_type())
     config = TrainConfig.from_flat(settings)
     check_batch(config)
     if config.publish.repo_id is not None:
         check_request(None, config.publish.repo_id, config.publish.license or "other")
-    device = device_type()
-    check_devices(device)
     precision = resolve_precision(config.mixed_precision, device)
 
     check_source(config.data)

@@ -215,7 +215,7 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str | None]] = {
         "pixels",
     ),
     "tiles": (tiled_tiff, "tiles of 65536 x 65536"),
-    "scans": (lambda: repeated_scans(3000), "more than 100 scans of 4096 pixels"),
+    "scans": (lambda: repeated_scans(3000), "more than 100 scans in an image of 4096 pixels"),
     "chunks": (lambda: png(8, 8, chunk(b"tEXt", b"") * 200_000), "too many parts"),
     "empty chunks of pixels": (lambda: png(8, 8, chunk(b"IDAT", b"") * 150_000), "too many parts"),
     "profiles": (
@@ -260,7 +260,7 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str | None]] = {
     "items": (lambda: avif_with_items(40_000), "more than 65536 bytes of item descriptions"),
     "segments": (
         lambda: (whole := encoded(Image.new("L", (8, 8)), "JPEG"))[:2] + b"\xff\xfe\0\2" * 20_000 + whole[2:],
-        "more than 10000 parts",
+        "more than 10000 segments",
     ),
     "cut off": (lambda: png(9000, 9000), "truncated"),
     "cut off in strips": (lambda: encoded(Image.effect_noise((64, 64), 50), "TIFF")[:3000], None),

@@ -1273,13 +1273,13 @@ def test_labels_of_shards_and_splits_are_matched_by_name(tmp_path: Path) -> None
         (
             ([0, 1, 2**62], datasets.Value("int64")),
             None,
-            "has the label 4611686018427387904, which does not look like a class (the others: 0, 1)",
+            "has the label 4611686018427387904, which does not look like a class (other labels: 0, 1)",
         ),
         (([0, 1, 2**32 - 1], datasets.Value("uint32")), None, "has the label 4294967295"),
         (
             ([0, 1, -1], datasets.Value("int64")),
             None,
-            "has the label -1, which does not look like a class (the others: 0, 1)",
+            "has the label -1, which does not look like a class (other labels: 0, 1)",
         ),
         (
             ([0.0, 1.0], datasets.Value("float32")),

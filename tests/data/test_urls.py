@@ -215,7 +215,7 @@ def test_offline_without_a_copy_is_an_error(monkeypatch: MonkeyPatch) -> None:
     [
         ("ftp://host/x.zip", "the scheme ftp:// is not supported; expected one of https://, http://, hf://, s3://"),
         ("file:///tmp/x.zip", "use the path of the file, without file://"),
-        ("https://host/download?id=3", "expected .zip .tar"),
+        ("https://host/download?id=3", "expected a file name that ends in one of .zip .tar"),
         ("https://host/", "is not the URL of a dataset file"),
         ("hf://datasets/owner/name", "use dataset=owner/name"),
         ("s3://bucket/x.zip", "s3:// needs the package s3fs; pip install s3fs"),

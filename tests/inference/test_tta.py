@@ -169,7 +169,7 @@ def test_several_labels_are_averaged_as_well(tmp_path: Path) -> None:
     assert facts.without_tta is not None
     assert abs(facts.without_tta - mean(plain.sigmoid().numpy())) < 1e-6
     assert facts.without_tta != facts.mean_average_precision
-    assert "another figure: mean average precision" in (folder / "model" / "README.md").read_text()
+    assert "with a different result: mean average precision" in (folder / "model" / "README.md").read_text()
     found = load(folder)([images.image(index) for index in range(8)])
     assert torch.allclose(found, torch.tensor(probabilities[:8]), atol=1e-5)
 
