@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationDelete, HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
@@ -141,7 +141,7 @@ def publish(
         upload = _Upload(api, repo_id, staged, message, private, create_pr, revision)
         try:
             address, where = persist(upload.commit, repo_id)
-            wrong = persist(lambda: differing_files(api, repo_id, where, staged.files, read_back=True), repo_id)
+            wrong = persist(lambda: staged.differing(api, repo_id, where, read_back=True), repo_id)
         except HUB_ERRORS as error:
             raise RunError(
                 f"{repo_id} could not be published: {failure_reason(error)}. The model is kept in {folder}; rerun the "
@@ -275,6 +275,12 @@ class _Staged:
         self._metadata, self._body, self._here, self.overwrite_card = metadata, body, here, overwrite_card
         self._card = scratch / "README.md"
         self.files = {**files, "README.md": self._card, "config.json": scratch / "config.json"}
+        self.absent = {OOD, *(f"plots/{name}" for name in PLOTS)} - self.files.keys()
+        """Files of a model that this one does not have; an earlier publication may have left them."""
+
+    def differing(self, api: HfApi, repo_id: str, revision: str, read_back: bool = False) -> list[str]:
+        """Return the names of files that differ in a revision; see `differing_files`."""
+        return differing_files(api, repo_id, revision, self.files, read_back, absent=sorted(self.absent))
 
     def write_card(self, there: str | None) -> None:
         """Write the card, with the edits of its owner in the model folder and on the Hub.
@@ -335,7 +341,8 @@ class _Upload:
         head = api.repo_info(repo_id, revision=self.revision).sha or self.revision
         there = None if self.staged.overwrite_card else fetch_text(repo_id, "README.md", head, CARD_BYTES)
         self.staged.write_card(there)
-        if not differing_files(api, repo_id, head, self.staged.files):
+        differing = self.staged.differing(api, repo_id, head)
+        if not differing:
             return f"{api.endpoint}/{repo_id}", head
         if self.create_pr and (pull := self._open_pull()):
             return pull
@@ -349,6 +356,7 @@ class _Upload:
                 revision=self.revision,
                 parent=head,
                 create_pr=self.create_pr,
+                deletions=[CommitOperationDelete(name) for name in differing if name in self.staged.absent],
             )
         if self.create_pr:
             return str(commit.pr_url), str(commit.pr_revision)
@@ -359,7 +367,7 @@ class _Upload:
         pulls = self.api.get_repo_discussions(self.repo_id, discussion_type="pull_request", discussion_status="open")
         for pull in pulls:
             revision = f"refs/pr/{pull.num}"
-            if pull.title == self.message and not differing_files(self.api, self.repo_id, revision, self.staged.files):
+            if pull.title == self.message and not self.staged.differing(self.api, self.repo_id, revision):
                 return pull.url, revision
         return None
 

@@ -3,7 +3,7 @@
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, TypeAlias, TypeVar
@@ -142,8 +142,9 @@ def differing_files(
     files: Mapping[str, Path],
     read_back: bool = False,
     repo_type: RepoType = "model",
+    absent: Collection[str] = (),
 ) -> list[str]:
-    """Return the names of files that a revision does not contain byte for byte.
+    """Return the names of files that a revision does not contain byte for byte, and those that it should not contain.
 
     Large files are compared by the SHA-256 listed by the Hub, small ones by git's hash. Small files whose hashes differ
     are downloaded and compared; with `read_back`, all small files are.
@@ -153,7 +154,7 @@ def differing_files(
         for entry in api.list_repo_tree(repo_id, revision=revision, recursive=True, repo_type=repo_type)
         if isinstance(entry, RepoFile)
     }
-    differing = []
+    differing = [name for name in absent if name in listed]
     with tempfile.TemporaryDirectory() as cache:
         for name, path in files.items():
             entry = listed.get(name)

@@ -137,6 +137,25 @@ def test_push_uploads_the_folder_in_one_commit_that_timm_loads(
     assert loaded.returncode == 0, loaded.stderr
 
 
+def test_a_push_removes_files_of_an_earlier_model_but_not_those_of_the_owner(
+    finished: Path, hub: LoopbackHub, tmp_path: Path
+) -> None:
+    names = ("ood.safetensors", "plots/labels.png", "plots/reliability.png")
+    earlier = {name: b"of another model" for name in names if not (finished / "model" / name).exists()}
+    own = {"notes.txt": b"mine", "plots/mine.png": b"mine"}
+    assert earlier
+    repo = hub.create("models", "me/digits")
+    repo.commit("an earlier model", repo.commits[-1].files | earlier | own)
+    words = ("scripts/push.py", finished, "--repo-id", "me/digits", "--license", "mit")
+    for published in ("published and verified", "already up to date"):
+        done = run_process(*words, HF_HOME=str(tmp_path / "home"), **hub.environment())
+        assert done.returncode == 0, done.stderr
+        assert published in done.stdout
+        assert not earlier.keys() & repo.commits[-1].files.keys()
+        assert own.items() <= repo.commits[-1].files.items()
+    assert len(repo.commits) == 3
+
+
 def test_a_dry_run_lists_the_files_and_sends_no_request(finished: Path, hub: LoopbackHub) -> None:
     words = ("scripts/push.py", finished, "--repo-id", "me/digits", "--license", "mit", "--dry-run", "--private")
     done = run_process(*words, **hub.environment())
