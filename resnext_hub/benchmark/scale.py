@@ -198,7 +198,7 @@ class Report:
         """Return two Markdown tables: the predictions, and their checks at sizes that this machine can measure."""
         found, settings = self.prediction, self.settings
         rows = [
-            ("start-up", f"{found.start_seconds:.1f} s"),
+            ("startup", f"{found.start_seconds:.1f} s"),
             ("memory per process, without activations", f"{found.memory_bytes / 1e6:,.0f} MB"),
             ("read per process and epoch", f"{found.read_bytes / 1e9:,.2f} GB"),
             ("all-reduce of the gradients, per step", f"{1000 * found.reduce_seconds:,.1f} ms"),
@@ -318,7 +318,7 @@ def _check_starts(aside: Path, found: Constants, settings: Settings, rounds: int
         expected = predict(found, own, parameters=0)
         name = f"{images:,} images, {classes:,} classes"
         seconds = start.import_seconds + start.open_seconds
-        yield Check(what=f"{name}: start-up, s", predicted=expected.start_seconds, measured=seconds)
+        yield Check(what=f"{name}: startup, s", predicted=expected.start_seconds, measured=seconds)
         opened = expected.start_seconds - found.import_seconds
         yield Check(what=f"{name}: opening the dataset, s", predicted=opened, measured=start.open_seconds)
         megabytes = (start.import_bytes + start.open_bytes) / 1e6

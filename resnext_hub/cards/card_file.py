@@ -103,9 +103,9 @@ def _read_mark(text: str) -> dict[str, Any]:
     try:
         mark, _ = json.JSONDecoder().raw_decode(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError("its mark is damaged") from error
+        raise ValueError("the comment that begins its generated part is damaged") from error
     if not isinstance(mark.get("keys"), list):
-        raise ValueError("its mark is damaged")
+        raise ValueError("the comment that begins its generated part is damaged")
     return dict(mark)
 
 

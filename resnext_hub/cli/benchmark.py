@@ -15,12 +15,18 @@ BENCHMARKS = {
     "inference": "measure the forward pass of a model against timm, torchvision, ONNX Runtime and OpenVINO",
     "training": "measure training against bare PyTorch loops and timm's train.py",
     "checkpoints": "measure how much frequent checkpoints slow down a training run",
-    "time-to-accuracy": "measure the time until a model is trained, against timm's train.py and a bare loop",
+    "time-to-accuracy": "compare the total time to train a model with that of timm's train.py and a bare loop",
     "loader": "measure data loading, from encoded images to batches, against the datasets library with PIL and timm's "
     "transform",
-    "scale": "predict start-up time, memory, bytes read and all-reduce time for any number of images, classes and "
+    "scale": "predict startup time, memory, bytes read and all-reduce time for any number of images, classes and "
     "processes",
 }
+
+_ROUNDS = {
+    "time-to-accuracy": "number of seeds; each is a round",
+    "scale": "number of repetitions of each measurement, of which the median is used",
+}
+"""What `--rounds` means, where it is not the number of rounds after a warmup."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,14 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             type=count(BATCH),
             default=5,
             metavar="N",
-            help="number of measured rounds, after one warmup round (default: 5)",
+            help=f"{_ROUNDS.get(kind, 'number of measured rounds, after one warmup round')} (default: 5)",
         )
         own.add_argument(
             "--json",
             type=existing_path,
             metavar="FILE",
-            help="write the results to this file as JSON, with every round, the speedups and a description of the "
-            "machine",
+            help="write the results to this file as JSON, with every round and a description of the machine",
         )
         add_threads(own)
         add_config_flags(own, fields_of(_module(kind).Settings))

@@ -66,8 +66,8 @@ class DataConfig:
     exclude: str | None = field(default=None, metadata=FREE_PER_PROCESS)
     """File with a list of images to exclude, as written by `check --write-exclude`; none if not given."""
     max_bad_fraction: Annotated[float, Range(0, 1)] = field(default=0.01, metadata=FREE_PER_PROCESS)
-    """Stop the run if more than this fraction of the images of a split, 0 to 1, is unreadable; one unreadable image is
-    always tolerated."""
+    """Largest fraction of unreadable images in a split, 0 to 1, before the run stops. One unreadable image is always
+    tolerated."""
     streaming: bool = False
     """Read a Hub dataset, parquet files or WebDataset shards sequentially, without copying them to disk; requires an
     evaluation split."""
@@ -76,8 +76,8 @@ class DataConfig:
     least one row group."""
     lanes: Annotated[int, Range(1, 1 << 20)] | None = None
     """With --streaming: number of lanes (parts of the stream that are read in parallel, each by a single worker); it
-    must divide the batch size. If not given, up to 64 lanes are used, so that each lane of a large stream has at least
-    50 row groups."""
+    must divide the batch size. If not given, the largest number up to 64 for which each lane has at least 50 row
+    groups."""
 
     def __post_init__(self) -> None:
         check_fields(self)

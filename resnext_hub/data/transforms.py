@@ -63,8 +63,8 @@ class TransformConfig:
     hflip: _Probability = 0.5
     """Training: probability of a horizontal flip, 0 to 1."""
     alternating_flip: bool = False
-    """Training: flip each image in every other epoch, instead of at random (Jordan, 2024, arXiv 2404.00498); needs a
-    flip probability of 0.5, or 0 to flip no image."""
+    """Training: flip each image in every other epoch, instead of at random (Jordan, 2024, arXiv 2404.00498); requires
+    --hflip 0.5, or --hflip 0, which disables flipping."""
     color_jitter: Annotated[float, Range(0, 10)] = 0.0
     """Training: maximum relative change in brightness, contrast and saturation, such as 0.4; 0 disables it."""
     auto_augment: str | None = None

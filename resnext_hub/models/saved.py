@@ -327,7 +327,7 @@ def _bound_memory(saved: SavedModel, expected: _Shapes) -> None:
     if needed > present:
         raise RequestError(
             f"{saved.where}: a {saved.config.architecture} with {_shown(saved.config.model_args)} needs "
-            f"{needed / 1e9:.0f} GB of memory, and this machine has {present / 1e9:.0f} GB; use a smaller model"
+            f"{needed / 1e9:.0f} GB of memory, but this machine has only {present / 1e9:.0f} GB; use a smaller model"
         )
 
 

@@ -101,10 +101,11 @@ def check_launcher() -> None:
         ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
         ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism configuration"),
-        ("TPU_NAME", "a TPU"),
     ):
         if os.environ.get(variable, "false").lower() not in ("false", "0", ""):
             raise RequestError(f"{feature} is not supported: a ResNeXt fits on one device; use plain data parallelism")
+    if os.environ.get("TPU_NAME"):
+        raise RequestError("TPUs are not supported; train on CPUs or GPUs")
     for variable, allowed, remedy in (
         # Accelerate would divide every gradient by it
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("", "1"), f"unset it and use {setting('micro_batch_size')}"),

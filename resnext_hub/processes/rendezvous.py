@@ -58,7 +58,7 @@ def meet(place: Place) -> tuple[distributed.Store, str]:
                 _wait_until_read(shared, place, waited_for)
                 raise RequestError(
                     f"rank {waited_for} (host {printable(host)}) was started with WORLD_SIZE {processes}, but rank "
-                    f"{place.rank} with {place.processes}; start every process with the same WORLD_SIZE"
+                    f"{place.rank} was started with {place.processes}; start every process with the same WORLD_SIZE"
                 )
     except RuntimeError as error:
         raise RunError(

@@ -36,8 +36,8 @@ class BaseConfig:
     """First layers and number of stages. cifar: 3x3 convolution at full resolution, three stages; imagenet: 7x7
     convolution and pooling, four stages."""
     width_scale: Annotated[float, Range(1 / 64, 8)] = 0.5
-    """Multiplier for the channels of all stages; 1 is the width used in the paper. The d in a member's name, such as
-    32x4d, is its width before scaling."""
+    """Multiplier for the channels of all stages; 1 is the width used in the paper. The number before the d in a
+    member's name, such as 4 in 32x4d, is the width of a group before scaling."""
     match: Literal["parameters", "macs"] = "parameters"
     """Cost by which members are matched: number of parameters, or multiply-adds (macs)."""
 

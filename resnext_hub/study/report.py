@@ -77,11 +77,11 @@ def _conditions(result: StudyResult, record: RunRecord) -> str:
     split = f"of the `{data.eval_split}` split" if data.eval_split else "of a held-out split"
     return (
         f"Each member is trained on {data.train_count:,} images of {data.id} at {study.input.image_size} px for "
-        f"{config['epochs']:g} epochs, with batch size {config['batch_size']}, the optimizer {config['optimizer']} and "
-        f"learning rate {config['lr']:g}. Accuracy is measured on {record.evaluation.count:,} images {split}. The base "
-        f"has {study.base.depth} layers, a stem of type {study.base.stem} and a width scale of "
-        f"{study.base.width_scale:g}; the {match} of each member match the target to within 2 %. Runs with the same "
-        "seed have the same data order, the same augmentation, and the same initial values wherever shapes match."
+        f"{config['epochs']:g} epochs, with the optimizer {config['optimizer']}, a batch size of "
+        f"{config['batch_size']} and a learning rate of {config['lr']:g}. Accuracy is measured on "
+        f"{record.evaluation.count:,} images {split}. The base has {study.base.depth} layers, the {study.base.stem} "
+        f"stem and a width scale of {study.base.width_scale:g}; the {match} of each member match the target to within "
+        "2 %. Runs with the same seed have the same data order, the same augmentation, and the same initial values wherever shapes match."
     )
 
 

@@ -152,7 +152,7 @@ class TrainConfig:
     """Stochastic depth: probability of dropping the residual branch of the last block, at least 0 and below 1; the
     probability increases linearly with depth up to this value."""
     epochs: Annotated[float, Range(0, 1_000_000)] = field(default=30.0, metadata=GROWS)
-    """Number of passes over the training split; fractions are allowed, and with --fit-head also 0."""
+    """Number of passes over the training split; fractions are allowed. 0 is allowed with --fit-head."""
     max_steps: Annotated[int, Range(1, STEPS)] | None = field(default=None, metadata=GROWS)
     """Number of optimizer steps; overrides --epochs."""
     batch_size: Annotated[int, Range(1, BATCH)] = 128

@@ -64,6 +64,7 @@ class TrainSettings(TypedDict, total=False):
     scale: tuple[float, float]
     ratio: tuple[float, float]
     hflip: float
+    alternating_flip: bool
     color_jitter: float
     auto_augment: str | None
     random_erasing: float

@@ -107,7 +107,7 @@ def test_invalid_settings_are_reported_in_one_line(command: Command, tmp_path: P
     for arguments, part in (
         (("inference", "--model", "resnext_g33"), "resnext_g33 is not a timm model"),
         (("inference", "--batch-size", 0), "--batch-size 0: expected a whole number from 1 to"),
-        (("speed",), "speed is not one of inference, training, checkpoints, loader, scale"),
+        (("speed",), "speed is not one of inference, training, checkpoints, time-to-accuracy, loader, scale"),
         (("loader", "--batch-size", 0), "--batch-size 0: expected a whole number from 1 to"),
         (("loader", "--image-size", -3), "--image-size -3: expected a whole number from 1 to"),
         (("loader", "--workers", -1), "--workers -1: expected a whole number from 0 to"),

@@ -48,7 +48,7 @@ def test_processes_that_wait_for_a_core_start_and_sum_later() -> None:
 def test_the_report_shows_each_check_and_the_worst_ratio() -> None:
     settings = Settings(images=500, classes=5, processes=2)
     checks = (
-        Check(what="start-up, s", predicted=2.0, measured=1.6),
+        Check(what="startup, s", predicted=2.0, measured=1.6),
         Check(what="memory, MB", predicted=9, measured=15),
     )
     report = Report(
@@ -59,7 +59,7 @@ def test_the_report_shows_each_check_and_the_worst_ratio() -> None:
         checks=checks,
     )
     text = report.table()
-    assert "| start-up, s | 2 | 1.6 | 1.25 |" in text
+    assert "| startup, s | 2 | 1.6 | 1.25 |" in text
     assert "within a factor of 1.67 of the 2 measurements" in text
     assert "Warning" not in text
     busy = dataclasses.replace(report, constants=dataclasses.replace(MACHINE, waited=3.04))
@@ -83,4 +83,4 @@ def test_the_command_checks_its_predictions(command: Callable[..., tuple[int, st
     for images in (10, 100, 1000):  # files are read whole and once
         read = checks[f"{images:,} images, {max(2, images // 100)} classes: read, MB"]
         assert read["predicted"] == approx(read["measured"], rel=0.05)
-    assert "| start-up |" in out
+    assert "| startup |" in out

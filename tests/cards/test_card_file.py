@@ -151,7 +151,7 @@ def test_a_second_generated_part_is_not_kept_as_an_edit() -> None:
 )
 def test_a_damaged_mark_raises(mark_text: str) -> None:
     text = f"<!-- resnext-hub card {mark_text} -->\nx\n<!-- resnext-hub card end -->\n"
-    with raises(ValueError, match="its mark is damaged"):
+    with raises(ValueError, match="the comment that begins its generated part is damaged"):
         take_apart(text, TAGS)
 
 

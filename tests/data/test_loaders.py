@@ -153,7 +153,7 @@ def test_an_unreadable_sample_is_always_replaced_by_the_same_other_one(tmp_path:
     unreadable = 3
     Path(splits.train.rows[int(splits.train.indices[unreadable])]["image"]["path"]).write_bytes(b"")
     transform = EvalTransform(InputConfig.resolve(CFG))
-    data = TrainingSamples(splits.train, lambda row: Augmented(transform(decode(row))), seed=0)
+    data = TrainingSamples(splits.train, lambda row, mirrored: Augmented(transform(decode(row))), seed=0)
     first, again = data[Place(0, unreadable)], data[Place(5, unreadable)]
     assert first.unreadable == again.unreadable == [Unreadable(unreadable, splits.train.name(unreadable), "zero bytes")]
     assert first.index == unreadable

@@ -445,7 +445,7 @@ def test_a_license_conflict_with_the_base_model_is_a_warning(
     record = RunRecord.load(finished / "record.json")
     tuned = dataclasses.replace(record, base_model=BaseModelFacts(id="you/base", hub_id="you/base", license=base))
     card = render_card(tuned, "me/digits", chosen)
-    assert f"(license {base or 'not stated'})" in card
+    assert f"(license: {base or 'not stated'})" in card
     assert ("Check the license" in card) == (warning is not None)
     assert warning is None or warning in card
 

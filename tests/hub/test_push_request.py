@@ -192,7 +192,7 @@ def test_a_fetched_run_passes_on_no_publishing_or_machine_settings() -> None:
 
 @mark.parametrize("dataset", ["pets", "/home/you/pets", "../pets", "C:\\pets", ""])
 def test_the_local_dataset_of_a_fetched_run_must_be_given(dataset: str) -> None:
-    with raises(RequestError, match="pass it as dataset"):
+    with raises(RequestError, match="pass its path as dataset"):
         fetched_settings(FETCHED | {"dataset": dataset}, {}, "hub:you/run")
     assert fetched_settings(FETCHED | {"dataset": dataset}, {"dataset"}, "hub:you/run")["lr"] == 0.1
 
@@ -202,7 +202,7 @@ def test_a_hub_dataset_with_the_name_of_a_local_folder_must_be_given(tmp_path: P
     fetched = FETCHED | {"dataset": "you/pets"}
     assert fetched_settings(fetched, {}, "hub:you/run")["dataset"] == "you/pets"
     os.makedirs("you/pets")
-    with raises(RequestError, match="pass it as dataset"):
+    with raises(RequestError, match="pass its path as dataset"):
         fetched_settings(fetched, {}, "hub:you/run")
     with raises(RequestError, match="pass it as model"):
         fetched_settings(FETCHED | {"model": "local-dir:a/model"}, {}, "hub:you/run")

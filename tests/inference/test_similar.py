@@ -78,7 +78,7 @@ def test_embeddings_of_another_model_are_refused_by_name(
     code, out, err = command("similar", other, own, "--in", file)
     assert (code, out) == (2, "")
     assert f"contains embeddings of run/model (SHA-256 {metadata['weights'][:12]}), but the model is other" in err
-    assert "with other weights" in err
+    assert "with different weights" in err
 
     resized = Path(shutil.copytree(vehicles_run / "model", tmp_path / "resized"))
     config = json.loads((resized / "config.json").read_text())
@@ -86,7 +86,7 @@ def test_embeddings_of_another_model_are_refused_by_name(
     (resized / "config.json").write_text(json.dumps(config))
     code, _, err = command("similar", resized, own, "--in", file)
     assert code == 2
-    assert "with other preprocessing" in err
+    assert "with different preprocessing" in err
 
 
 def test_a_file_that_predict_did_not_write_is_one_line(

@@ -94,5 +94,5 @@ def test_nothing_open_depends_on_the_number_of_processes(monkeypatch) -> None:
 def test_a_run_keeps_its_number_of_threads() -> None:
     before = {"elastic": 4, "threads": "3"}
     assert resolve_elastic(TrainConfig.from_flat({"elastic": 4}), before, "cpu").threads == "3"
-    with raises(RequestError, match=r"threads=2: the run was started with 3 per virtual process.*use threads=3"):
+    with raises(RequestError, match=r"threads=2: the run was started with 3 threads per .*use threads=3"):
         resolve_elastic(TrainConfig.from_flat({"elastic": 4, "threads": "2"}), before, "cpu")

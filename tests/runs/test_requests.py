@@ -65,7 +65,7 @@ def test_a_policy_in_timms_notation_is_accepted(policy: str) -> None:
         ("augmix-x", "x: expected mN, wN"),
         ("augmix-d0", "d0: expected a whole number from 1"),
         ("3a-m5", "m5: expected mstdN after 3a-"),
-        ("", "it is not a policy"),
+        ("", "an empty name is not a policy"),
         ("RAND-m9", "RAND is not a policy"),
     ],
 )
@@ -202,7 +202,7 @@ def test_a_batch_larger_than_the_training_split_causes_a_warning(
     code, _, err = command("train", *TINY, "--dataset", folder_of_classes, *flags)
     assert code == 0, err
     assert "--batch-size 32 is larger than the training split (24 images), so steps repeat images; " in err
-    assert "--batch-size 4 makes 6 steps per epoch" in err
+    assert "--batch-size 4 gives 6 steps per epoch" in err
 
 
 @mark.parametrize(

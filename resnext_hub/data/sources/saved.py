@@ -100,8 +100,8 @@ def _open_split(split: str, folder: Path) -> "datasets.Dataset":
     state = read_json(stated, _State, _REMEDY)
     if state._indices_data_files:
         raise RequestError(
-            f"{printable(stated)} has a row selection in the format of an old version of datasets, which newer "
-            "versions ignore; load the dataset with that version, call flatten_indices() and save it again"
+            f"{printable(stated)} has an indices mapping in an old format that newer versions of datasets "
+            "ignore; load the dataset with the old version, call flatten_indices() and save it again"
         )
     info = read_json(folder / "dataset_info.json", dict[str, Any], _REMEDY)
     files = [folder / _require_name(stated, file.filename) for file in state._data_files]
