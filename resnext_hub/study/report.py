@@ -81,7 +81,8 @@ def _conditions(result: StudyResult, record: RunRecord) -> str:
         f"{config['batch_size']} and a learning rate of {config['lr']:g}. Accuracy is measured on "
         f"{record.evaluation.count:,} images {split}. The base has {study.base.depth} layers, the {study.base.stem} "
         f"stem and a width scale of {study.base.width_scale:g}; the {match} of each member match the target to within "
-        "2 %. Runs with the same seed have the same data order, the same augmentation, and the same initial values wherever shapes match."
+        "2 %. Runs with the same seed have the same data order, the same augmentation, and the same initial "
+        "values wherever shapes match."
     )
 
 

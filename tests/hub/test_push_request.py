@@ -204,5 +204,5 @@ def test_a_hub_dataset_with_the_name_of_a_local_folder_must_be_given(tmp_path: P
     os.makedirs("you/pets")
     with raises(RequestError, match="pass its path as dataset"):
         fetched_settings(fetched, {}, "hub:you/run")
-    with raises(RequestError, match="pass it as model"):
+    with raises(RequestError, match="pass its path as model"):
         fetched_settings(FETCHED | {"model": "local-dir:a/model"}, {}, "hub:you/run")
