@@ -1,4 +1,4 @@
-"""Train a network: `accelerate launch scripts/train.py [flags]`."""
+"""Train a model: `accelerate launch scripts/train.py [flags]`."""
 
 import sys
 

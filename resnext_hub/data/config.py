@@ -76,8 +76,8 @@ class DataConfig:
     least one row group."""
     lanes: Annotated[int, Range(1, 1 << 20)] | None = None
     """With --streaming: number of lanes (parts of the stream that are read in parallel, each by a single worker); it
-    must divide the batch size. If not given, the largest number up to 64 for which each lane has at least 50 row
-    groups."""
+    must divide the batch size. If not given, a number up to 64 is chosen that suits the batch size and the length of
+    the stream."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -77,7 +77,7 @@ def _conditions(result: StudyResult, record: RunRecord) -> str:
     split = f"of the `{data.eval_split}` split" if data.eval_split else "of a held-out split"
     return (
         f"Each member is trained on {data.train_count:,} images of {data.id} at {study.input.image_size} px for "
-        f"{config['epochs']:g} epochs, with the optimizer {config['optimizer']}, a batch size of "
+        f"{config['epochs']:g} epochs, with the {config['optimizer']} optimizer, a batch size of "
         f"{config['batch_size']} and a learning rate of {config['lr']:g}. Accuracy is measured on "
         f"{record.evaluation.count:,} images {split}. The base has {study.base.depth} layers, the {study.base.stem} "
         f"stem and a width scale of {study.base.width_scale:g}; the {match} of each member match the target to within "
@@ -151,8 +151,8 @@ def _table_notes(result: StudyResult, machine: dict[str, Any]) -> str:
     beside = f", and with {study.jobs} runs in parallel" if study.jobs > 1 else ""
     return (
         f"Accuracy is the mean ± sample standard deviation over the seeds. Multiply-adds and activations are per image "
-        f"at {study.input.image_size} px. Training throughput is the median of the runs, with groups merged where that "
-        f"was faster{beside}. Inference throughput is measured in eager float32 with batch size "
+        f"at {study.input.image_size} px. Training throughput is the median over the runs, with groups merged where "
+        f"that was faster{beside}. Inference throughput is measured in eager float32 with batch size "
         f"{study.train_config.eval_batch_size}. The speeds were measured on {machine['processor']} with "
         f"{study.threads} {'thread' if study.threads == 1 else 'threads'} per run and {packages}."
     )
