@@ -292,4 +292,4 @@ def _where_possible(what: str, work: Callable[[], None]) -> bool:
 
 @functools.cache
 def _warn_once(what: str, reason: str) -> None:
-    _logger.warning("the file system does not support %s (%s); files are written without it", what, reason)
+    _logger.warning("not supported by the file system, and therefore not used: %s (%s)", what, reason)

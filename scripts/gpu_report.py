@@ -182,7 +182,10 @@ def resumed_run(report: Report) -> list[str]:
             process.wait()
             if "resum" not in train(report, words):
                 raise FailedError(f"{precision}: the run did not resume")
-            hashes = [hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest() for run in (whole, killed)]
+            hashes = [
+                hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).hexdigest()
+                for run in (whole, killed)
+            ]
             if hashes[0] != hashes[1]:
                 raise FailedError(f"{precision}: the resumed run ended with other weights")
             rows.append([precision, "equal", hashes[0][:16]])

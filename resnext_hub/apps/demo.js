@@ -18,7 +18,7 @@ start();
 
 async function start() {
   if (location.protocol === "file:") {
-    return say("This page was opened as a file, and browsers do not run a model from there. In its folder, run "
+    return say("This page was opened as a file, but browsers do not run models from local files. In its folder, run "
       + "“python -m http.server”, and open the address that it prints.");
   }
   const input = element("file");
@@ -174,7 +174,7 @@ function show(probabilities, unlike, seconds, file) {
 function bar(label, probability, threshold, predicted) {
   const item = document.createElement("li");
   item.classList.toggle("predicted", predicted);
-  const from = threshold === null ? "" : `predicted from ${percent(threshold)}`;
+  const from = threshold === null ? "" : `predicted at ${percent(threshold)} or higher`;
   const meter = part("div", "meter", "");
   for (const [name, value] of Object.entries({
     role: "meter", "aria-label": label, "aria-valuemin": 0, "aria-valuemax": 1, "aria-valuenow": probability,

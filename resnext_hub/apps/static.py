@@ -34,7 +34,7 @@ def write_static(classifier: "Classifier", title: str, folder: Path, archive: Pa
         RunError: If the download or the export fails; an earlier page is kept.
     """
     if folder.exists() and not (is_static_page(folder) or (folder.is_dir() and not any(folder.iterdir()))):
-        raise RequestError(f"{setting('static', folder)} exists and is not a demo page; expected a new folder")
+        raise RequestError(f"{setting('static', folder)} exists but is not a demo page; expected a new folder")
     runtime = runtime_files(archive)
     folder = folder.absolute()
     with new_folder(folder) as filling:

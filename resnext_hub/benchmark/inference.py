@@ -76,7 +76,7 @@ def measure(settings: Settings, rounds: int) -> Comparison:
         notes = (
             "Error: norm of the difference from timm's float32 logits, relative to their norm, on "
             f"{settings.batch_size} images of noise"
-            + (f"; none for {settings.equal_flops}, which is another model" if settings.equal_flops else "")
+            + (f"; none for {settings.equal_flops}, which is a different model" if settings.equal_flops else "")
             + ". Each entry runs in its own process.",
         )
         return compare("inference", vars(settings), entries, rounds, device, notes)

@@ -32,7 +32,7 @@ from resnext_hub.errors import RequestError, RunError, setting
 from resnext_hub.machine import device_type, resolve_precision
 from resnext_hub.models.resnext import VARIANTS, stock_architecture
 from resnext_hub.runs.recipes import RECIPES, find_recipe
-from resnext_hub.settings import Range, check_fields
+from resnext_hub.settings import Range, check_fields, shown
 from resnext_hub.training.config import flat_fields
 
 _logger = logging.getLogger(__name__)
@@ -56,7 +56,8 @@ class Settings:
     """Time-to-accuracy benchmark."""
 
     dataset: str = BUNDLED
-    """The bundled digits, or a folder whose folders train and validation contain a folder of images for each class."""
+    """The bundled digits, or a folder with the subfolders train and validation, each of which has one subfolder of
+    images per class."""
     model: str = "resnext_g32"
     """Variant of this package, as listed by `resnext-hub info`; it is trained from random weights."""
     image_size: Annotated[int, Range(2, IMAGE_SIZE)] = 32
@@ -80,13 +81,17 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        find_recipe(self.recipe)
+        try:
+            find_recipe(self.recipe)
+        except RequestError as error:
+            raise RequestError(f"{setting('recipe', shown(self.recipe))} {error}") from error
         if self.model not in VARIANTS:
             raise RequestError(f"{self.model} is not a variant of this package; choose one of {', '.join(VARIANTS)}")
         if self.dataset != BUNDLED:
             for split in ("train", "validation"):
                 if not Path(self.dataset, split).is_dir():
-                    raise RequestError(f"{setting('dataset', self.dataset)}: expected a folder with a folder {split}")
+                    where = setting("dataset", self.dataset)
+                    raise RequestError(f"{where}: expected a folder with a subfolder {split}")
         if self.timm_checkout is not None and not Path(self.timm_checkout, "train.py").is_file():
             raise RequestError(f"{setting('timm_checkout', self.timm_checkout)} contains no train.py")
 
@@ -145,11 +150,12 @@ class Report:
         runs = len(baseline.seconds)
         settings = ", ".join(f"{name} {value}" for name, value in self.settings.items() if value is not None)
         packages = ", ".join(f"{name} {version}" for name, version in self.machine["versions"].items())
+        several = "" if runs == 1 else "s, with 95 % intervals (Student's t)"
         foot = [
             f"{self.machine['processor']}, {self.machine['threads']} threads; {packages}.",
             f"Settings: {settings}.",
-            f"Means of {runs} interleaved run{'' if runs == 1 else 's, with 95 % intervals (Student)'}, each with its "
-            "own seed; all time of a process counts. Ratios are medians over seeds.",
+            f"Means of {runs} interleaved run{several}, each with its own seed; the total time of each process is "
+            "counted. Ratios are medians over seeds.",
         ]
         return "\n".join(lines) + "\n\n" + "\n".join(foot) + "\n"
 

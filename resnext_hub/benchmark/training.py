@@ -83,8 +83,8 @@ def measure(settings: Settings, rounds: int) -> Comparison:
         entries += _bare_loops(settings, device, fast)
         entries += _timm_scripts(settings, folder, device, fast)
         notes = (
-            "Error: of the first step's gradient on noise, over all parameters, relative to eager float32 in "
-            "contiguous memory format.",
+            "Error: relative error of the first step's gradient on noise, over all parameters; the reference is eager "
+            "float32 in contiguous memory format.",
         )
         shown = {name: value for name, value in vars(settings).items() if name != "timm_checkout"}
         return compare("training", shown, entries, rounds, device, notes)
@@ -162,7 +162,7 @@ def _bare_loops(settings: Settings, device: torch.device, fast: str) -> list[Ent
     entries = []
     for name, architecture, precision, compiled in rows:
         model = _seeded_model(architecture, device, channels_last=precision != "no" or fast == "no")
-        quality = "another model"
+        quality = "different model"
         if architecture == settings.model:
             quality = f"error {_gradient_error(model, settings, device, precision):.3f}"
         run = _bare_loop(model, settings, device, precision, compiled)

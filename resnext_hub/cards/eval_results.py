@@ -34,6 +34,6 @@ def eval_results(record: RunRecord) -> dict[str, str]:
             **({} if dataset.revision is None else {"revision": printable(dataset.revision)}),
         },
         "value": value,
-        "notes": f"{metric} on the split {printable(split)}{augmented}",
+        "notes": f"{metric} on the {printable(split)} split{augmented}",
     }
     return {f"{EVAL_RESULTS}/{slug(dataset.hub_id)}.yaml": yaml.safe_dump([entry], sort_keys=False, width=120)}

@@ -204,7 +204,7 @@ def license_conflict(base: BaseModelFacts | None, license: str | None) -> str | 
     if "nd" in parts:
         return f"{name} must not be shared in modified form ({stated})"
     if "sa" in parts or "gpl" in base.license:
-        return f"{name} must be shared under the same license ({stated})"
+        return f"modified versions of {name} must be shared under the same license ({stated})"
     return None
 
 
@@ -330,7 +330,7 @@ def split_name(record: RunRecord, part: Literal["evaluation", "test"]) -> str:
             fold, folds = (printable(record.config.get(name)) for name in ("fold", "folds"))
             return f"fold {fold} of {folds} of {markdown(dataset.train_split)}, stratified, seed {seed}"
         test = " for a test" if part == "test" else ""
-        return f"held out{test} from {markdown(dataset.train_split)}, stratified, seed {seed}"
+        return f"held out from {markdown(dataset.train_split)}{test}, stratified, seed {seed}"
     trained = ", also used for training" if split == dataset.train_split else ""
     return f"split {markdown(split)}{trained}"
 

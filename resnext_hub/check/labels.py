@@ -127,7 +127,7 @@ def check_labels(path: Path, workers: int | None = None) -> LabelFindings:
     run = reopen(path)
     if run.config.data.streaming:
         raise RequestError(
-            f"the run in {printable(path)} was trained with {setting('streaming', True)}, and a stream cannot be "
+            f"the run in {printable(path)} was trained with {setting('streaming', True)}, but a stream cannot be "
             "checked"
         )
     if run.record.evaluation.is_multi_label:

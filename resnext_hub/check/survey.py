@@ -82,7 +82,7 @@ def _all_splits(config: DataConfig) -> tuple[Splits, dict[str, IndexedImages], t
         try:
             other = load_splits(replace(found, eval_split=split, test_split=NO_TEST, test_fraction=0.0))
         except RequestError as error:
-            _logger.warning("the split %s is not checked: %s", printable(split), error)
+            _logger.warning("the %s split is not checked: %s", printable(split), error)
             continue
         names += [name for name in other.label_names if name not in names]
         number = np.array([names.index(name) for name in other.label_names])

@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preserve",
         choices=("block", "parameters", "macs"),
         default="block",
-        help="with --like: cost to match; block (default) means equation 4 of the paper",
+        help="with --like: cost to match; block (default) is the number of parameters of a block (equation 4 of the "
+        "paper)",
     )
     parser.add_argument(
         "--write-cards",

@@ -28,7 +28,7 @@ COMMANDS = {
     "demo": "try a trained model in a web page",
     "export": "export a trained model to ONNX, OpenVINO or torch.export",
     "push": "publish the model of a run, a study or a demo page to the Hub in a single commit",
-    "verify": "check a published model: its files against their hashes, and the counts in its card against a new "
+    "verify": "check a published model: its files against their hashes, and the results in its card against a new "
     "evaluation",
     "info": "list the variants with their numbers of parameters and multiply-adds (MACs)",
     "recipes": "list the recipes, or show one with its settings and sources",

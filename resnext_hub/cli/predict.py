@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=fraction,
         metavar="P",
         help="mark low-probability answers as unsure, so that at least this fraction (such as 0.95) of the remaining "
-        "answers should be right; the minimum probability was fitted on the evaluation images of the run",
+        "answers can be expected to be correct; the minimum probability was fitted on the evaluation images of the run",
     )
     parser.add_argument(
         "--tta",

@@ -109,7 +109,7 @@ def run(options: argparse.Namespace) -> None:
         )
     if result.missing:
         unfinished = "1 run is" if len(result.missing) == 1 else f"{len(result.missing)} runs are"
-        write(f"{unfinished} not finished; train other shards, or rerun without --shard and --merge\n")
+        write(f"{unfinished} not finished; train the other shards, or rerun without --shard and --merge\n")
 
 
 def _values(kind: type, given: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def _shard(text: str) -> Any:
 
     index, slash, total = text.partition("/")
     if not (slash and index.isdecimal() and total.isdecimal() and 1 <= int(index) <= int(total) <= BATCH):
-        raise argparse.ArgumentTypeError(f"{shown(text)}: expected I/N, such as 1/2 for the first of two parts")
+        raise argparse.ArgumentTypeError(f"{shown(text)}: expected I/N, such as 1/2 for the first of two shards")
     return Shard(index=int(index), count=int(total))
 
 

@@ -145,7 +145,8 @@ def _folds_summary(done: "CrossValidated") -> str:
             for fold in result.folds
         ),
         f"mean of {len(result.folds)} folds: {what} {_interval(mean.mean, mean.low, mean.high)}",
-        f"all images, each with a model that was not trained on it: {'all labels correct' if several else 'accuracy'} "
+        "all images, each classified by a model that was not trained on it: "
+        f"{'all labels correct' if several else 'accuracy'} "
         f"{_interval(result.accuracy, result.low, result.high)} ({result.correct}/{result.count})",
     ]
     if result.test is not None:
@@ -206,7 +207,7 @@ def _weakest(record: "RunRecord") -> list[str]:
             for label, row in enumerate(facts.confusion)
         ]
     found = sorted((value, label) for label, value in enumerate(values) if value is not None and value < 1)
-    shown = ", ".join(f"{printable(names[label])} {100 * value:.1f} %" for value, label in found[:WEAKEST])
+    shown = ", ".join(f"{printable(names[label])} ({100 * value:.1f} %)" for value, label in found[:WEAKEST])
     return [f"lowest {what}: {shown}"] if found else []
 
 

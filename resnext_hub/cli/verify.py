@@ -17,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--evaluate",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="evaluate the model again, using only timm if timm has the architecture, and compare the counts (default: "
-        "on); --no-evaluate checks only the files",
+        help="evaluate the model again, using only timm if timm has the architecture, and compare the numbers of "
+        "correct predictions (default: on); --no-evaluate checks only the files",
     )
     add_threads(parser)
 

@@ -66,8 +66,8 @@ class DataConfig:
     exclude: str | None = field(default=None, metadata=FREE_PER_PROCESS)
     """File with a list of images to exclude, as written by `check --write-exclude`; none if not given."""
     max_bad_fraction: Annotated[float, Range(0, 1)] = field(default=0.01, metadata=FREE_PER_PROCESS)
-    """Largest fraction of unreadable images in a split, 0 to 1, before the run stops. One unreadable image is always
-    tolerated."""
+    """Largest tolerated fraction of unreadable images in a split, 0 to 1; if there are more, the run stops. One
+    unreadable image is always tolerated."""
     streaming: bool = False
     """Read a Hub dataset, parquet files or WebDataset shards sequentially, without copying them to disk; requires an
     evaluation split."""
@@ -92,8 +92,8 @@ class DataConfig:
 
     def _check_folds(self) -> None:
         if self.fold is not None and (self.folds is None or self.fold > self.folds):
-            what = f"there are only {self.folds} folds" if self.folds else f"needs {setting('folds')}"
-            raise RequestError(f"{setting('fold', self.fold)}: {what}")
+            what = f": there are only {self.folds} folds" if self.folds else f" needs {setting('folds')}"
+            raise RequestError(f"{setting('fold', self.fold)}{what}")
         if self.folds is None:
             return
         default = {field.name: field.default for field in fields(self)}

@@ -60,6 +60,7 @@ def small_classes(names: Sequence[str], counts: Sequence[int], folds: int) -> st
     if not small:
         return None
     return (
-        f"classes with fewer images than the {folds} folds: {listing(small)}; some folds have no evaluation images of "
-        "such a class, and the only image of a class is evaluated with a model that was not trained on that class"
+        f"classes with fewer than {folds} images, the number of folds: {listing(small)}; some folds have no evaluation "
+        "images of such a class, and if a class has only one image, that image is evaluated with a model that was not "
+        "trained on the class"
     )

@@ -67,8 +67,8 @@ def _check_trainable(
     train, *others = (split.name for split in splits)
     present = np.flatnonzero(count_labels(labels[train], len(label_names)))
     if len(present) < 2:
-        only = label_names[int(present[0])] if len(present) else "none"
-        raise RequestError(f"{dataset} has a single class to train on ({only}); a classifier needs at least two")
+        what = f"a single class to train on ({label_names[int(present[0])]})" if len(present) else "no training class"
+        raise RequestError(f"{dataset} has {what}; a classifier needs at least two")
     for split in others:
         found = np.flatnonzero(count_labels(labels[split], len(label_names)))
         if not np.isin(found, present).any():
@@ -128,7 +128,7 @@ def _read_flags(columns: Sequence[str], split: LabelledTable) -> np.ndarray:
         if odd:
             raise RequestError(
                 f"{setting('label_column', join_columns(columns))}: column {printable(name)} of the {split.name} split "
-                f"contains {printable(odd[0])}; expected 0 or 1 in each of several label columns"
+                f"contains {printable(odd[0])}; several label columns must contain only 0 and 1"
             )
         found[:, i] = np.asarray([as_flag(value) for value in values])[encoded.indices.to_numpy()]
     return found
@@ -308,10 +308,10 @@ def class_names(dataset: str, column: str, splits: Sequence[LabelledTable]) -> t
     for part in parts:
         if part.features[column].names != first:
             raise RequestError(
-                f"column {printable(column)} has different classes, or the same classes in a different order, in "
-                f"{printable(part.name)} "
-                f"({listing(part.features[column].names, 4)}) than in {printable(parts[0].name)} "
-                f"({listing(first, 4)}); use {setting('streaming', False)} to match them by name"
+                f"the classes of column {printable(column)} in {printable(part.name)} "
+                f"({listing(part.features[column].names, 4)}) differ from those in {printable(parts[0].name)} "
+                f"({listing(first, 4)}), or are in a different order; use {setting('streaming', False)} to match them "
+                "by name"
             )
     _check_named(dataset, column, first)
     names = class_names_of(first, f"column {printable(column)} of {dataset}")

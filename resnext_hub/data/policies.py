@@ -72,7 +72,7 @@ def _listed(name: str) -> str:
 
 
 def _wrong(policy: str, part: str, expected: str) -> RequestError:
-    examples = "such as rand-m7-mstd0.5, augmix-m3 or 3a"
+    examples = "valid policies are, for example, rand-m7-mstd0.5, augmix-m3 and 3a"
     return RequestError(
-        f"{setting('auto_augment', shown(policy))}: {shown(part) or 'an empty part'}: {expected}, {examples}"
+        f"{setting('auto_augment', shown(policy))}: {shown(part) or 'an empty part'}: {expected}; {examples}"
     )

@@ -111,7 +111,7 @@ def load_splits(config: DataConfig) -> Splits:
             raise
         # a test split without labels is common, because benchmarks keep them secret
         splits = _load(config, source, replace(roles, test=None))
-        _logger.warning("%s: the split %s is not used for a test: %s", name, printable(roles.test), error)
+        _logger.warning("%s: the %s split is not used for a test: %s", name, printable(roles.test), error)
         roles = replace(roles, test=None)
     splits = replace(splits, stored=tuple(source.tables))
     unused = [split for split in source.tables if split not in roles.used().values()]
@@ -206,7 +206,7 @@ def _groups(config: DataConfig, roles: _Roles, source: OpenDataset) -> bool:
     count = len(table)
     if count > MOST_GROUPED:
         _logger.warning(
-            "%s: images are held out without a search for duplicates, which would take long for %d images; use "
+            "%s: images are held out without a search for duplicates, which would take a long time for %d images; use "
             "--group-duplicates to search anyway",
             printable(public_name(config.dataset)),
             count,

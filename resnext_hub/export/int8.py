@@ -231,7 +231,10 @@ def _check(model: nn.Module, int8: Int8, tests: list[Accuracy]) -> Check:
         found = replace(_compare(model, run, int8), test=len(tests) + 1)
         tests.append(found)
         _logger.info(
-            "int8 test %d: accuracy drops by %.2f points, at most %.2f", found.test, found.drop, found.largest_drop
+            "int8 test %d: accuracy drops by %.2f points (upper confidence limit: %.2f)",
+            found.test,
+            found.drop,
+            found.largest_drop,
         )
         if found.within(int8.max_drop):
             return 0.0, scores

@@ -303,8 +303,8 @@ def _facts(model: LoadedModel, raw: bool) -> tuple[dict[str, str], str]:
             "images: uint8 RGB, (N, height, width, 3), of any size and upright; preprocessing is part of the model. "
             f"probabilities: one per entry of label_names. {answers}embedding: the features before the classifier. "
             "ood_score: above 0 if the image is unlike the training images. accept_thresholds: for each precision, the "
-            "lowest probability at which an answer is accepted, so that this fraction of the accepted answers should "
-            "be right."
+            "lowest probability at which an answer is accepted; this fraction of the accepted answers can be expected "
+            "to be correct."
         )
     meaning = (
         "sigmoid gives the probability of each label; those that reach their entry of thresholds are predicted. "

@@ -118,7 +118,9 @@ class CheckpointPusher:
         try:
             api.super_squash_history(self.repo_id, branch=BRANCH, commit_message=f"checkpoint {step}")
         except HUB_ERRORS as error:  # the checkpoint is uploaded, and the next one frees the storage as well
-            _logger.warning("older checkpoints still take up storage in %s: %s", self.repo_id, one_line(error))
+            _logger.warning(
+                "the storage of older checkpoints in %s could not be freed: %s", self.repo_id, one_line(error)
+            )
 
     def _commit(self, api: HfApi, step: str, files: Mapping[str, Path]) -> None:
         """Upload the files of a checkpoint and remove other checkpoints, in one commit."""

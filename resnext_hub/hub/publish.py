@@ -120,7 +120,9 @@ def publish(
     missing = [name for name in record.plots if f"plots/{name}" not in files]
     if missing:
         _logger.warning(
-            "the card does not show %s, because it is missing from the model folder; %s", listing(missing), WAY_OUT
+            "the card does not show all plots, because some are missing from the model folder (%s); %s",
+            listing(missing),
+            WAY_OUT,
         )
         record = dataclasses.replace(record, plots=[name for name in record.plots if name not in missing])
     here = _card_here(folder, overwrite_card)

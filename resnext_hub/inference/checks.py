@@ -43,7 +43,7 @@ def check_request(
     if engine == "openvino" and example.device.type != "cpu":
         raise ValueError(f"engine='openvino' runs on a CPU, but the example is on {example.device}")
     if calibration is not None and engine != "openvino":
-        raise ValueError(f"calibration requires engine='openvino', and engine is {engine!r}")
+        raise ValueError(f"calibration requires engine='openvino', but engine is {engine!r}")
     if calibration is not None and (calibration.shape[1:] != example.shape[1:] or len(calibration) < len(example)):
         raise ValueError(
             f"calibration of shape {tuple(calibration.shape)}: expected at least {len(example)} images of the "

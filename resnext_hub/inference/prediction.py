@@ -120,8 +120,8 @@ def lowest_accepted(classifier: "Classifier", precision: float) -> float:
     fitting = [known for known in classifier.accept if known >= precision]
     if not fitting:
         raise RequestError(
-            f"{shown}: expected at most {max(classifier.accept):g}, the highest precision that was fitted on the "
-            "evaluation images of the run"
+            f"{shown}: expected at most {max(classifier.accept):g}, the highest precision for which a threshold was "
+            "fitted on the evaluation images of the run"
         )
     return classifier.accept[min(fitting)]
 

@@ -150,9 +150,10 @@ def preserving_width(
         width += 1
     nearest = min((width, width + 1), key=lambda d: abs(cost(d) - target))
     if cost(nearest) > 2 * target:
+        unit = "multiply-adds" if preserve == "macs" else "parameters"
         raise ValueError(
-            f"cardinality={cardinality} costs {cost(nearest):,} even at base_width={nearest}, more than twice the "
-            f"reference ({target:,}); use a smaller cardinality"
+            f"cardinality={cardinality} needs {cost(nearest):,} {unit} even at base_width={nearest}, more than twice "
+            f"the {target:,} of the reference; use a smaller cardinality"
         )
     return nearest
 

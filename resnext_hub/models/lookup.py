@@ -177,7 +177,7 @@ def find_model(
     if kind == "hf-hub":
         repo_id, at, revision = name.partition("@")
         if at:
-            check_revision(f"{where}: {printable(revision) or 'nothing'} after @", revision)
+            check_revision(f"{where}: {printable(revision) or 'an empty string'} after @", revision)
         source = find_on_hub(
             repo_id, revision or None, pretrained=pretrained, where=where, verify=verify, to_train=to_train
         )

@@ -130,7 +130,9 @@ class SavedModel:
         old = self.config.label_names
         if not self.keeps_classifier(label_names):
             differing = (
-                "other class names" if self.config.num_classes == len(label_names) else "another number of classes"
+                "different class names"
+                if self.config.num_classes == len(label_names)
+                else "a different number of classes"
             )
             return f"new, because the pretrained model has {differing}"
         if old is None:

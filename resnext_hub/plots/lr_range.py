@@ -30,7 +30,7 @@ def plot_range_test(test: RangeTest, lr: float) -> "Figure":
     if test.suggestion is not None:
         axes.axvline(test.suggestion, color="C1", linestyle="--", label=f"suggestion: {test.suggestion:.3g}")
     low, high = min(test.losses), max(test.smoothed[0], 2 * min(test.smoothed))  # what diverges is cut off
-    axes.set(xscale="log", xlabel="learning rate", ylabel="loss", title="Training loss at a growing learning rate")
+    axes.set(xscale="log", xlabel="learning rate", ylabel="loss", title="Training loss at an increasing learning rate")
     axes.set_ylim(low - 0.1 * (high - low), high + 0.3 * (high - low))
     axes.title.set_fontsize(10)
     axes.legend(frameon=False, fontsize=8, loc="lower left")

@@ -77,10 +77,11 @@ def plot_per_class(record: RunRecord, letters: Lettering, theme: Theme = LIGHT) 
         axes.text(101, place, f"{result.correct}/{result.count}", va="center", fontsize=8)
     axes.set(xlim=(0, 114), ylim=(len(shown) - 0.4, -0.6), xticks=range(0, 101, 20))
     axes.set_title(
-        "Recall and precision" + ("" if len(shown) == len(every) else f", the lowest {len(shown)} of {len(every)}"),
+        "Recall and precision"
+        + ("" if len(shown) == len(every) else f" ({len(shown)} of {len(every)}, lowest recall first)"),
         fontsize=10,
     )
-    axes.set_xlabel("percent; at the right, correct images and images of the class" + letters.note(names), fontsize=8)
+    axes.set_xlabel("percent; at the right, correct / all images of the class" + letters.note(names), fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, loc="outside lower left", fontsize=8, ncols=2)
     return figure

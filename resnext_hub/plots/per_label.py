@@ -46,10 +46,10 @@ def plot_per_label(
     axes.plot(100 * positives / record.reported.count, places, "|", color=theme.ink, markersize=11, label="guessing")
     axes.set_yticks(places, [letters.name(names, i, 26) for _, i in shown], fontsize=8)
     for place, value, count in zip(places.tolist(), values.tolist(), positives.tolist(), strict=True):
-        axes.text(101, place, f"{100 * value:.1f} % of {count}", va="center", fontsize=8)
+        axes.text(101, place, f"{100 * value:.1f} % ({count})", va="center", fontsize=8)
     axes.invert_yaxis()
     axes.set(title=f"Average precision{some}", xlim=(0, 118), xticks=range(0, 101, 20))
-    axes.set_xlabel(f"percent; at the right, the number of {part} images with the label" + letters.note(names))
+    axes.set_xlabel(f"percent; in parentheses, the number of {part} images with the label" + letters.note(names))
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, loc="outside lower left", fontsize=8)
     return figure

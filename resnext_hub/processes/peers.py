@@ -185,12 +185,13 @@ def _difference(found: list[tuple[str, dict[str, object]]]) -> str | None:
         return None
     rank, host, names = differing[0]
     facts = found[rank][1]
-    shown = [f"{name} {_shown(facts.get(name))}, rank 0 has {_shown(main[name])}" for name in names[:MAX_NAMED]]
+    shown = [f"{name} {_shown(facts.get(name))}, but rank 0 has {_shown(main[name])}" for name in names[:MAX_NAMED]]
     more = [f"{len(names) - MAX_NAMED} more"] if len(names) > MAX_NAMED else []
-    others = f" ({len(differing) - 1} more processes differ)" if len(differing) > 1 else ""
+    count = len(differing) - 1
+    others = f" ({count} more {'process differs' if count == 1 else 'processes differ'})" if count else ""
     return (
-        f"host {printable(host)} (rank {rank}): {'; '.join(shown + more)}{others}; start every process with the same "
-        "settings, dataset and package versions"
+        f"host {printable(host)} (rank {rank}) has {'; '.join(shown + more)}{others}; start every process with the "
+        "same settings, dataset and package versions"
     )
 
 

@@ -62,8 +62,8 @@ def meet(place: Place) -> tuple[distributed.Store, str]:
                 )
     except RuntimeError as error:
         raise RunError(
-            f"rank {place.rank} waited for rank {waited_for} of {place.processes} at {printable(place.address)}:"
-            f"{place.port}, which did not start within {RENDEZVOUS.total_seconds():.0f} s ({one_line(error)[:80]})"
+            f"rank {waited_for} of {place.processes} did not start within {RENDEZVOUS.total_seconds():.0f} s; rank "
+            f"{place.rank} waited for it at {printable(place.address)}:{place.port} ({one_line(error)[:80]})"
         ) from error
     return shared, attempt
 

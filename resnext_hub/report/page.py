@@ -116,7 +116,7 @@ def _measured_on(record: RunRecord) -> str:
 
 
 def _images_of(stored: str | None, train: str) -> str:
-    return f"images held out of {train}" if stored is None else f"the images of the split {stored}"
+    return f"images held out from {train}" if stored is None else f"the images of the {stored} split"
 
 
 def _rows(record: RunRecord) -> list[dict[str, Any]]:

@@ -74,7 +74,7 @@ def curves(record: RunRecord) -> Section:
     if not record.history:
         return not_shown("Training", "Curves are", "the run logged no metrics")
     if not record.steps:
-        return not_shown("Training", "Curves are", "only the classifier was fitted, without steps")
+        return not_shown("Training", "Curves are", "only the classifier was fitted, so there were no training steps")
     best = record.evaluation
     alt = (
         f"Loss, accuracy, learning rate and throughput over {record.epochs:.4g} epochs; the best weights are those of "
@@ -94,7 +94,8 @@ def confusion(record: RunRecord) -> Section:
     worst = "no image is classified incorrectly"
     if pairs:
         count, label, other = pairs[0]
-        worst = f"most frequently, {printable(names[label])} is mistaken for {printable(names[other])} ({count} times)"
+        often = "once" if count == 1 else f"{count} times"
+        worst = f"most frequently, {printable(names[label])} is mistaken for {printable(names[other])} ({often})"
     if classes <= MATRIX_CLASSES:
         shape = (PAGE_WIDTH, min(5.6, 2.4 + 0.32 * classes))
         plot = Plot(
@@ -110,11 +111,12 @@ def confusion(record: RunRecord) -> Section:
         draw=lambda letters, _: plot_pairs(record, letters, PAGE_WIDTH),
     )
     if classes > CLUSTER_CLASSES:
-        reason = f"The confusion matrix is not shown: {classes:,} classes are more than {CLUSTER_CLASSES:,}."
+        most_classes = f"it is drawn for at most {CLUSTER_CLASSES:,} classes, not {classes:,}"
+        reason = f"The confusion matrix is not shown: {most_classes}."
         return Section(title=title, text="", plots=(most,), missing=(reason,))
     matrix = Plot(
         name="confusion",
-        alt=f"Confusion matrix of {classes} classes in the order of a clustering; {worst}.",
+        alt=f"Confusion matrix of {classes} classes, ordered by clustering; {worst}.",
         draw=partial(plot_clusters, record),
     )
     text = "Classes are ordered by clustering: those that are confused with each other are neighbors."
@@ -128,7 +130,7 @@ def classes(record: RunRecord) -> Section:
     if not results:
         return not_shown(title, "Results are", "no image has a label")
     shown = min(len(results), MOST_CLASSES)
-    lowest = ", ".join(f"{printable(record.label_names[r.label])} {100 * r.recall:.0f} %" for r in results[:3])
+    lowest = ", ".join(f"{printable(record.label_names[r.label])} ({100 * r.recall:.0f} %)" for r in results[:3])
     bars = Plot(
         name="classes",
         alt=f"Recall and precision of {shown} of {len(results)} {what}; lowest recall: {lowest}.",
@@ -225,7 +227,7 @@ def embeddings(record: RunRecord, outputs: Outputs | str) -> Section:
         for group, label in enumerate(shown):
             groups[outputs.labels == label] = group
         if len(names) > MOST_GROUPS:
-            text += f" In color are the {MOST_GROUPS} classes with the most mistakes."
+            text += f" The {MOST_GROUPS} classes with the most mistakes are shown in color."
 
         def draw(letters: Lettering, theme: Theme) -> "Figure":
             return plot_embedding(points, groups, [letters.name(names, i, 18) for i in shown], wrong, theme)

@@ -140,7 +140,8 @@ def _batch(run: FinishedRun, classifier: Classifier, splits: Splits | str) -> Se
     if isinstance(splits, str):
         return not_shown("A training batch", "Images are", splits)
     if not run.record.steps:
-        return not_shown("A training batch", "Images are", "only the classifier was fitted, without steps")
+        reason = "only the classifier was fitted, so there were no training steps"
+        return not_shown("A training batch", "Images are", reason)
     try:
         batch = first_batch(run, classifier, splits, BATCH)
     except (RequestError, RunError) as error:

@@ -33,7 +33,7 @@ def prepare_int8(model: LoadedModel, dataset: str | None, max_drop: float) -> In
     """
     if model.thresholds is not None:
         raise RequestError(
-            f"{setting('int8', True)} needs exactly one label per image, and this model predicts several; export in "
+            f"{setting('int8', True)} needs exactly one label per image, but this model predicts several; export in "
             "float32"
         )
     settings = read_config(RunFolder(model.folder.parent)) if model.folder is not None else {}

@@ -32,8 +32,8 @@ def check_batch(config: TrainConfig) -> None:
         low = config.batch_size // count * count
         closest = [str(size) for size in (low, low + count) if size]
         raise RequestError(
-            f"{setting('batch_size', config.batch_size)} (the global batch size) is not divisible by {count} "
-            f"{unit}es; use {' or '.join(closest)}"
+            f"{setting('batch_size', config.batch_size)} (the global batch size) cannot be divided evenly among "
+            f"{count} {unit}es; use {' or '.join(closest)}"
         )
     part = config.batch_size // count
     if config.transform.mixes and part % 2:

@@ -11,7 +11,7 @@ from typing import Any
 from resnext_hub.data.config import NO_TEST
 from resnext_hub.data.splits import Splits
 from resnext_hub.errors import RequestError, one_line, setting
-from resnext_hub.hub.publish import require_model
+from resnext_hub.hub.publish import WAY_OUT, require_model
 from resnext_hub.processes.peers import Peers
 from resnext_hub.record import RunRecord
 from resnext_hub.run_folder import RunFolder
@@ -76,7 +76,7 @@ def read_existing(folder: RunFolder) -> ExistingRun:
     try:
         require_model(folder.model, record)
     except RequestError as error:
-        fault = str(error)
+        fault = str(error).removesuffix(f"; {WAY_OUT}")
     return ExistingRun(
         settings=settings,
         steps=record.steps if record.planned_steps is None else record.planned_steps,
@@ -220,7 +220,7 @@ def _compare(
                 f"{existing.fault}, but no checkpoint is left to restore it from; choose another "
                 f"{setting('output_dir')}"
             )
-        _logger.warning("%s", existing.fault)
+        _logger.warning("%s; writing the model folder again", existing.fault)
     return existing.steps == schedule.steps and existing.fault is None
 
 

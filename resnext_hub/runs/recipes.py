@@ -102,7 +102,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "finetune": Recipe(
         purpose="fine-tune pretrained weights on photographs, with few epochs, mild crops and a small learning rate",
-        source="common practice; AdamW with a learning rate as used to fine-tune ConvNeXt or ViT",
+        source="common practice; AdamW with a learning rate like those used to fine-tune ConvNeXt or ViT",
         result="not measured on a public benchmark",
         settings={
             "pretrained": True,
@@ -246,5 +246,5 @@ def find_recipe(name: str) -> Recipe:
     """
     if name in RECIPES:
         return RECIPES[name]
-    renamed = f"; it is called {RENAMED[name]} now" if name in RENAMED else did_you_mean(name, RECIPES)
+    renamed = f"; {name} is now called {RENAMED[name]}" if name in RENAMED else did_you_mean(name, RECIPES)
     raise RequestError(f"does not exist; available: {', '.join(RECIPES)}{renamed}")

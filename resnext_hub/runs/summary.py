@@ -40,7 +40,7 @@ def describe(plan: Plan, accelerator: "Accelerator", expected: Estimate | None) 
         f"{ {'no': 'float32'}.get(plan.precision, plan.precision) }, {torch.get_num_threads()} thread(s)",
     ]
     if config.elastic is not None:
-        lines.append(f"{config.elastic} virtual processes: the same weights for any number of processes")
+        lines.append(f"{config.elastic} virtual processes: the weights do not depend on the number of real processes")
     if expected is not None:
         slower = ", measured without torch.compile" if config.compile else ""
         lines.append(
@@ -93,7 +93,9 @@ def _look(plan: Plan) -> list[str]:
 def _weights(plan: Plan) -> str:
     if plan.config.finetune.fit_head:
         return "pretrained weights with a new classifier"
-    return plan.source.saved.classifier_for(plan.splits.label_names) if plan.source.pretrained else "random weights"
+    if not plan.source.pretrained:
+        return "random weights"
+    return f"pretrained weights (classifier: {plan.source.saved.classifier_for(plan.splits.label_names)})"
 
 
 def _balance(plan: Plan) -> list[str]:
@@ -122,7 +124,12 @@ def _balance(plan: Plan) -> list[str]:
 def _finetune(plan: Plan) -> list[str]:
     """Return a line about how weights are fine-tuned, such as layers that are kept; none if all train alike."""
     config, schedule, optim = plan.config.finetune, plan.schedule, plan.config.optim
-    kept = {"none": "", "head": "only the classifier is trained", "bn": "batch norm layers are frozen"}
+    kept = {
+        "none": "",
+        "head": "only the classifier is trained",
+        "bn": "batch norm layers are frozen",
+        "1": "the stem is frozen",
+    }
     count, is_auto = plan.splits.train.count, plan.recipe == AUTO
     if config.fit_head and not schedule.steps:
         trained = ["only the classifier is trained, by logistic regression on cached features"]
@@ -131,11 +138,13 @@ def _finetune(plan: Plan) -> list[str]:
         trained += ["classifier fitted first, by logistic regression on cached features"] if config.fit_head else []
     parts = [
         *trained,
-        f"only the classifier in the first {schedule.head_steps} steps" if schedule.head_steps else "",
+        f"only the classifier is trained in the first {schedule.head_steps} steps" if schedule.head_steps else "",
         f"layer decay {config.layer_decay:g}" if config.layer_decay < 1 else "",
         f"learning rate of the classifier {config.head_lr:g}" if config.head_lr is not None else "",
         f"averaged with the initial weights ({config.average_with_start:g})" if config.average_with_start else "",
-        f"early stopping after {config.early_stopping} evaluations" if config.early_stopping else "",
+        f"early stopping after {config.early_stopping} evaluations without improvement"
+        if config.early_stopping
+        else "",
     ]
     if is_auto and schedule.steps:
         parts.append(f"{optim.optimizer}, learning rate {optim.lr:g}")
@@ -160,7 +169,10 @@ def log_warnings(plan: Plan) -> None:
         )
     elif 0 < steps < 20 and config.max_steps is None:
         _logger.warning(
-            "only %d steps; for more, use --batch-size %d or --epochs %g", steps, fitting, config.epochs * 20 / steps
+            "the run has only %d steps; for more, use --batch-size %d or --epochs %g",
+            steps,
+            fitting,
+            config.epochs * 20 / steps,
         )
     if config.tta == "flip" and config.transform.hflip == 0:
         _logger.warning("--tta flip evaluates mirror images, but with --hflip 0 the model is not trained on any")
@@ -177,7 +189,7 @@ def log_warnings(plan: Plan) -> None:
         for few, what in (((0, 0), "no images"), ((1, SMALL_CLASS - 1), f"fewer than {SMALL_CLASS} images")):
             names = [name for name, n in zip(splits.label_names, counts, strict=False) if few[0] <= n <= few[1]]
             if names:
-                _logger.warning("the %s split has %s of class %s", part, what, listing(names))
+                _logger.warning("classes with %s in the %s split: %s", what, part, listing(names))
 
 
 def _warn_of_lanes(plan: Plan) -> None:
@@ -189,13 +201,13 @@ def _warn_of_lanes(plan: Plan) -> None:
     needed, fitting = workers * processes(), [n for n in range(processes(), size + 1, processes()) if size % n == 0]
     other = next((n for n in fitting if n >= needed), fitting[-1])
     if lanes % processes():
-        effect = f"{processes()} processes cannot share them equally, so some lanes are read by two processes"
+        effect = f"but {processes()} processes cannot share them equally, so some lanes are read by two processes"
     elif lanes < needed:
-        effect = f"only {lanes // processes()} of {workers} workers per process are used"
+        effect = f"so only {lanes // processes()} of {workers} workers per process are used"
     else:
         return
     _logger.warning(
-        "the stream of %d row groups has %d lanes, and %s; a new run with --lanes %d would not have this problem, but "
+        "the stream of %d row groups has %d lanes, %s; a new run with --lanes %d would not have this problem, but "
         "would read up to %.0f %% of the stream twice",
         train.row_groups,
         lanes,

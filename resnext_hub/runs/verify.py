@@ -110,7 +110,7 @@ def _open(model: str) -> tuple[Path, Check | None]:
         )
     where = printable(model)
     if at:
-        check_revision(f"{where}: {printable(revision) or 'nothing'} after @", revision)
+        check_revision(f"{where}: {printable(revision) or 'an empty string'} after @", revision)
     folder, files = fetch_repository(where, repo_id, revision or None)
     count = f"{len(files.hashes)} files"
     return folder, Check(what=f"commit {files.commit[:12]}", stated=count, found=count, same=True)
@@ -211,7 +211,7 @@ def _evaluate(folder: Path, source: ModelSource, splits: Splits, card: CardState
             continue
         with start_timm(folder, source, stated.batch_size, str(device)) as timm:
             how = "and the architecture of this package" if timm.versions["plugin"] else "alone"
-            _logger.info("evaluating (%s images) with timm %s %s", part, timm.versions["timm"], how)
+            _logger.info("classifying the %s images with timm %s %s", part, timm.versions["timm"], how)
             images = splits.evaluated[part]
             counts = recount(timm, source, images, splits.label_names, card.facts.max_image_pixels)
         yield from _compare(part, stated, counts)

@@ -233,7 +233,7 @@ def plan_study(
     splits = load_splits(training.data)
     if splits.is_multi_label:
         raise RequestError(
-            f"{setting('dataset', dataset_name(training.data))} has several labels per image, and a study compares "
+            f"{setting('dataset', dataset_name(training.data))} has several labels per image, but a study compares "
             "accuracies; choose a dataset with one label per image"
         )
     if is_url(training.data.dataset):

@@ -93,7 +93,7 @@ def _meaning(result: StudyResult) -> str:
     if count > 1:
         intervals = f"simultaneous {level} (paired t, Bonferroni-corrected for {count} comparisons)"
     return (
-        "Differences are in percentage points of the accuracy at the last step, paired by seed; intervals are "
+        "Differences in accuracy at the last step are in percentage points and paired by seed; intervals are "
         f"{intervals}. They reflect only seed-to-seed variation on this dataset, split and recipe."
     )
 
@@ -152,7 +152,7 @@ def _table_notes(result: StudyResult, machine: dict[str, Any]) -> str:
     return (
         f"Accuracy is the mean ± sample standard deviation over the seeds. Multiply-adds and activations are per image "
         f"at {study.input.image_size} px. Training throughput is the median over the runs, with groups merged where "
-        f"that was faster{beside}. Inference throughput is measured in eager float32 with batch size "
+        f"that was faster{beside}. Inference throughput is measured in eager mode, in float32, with a batch size of "
         f"{study.train_config.eval_batch_size}. The speeds were measured on {machine['processor']} with "
         f"{study.threads} {'thread' if study.threads == 1 else 'threads'} per run and {packages}."
     )

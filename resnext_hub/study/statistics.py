@@ -132,12 +132,12 @@ def sentence(difference: Difference) -> str:
     member, baseline = (f'"{name}"' if " " in name else name for name in (difference.member, difference.baseline))
     pair = f"{member} and {baseline}"
     if difference.mean is None:
-        return f"**Not compared**: {pair} have no finished seed in common."
+        return f"**Not compared**: {pair} have no finished runs with the same seed."
     count = len(difference.seeds)
     over = f"over {count} paired seed{'s' if count > 1 else ''}"
     points = f"{difference.mean:+.2f} points"
     if difference.low is None or difference.high is None:
-        return f"**Undecided**: {pair} have one finished seed in common ({points}); an interval needs at least two."
+        return f"**Undecided**: {pair} share only one seed in their finished runs ({points}); an interval needs two."
     interval = f"{points}, interval {difference.low:+.2f} to {difference.high:+.2f}, {over}"
     if difference.verdict == "gain":
         return f"**{member} is more accurate than {baseline}** ({interval})."

@@ -19,7 +19,7 @@ def tracker_names(listed: str | None) -> tuple[str, ...]:
     for name in names:
         if name not in TRACKERS:
             raise RequestError(
-                f"{setting('track', shown(listed))}: expected trackers from {', '.join(TRACKERS)}, separated by "
+                f"{setting('track', shown(listed))}: expected one or more of {', '.join(TRACKERS)}, separated by "
                 f"commas{did_you_mean(name.lower(), TRACKERS)}"
             )
     twice = next((name for name in names if names.count(name) > 1), None)

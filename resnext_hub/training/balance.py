@@ -176,5 +176,5 @@ def _read_weights(path: Path, label_names: tuple[str, ...]) -> np.ndarray:
             raise RequestError(f"{where}: the weight of {shown(name)} is {shown(weight)}; expected 0 to 1e6")
     weights = np.array([float(content[name]) for name in label_names])
     if not weights.any():
-        raise RequestError(f"{where}: all weights are 0; expected a positive one")
+        raise RequestError(f"{where}: all weights are 0; expected at least one positive weight")
     return weights

@@ -193,7 +193,7 @@ class TrainConfig:
     """Use only deterministic algorithms; if not given, on for CPUs and off for accelerators."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Autocast precision. auto uses the setting of the launcher if there is one; otherwise, it uses bf16 on devices
-    where bf16 is fast, and no on all others."""
+    where bf16 is fast, and no autocast (no) on all others."""
     merge_groups: str = field(default="auto", metadata=FREE)
     """Compute adjacent groups of a grouped convolution as one wider group, with the same result up to rounding: auto
     merges groups where merging was measured to be faster; off merges none; a number merges the groups of all layers to

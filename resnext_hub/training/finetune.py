@@ -19,7 +19,7 @@ class FinetuneConfig:
 
     freeze: str = "none"
     """Parameters to freeze: none; head (all except the classifier, as in linear probing); bn (the batch norm layers);
-    or a number of stages, counting the stem as the first. Frozen batch norm layers use their stored statistics."""
+    or a number of stages, counting the stem as the first. Frozen batch norm layers use their running statistics."""
     layer_decay: Annotated[float, Range(0, 1, above=True)] = 1.0
     """Layer-wise learning rate decay, above 0 and at most 1: the learning rate of each group of layers (as defined by
     timm) is this multiple of the learning rate of the next group, and the classifier has the full rate. With 1, all
@@ -34,8 +34,8 @@ class FinetuneConfig:
     are computed once; with --epochs 0, nothing else is trained. The resulting model is evaluated, and it is published
     if training does not improve on it."""
     average_with_start: Annotated[float, Range(0, 1, below=True)] = 0.0
-    """Evaluate and publish the weighted average of the trained and the initial weights (WiSE-FT; Wortsman et al.,
-    2022): weight of the initial ones in the average, at least 0 and below 1. The initial weights include the classifier
+    """Coefficient of the initial weights in a weighted average with the trained weights, at least 0 and below 1
+    (WiSE-FT; Wortsman et al., 2022). The average is evaluated and published. The initial weights include the classifier
     that was fitted by --fit-head or trained during --head-epochs."""
     early_stopping: Annotated[int, Range(1, 1_000_000)] | None = field(default=None, metadata=FREE)
     """Stop the run after this many consecutive evaluations without an improvement in the --best-by metric; never if not
@@ -53,7 +53,7 @@ class FinetuneConfig:
         if self.freeze == "head" and self.head_epochs:
             raise RequestError(
                 f"{setting('head_epochs', self.head_epochs)} has no effect with {setting('freeze', 'head')}, which "
-                "trains only the classifier in the whole run; omit one of them"
+                "trains only the classifier throughout the run; omit one of them"
             )
         if self.fit_head and self.head_epochs:
             raise RequestError(

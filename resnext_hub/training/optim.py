@@ -192,7 +192,8 @@ def require_same_kind(optimizer: torch.optim.Optimizer, facts: dict[str, Any]) -
         before, now = set(facts["group"][str(index)]), set(group) - {"params", "param_names"}
         now = {name for name in now if not isinstance(group[name], torch.Tensor)}
         if before - now and now - before:
-            raise ValueError(f"it has {min(before - now)} where {type(optimizer).__name__} has {min(now - before)}")
+            name = type(optimizer).__name__
+            raise ValueError(f"its optimizer has the option {min(before - now)}, which {name} does not have")
 
 
 def restore_optimizer(

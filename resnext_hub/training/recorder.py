@@ -156,4 +156,4 @@ def _log_where(samples: Path, peers: Peers) -> None:
     (main, _), *others = peers.gather((platform.node(), str(samples.absolute())))
     elsewhere = [f"{printable(host)}:{printable(path)}" for host, path in others if host != main]
     if elsewhere:
-        _logger.info("samples of processes on other hosts: %s", listing(elsewhere, 8))
+        _logger.info("sample logs of the processes on other hosts: %s", listing(elsewhere, 8))

@@ -215,7 +215,7 @@ class TrainingState:
         assert self.merged_groups is not None
         if before is not None and before != self.merged_groups:
             _logger.warning(
-                "different groups are merged than before the resume, so weights may differ in the last bits"
+                "the merged groups are not those from before the resume, so weights may differ in the last bits"
             )
         if self.merged_groups:
             layers = grouped_convolutions(self.model)
@@ -269,8 +269,7 @@ class TrainingState:
                     else "slightly, because JPEGs are decoded to different pixels"
                 )
                 _logger.warning(
-                    "%s was %s before the resume and is %s now; data and schedule are unchanged, but weights may "
-                    "differ %s",
+                    "%s: %s before the resume, %s now; data and schedule are unchanged, but weights may differ %s",
                     name,
                     printable(before),
                     self.how[name],

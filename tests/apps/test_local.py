@@ -145,7 +145,7 @@ def test_the_page_of_a_model_with_several_labels_shows_all_with_their_thresholds
         (predicted,) = load(several).predict(photo())
         assert [bar[:2] for bar in tab.bars()] == [(g.label, g.probability) for g in all_of_them.guesses]
         assert {text.partition(", ")[2] for _, _, text in tab.bars()} == {
-            f"predicted from {limit} %" for limit in ("20.0", "99.0", "50.0")
+            f"predicted at {limit} % or higher" for limit in ("20.0", "99.0", "50.0")
         }
         assert tab.text(".answer:has(ol) .verdict") == ", ".join(guess.label for guess in predicted.guesses)
         assert tab.errors == []

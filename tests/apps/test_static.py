@@ -140,7 +140,7 @@ def test_files_that_are_no_images_are_refused_in_one_line(page: tuple[Path, Path
             assert tab.page.locator("#answer").is_hidden()
         assert answer_for(tab, photo())
         tab = Tab(browser, (page[1] / "index.html").as_uri())
-        assert "browsers do not run a model from there" in tab.text("#status")
+        assert "browsers do not run models from local files" in tab.text("#status")
 
 
 @mark.slow
@@ -174,7 +174,7 @@ def test_the_page_reads_the_pixels_that_the_package_reads(page: tuple[Path, Path
             assert [found[label] for label in names] == approx(expected, abs=tolerance), name
             above = [label for label in found if found[label] >= 0.5]
             assert tab.text("#verdict") == (", ".join(above) or "None of the labels")
-            assert tab.bars()[0][2].endswith("predicted from 50.0 %")
+            assert tab.bars()[0][2].endswith("predicted at 50.0 % or higher")
 
 
 def write_probe(path: Path) -> None:
@@ -289,7 +289,7 @@ def test_a_wrong_request_for_a_page_is_refused_before_anything_is_written(
     monkeypatch.setenv("RESNEXT_HUB_CACHE", str(tmp_path / "cache"))
     place = tmp_path / "page"
     for words, message in (
-        (("--static", full), "exists and is not a demo page; expected a new folder"),
+        (("--static", full), "exists but is not a demo page; expected a new folder"),
         (("--static", place), "npm is not installed; run `npm pack onnxruntime-web@"),
         (("--static", place, "--onnxruntime-web", other), "its hash differs; expected the file that `npm pack"),
         (("--static", place, "--onnxruntime-web", tmp_path / "none"), "cannot be read: No such file or directory"),

@@ -47,7 +47,7 @@ def test_intervals_are_those_of_students_t_distribution() -> None:
 
 def test_wrong_settings_are_refused(tmp_path: Path) -> None:
     for values, message in (
-        ({"dataset": str(tmp_path)}, "expected a folder with a folder train"),
+        ({"dataset": str(tmp_path)}, "expected a folder with a subfolder train"),
         ({"recipe": "slow"}, "does not exist"),
         ({"model": "resnet50"}, "is not a variant"),
         ({"timm_checkout": str(tmp_path)}, "contains no train.py"),

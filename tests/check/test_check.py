@@ -390,7 +390,7 @@ def test_a_split_that_cannot_be_evaluated_is_not_checked(photos: Path, command: 
     code, out, err = command("check", photos)
     assert code == 0
     assert out.startswith("class  train  val\n")
-    assert "the split test is not checked: no class of the evaluation split (bird) is in the training split" in err
+    assert "the test split is not checked: no class of the evaluation split (bird) is in the training split" in err
     (photos / "test/cat").mkdir()
     (photos / "test/cat/1.png").write_bytes((photos / "train/cat/00.png").read_bytes())
     code, out, _ = command("check", photos)

@@ -203,7 +203,7 @@ def test_a_stream_is_refused(noisy_run: Path, tmp_path: Path) -> None:
     run = shutil.copytree(noisy_run, tmp_path / "run")
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(config.replace("streaming: false", "streaming: true"))
-    with raises(RequestError, match=r"was trained with streaming=True, and a stream cannot be checked"):
+    with raises(RequestError, match=r"was trained with streaming=True, but a stream cannot be checked"):
         check_labels(run)
 
 

@@ -175,7 +175,7 @@ def test_a_folder_of_other_things_is_left_alone(command: Command, tmp_path: Path
 @mark.parametrize(
     ("processes", "asked", "says"),
     [
-        (3, {"batch_size": 64}, "not divisible by 3 processes; use 63 or 66"),
+        (3, {"batch_size": 64}, "cannot be divided evenly among 3 processes; use 63 or 66"),
         (
             2,
             {"batch_size": 66, "mixup": 0.2},
@@ -339,4 +339,4 @@ def test_recipes_are_listed_and_shown_with_settings_and_sources(command: Command
     code, _, err = command("train", "--recipe", "imagenet")
     assert code == 2
     assert "--recipe imagenet does not exist" in err
-    assert "it is called paper now" in err
+    assert "imagenet is now called paper" in err

@@ -145,7 +145,7 @@ def test_several_labels_are_stratified_by_the_rarest_one(tmp_path: Path) -> None
 @mark.parametrize(
     ("settings", "message"),
     [
-        param({"fold": 1}, "fold=1: needs folds", id="fold alone"),
+        param({"fold": 1}, "fold=1 needs folds", id="fold alone"),
         param({"folds": 3, "fold": 4}, "fold=4: there are only 3 folds", id="beyond the last"),
         param({"folds": 3, "streaming": True}, "streaming=True cannot be combined with folds=3", id="stream"),
         param(

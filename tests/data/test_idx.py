@@ -82,8 +82,8 @@ def replace(name: str, content: bytes) -> Callable[[Path], None]:
 
 TRAIN, LABEL = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no labels": (lambda root: (root / LABEL).unlink(), "no IDX file with the labels of the split train"),
-    "no images": (lambda root: (root / TRAIN).unlink(), "no IDX file with the images of the split train"),
+    "no labels": (lambda root: (root / LABEL).unlink(), "no IDX file with the labels of the train split"),
+    "no images": (lambda root: (root / TRAIN).unlink(), "no IDX file with the images of the train split"),
     "too few labels": (
         replace(LABEL, idx(LABELS["train"][1:])),
         "has 12 images, but train-labels-idx1-ubyte.gz has 11",

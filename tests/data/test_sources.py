@@ -1017,11 +1017,11 @@ def test_a_parquet_file_without_a_split_beside_others_raises_an_error() -> None:
     [
         (
             ["full/train-0", "full/test-0", "small/train-0", "small/test-0"],
-            "split train in several places (full, small)",
+            "train split in several places (full, small)",
         ),
-        (["fold0/train", "fold0/test", "fold1/train", "fold1/test"], "split train in several places (fold0, fold1)"),
-        (["train", "test", "backup/train"], "split train in several places (the folder itself, backup)"),
-        (["a/train/0", "b/train/0", "test"], "split train in several places (a, b)"),
+        (["fold0/train", "fold0/test", "fold1/train", "fold1/test"], "train split in several places (fold0, fold1)"),
+        (["train", "test", "backup/train"], "train split in several places (the folder itself, backup)"),
+        (["a/train/0", "b/train/0", "test"], "train split in several places (a, b)"),
         (["cats/0", "dogs/0"], "in the folders cats, dogs, whose names are not used as labels"),
         (["train/cats/0", "train/dogs/0", "test/x/0"], "in the folders cats, dogs"),
         (["0", "old/0"], "in the folders ., old"),
@@ -1046,7 +1046,7 @@ def test_parquet_files_that_could_be_several_datasets_are_not_merged(files: list
 def test_parquet_files_of_different_series_in_a_split_are_not_merged(files: list[str], series: str) -> None:
     with raises(
         RequestError,
-        match=rf"several series of parquet files of the split train \({series}\), .* rename them to one series",
+        match=rf"several series of parquet files of the train split \({series}\), .* rename them to one series",
     ):
         splits_of(Path("data"), (f"{file}.parquet" for file in files))
 
@@ -1298,7 +1298,7 @@ def test_labels_of_shards_and_splits_are_matched_by_name(tmp_path: Path) -> None
             ([0, 1], named("c", "d")),
             "no class of the evaluation split (c, d) is in the training",
         ),
-        (([], named("a", "b")), None, "the split train has no rows"),
+        (([], named("a", "b")), None, "the train split has no rows"),
     ],
 )
 def test_labels_that_are_not_classes_or_differ_in_type_raise_an_error(

@@ -329,7 +329,7 @@ def test_a_test_split_without_labels_is_left_out_unless_requested(tmp_path: Path
         logging.getLogger("resnext_hub").propagate = False
     assert splits.test is None
     assert splits.found.test_split == "none"
-    assert "the split test is not used for a test: label -1 at index 0 of the test split is out of range" in caplog.text
+    assert "the test split is not used for a test: label -1 at index 0 of the test split is out of range" in caplog.text
     with raises(RequestError, match="label -1 at index 0 of the test split is out of range"):
         load(tmp_path, test_split="test")
     assert load(tmp_path, streaming=True).test is None

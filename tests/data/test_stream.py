@@ -203,7 +203,7 @@ def test_unreadable_images_only_end_the_run_with_one_line(tmp_path: Path, worker
 def test_datasets_that_cannot_be_streamed_raise_an_error(tmp_path: Path) -> None:
     with raises(
         RequestError,
-        match=r"^streaming=True needs .+ or WebDataset shards, and digits is none of these; use streaming=False$",
+        match=r"^streaming=True needs .+ or WebDataset shards, but digits is none of these; use streaming=False$",
     ):
         load_splits(DataConfig(streaming=True))
     write_shard(tmp_path / "train-0.parquet", [png(1)] * 4)

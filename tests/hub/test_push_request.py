@@ -71,7 +71,7 @@ def test_linked_plots_are_not_uploaded(run: Path, command: Command) -> None:
 def test_a_card_omits_a_missing_plot(run: Path, command: Command) -> None:
     code, _, err = dry_run(command, run)
     assert code == 0
-    assert "the card does not show confusion_matrix.png, because it is missing" in err
+    assert "some are missing from the model folder (confusion_matrix.png)" in err
     assert "curves.png" not in err
 
 

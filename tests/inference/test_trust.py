@@ -108,7 +108,7 @@ def test_the_probabilities_are_the_same_with_and_without_the_score(run: Path, im
         (0, "expected a number between 0 and 1"),
         (1.5, "expected a number between 0 and 1"),
         (True, "expected a number between 0 and 1"),
-        (0.9999, r"expected at most 0\.\d+, the highest precision that was fitted"),
+        (0.9999, r"expected at most 0\.\d+, the highest precision for which a threshold was"),
     ],
 )
 def test_a_precision_that_cannot_be_met_is_refused(precision: float, reason: str, run: Path) -> None:

@@ -490,7 +490,7 @@ def test_a_classifier_is_kept_if_the_class_names_match(written: Path) -> None:
     assert torch.equal(build_model(source, [NAMES[n] for n in order]).fc.weight, weight[order])
     assert "reordered to match the class names" in source.saved.classifier_for([NAMES[n] for n in order])
     assert not torch.equal(build_model(source, [*NAMES[:9], "other"]).fc.weight, weight)
-    assert "new, because the pretrained model has other class names" in source.saved.classifier_for(
+    assert "new, because the pretrained model has different class names" in source.saved.classifier_for(
         [*NAMES[:9], "other"]
     )
 

@@ -164,7 +164,7 @@ def test_an_error_in_one_process_is_raised_in_all_with_its_host(tmp_path: Path) 
     assert second[4] == {"error": "no such flag", "code": 2}
     assert first[5] == second[5] == {"value": ["only", 0]}
     assert first[6] == second[6]
-    assert f"{name} (rank 1): --name a\\nb, rank 0 has none;" in first[6]["error"]
+    assert f"{name} (rank 1): --name a\\nb, but rank 0 has none;" in first[6]["error"]
     assert first[7] == second[7] == {"value": 5}
     assert first[8] == second[8]  # the values of the main process, although each process drew its own
 
@@ -180,7 +180,7 @@ def test_different_settings_or_versions_on_one_host_are_refused_on_all(tmp_path:
     assert (main.code, other.code) == (2, 2), main.err + other.err
     assert main.errors == other.errors
     assert len(main.errors) == 1
-    assert f"host {socket.gethostname()} (rank 1): --lr 0.5, rank 0 has 0.1; resnext-hub " in main.errors[0]
+    assert f"host {socket.gethostname()} (rank 1) has --lr 0.5, but rank 0 has 0.1; resnext-hub " in main.errors[0]
     assert abs(main.at - other.at) < 10
     assert not list(tmp_path.rglob("run"))  # nothing was created
 
@@ -193,13 +193,13 @@ def test_a_missing_or_different_dataset_on_one_host_is_refused_on_all(tmp_path: 
     flags = (*TINY, "--image-size", 32, "--batch-size", 8, "--max-steps", 2, "--output-dir", "run", "--dataset")
     main, other = hosts.train((*flags, "data"), (*flags, "data"))
     assert (main.code, other.code) == (2, 2), main.err + other.err
-    assert "(rank 1): class names bus, tram (2 in total, digest " in main.errors[0]
+    assert "(rank 1) has class names bus, tram (2 in total, digest " in main.errors[0]
     assert "rank 0 has bus, car (2 in total, digest " in main.errors[0]
     assert main.errors == other.errors
     main, other = hosts.train((*flags, "data"), (*flags, "./elsewhere/data"))
     assert (main.code, other.code) == (2, 2), main.err + other.err
     assert main.errors == [
-        other.errors[0].replace("error: ", f"error: host {socket.gethostname()} (rank 1): "),
+        other.errors[0].replace("error: ", f"error: host {socket.gethostname()} (rank 1) has "),
     ]
     assert "elsewhere/data" in other.errors[0]
     assert abs(main.at - other.at) < 10
@@ -209,8 +209,10 @@ def test_different_numbers_of_processes_are_refused(tmp_path: Path) -> None:
     code = "from resnext_hub.cli.main import main; raise SystemExit(main(['train']))"
     main, other = wait(Hosts(tmp_path).start(["-c", code], ["-c", code], WORLD_SIZE=("2", "3")))
     assert (main.code, other.code) == (2, 2), main.err + other.err
-    assert re.search(r"rank 1 \(host .+\) was started with WORLD_SIZE 3, but rank 0 with 2", main.errors[0])
-    assert re.search(r"rank 0 \(host .+\) was started with WORLD_SIZE 2, but rank 1 with 3", other.errors[0])
+    assert re.search(r"rank 1 \(host .+\) was started with WORLD_SIZE 3, but rank 0 was started with 2", main.errors[0])
+    assert re.search(
+        r"rank 0 \(host .+\) was started with WORLD_SIZE 2, but rank 1 was started with 3", other.errors[0]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +317,7 @@ def test_torchrun_on_two_hosts_refuses_different_settings(tmp_path: Path, namesp
     for host in wait(started):
         assert host.code != 0
         assert len(host.errors) == 1, host.err
-        assert "error: host host-1 (rank 1): --lr 0.5, rank 0 has 0.1; start every process" in host.errors[0]
+        assert "error: host host-1 (rank 1) has --lr 0.5, but rank 0 has 0.1; start every process" in host.errors[0]
 
 
 SILENT = """

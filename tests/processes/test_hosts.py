@@ -135,7 +135,7 @@ def test_hosts_that_lose_a_process_and_a_disk_resume_bit_for_bit(
 
         # all other disks are lost: the run goes on with one process, on the same data
         (error,) = succeed(start([main], *FLAGS, "--output-dir", "one"))
-        assert f"processes was {count} before the resume and is 1 now" in error
+        assert f"processes: {count} before the resume, 1 now" in error
         whole = global_batches(folders)
         resumed = lines(main.disk / "one" / "samples-0.jsonl")
         first = next(index for index, line in enumerate(resumed) if len(line["indices"]) == 12)  # type: ignore[arg-type]
@@ -205,5 +205,5 @@ def test_three_hosts_with_different_settings_refuse_and_name_host_and_field(tmp_
         for code, _, error in finish(started):
             assert code == 2
             assert error.count("error: ") == 1
-            assert "error: host host-2 (rank 2): --lr 0.5, rank 0 has 0.01; start every process" in error
+            assert "error: host host-2 (rank 2) has --lr 0.5, but rank 0 has 0.01; start every process" in error
         assert not any((host.disk / "run").exists() for host in hosts)

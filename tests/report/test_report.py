@@ -106,7 +106,7 @@ def test_the_page_of_a_run_holds_every_plot_and_the_key_figures(finished: Path, 
     assert all(len(image["alt"]) > 20 for image in images)
     assert page.all("html") == [{"lang": "en"}]
     assert f"{record.evaluation.correct}/{record.evaluation.count}" in page.text
-    assert "images held out of train, on which the best weights were also selected by accuracy" in page.text
+    assert "images held out from train, on which the best weights were also selected by accuracy" in page.text
     assert record.command in page.text
     assert len(page.all("title")) == 1
     links = re.findall(r"""(?:src|srcset|href|url|action)\s*[=(]\s*["']?([^"'\s>)]*)""", page.source)
@@ -153,14 +153,18 @@ def test_the_diagrams_before_and_after_calibration_have_the_errors_of_the_record
 @mark.parametrize(
     ("best_by", "test", "expected"),
     [
-        ("top1", False, "images held out of train, on which the best weights were also selected by accuracy; results"),
+        (
+            "top1",
+            False,
+            "images held out from train, on which the best weights were also selected by accuracy",
+        ),
         (
             "macro-f1",
             True,
-            "the images of the split test, evaluated once; the best weights were selected by macro-F1 on images held",
+            "the images of the test split, evaluated once; the best weights were selected by macro-F1 on images held",
         ),
-        ("last", False, "images held out of train; the weights are those of the last step"),
-        ("last", True, "the images of the split test; the weights are those of the last step"),
+        ("last", False, "images held out from train; the weights are those of the last step"),
+        ("last", True, "the images of the test split; the weights are those of the last step"),
     ],
 )
 def test_the_page_says_which_split_selected_the_weights_and_which_measured_them(
@@ -192,7 +196,7 @@ def test_the_split_that_measured_is_the_one_that_is_shown(marked_run: Path, comm
     page, record = reported(command, marked_run), RunRecord.load(marked_run / "record.json")
     assert record.test is not None
     assert f"{record.test.correct}/{record.test.count}" in page.text
-    assert "evaluated once; the best weights were selected by accuracy on other images held out of train" in page.text
+    assert "evaluated once; the best weights were selected by accuracy on other images held out from train" in page.text
     assert {"batch", "hits", "confusion"} <= drawn(marked_run)
 
 

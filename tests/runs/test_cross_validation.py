@@ -83,7 +83,7 @@ def test_the_summary_has_the_results_of_all_images(whole: tuple[Path, str, str])
     assert [table["fold"].count(fold) for fold in (1, 2, 3)] == [13, 13, 13]
     assert f"({correct}/39)\n" in out
     assert "the weights are those at the end of each run, and were not selected by any evaluation\n" in out
-    assert "vehicles: classes with fewer images than the 3 folds: tram (2); some folds have no evaluation images" in err
+    assert "vehicles: classes with fewer than 3 images, the number of folds: tram (2); some folds have no eval" in err
 
 
 def test_a_fold_is_an_ordinary_run_whose_card_says_so(whole: tuple[Path, str, str], command: Command) -> None:

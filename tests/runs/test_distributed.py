@@ -90,7 +90,7 @@ def test_two_processes_count_every_evaluation_sample_once(pair: Path) -> None:
 def test_a_wrong_request_is_reported_once_and_no_process_hangs(tmp_path: Path) -> None:
     done = torchrun(2, *TINY, "--batch-size", 33, "--output-dir", tmp_path / "run")
     assert done.returncode != 0
-    assert done.stderr.count("--batch-size 33 (the global batch size) is not divisible by 2 processes") == 1
+    assert done.stderr.count("--batch-size 33 (the global batch size) cannot be divided evenly among 2 processes") == 1
     assert "use 32 or 34" in done.stderr
 
 
@@ -112,8 +112,7 @@ def stop_and_resume(folder: Path, flags: tuple[object, ...], at: int) -> tuple[l
     assert done.returncode == 0, done.stderr
     assert f"resuming from step-{stopped:08d}" in done.stderr
     assert (
-        "processes was 2 before the resume and is 1 now; data and schedule are unchanged, but weights may differ"
-        in done.stderr
+        "processes: 2 before the resume, 1 now; data and schedule are unchanged, but weights may differ" in done.stderr
     )
     after = samples(folder, 0)
     by_step = [line["indices"] for line in after]

@@ -69,7 +69,7 @@ def test_a_run_that_moves_between_numbers_of_processes_ends_like_one_that_does_n
         (1, {"elastic": 6}, "elastic=6: expected a power of two, such as 4 or 8"),
         (3, {"elastic": 4}, "elastic=4 cannot be divided among 3 processes; start 1, 2 or 4"),
         (8, {"elastic": 4}, "elastic=4 cannot be divided among 8 processes; start 1, 2 or 4"),
-        (2, {"elastic": 4, "batch_size": 66}, "not divisible by 4 virtual processes; use 64 or 68"),
+        (2, {"elastic": 4, "batch_size": 66}, "cannot be divided evenly among 4 virtual processes; use 64 or 68"),
         (2, {"elastic": 4, "batch_size": 60, "mixup": 0.2}, "gives 15 images per virtual process.* use 56 or 64"),
         (1, {"elastic": 4, "compile": True}, "elastic=4 cannot be combined with compile=True.*omit one of them"),
         (1, {"elastic": 4, "deterministic": False}, "elastic=4 cannot be combined with deterministic=False"),

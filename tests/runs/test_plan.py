@@ -83,7 +83,7 @@ def test_the_plan_states_the_imbalance_and_its_correction(tmp_path: Path, comman
     flags = ("train", *FLAGS, "--dataset", tmp_path / "set", "--dry-run")
     _, out, err = command(*flags)
     assert "balance: 4 to 60 images per class (15:1), effective numbers 4 to 58; not corrected" in out
-    assert "the evaluation split has fewer than 10 images of class rare" in err
+    assert "classes with fewer than 10 images in the evaluation split: rare" in err
     _, out, _ = command(*flags, "--sampling", "balanced")
     assert "(15:1), effective numbers 4 to 58; balanced sampling" in out
     _, out, _ = command(*flags, "--logit-adjustment", 1)

@@ -112,7 +112,7 @@ def test_a_run_ends_with_the_weakest_classes_and_the_next_commands(tmp_path: Pat
     assert re.search(r"^best weights: step \d+ of 20 \(epoch [\d.]+\)$", out, re.MULTILINE)
     weakest = re.search(r"^lowest recall: (.*)$", out, re.MULTILINE)
     assert weakest is not None
-    shown = [float(entry.split()[1]) for entry in weakest[1].split(", ")]
+    shown = [float(entry.split("(")[1].split()[0]) for entry in weakest[1].split(", ")]
     assert len(shown) == 5
     assert shown == sorted(shown)
     for line in ("classify images:  resnext-hub predict", "publish:          resnext-hub push"):

@@ -267,7 +267,7 @@ def test_a_dataset_on_the_hub_is_evaluated_at_the_revision_of_the_run_and_its_re
     record = RunRecord.load(run / "record.json")
     assert (entry.dataset_id, entry.dataset_revision, entry.task_id) == ("me/numbers", revision, "default")
     assert entry.value == record.reported.top1
-    assert entry.notes == f"top-1 accuracy, {record.reported.correct}/60 on the split test"
+    assert entry.notes == f"top-1 accuracy, {record.reported.correct}/60 on the test split"
 
     # what a run held out for itself is no result of the benchmark
     held_out = dataclasses.replace(record.dataset, eval_split=None, test_split=None)

@@ -33,9 +33,9 @@ def test_several_comparisons_widen_the_interval() -> None:
         (by_seed(92.0, 93.1, 92.2), by_seed(90.0, 91.0, 90.1), "gain", "a is more accurate than b"),
         (by_seed(90.0, 91.0, 90.1), by_seed(92.0, 93.1, 92.2), "loss", "a is less accurate than b"),
         (by_seed(90.0, 93.0, 90.1), by_seed(91.0, 91.0, 90.2), "undecided", "do not distinguish a from b"),
-        (by_seed(90.0), by_seed(91.0), "undecided", "one finished seed in common"),
-        ({0: 90.0}, {1: 91.0}, "undecided", "no finished seed in common"),
-        ({}, {}, "undecided", "no finished seed in common"),
+        (by_seed(90.0), by_seed(91.0), "undecided", "only one seed in their finished runs"),
+        ({0: 90.0}, {1: 91.0}, "undecided", "no finished runs with the same seed"),
+        ({}, {}, "undecided", "no finished runs with the same seed"),
     ],
     ids=["gain", "loss", "undecided", "one seed", "other seeds", "none"],
 )

@@ -107,8 +107,14 @@ def test_a_tracker_that_cannot_be_started_does_not_stop_a_resumed_run(tmp_path: 
 @mark.parametrize(
     ("listed", "message"),
     [
-        ("wand", "--track wand: expected trackers from tensorboard, trackio, wandb, mlflow, separated by commas; did "),
-        ("tensorboard,", "--track tensorboard,: expected trackers from tensorboard, trackio, wandb, mlflow, separated"),
+        (
+            "wand",
+            "--track wand: expected one or more of tensorboard, trackio, wandb, mlflow, separated by commas; did ",
+        ),
+        (
+            "tensorboard,",
+            "--track tensorboard,: expected one or more of tensorboard, trackio, wandb, mlflow, separated",
+        ),
         ("wandb,wandb", "--track wandb,wandb lists wandb twice; list each tracker only once"),
         ("trackio", '--track trackio needs trackio, which is not installed; pip install "resnext-hub[trackio]"'),
     ],

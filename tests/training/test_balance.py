@@ -88,7 +88,7 @@ def test_weights_are_read_by_class_name(tmp_path: Path) -> None:
         ("cat: 1\ndog: 1\nhorse: 1\nmouse: 1\n", "has unknown classes: mouse"),
         ("cat: 1\ndog: -1\nhorse: 1\n", "the weight of dog is -1; expected 0 to 1e6"),
         ("cat: 1\ndog: true\nhorse: 1\n", "the weight of dog is True; expected 0 to 1e6"),
-        ("cat: 0\ndog: 0\nhorse: 0\n", "all weights are 0; expected a positive one"),
+        ("cat: 0\ndog: 0\nhorse: 0\n", "all weights are 0; expected at least one positive weight"),
         ("- 1\n", "expected settings, one `name: value` per line"),
     ],
 )

@@ -64,7 +64,7 @@ def test_without_steps_nothing_is_said_to_have_chosen_the_weights_and_no_curves_
     code, _, err = command("report", probed)
     assert code == 0, err
     page = (probed / "plots" / "report" / "report.html").read_text()
-    assert "Curves are not shown: only the classifier was fitted, without steps." in page
+    assert "Curves are not shown: only the classifier was fitted, so there were no training steps." in page
 
 
 def test_the_classifier_is_scikit_learns_logistic_regression_on_embeddings(probed: Path) -> None:

@@ -109,7 +109,7 @@ def open_source(config: DataConfig) -> OpenDataset:
     if found.revision is None and (config.dataset_revision or config.dataset_config not in (None, found.configuration)):
         raise RequestError(
             f"{setting('dataset_config')} and {setting('dataset_revision')} are only for datasets on the Hub "
-            f"({setting('dataset_config')} also for a folder of parquet files with configs in its README.md)"
+            f"({setting('dataset_config')} is also for folders of parquet files with configurations in README.md)"
         )
     if config.layout and found.roots is not None:
         name = printable(public_name(config.dataset))

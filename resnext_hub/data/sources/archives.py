@@ -195,7 +195,7 @@ def _unpack(path: Path, folder: Path) -> None:
         left = _copy_links(folder, links, limit)
     if left:
         _logger.warning(
-            "%s: ignored %d links that lead to nothing in the archive, such as %s",
+            "%s: ignored %d links whose targets are not in the archive, such as %s",
             printable(path),
             len(left),
             printable(left[0].path),
@@ -286,7 +286,7 @@ def _path_of(name: str) -> str | None:
     """
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
     if name.startswith(("/", "\\")) or ".." in parts or "\0" in name or re.match(r"[A-Za-z]:[\\/]", name):
-        raise ValueError(f"its file {printable(name)[:200]} leads outside the archive")
+        raise ValueError(f"its path {printable(name)[:200]} leads outside the archive")
     return None if any(map(is_hidden, parts)) else "/".join(parts) or None
 
 

@@ -128,7 +128,7 @@ def _in_place(name: str, builder: Any) -> OpenDataset:
 
 def _not_streamed(name: str, what: str) -> RequestError:
     return RequestError(
-        f"{setting('streaming', True)} needs parquet files or folders of images, and {name} consists of {what}; use "
+        f"{setting('streaming', True)} needs parquet files or folders of images, but {name} consists of {what}; use "
         f"{setting('streaming', False)}, or the parquet files that the Hub generates for public datasets, with "
         f"{setting('dataset_revision', 'refs/convert/parquet')}"
     )

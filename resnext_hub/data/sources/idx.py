@@ -68,7 +68,7 @@ class IdxFiles:
             if pair.images is None or pair.labels is None:
                 missing = "images" if pair.images is None else "labels"
                 raise RequestError(
-                    f"{printable(root)} has no IDX file with the {missing} of the split {printable(split)}"
+                    f"{printable(root)} has no IDX file with the {missing} of the {printable(split)} split"
                 )
             pixels[split], labels[split] = _read(pair.images, 3), _read(pair.labels, 1)
             if len(pixels[split]) != len(labels[split]):

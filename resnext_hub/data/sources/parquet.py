@@ -86,7 +86,7 @@ def open_parquet(root: Path, shards: Shards, streaming: bool) -> OpenDataset:
     for split, members in splits.items():
         if not any(parts[file].rows for file in members):
             raise RequestError(
-                f"the split {printable(split)} has no rows ({listing((root / file for file in members), 3)}); "
+                f"the {printable(split)} split has no rows ({listing((root / file for file in members), 3)}); "
                 "add rows, or move the split elsewhere"
             )
     # datasets fails on files without rows

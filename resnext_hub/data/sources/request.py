@@ -146,6 +146,6 @@ class Request:
         """Raise RequestError if streaming is requested for a local dataset that is read in place anyway."""
         if self.config.streaming:
             raise RequestError(
-                f"{setting('streaming', True)} needs a Hub dataset, parquet files or WebDataset shards, and "
+                f"{setting('streaming', True)} needs a Hub dataset, parquet files or WebDataset shards, but "
                 f"{printable(self.config.dataset)} is none of these; use {setting('streaming', False)}"
             )

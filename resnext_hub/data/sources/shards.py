@@ -168,14 +168,14 @@ def _reject_several(root: Path, split: str, places: Sequence[_Place]) -> None:
     if len(above) > 1:
         where = [folder or "the folder itself" for folder in above]
         raise RequestError(
-            f"{printable(root)} has parquet files of the split {printable(split)} in several places "
+            f"{printable(root)} has parquet files of the {printable(split)} split in several places "
             f"({listing(where, 4)}), which could be configurations or folds; use one of them, such as "
             f"{setting('dataset', root / above[-1])}, or move all files into one folder"
         )
     series = sorted({place.series for place in places})
     if len(series) > 1:
         raise RequestError(
-            f"{printable(root)} has several series of parquet files of the split {printable(split)} "
+            f"{printable(root)} has several series of parquet files of the {printable(split)} split "
             f"({listing(series, 4)}), which could be configurations or folds; use one file or folder as "
             f"{setting('dataset')}, or rename them to one series, such as {printable(split)}-0.parquet and "
             f"{printable(split)}-1.parquet"

@@ -51,7 +51,7 @@ class StreamedUrls:
         used = {split: [shards[name] for name in members if shards[name][0].rows] for split, members in splits.items()}
         empty = next((split for split, files in used.items() if not files), None)
         if empty is not None:
-            raise RequestError(f"the split {printable(empty)} of {printable(folder)} has no rows; omit its files")
+            raise RequestError(f"the {printable(empty)} split of {printable(folder)} has no rows; omit its files")
         return OpenDataset(
             tables={
                 split: StreamedTable(files[0][0].features, tuple(shard for _, shard in files))

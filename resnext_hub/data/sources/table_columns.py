@@ -120,8 +120,8 @@ def _require_flags(tree: Tree, tables: Sequence[Table], names: Sequence[str]) ->
             odd = next((value for value in _chained(tables, name) if as_flag(value) is None), None)
             raise RequestError(
                 f"{setting('label_column', join_columns(names))}: column {printable(name)} of "
-                f"{printable(tree.root / tables[0].path)} contains {printable(odd)}; expected 0 or 1 in each of "
-                "several label columns"
+                f"{printable(tree.root / tables[0].path)} contains {printable(odd)}; several label columns must "
+                "contain only 0 and 1"
             )
 
 

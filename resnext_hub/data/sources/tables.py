@@ -128,7 +128,7 @@ def open_tables(
     roles = [{_role_of(path) for path in part} for part in ((tree.images[i] for i in rows.images), unlabelled)]
     if "train" in roles[1] - roles[0] and "eval" in roles[0]:
         raise RequestError(
-            f"{where} labels only an evaluation split, and the training split has no labels; add a metadata.csv for "
+            f"{where} labels only an evaluation split, so the training split has no labels; add a metadata.csv for "
             f"the training split, or move {printable(tables[0].path)} elsewhere"
         )
     if split_column and any(rows.splits):
@@ -254,8 +254,8 @@ def _splits_of(tree: Tree, rows: _Rows, where: str) -> list[str]:
     outside = [tree.images[i] for i, split in zip(rows.images, found, strict=True) if split is None]
     if outside:
         raise RequestError(
-            f"{where} labels images of the splits {listing(sorted(names))} and {len(outside)} images outside them, "
-            f"such as {printable(outside[0])}; add a column named split"
+            f"{where} labels {len(outside)} images outside the split folders ({listing(sorted(names))}), such as "
+            f"{printable(outside[0])}; add a column named split"
         )
     return [str(split) for split in found]
 

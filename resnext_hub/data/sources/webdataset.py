@@ -228,11 +228,9 @@ def _label_of(key: str, fields: Mapping[str, bytes], label_key: str | None) -> t
             "shards, but they are in parquet files and tables"
         )
     if not isinstance(label, (int, str)) or isinstance(label, bool) or label == "":
-        shown = listing(facts, 6) if isinstance(facts, dict) else "not an object"
-        wanted = f"no key {printable(label_key)} with" if label_key else "no"
-        raise ValueError(
-            f"{printable(key)}.json has {wanted} class ({shown}); choose the key with {setting('label_column')}"
-        )
+        shown = f"keys: {listing(facts, 6)}" if isinstance(facts, dict) else "not an object"
+        wanted = f"no class under the key {printable(label_key)}" if label_key else "no class"
+        raise ValueError(f"{printable(key)}.json has {wanted} ({shown}); choose the key with {setting('label_column')}")
     if isinstance(label, int) and label < 0:
         raise ValueError(f"{printable(key)}.json has the negative class {label}")
     return label, names[0]
