@@ -1,7 +1,9 @@
 """The entry point of the commands, each in its own file: errors become lines and exit codes here."""
 
 import argparse
+import atexit
 import contextlib
+import gc
 import importlib
 import logging
 import os
@@ -48,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 2 for an invalid request, 1 for a failed run, above 128 for a stopped one.
     """
     _occupy_standard_files()
+    atexit.register(
+        gc.freeze
+    )  # else the interpreter searches all imported libraries for garbage, for a second, at exit
     words = list(sys.argv[1:] if arguments is None else arguments)
     speaks = speaks_for_host()  # one process of each host reports errors
     _set_up_logging(speaks_for_run())

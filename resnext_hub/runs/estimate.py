@@ -31,6 +31,9 @@ FEWEST_STEPS = 60
 _SECONDS = 3.0
 """Time after which the measurement of steps at one image size, or of evaluation, ends."""
 
+_SHARE = 0.02
+"""Share of the time to predict after which it ends, if that is sooner: a short run must not wait long for it."""
+
 _MOST = 20
 """Most steps over all image sizes, and most evaluation batches, to measure."""
 
@@ -117,7 +120,8 @@ def _time_steps(
                     loss.backward()
                 loss.item()  # waits for the device
                 times.append(time.monotonic() - begin)
-                if len(times) > 2 and sum(times) > _SECONDS:
+                mean = sum(times[1:]) / max(len(times) - 1, 1)
+                if len(times) > 2 and sum(times) > min(_SECONDS, _SHARE * mean * steps):
                     break
             measured = times[1:] or times  # the first one prepares the kernels
             found[size] = sum(measured) / len(measured)
