@@ -60,7 +60,7 @@ RECIPES: dict[str, Recipe] = {
     QUICKSTART: Recipe(
         purpose="a first run on the bundled digits, in about a minute on a CPU",
         source="tuned on the bundled digits; images are not mirrored, because a mirrored digit is not a digit",
-        result="98.9 % accuracy on 360 held-out digits",
+        result="98.6 to 99.2 % accuracy on 360 held-out digits, with 3 seeds",
         settings={
             "dataset": "digits",
             "model": "resnext_g32",
