@@ -50,9 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 2 for an invalid request, 1 for a failed run, above 128 for a stopped one.
     """
     _occupy_standard_files()
-    atexit.register(
-        gc.freeze
-    )  # else the interpreter searches all imported libraries for garbage, for a second, at exit
+    atexit.register(gc.freeze)  # the search for garbage in all imported libraries would delay the exit by a second
     words = list(sys.argv[1:] if arguments is None else arguments)
     speaks = speaks_for_host()  # one process of each host reports errors
     _set_up_logging(speaks_for_run())

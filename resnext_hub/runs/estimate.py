@@ -32,7 +32,7 @@ _SECONDS = 3.0
 """Time after which the measurement of steps at one image size, or of evaluation, ends."""
 
 _SHARE = 0.02
-"""Share of the time to predict after which it ends, if that is sooner: a short run must not wait long for it."""
+"""Fraction of the predicted time after which it ends, if that is sooner, so that a short run starts soon."""
 
 _MOST = 20
 """Most steps over all image sizes, and most evaluation batches, to measure."""
