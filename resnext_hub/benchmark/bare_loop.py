@@ -27,6 +27,7 @@ def train(
     seed: int,
     device: str,
     precision: str,
+    channels_last: bool,
 ) -> float:
     """Train a model from random weights; return its accuracy after the last epoch, 0 to 1."""
     torch.manual_seed(seed)
@@ -36,7 +37,8 @@ def train(
     training = ImageFolder(f"{data}/train", augment)
     loader = DataLoader(training, batch, shuffle=True, drop_last=True, num_workers=1, persistent_workers=True)
     validation = DataLoader(ImageFolder(f"{data}/validation", transform), 128, num_workers=1)
-    net = timm.create_model(model, num_classes=len(training.classes)).to(device, memory_format=torch.channels_last)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    net = timm.create_model(model, num_classes=len(training.classes)).to(device, memory_format=layout)
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * len(loader))
     loss_of = nn.CrossEntropyLoss(label_smoothing=0.1)
@@ -47,7 +49,7 @@ def train(
         net.train()
         for images, labels in loader:
             with cast:
-                logits = net(images.to(device, memory_format=torch.channels_last))
+                logits = net(images.to(device, memory_format=layout))
             optimizer.zero_grad()
             scaler.scale(loss_of(logits.float(), labels.to(device))).backward()
             scaler.step(optimizer)
@@ -57,7 +59,7 @@ def train(
     correct = count = 0
     with torch.inference_mode(), cast:
         for images, labels in validation:
-            logits = net(images.to(device, memory_format=torch.channels_last))
+            logits = net(images.to(device, memory_format=layout))
             correct += int((logits.argmax(1).cpu() == labels).sum())
             count += len(labels)
     return correct / count

@@ -15,7 +15,7 @@ BENCHMARKS = {
     "inference": "measure the forward pass of a model against timm, torchvision, ONNX Runtime and OpenVINO",
     "training": "measure training against bare PyTorch loops and timm's train.py",
     "checkpoints": "measure how much frequent checkpoints slow down a training run",
-    "time-to-accuracy": "compare the total time to train a model with that of timm's train.py and a bare loop",
+    "time-to-accuracy": "measure the total time to train a model, against timm's train.py and a bare loop",
     "loader": "measure data loading, from encoded images to batches, against the datasets library with PIL and timm's "
     "transform",
     "scale": "predict startup time, memory, bytes read and all-reduce time for any number of images, classes and "

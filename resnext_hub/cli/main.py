@@ -29,7 +29,7 @@ COMMANDS = {
     "report": "draw all plots of a run, and write an HTML page that shows them",
     "demo": "try a trained model in a web page",
     "export": "export a trained model to ONNX, OpenVINO or torch.export",
-    "push": "publish the model of a run, a study or a demo page to the Hub in a single commit",
+    "push": "publish a study, a demo page or the model of a run to the Hub in a single commit",
     "verify": "check a published model: its files against their hashes, and the results in its card against a new "
     "evaluation",
     "info": "list the variants with their numbers of parameters and multiply-adds (MACs)",
