@@ -165,9 +165,9 @@ class TrainConfig:
     gradients are not accumulated."""
     elastic: Annotated[int, Range(2, BATCH)] | None = None
     """Number of virtual processes, a power of two that divides the batch size. Runs with 1, 2, 4, … up to this number
-    of processes then produce bit-identical weights, even when resumed with a different number of processes. Each virtual
-    process has its own batch norm statistics and random numbers, as each real process otherwise would. Off if not
-    given."""
+    of processes then produce bit-identical weights, even when resumed with a different number of processes. Each
+    virtual process has its own batch norm statistics and random numbers, as each real process otherwise would. Off if
+    not given."""
     eval_batch_size: Annotated[int, Range(1, BATCH)] = 32
     """Number of images per forward pass of each process during evaluation."""
     tta: TestTimeAugmentation = "none"
