@@ -41,7 +41,7 @@ CLOCK = ("images_per_second", "data_wait")
 
 
 class Training:
-    """One run, typed as often as it takes."""
+    """A run, whose command is repeated until it finishes."""
 
     def __init__(self, folder: Path, processes: int, steps: int, flags: Sequence[str] = FLAGS) -> None:
         self.folder = folder
@@ -51,13 +51,13 @@ class Training:
 
     @property
     def command(self) -> list[str]:
-        """What is typed."""
+        """The command."""
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(self.processes), "--master_port", "0"]
         launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
         return [sys.executable, *(launcher if self.processes > 1 else []), *self.train]
 
     def start(self) -> "subprocess.Popen[bytes]":
-        """Type the command; it gets a process group of its own, as a shell gives it."""
+        """Start the command in its own process group, as a shell does."""
         environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
         with open(self.errors, "ab") as errors:
             return warm_start.Popen(
@@ -70,19 +70,19 @@ class Training:
             )
 
     def finish(self) -> float:
-        """Run to the end; give the seconds that it took."""
+        """Run to the end; return the seconds that it took."""
         begin = time.monotonic()
         run = self.start()
         assert run.wait(timeout=600) == 0, self.errors.read_text()[-3000:]
         return time.monotonic() - begin
 
     def step(self) -> int:
-        """Give the steps that the main process has logged."""
+        """Return the steps that the main process has logged."""
         path = self.folder / "samples-0.jsonl"
         return path.read_bytes().count(b"\n") if path.is_file() else 0
 
     def members(self) -> list[int]:
-        """Give the processes of this run that live, launcher and orphans included; each has the folder's name."""
+        """Return the processes of this run that live, launcher and orphans included; each has the folder's name."""
         found = []
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
@@ -114,20 +114,20 @@ class Training:
 
 
 def ways(processes: int) -> list[str]:
-    """Give the ways to kill a run."""
+    """Return the ways to kill a run."""
     if processes == 1:
         return ["all SIGKILL", "all SIGTERM"]
     return ["all SIGKILL", "launcher SIGTERM", "launcher SIGKILL", "one SIGKILL", "all SIGTERM"]
 
 
 def without_clock(path: Path) -> list[dict[str, object]]:
-    """Give the lines of a log without what depends on the clock."""
+    """Return the lines of a log without what depends on the clock."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
 
 
 def differences(one: Path, other: Path, processes: int = 0) -> list[str]:
-    """Name everything that two finished runs do not have in common to the bit.
+    """Return the names of everything that differs between two finished runs, bit for bit.
 
     Args:
         one: Their folders.

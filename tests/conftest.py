@@ -36,7 +36,7 @@ for _variable in ("HF_HOME", "RESNEXT_HUB_CACHE"):
 
 @pytest.fixture(autouse=True)
 def _fresh_process_state() -> Iterator[None]:
-    """Put back what a training run in this process sets for the whole process."""
+    """Restore what a training run in this process sets for the whole process."""
     threads, environment = torch.get_num_threads(), dict(os.environ)
     yield
     os.environ.clear()
@@ -51,7 +51,7 @@ def _fresh_process_state() -> Iterator[None]:
 
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run a command in this process; give its exit code, output and errors."""
+    """Run a command in this process; return its exit code, output and errors."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
         code = main([str(argument) for argument in arguments])

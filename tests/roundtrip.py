@@ -53,7 +53,7 @@ assert {plugin} or "resnext_hub" not in sys.modules
 
 
 def check(name: str, python: dict[str, str], scratch: Path, xet: bool) -> str:
-    """Take one variant the whole way; give a row of the table."""
+    """Take one variant the whole way; return a row of the table."""
     variant = VARIANTS[name]
     plugin = stock_architecture(variant) is None
     run = scratch / name
@@ -97,7 +97,7 @@ def check(name: str, python: dict[str, str], scratch: Path, xet: bool) -> str:
 
 
 def main() -> int:
-    """Print the table; give 1 if anything did not load with equal weights."""
+    """Print the table; return 1 if anything did not load with equal weights."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--timm", required=True, metavar="PYTHON")
     parser.add_argument("--transformers", required=True, metavar="PYTHON")

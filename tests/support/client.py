@@ -53,12 +53,12 @@ class Client:
         )
 
     def command(self, *words: object) -> tuple[int, str, str]:
-        """Run a command; give its exit code, output and errors."""
+        """Run a command; return its exit code, output and errors."""
         answer = self._ask({"words": [str(word) for word in words]})
         return answer["code"], answer["out"], answer["err"]
 
     def run(self, code: str) -> dict[str, Any]:
-        """Run code; give exit code, output, errors, and what it calls `result`."""
+        """Run code; return exit code, output, errors, and what it calls `result`."""
         return self._ask({"code": code})
 
     def _ask(self, asked: dict[str, Any]) -> dict[str, Any]:

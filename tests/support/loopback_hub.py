@@ -117,12 +117,12 @@ class LoopbackHub:
         }
 
     def owns(self, user: str | None, repo_id: str) -> bool:
-        """Say whether a user may write to a repository."""
+        """Return whether a user may write to a repository."""
         owner = repo_id.partition("/")[0]
         return user is not None and (user == owner or user in self.organisations.get(owner, ()))
 
     def fault_of(self, request: str) -> str | None:
-        """Give what goes wrong with a request, and count it."""
+        """Return the fault of a request, and count it."""
         with self.lock:
             for fault in self.faults:
                 if fault.times and re.search(fault.pattern, request):
@@ -245,7 +245,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._json({"error": f"no such route {path}"}, 404)
 
     def _find(self, kind: str, repo_id: str, write: bool = False) -> Repo | None:
-        """Give a repository if the request may read or write it; else answer the request."""
+        """Return a repository if the request may read or write it; else answer the request."""
         repo = self.hub.repos.get(f"{kind}/{repo_id}")
         user, role = self._user()
         owns = self.hub.owns(user, repo_id)

@@ -71,12 +71,12 @@ class XetStorage:
             kept.clear()
 
     def token(self, scope: str) -> dict[str, Any]:
-        """Give what a client needs in order to `read` or `write`."""
+        """Return what a client needs in order to `read` or `write`."""
         token = f"{TOKEN}{scope}{next(self._numbers)}"
         return {"casUrl": f"{self.address}/cas", "accessToken": token, "exp": int(time.time()) + 3600}
 
     def answer(self, request: str, token: str, asked: str, body: bytes) -> tuple[int, Any]:
-        """Do what a request asks for; give the status and the content of the answer.
+        """Do what a request asks for; return the status and the content of the answer.
 
         Args:
             request: `METHOD /v1/…`.
@@ -185,7 +185,7 @@ def _hex(raw: bytes) -> str:
 
 
 def _chunks(xorb: bytes) -> list[tuple[int, int]]:
-    """Give where each chunk begins and ends, its header included."""
+    """Return where each chunk begins and ends, its header included."""
     bounds, start = [], 0
     while start < len(xorb) and xorb[start : start + 7] != b"XETBLOB":  # the name of the footer that may follow
         if xorb[start] != 0 or start + 8 > len(xorb):
@@ -199,7 +199,7 @@ def _chunks(xorb: bytes) -> list[tuple[int, int]]:
 
 
 def _unpack(chunk: bytes) -> bytes:
-    """Give the content of a chunk, of which the header says the scheme: none, LZ4, or LZ4 of bytes grouped by four."""
+    """Return the content of a chunk, of which the header says the scheme: none, LZ4, or LZ4 of bytes grouped by four."""
     scheme, length, data = chunk[4], int.from_bytes(chunk[5:8], "little"), chunk[8:]
     if scheme in (1, 2):
         data = lz4.frame.decompress(data)
@@ -215,7 +215,7 @@ def _unpack(chunk: bytes) -> bytes:
 
 
 def _files_of(shard: bytes) -> list[tuple[str, list[Segment], str | None]]:
-    """Give the files that a shard describes: Xet hash, segments, and SHA-256 if it is there."""
+    """Return the files that a shard describes: Xet hash, segments, and SHA-256 if it is there."""
     if not shard.startswith(b"HFRepoMetaData\0"):
         raise Refusal(400, "no shard")
     files, at = [], ENTRY
