@@ -199,7 +199,7 @@ def _chunks(xorb: bytes) -> list[tuple[int, int]]:
 
 
 def _unpack(chunk: bytes) -> bytes:
-    """Return the content of a chunk, of which the header says the scheme: none, LZ4, or LZ4 of bytes grouped by four."""
+    """Return the content of a chunk, whose header states the scheme: none, LZ4, or LZ4 of bytes grouped by four."""
     scheme, length, data = chunk[4], int.from_bytes(chunk[5:8], "little"), chunk[8:]
     if scheme in (1, 2):
         data = lz4.frame.decompress(data)
