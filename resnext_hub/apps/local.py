@@ -50,7 +50,7 @@ def serving(
         classifier: The classifier.
         title: Heading of the page.
         host: Address to listen on; others than 127.0.0.1 make the page accessible from other machines.
-        port: Port to listen on; by default the first free one from 7860.
+        port: Port to listen on; by default, the first free port from 7860 on.
         in_browser: Whether to open the page in the browser of this machine.
 
     Raises:

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"address to listen on; 0.0.0.0 makes the page accessible from other machines (default: {HOST})",
     )
     parser.add_argument(
-        "--port", type=count(PORT), metavar="N", help="port to listen on (default: the first free one from 7860)"
+        "--port", type=count(PORT), metavar="N", help="port to listen on (default: the first free port from 7860 on)"
     )
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
     parser.add_argument(

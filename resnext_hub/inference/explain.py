@@ -63,7 +63,9 @@ def explain(
     import captum.attr  # noqa: F401 - reported here, rather than in the middle of the images
 
     if not hasattr(classifier.model, "forward_head"):
-        raise RequestError("an optimized model cannot be explained; use the original classifier")
+        raise RequestError(
+            "heat maps need the original model, not an optimized one; use the classifier that `optimize` was called on"
+        )
     model = _WithMaps(classifier.model.cpu())
     with torch.inference_mode():  # refuses a model without feature maps, before the first image
         model(torch.zeros(1, *classifier.input.input_size))

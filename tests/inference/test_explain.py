@@ -142,7 +142,7 @@ def test_what_cannot_be_explained_is_refused_by_name(finds_patches: Classifier) 
     with raises(RequestError, match=r"VisionTransformer has features of shape .*convolutional model"):
         classifier_of(timm.create_model("test_vit", num_classes=5).eval(), 160).explain(image)
     fast = finds_patches.optimize([image], compile=False)
-    with raises(RequestError, match="an optimized model cannot be explained; use the original classifier"):
+    with raises(RequestError, match="heat maps need the original model, not an optimized one"):
         fast.explain(image)
 
 
