@@ -751,7 +751,7 @@ def test_a_table_with_far_more_rows_than_images_raises_an_error(
     fill(tmp_path, ["0.png", "1.png"])
     table = datasets.Dataset.from_dict({"file_name": ["0.png", "1.png"] * 100, "label": ["a", "b"] * 100})
     {"csv": table.to_csv, "jsonl": table.to_json, "parquet": table.to_parquet}[kind](tmp_path / f"metadata.{kind}")
-    assert "(more than 120 rows; keep only rows of existing images)" in refused(tmp_path)
+    assert "(more than 120 rows; remove the rows whose images do not exist)" in refused(tmp_path)
 
 
 # Links, special files, names
@@ -1046,7 +1046,7 @@ def test_parquet_files_that_could_be_several_datasets_are_not_merged(files: list
 def test_parquet_files_of_different_series_in_a_split_are_not_merged(files: list[str], series: str) -> None:
     with raises(
         RequestError,
-        match=rf"several series of parquet files of the train split \({series}\), .* rename them to one series",
+        match=rf"several series of parquet files of the train split \({series}\), .* give all of them the same base name",
     ):
         splits_of(Path("data"), (f"{file}.parquet" for file in files))
 

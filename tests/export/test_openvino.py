@@ -97,7 +97,7 @@ def test_measured_widths_need_openvino(grouped: Classifier, tmp_path: Path) -> N
 def test_int8_reports_exact_counts_before_and_after(format: str, vehicles_run: Path, command: Command) -> None:
     code, out, err = command("export", vehicles_run, "--format", format, "--int8", "--max-drop", "100", "--threads", 1)
     assert code == 0, err
-    assert re.fullmatch(r"(int8 test \d+: accuracy drops by \S+ points, at most \S+\n)+", err)
+    assert re.fullmatch(r"(int8 test \d+: accuracy drops by \S+ points \(upper confidence limit: \S+\)\n)+", err)
     held_out = json.loads((vehicles_run / "record.json").read_text())["evaluation"]
     before = f"({held_out['correct']}/{held_out['count']}) before and "
     assert re.search(rf"int8 on held-out images: accuracy \S+ % {re.escape(before)}", out)

@@ -107,7 +107,7 @@ def test_the_preserving_width_is_the_closest_one(cardinality: int, preserve: str
 
 
 def test_a_cardinality_that_costs_too_much_is_refused() -> None:
-    with raises(ValueError, match="cardinality=4096 costs"):
+    with raises(ValueError, match="cardinality=4096 needs"):
         preserving_width(4096)
 
 

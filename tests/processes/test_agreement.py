@@ -199,7 +199,7 @@ def test_a_missing_or_different_dataset_on_one_host_is_refused_on_all(tmp_path: 
     main, other = hosts.train((*flags, "data"), (*flags, "./elsewhere/data"))
     assert (main.code, other.code) == (2, 2), main.err + other.err
     assert main.errors == [
-        other.errors[0].replace("error: ", f"error: host {socket.gethostname()} (rank 1) has "),
+        other.errors[0].replace("error: ", f"error: host {socket.gethostname()} (rank 1): "),
     ]
     assert "elsewhere/data" in other.errors[0]
     assert abs(main.at - other.at) < 10

@@ -24,7 +24,7 @@ def test_the_suggestion_trains_better_than_much_lower_and_higher_learning_rates(
 ) -> None:
     code, out, err = command("train", *TINY, "--lr-find", "--output-dir", tmp_path / "run")
     assert code == 0, err
-    match = re.search(r"^suggested learning rate: --lr (\S+) \(current value: 0.002\)$", out, re.MULTILINE)
+    match = re.search(r"^suggested learning rate: --lr (\S+) \(current value: 0.003\)$", out, re.MULTILINE)
     assert match is not None
     losses = []
     for scale in (0.01, 1, 100):

@@ -46,7 +46,7 @@ def on_terminal(*flags: object, columns: int) -> str:
 
 @mark.parametrize("columns", [160, 0])
 def test_a_terminal_shows_a_bar_for_each_epoch_with_the_figures_of_the_run(tmp_path: Path, columns: int) -> None:
-    flags = (*FLAGS, "--epochs", 2, "--log-every", 1, "--output-dir", tmp_path / "run")
+    flags = (*FLAGS, "--epochs", 2, "--eval-every", 1, "--log-every", 1, "--output-dir", tmp_path / "run")
     text = on_terminal(*flags, columns=columns)
     frames = re.split(r"[\r\n]", text)
     bars = [frame for frame in frames if re.match(r"epoch \d/2: +\d+ %\|", frame)]

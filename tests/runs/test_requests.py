@@ -190,7 +190,7 @@ sys.exit(main(sys.argv[1:]))
     done = run_process("-c", code, "train", *TINY, *flags)
     assert done.returncode == 1, done.stderr
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: out of memory: 1024 images of 512 px per pass (global batch 1024, evaluation 32)")
+    assert last.startswith("error: out of memory: 1024 images of 512 px per pass (global batch 1024, evaluation 64)")
     assert "--micro-batch-size 512" in last
     assert "Traceback" not in done.stderr
 

@@ -177,7 +177,7 @@ def _reject_several(root: Path, split: str, places: Sequence[_Place]) -> None:
         raise RequestError(
             f"{printable(root)} has several series of parquet files of the {printable(split)} split "
             f"({listing(series, 4)}), which could be configurations or folds; use one file or folder as "
-            f"{setting('dataset')}, or rename them to one series, such as {printable(split)}-0.parquet and "
+            f"{setting('dataset')}, or give all of them the same base name, such as {printable(split)}-0.parquet and "
             f"{printable(split)}-1.parquet"
         )
     below = sorted({place.below for place in places})

@@ -102,7 +102,7 @@ class _Kept:
     def check(self, rows: int) -> None:
         """Raise ValueError if a table has far too many rows."""
         if rows > self.rows:
-            raise ValueError(f"more than {self.rows} rows; keep only rows of existing images")
+            raise ValueError(f"more than {self.rows:,} rows; remove the rows whose images do not exist")
 
 
 def as_text(data: bytes) -> str:
