@@ -1046,7 +1046,7 @@ def test_parquet_files_that_could_be_several_datasets_are_not_merged(files: list
 def test_parquet_files_of_different_series_in_a_split_are_not_merged(files: list[str], series: str) -> None:
     with raises(
         RequestError,
-        match=rf"several series of parquet files of the train split \({series}\), .* give all of them the same base name",
+        match=rf"several series of parquet files of the train split \({series}\), .* the same base name",
     ):
         splits_of(Path("data"), (f"{file}.parquet" for file in files))
 
