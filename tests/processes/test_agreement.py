@@ -164,7 +164,7 @@ def test_an_error_in_one_process_is_raised_in_all_with_its_host(tmp_path: Path) 
     assert second[4] == {"error": "no such flag", "code": 2}
     assert first[5] == second[5] == {"value": ["only", 0]}
     assert first[6] == second[6]
-    assert f"{name} (rank 1): --name a\\nb, but rank 0 has none;" in first[6]["error"]
+    assert f"{name} (rank 1) has --name a\\nb, but rank 0 has none;" in first[6]["error"]
     assert first[7] == second[7] == {"value": 5}
     assert first[8] == second[8]  # the values of the main process, although each process drew its own
 
