@@ -139,7 +139,7 @@ def test_the_published_weights_are_the_average_of_trained_and_initial_ones(
     assert torch.equal(first["layer4.0.conv1.weight"], before["layer4.0.conv1.weight"])
     assert not torch.equal(first["layer4.0.conv1.weight"], trained["layer4.0.conv1.weight"])
     card = (tmp_path / "run" / "model" / "README.md").read_text()
-    assert "averaged with the initial weights, which have a weight of 0.25 in the average" in card
+    assert "averaged with the initial weights, whose coefficient in the average is 0.25" in card
     for name, tensor in weights(tmp_path / "run").items():
         assert torch.equal(tensor, trained[name].lerp(first[name], 0.25) if tensor.is_floating_point() else tensor)
 
