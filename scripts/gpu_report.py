@@ -5,6 +5,8 @@
 torch, timm and accelerate suffice for the measurements of the model. The checks of whole training runs also need
 datasets and scikit-learn, and the loader is measured with simplejpeg if it is installed; what is missing is named in
 the report. Exit code 1 means that a check failed. `--device cpu` runs the same checks on a CPU, with small images.
+
+The file is long because its sections, which are independent of each other, share only `Report` and the small helpers.
 """
 
 import argparse
@@ -279,7 +281,7 @@ def merged_widths(report: Report) -> list[str]:
 def inference(report: Report) -> list[str]:
     """Compare ways to run the model, each with its error relative to float32."""
     images, model = report.images(), report.build().eval()
-    fast = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[report.fast]
+    fast = AUTOCAST[report.fast] or torch.float32
     short = str(fast).removeprefix("torch.")
     half, compiled = report.build().eval().to(fast), report.build().eval().to(fast)
     compiled.compile(dynamic=False)

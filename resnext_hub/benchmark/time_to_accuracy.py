@@ -24,13 +24,14 @@ import torch
 import yaml
 from torch import nn
 
-from resnext_hub.benchmark.comparison import images_per_second, machine_facts
+from resnext_hub.benchmark.comparison import machine_facts
 from resnext_hub.benchmark.training import run_python
 from resnext_hub.data.config import DataConfig
 from resnext_hub.data.holdout import stratified_split
 from resnext_hub.data.sources import BUNDLED, load_digits_table
 from resnext_hub.data.transforms import IMAGE_SIZE
 from resnext_hub.errors import RequestError, RunError, setting
+from resnext_hub.kernels.timing import casting, median_seconds
 from resnext_hub.kernels.training_view import AUTOCAST
 from resnext_hub.machine import device_type, resolve_precision
 from resnext_hub.models.resnext import VARIANTS, stock_architecture
@@ -261,22 +262,20 @@ def _entries(settings: Settings, data: Path, scratch: Path, device: torch.device
 
 def _channels_last_is_faster(settings: Settings, device: torch.device, precision: str) -> bool:
     """Return whether the baselines train faster in the channels_last memory format, by timing a few steps in each."""
-    speeds = {}
-    for last in (False, True):
-        model = timm.create_model(settings.model, num_classes=10).to(device)
-        layout = torch.channels_last if last else torch.contiguous_format
-        model = model.to(memory_format=layout)
+    work: dict[str, Callable[[], object]] = {}
+    for name, layout in (("contiguous", torch.contiguous_format), ("channels_last", torch.channels_last)):
+        model = timm.create_model(settings.model, num_classes=10).to(device).to(memory_format=layout)
         images = torch.zeros(settings.batch_size, 3, settings.image_size, settings.image_size, device=device)
         images = images.contiguous(memory_format=layout)
 
         def step(model: nn.Module = model, images: torch.Tensor = images) -> None:
-            with torch.autocast(device.type, dtype=AUTOCAST[precision], enabled=precision != "no"):
+            with casting(device, AUTOCAST[precision]):
                 loss = model(images).float().square().mean()
             loss.backward()
 
-        step()  # prepares the kernels
-        speeds[last] = statistics.median(images_per_second(step, len(images), device) for _ in range(3))
-    return speeds[True] > speeds[False]
+        work[name] = step
+    seconds = median_seconds(work, device, rounds=3)
+    return seconds["channels_last"] < seconds["contiguous"]
 
 
 def _train_ours(settings: Settings, data: Path, scratch: Path, changes: Mapping[str, Any], seed: int) -> float:
